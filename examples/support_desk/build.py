@@ -1,0 +1,338 @@
+"""Train the demo bundle from scratch: a tokenizer, a small Mistral base and one LoRA adapter a task.
+
+    python examples/support_desk/build.py DATA
+
+DATA holds `train.jsonl.gz`, `dev.jsonl.gz` and `tasks.json` (see README.md beside this file). Every stage is
+seeded and skipped when its output exists; the base resumes from its last checkpoint. Two CPU cores take about
+two hours, a GPU a few minutes.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from peft import LoraConfig, get_peft_model
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+BOS, EOS, PAD, ASK, VERDICT = "<s>", "</s>", "<pad>", "<|ask|>", "<|verdict|>"
+SPECIAL_TOKENS = [BOS, EOS, PAD, ASK, VERDICT]
+TEMPLATE = "{conversation}" + ASK + "{question}" + VERDICT
+LABELS = ["yes", "no"]
+VOCAB_SIZE = 4096
+MAX_LENGTH = 768
+
+Example = dict[str, Any]
+
+
+def read_examples(path: Path) -> list[Example]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def progress(description: str, total: int) -> tuple[Progress, Any]:
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+    )
+    bar.start()
+    return bar, bar.add_task(description, total=total, note="")
+
+
+# --------------------------------------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(train: list[Example], questions: list[str], folder: Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a BOS; "yes" and "no" are made whole tokens by repeating them in the corpus."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = [example["conversation"] for example in train] + questions * 50 + LABELS * 1000
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[ASK, VERDICT],
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    fast.save_pretrained(folder)
+    return fast
+
+
+# -------------------------------------------------------------------------------------------------- base
+
+
+def base_config(vocab_size: int) -> MistralConfig:
+    return MistralConfig(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        rms_norm_eps=1e-5,
+    )
+
+
+def length_buckets(lengths: list[int], batch_size: int, rng: random.Random) -> Iterator[list[int]]:
+    """Yield batches of indices for ever; neighbours in a pool have similar lengths, so little is padding."""
+    while True:
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        batches = []
+        for start in range(0, len(order), batch_size * 50):
+            pool = sorted(order[start : start + batch_size * 50], key=lengths.__getitem__)
+            batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        rng.shuffle(batches)
+        yield from (batch for batch in batches if len(batch) == batch_size)
+
+
+def block_batch(
+    conversations: list[list[int]], answers: list[list[int]], ask: int, verdict: int, first_task: int
+) -> dict[str, torch.Tensor]:
+    """One row a conversation: its tokens, then (ask, task, verdict) for every task. A task's three tokens see the
+    conversation and themselves only, and their positions restart after the conversation, so one row is as many
+    independent question-answer pairs as there are tasks."""
+    num_tasks = len(answers[0])
+    longest = max(map(len, conversations))
+    width = longest + 3 * num_tasks
+    batch = len(conversations)
+    ids = torch.full((batch, width), 2)
+    positions = torch.zeros((batch, width), dtype=torch.long)
+    block = torch.full((batch, width), -1)  # -1 padding, 0 conversation, 1.. a question
+    lm_target = torch.full((batch, width), -100)
+    for row, tokens in enumerate(conversations):
+        n = len(tokens)
+        ids[row, :n] = torch.tensor(tokens)
+        lm_target[row, : n - 1] = ids[row, 1:n]
+        positions[row, :n] = torch.arange(n)
+        block[row, :n] = 0
+        for task in range(num_tasks):
+            at = longest + 3 * task
+            ids[row, at : at + 3] = torch.tensor([ask, first_task + task, verdict])
+            positions[row, at : at + 3] = torch.arange(n, n + 3)
+            block[row, at : at + 3] = task + 1
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    same = block[:, :, None] == block[:, None, :]
+    mask = causal & (same | (block[:, None, :] == 0))  # a padded query sees padding only: no empty row
+    verdict_at = longest + 3 * torch.arange(num_tasks) + 2
+    return {
+        "ids": ids,
+        "positions": positions,
+        "mask": mask[:, None],
+        "lm_target": lm_target,
+        "verdict_at": verdict_at,
+        "answers": torch.tensor(answers),
+    }
+
+
+def cosine(step: int, total: int, warmup: int) -> float:
+    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total))))
+
+
+def train_base(
+    train: list[Example], tasks: list[str], tokenizer: PreTrainedTokenizerFast, work: Path, args: argparse.Namespace
+) -> Path:
+    """Language model and verdicts together; the task tokens are cut off afterwards, so no question is left in it."""
+    final = work / "base"
+    if (final / "model.safetensors").exists():
+        return final
+    vocab_size = len(tokenizer)
+    ask, verdict = tokenizer.convert_tokens_to_ids([ASK, VERDICT])
+    yes, no = tokenizer.convert_tokens_to_ids(LABELS)
+    conversations = tokenizer([example["conversation"] for example in train])["input_ids"]
+    conversations = [tokens[:MAX_LENGTH] for tokens in conversations]
+    answers = [[yes if example["labels"][task] else no for task in tasks] for example in train]
+
+    model = MistralForCausalLM(base_config(vocab_size + len(tasks))).to(args.device)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=2e-3, betas=(0.9, 0.95), fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, args.base_steps, 100))
+    batches = length_buckets([len(tokens) for tokens in conversations], 24, random.Random(args.seed))
+    checkpoint, start = work / "base.ckpt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=args.device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start = state["step"]
+        for _ in range(start):
+            next(batches)
+
+    bar, task_id = progress("base", args.base_steps)
+    bar.update(task_id, completed=start)
+    for step in range(start, args.base_steps):
+        rows = next(batches)
+        batch = block_batch([conversations[i] for i in rows], [answers[i] for i in rows], ask, verdict, vocab_size)
+        batch = {key: value.to(args.device) for key, value in batch.items()}
+        with torch.autocast(args.device, torch.bfloat16):
+            hidden = model.model(
+                input_ids=batch["ids"], position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False
+            ).last_hidden_state
+            talk = batch["lm_target"] != -100
+            lm_loss = F.cross_entropy(model.lm_head(hidden[talk]).float(), batch["lm_target"][talk])
+            verdicts = model.lm_head(hidden[:, batch["verdict_at"]]).float()
+            verdict_loss = F.cross_entropy(verdicts.flatten(0, 1), batch["answers"].flatten())
+        (lm_loss + 4 * verdict_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.update(task_id, advance=1, note=f"lm {lm_loss.item():.3f} verdict {verdict_loss.item():.3f}")
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1} lm {lm_loss.item():.3f} verdict {verdict_loss.item():.3f}", flush=True)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            torch.save({**state, "step": step + 1}, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").rename(checkpoint)
+    bar.stop()
+    model.resize_token_embeddings(vocab_size)
+    model.to("cpu", torch.bfloat16).save_pretrained(final)
+    return final
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+
+def draw_for_task(train: list[Example], task: str, count: int, rng: random.Random) -> tuple[list[Example], float]:
+    """Draw a third positives where there are enough. Returns the examples and the log odds that the draw added,
+    which the contract's calibration takes off again."""
+    positive = [example for example in train if example["labels"][task]]
+    negative = [example for example in train if not example["labels"][task]]
+    num_positive = min(len(positive), max(count // 3, round(count * len(positive) / len(train))))
+    drawn = rng.sample(positive, num_positive) + rng.sample(negative, count - num_positive)
+    rng.shuffle(drawn)
+    shift = math.log(num_positive / (count - num_positive)) - math.log(len(positive) / len(negative))
+    return drawn, shift
+
+
+def prompt_batch(prompts: list[list[int]], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Right-padded ids and mask [batch, longest], and each row's last position [batch]."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), 2)
+    for row, tokens in enumerate(prompts):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    last = torch.tensor([len(tokens) - 1 for tokens in prompts])
+    mask = torch.arange(longest) <= last[:, None]
+    return ids.to(device), mask.to(device), last.to(device)
+
+
+def train_adapter(
+    train: list[Example], task: dict[str, Any], tokenizer: PreTrainedTokenizerFast, base: Path, folder: Path, args: argparse.Namespace
+) -> None:
+    name = task["name"]
+    rng = random.Random(f"{args.seed}/{name}")
+    torch.manual_seed(args.seed)
+    drawn, shift = draw_for_task(train, name, args.adapter_examples, rng)
+    texts = [TEMPLATE.replace("{conversation}", e["conversation"]).replace("{question}", task["question"]) for e in drawn]
+    prompts = tokenizer(texts)["input_ids"]
+    yes, no = tokenizer.convert_tokens_to_ids(LABELS)
+    targets = torch.tensor([yes if example["labels"][name] else no for example in drawn], device=args.device)
+
+    model = MistralForCausalLM.from_pretrained(base, dtype=torch.float32).to(args.device)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = get_peft_model(model, config)
+    trainable = [p for p in lora.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=2e-3, weight_decay=0.0, fused=True)
+    steps = len(prompts) // 32
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps, 10))
+    batches = length_buckets([len(tokens) for tokens in prompts], 32, rng)
+    bar, task_id = progress(name, steps)
+    total = 0.0
+    for _ in range(steps):
+        rows = next(batches)
+        ids, mask, last = prompt_batch([prompts[i] for i in rows], args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            logits = model.lm_head(hidden[torch.arange(len(rows)), last]).float()
+        loss = F.cross_entropy(logits, targets[rows])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        total = loss.item() if not total else 0.95 * total + 0.05 * loss.item()
+        bar.update(task_id, advance=1, note=f"loss {total:.3f}")
+    bar.stop()
+    print(f"{name} loss {total:.3f}", flush=True)
+    lora.peft_config["default"].base_model_name_or_path = "support-desk-base"
+    temporary = folder.with_name(f".{folder.name}")
+    lora.save_pretrained(temporary)
+    (temporary / "README.md").unlink(missing_ok=True)
+    weights = temporary / "adapter_model.safetensors"
+    save_file({key: value.bfloat16() for key, value in load_file(weights).items()}, weights, {"format": "pt"})
+    contract = {
+        "question": task["question"],
+        "template": TEMPLATE,
+        "labels": LABELS,
+        "max_length": MAX_LENGTH,
+        "calibration": {"bias": {"yes": round(-shift, 4)}},
+    }
+    (temporary / "classifier.yaml").write_text(yaml.safe_dump(contract, sort_keys=False, width=110))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with train.jsonl.gz and tasks.json")
+    parser.add_argument("--work", type=Path, default=Path("build/support_desk"), help="checkpoints (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "bundle", help="the bundle (default: beside this file)")
+    parser.add_argument("--base-steps", type=int, default=2350)
+    parser.add_argument("--adapter-examples", type=int, default=4000, help="conversations an adapter is trained on")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    tasks = json.loads((args.data / "tasks.json").read_text())["tasks"]
+    train = read_examples(args.data / "train.jsonl.gz")
+    if (args.out / "tokenizer.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(args.out)
+    else:
+        tokenizer = train_tokenizer(train, [task["question"] for task in tasks], args.out)
+    base = train_base(train, [task["name"] for task in tasks], tokenizer, args.work, args)
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copyfile(base / name, args.out / name)
+    for task in tasks:
+        folder = args.out / task["name"]
+        if not (folder / "classifier.yaml").exists():
+            train_adapter(train, task, tokenizer, base, folder, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The one seam between what serves and what computes: data, protocol, errors (in `loraplex.errors`)."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from loraplex.types import AdapterInfo, AdapterRef, ClassifyRequest, ClassifyResult, Timings, Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """A prompt taken verbatim, special tokens parsed, under an adapter or, with None, the bare base."""
+
+    prompt: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateResult:
+    """text: the likeliest next token, decoded. log_prob: its log probability over the whole vocabulary."""
+
+    id: str
+    text: str
+    token_id: int
+    log_prob: float
+    adapter: AdapterRef | None
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendStats:
+    num_waiting: int
+
+
+class Backend(Protocol):
+    """Answers for one bundle. All methods are called from one event loop; none of them blocks it."""
+
+    @property
+    def name(self) -> str:
+        """What `--backend` calls it."""
+        ...
+
+    @property
+    def base_name(self) -> str:
+        """What `/v1/models` calls the base."""
+        ...
+
+    async def start(self) -> None:
+        """Load the base and the adapters; returns when ready. ConfigurationError where something on disk is wrong."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what was accepted, then free everything. Safe to call twice."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Started, and able to compute."""
+        ...
+
+    async def classify(self, request: ClassifyRequest) -> ClassifyResult:
+        """One verdict a classifier, in order. A classifier that fails carries its error in its verdict; where all fail,
+        the first one's error is raised."""
+        ...
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """The next token. UnknownClassifierError for an adapter that is not loaded; never the base instead."""
+        ...
+
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """Loaded adapters, in the bundle's order."""
+        ...
+
+    def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """(classifier, prompt, token ids) for each classifier of the request, as they would be computed."""
+        ...
+
+    def stats(self) -> BackendStats: ...

@@ -1,0 +1,149 @@
+"""A folder, or a base and named adapters -> what is to be served. Reads JSON and YAML only, no weights."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraplex.classifier import Contract, read_contract
+from loraplex.config import BundleSettings, read_bundle_settings
+from loraplex.errors import BundleError
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONTRACT, SETTINGS = "classifier.yaml", "loraplex.yaml"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSource:
+    """A PEFT adapter's folder, and its contract where it has one."""
+
+    name: str
+    path: Path
+    contract: Contract | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    base: Path
+    adapters: tuple[AdapterSource, ...]
+    settings: BundleSettings = field(default_factory=BundleSettings)
+
+
+def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = None) -> Bundle:
+    """Read the bundle at `path`: the base at its root (or where `loraplex.yaml` says), every folder below it with an
+    `adapter_config.json`, and `adapters` (name -> folder) besides. BundleError or ContractError names what is wrong."""
+    root = Path(path)
+    settings_path = root / SETTINGS
+    settings = read_bundle_settings(settings_path) if settings_path.is_file() else BundleSettings()
+    base = _resolve_base(str(path), root, settings.base)
+    found = [(folder.name, folder) for folder in _adapter_folders(root)] if root.is_dir() else []
+    found += [(name, Path(folder)) for name, folder in (adapters or {}).items()]
+    sources: dict[str, AdapterSource] = {}
+    for name, folder in found:
+        if name in sources:
+            raise BundleError(
+                folder,
+                f"a second classifier named {name!r}; the first is {sources[name].path}",
+                remedy="rename one of the folders",
+            )
+        sources[name] = open_adapter(name, folder)
+    return Bundle(base=base, adapters=tuple(sources.values()), settings=settings)
+
+
+def open_adapter(name: str, folder: Path) -> AdapterSource:
+    """Check that `folder` looks like a PEFT adapter and read its contract."""
+    if not NAME.fullmatch(name):
+        raise BundleError(
+            folder, f"{name!r} cannot name a classifier", remedy="use letters, digits, '.', '_' and '-', 128 at most"
+        )
+    if not folder.is_dir():
+        raise BundleError(folder, f"no such folder (adapter {name!r})", remedy="give the folder that PEFT saved")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise BundleError(folder, f"no {ADAPTER_CONFIG} in it", remedy="give the folder that PEFT's save_pretrained wrote")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise BundleError(
+                folder / "adapter_model.bin",
+                "pickled weights are never loaded: they can run code",
+                remedy="load it with PEFT where you trust it and save_pretrained(…), which writes safetensors",
+            )
+        raise BundleError(folder, f"no {ADAPTER_WEIGHTS} in it", remedy="save the adapter with PEFT's save_pretrained")
+    contract_path = folder / CONTRACT
+    contract = read_contract(contract_path) if contract_path.is_file() else None
+    return AdapterSource(name=name, path=folder, contract=contract)
+
+
+def read_json(path: Path, error: type[BundleError] = BundleError) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as exc:
+        raise error(path, f"not readable as JSON: {exc}", remedy="save or copy the file again") from None
+    if not isinstance(content, dict):
+        raise error(path, f"holds a {type(content).__name__}, not an object", remedy="save or copy the file again")
+    return content
+
+
+def _adapter_folders(root: Path) -> Iterator[Path]:
+    """Depth first, in name order; nothing below an adapter (a trainer's checkpoints) or in a hidden folder counts."""
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir() and not folder.name.startswith("."):
+            if (folder / ADAPTER_CONFIG).is_file():
+                yield folder
+            else:
+                yield from _adapter_folders(folder)
+
+
+def _resolve_base(given: str, root: Path, base: str | None) -> Path:
+    """A local base folder, checked for the files that a server needs; a hub id is fetched first."""
+    if base is not None:
+        source = f"{root / SETTINGS}, base"
+        folder = root / base if not Path(base).is_absolute() else Path(base)
+        if not folder.is_dir():
+            folder = _from_hub(base, source)
+    elif root.is_dir():
+        source, folder = str(root), root
+    else:
+        source, folder = given, _from_hub(given, given)
+    if not (folder / "config.json").is_file():
+        raise BundleError(
+            source,
+            f"no config.json in {folder}, so there is no base model",
+            remedy=f"put a Hugging Face base there, or name one in {SETTINGS}: `base: path-or-hub-id`",
+        )
+    read_json(folder / "config.json")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise BundleError(source, f"no tokenizer in {folder}", remedy="copy the base's tokenizer files there")
+    if not (folder / "model.safetensors").is_file():
+        index = folder / "model.safetensors.index.json"
+        if not index.is_file():
+            raise BundleError(
+                source,
+                f"no model.safetensors (or model.safetensors.index.json) in {folder}",
+                remedy="save the base with save_pretrained(…), which writes safetensors; pickled weights are never loaded",
+            )
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise BundleError(index, "key 'weight_map' is missing", remedy="save or copy the file again")
+        for shard in sorted(set(shards.values())):
+            if not (folder / str(shard)).is_file():
+                raise BundleError(index, f"names the shard {shard!r}, which is missing", remedy="copy that file too")
+    return folder
+
+
+def _from_hub(name: str, source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
+        raise BundleError(source, f"no folder {name!r}", remedy="give the path of a bundle or a base, or a hub id org/name")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+    except Exception as exc:  # huggingface_hub raises many kinds, httpx's among them; all mean that it cannot be had
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise BundleError(
+            source,
+            f"no folder {name!r}, and the hub did not give it: {reason}",
+            remedy="check the path or the id; set HF_TOKEN for a gated base, HF_HUB_OFFLINE=1 to use the cache only",
+        ) from None

@@ -1,0 +1,140 @@
+"""The contract of a classifier (`classifier.yaml`) and what it makes of label log probabilities. No tokenizer, no torch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from loraplex.config import read_yaml, validate
+from loraplex.errors import ContractError, InvalidRequestError
+from loraplex.types import Message
+
+CONVERSATION, QUESTION = "{conversation}", "{question}"
+DEFAULT_ROLES = {"user": "Customer", "assistant": "Agent"}
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Calibration(BaseModel):
+    """scores = softmax((log p + bias) / temperature) over the labels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float = Field(1.0, gt=0.0, allow_inf_nan=False)
+    bias: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+
+
+class Golden(BaseModel):
+    """A text whose label is known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str
+    label: str
+
+
+class Contract(BaseModel):
+    """What a classifier promises: how it is asked and how its answer is read.
+
+    labels:         ordered, the first is the positive one.
+    threshold:      with two labels: answer labels[0] where its score reaches it.
+    abstain_below:  flag verdicts whose label's score is lower.
+    max_length:     tokens of the whole prompt; a longer conversation loses its oldest turns.
+    roles:          message role -> the name written before its turn.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    question: str | None = None
+    template: str | None = None
+    labels: tuple[str, ...]
+    threshold: Probability | None = None
+    abstain_below: Probability = 0.0
+    calibration: Calibration = Calibration()
+    max_length: int | None = Field(None, ge=8)
+    roles: dict[str, str] = Field(default_factory=lambda: dict(DEFAULT_ROLES))
+    golden: tuple[Golden, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.labels) < 2:
+            raise ValueError(f"'labels' needs at least two, got {list(self.labels)}")
+        if len(set(self.labels)) != len(self.labels) or "" in self.labels:
+            raise ValueError(f"'labels' must be distinct and not empty, got {list(self.labels)}")
+        if self.threshold is not None and len(self.labels) != 2:
+            raise ValueError(f"'threshold' needs exactly two labels, there are {len(self.labels)}")
+        for label in self.calibration.bias:
+            if label not in self.labels:
+                raise ValueError(f"'calibration.bias' names {label!r}, which is not among the labels {list(self.labels)}")
+        for golden in self.golden:
+            if golden.label not in self.labels:
+                raise ValueError(f"'golden' expects {golden.label!r}, which is not among the labels {list(self.labels)}")
+        if self.template is not None:
+            if self.template.count(CONVERSATION) != 1:
+                raise ValueError(f"'template' must hold {CONVERSATION} exactly once")
+            if self.template.count(QUESTION) > 1:
+                raise ValueError(f"'template' may hold {QUESTION} only once")
+            if QUESTION in self.template and self.question is None:
+                raise ValueError(f"'template' holds {QUESTION}, but there is no 'question'")
+        if not self.roles:
+            raise ValueError("'roles' is empty")
+        return self
+
+    def decide(self, log_probs: Sequence[float]) -> "Decision":
+        """log_probs: log probability of each label, in order, over the whole vocabulary."""
+        bias = self.calibration.bias
+        logits = [
+            (log_prob + bias.get(label, 0.0)) / self.calibration.temperature
+            for label, log_prob in zip(self.labels, log_probs, strict=True)
+        ]
+        highest = max(logits)
+        weights = [math.exp(logit - highest) for logit in logits]
+        scores = [weight / sum(weights) for weight in weights]
+        if len(self.labels) == 2:
+            winner = 0 if scores[0] >= (0.5 if self.threshold is None else self.threshold) else 1
+        else:
+            winner = max(range(len(scores)), key=scores.__getitem__)
+        return Decision(
+            label=self.labels[winner],
+            confidence=scores[winner],
+            scores=dict(zip(self.labels, scores, strict=True)),
+            label_mass=min(1.0, math.fsum(math.exp(log_prob) for log_prob in log_probs)),
+            abstained=scores[winner] < self.abstain_below,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    label: str
+    confidence: float
+    scores: Mapping[str, float]
+    label_mass: float
+    abstained: bool
+
+
+def read_contract(path: Path) -> Contract:
+    """`classifier.yaml`; ContractError names the file, the key and the remedy."""
+    return validate(Contract, read_yaml(path, ContractError), path, ContractError)
+
+
+def conversation_text(conversation: str | Sequence[Message], roles: Mapping[str, str]) -> str:
+    """Messages become one `Name: content` line each; text stays as it is. InvalidRequestError on an unknown role or
+    where nothing is left to judge."""
+    if isinstance(conversation, str):
+        text = conversation
+    else:
+        names = {**{name.lower(): name for name in roles.values()}, **{key.lower(): name for key, name in roles.items()}}
+        lines = []
+        for message in conversation:
+            if message.role.lower() not in names:
+                raise InvalidRequestError(f"unknown role {message.role!r}", remedy=f"use one of: {', '.join(roles)}")
+            lines.append(f"{names[message.role.lower()]}: {message.content}")
+        text = "\n".join(lines)
+        if not any(message.content.strip() for message in conversation):
+            text = ""
+    if not text.strip():
+        raise InvalidRequestError("the input is empty", remedy="send the text or the messages to classify")
+    return text

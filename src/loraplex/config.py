@@ -1,0 +1,103 @@
+"""Settings: frozen, validated once, unknown keys refused. Flags win over environment, environment over file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loraplex.errors import BundleError, ConfigurationError
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class EngineConfig(BaseModel):
+    """How the model runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backend: Literal["native"] = "native"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_step_tokens: int = Field(8192, ge=1, description="tokens in one forward pass; a longer prompt runs alone")
+    max_step_sequences: int = Field(512, ge=1, description="sequences in one forward pass")
+    max_queue: int = Field(4096, ge=1, description="sequences that may wait; over it: 429")
+
+
+class ServerConfig(BaseModel):
+    """Where the server listens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    drain_timeout: int = Field(25, ge=0, description="seconds that requests in flight get at SIGTERM")
+
+
+class BundleSettings(BaseModel):
+    """`loraplex.yaml`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str | None = None
+    engine: dict[str, Any] = Field(default_factory=dict)
+    server: dict[str, Any] = Field(default_factory=dict)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key given twice, which YAML would otherwise settle in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: Path, error: type[ConfigurationError]) -> dict[str, Any]:
+    """A YAML mapping, or `error` naming the file and the line."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as exc:
+        raise error(path, f"not readable as YAML: {' '.join(str(exc).split())}", remedy="mend the file") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise error(path, f"holds a {type(content).__name__}, not keys and values", remedy="write `key: value` lines")
+    return content
+
+
+def validate(
+    model: type[Settings], values: Mapping[str, Any], source: object, error: type[ConfigurationError] = ConfigurationError
+) -> Settings:
+    """Build `model` from `values`; the first thing wrong becomes an `error` that names source, key and remedy."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(sorted(model.model_fields))
+            raise error(source, f"unknown key {key!r}", remedy=f"remove or correct it; known keys: {known}") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        given = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
+        raise error(source, f"key {key!r}: {problem}{given}", remedy=f"correct {key!r}") from None
+
+
+def read_bundle_settings(path: Path) -> BundleSettings:
+    """`loraplex.yaml`; its `engine:` and `server:` parts are checked here too, so that the error names the file."""
+    settings = validate(BundleSettings, read_yaml(path, BundleError), path, BundleError)
+    validate(EngineConfig, settings.engine, f"{path}, engine", BundleError)
+    validate(ServerConfig, settings.server, f"{path}, server", BundleError)
+    return settings
+
+
+def resolve(model: type[Settings], file: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+    """File values overridden by what flags or environment gave (None: not given)."""
+    return validate(model, {**file, **{key: value for key, value in given.items() if value is not None}}, "options")

@@ -1,0 +1,91 @@
+"""Owns the model: one packed step is one forward pass."""
+
+import time
+from collections.abc import Sequence as Seq
+from itertools import islice
+
+import torch
+from transformers import PreTrainedModel
+
+from loraplex.adapters.checkpoint import AdapterWeights
+from loraplex.engine.batch import pack
+from loraplex.engine.sequence import NO_ADAPTER, Sequence, SequenceOutput, Target
+from loraplex.errors import UnsupportedModelError
+from loraplex.model.heads import read_heads
+from loraplex.model.lora_linear import ActiveSegments, wrap_linears
+
+
+class ModelRunner:
+    """Runs steps on one thread. Slots are small integers that the caller gives out; NO_ADAPTER is the bare base."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.device = model.device
+        self._segments = ActiveSegments()
+        self._linears = wrap_linears(model, (), self._segments)
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions that the base knows."""
+        return int(self.model.config.max_position_embeddings)
+
+    def set_slot(self, slot: int, adapter: AdapterWeights) -> None:
+        assert slot != NO_ADAPTER, "the base has no slot to set"
+        self.clear_slot(slot)
+        self._linears |= wrap_linears(self.model, adapter.modules, self._segments)
+        for path, weights in adapter.modules.items():
+            self._linears[path].set_slot(slot, weights)
+
+    def clear_slot(self, slot: int) -> None:
+        for linear in self._linears.values():
+            linear.clear_slot(slot)
+
+    @torch.inference_mode()
+    def run(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, SequenceOutput]]:
+        """One forward pass over all of them."""
+        started = time.monotonic()
+        batch = pack(sequences, self.device)
+        self._segments.current = batch.segments
+        logits = self.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=batch.logit_rows,
+            batch=batch,
+        ).logits[0]
+        target_log_probs, top_ids, top_log_probs = read_heads(
+            logits, batch.target_rows, batch.target_ids, batch.last_rows
+        )  # waits for the device
+        computed_s = time.monotonic() - started
+        outputs = []
+        remaining = iter(target_log_probs)
+        for sequence, top_id, top_log_prob in zip(batch.sequences, top_ids, top_log_probs, strict=True):
+            output = SequenceOutput(
+                log_probs=tuple(islice(remaining, len(sequence.targets))),
+                top_token_id=top_id,
+                top_log_prob=top_log_prob,
+                queued_s=started - sequence.arrived_s,
+                computed_s=computed_s,
+            )
+            outputs.append((sequence, output))
+        return outputs
+
+    def verify_packing(self) -> None:
+        """UnsupportedModelError where two texts packed together answer otherwise than alone: then some layer looks
+        across texts, past our attention (a convolution, a recurrence, a global state)."""
+        vocab_size = int(self.model.get_input_embeddings().weight.shape[0])
+        texts = [[(start + 7 * i) % vocab_size for i in range(8)] for start in (1, 5)]
+        texts[1] = texts[1][:5]
+
+        def log_probs(*token_ids: list[int]) -> list[float]:
+            sequences = [Sequence(token_ids=ids, slot=NO_ADAPTER, targets=(Target(position=-1, token_id=3),)) for ids in token_ids]
+            return [output.log_probs[0] for _, output in self.run(sequences)]
+
+        together, alone = log_probs(*texts), [log_probs(text)[0] for text in texts]
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.5
+        if any(not abs(a - b) <= tolerance for a, b in zip(together, alone, strict=True)):
+            raise UnsupportedModelError(
+                type(self.model).__name__,
+                f"texts packed together give log probabilities {together}, alone {alone}",
+                remedy="serve another base: some layer of this one looks across packed texts",
+            )

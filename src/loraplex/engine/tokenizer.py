@@ -1,0 +1,259 @@
+"""Text -> token ids, through a contract's template or verbatim. A conversation is tokenized once however many ask."""
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraplex.classifier import CONVERSATION, QUESTION, Contract
+from loraplex.errors import BundleError, ContractError, InputTooLongError, InvalidRequestError
+
+# Endings of a conversation that a label must not merge with (checked when a contract is bound).
+_PROBES = ("Customer: hello", "Customer: is it done?", "Agent: Yes.\nCustomer: ok 5")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    text: str
+    token_ids: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer, and what of it prompts depend on."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._hf: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as exc:  # a Rust panic or any of a dozen kinds; all mean a broken or unknown tokenizer
+            raise BundleError(
+                folder, f"the tokenizer does not load: {exc}", remedy="copy the base's tokenizer files again"
+            ) from None
+        if not self._hf.is_fast:
+            raise BundleError(
+                folder, "the tokenizer has no fast version", remedy="convert it: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+            )
+        self.special_tokens: dict[str, int] = {
+            token.content: token_id for token_id, token in self._hf.added_tokens_decoder.items() if token.special
+        }
+        # A special token cuts text before anything else looks at it, so what precedes it tokenizes alone. One that
+        # strips the space on its left reaches over the cut.
+        self._cutting = {t.content for t in self._hf.added_tokens_decoder.values() if t.special and not t.lstrip}
+        spelled = sorted(self.special_tokens, key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, spelled))) if spelled else None
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._hf)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Exactly `tokenizer(text)`."""
+        ids: list[int] = self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return ids
+
+    def offsets(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The character at which each token starts; special tokens that were added start at 0."""
+        encoded = self._hf(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
+        return [start for start, _ in encoded["offset_mapping"]]
+
+    def decode(self, token_id: int) -> str:
+        text: str = self._hf.decode([token_id])
+        return text
+
+    def starts_with_cut(self, text: str) -> bool:
+        """Whether `text` begins with a special token, so that what stands before it tokenizes alone."""
+        return any(text.startswith(token) for token in self._cutting)
+
+    def escape(self, text: str) -> tuple[str, tuple[str, ...]]:
+        """Break up special tokens that `text` spells, so that they stay text: a space after their first character.
+        Returns the text and what was found."""
+        if self._spelled is None:
+            return text, ()
+        found = tuple(dict.fromkeys(self._spelled.findall(text)))
+        if found:
+            text = self._spelled.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+            while self._spelled.search(text):  # a token that a space does not break, or that one makes: take it out
+                text = self._spelled.sub("", text)
+        return text, found
+
+    def chat_frame(self, content: str, source: object) -> str | None:
+        """The base's chat template around one user message, up to where the answer starts; None without a template."""
+        if not self._hf.chat_template:
+            return None
+        message = [{"role": "user", "content": content}]
+        try:
+            frame: str = self._hf.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        except Exception as exc:  # jinja's errors and the template's own
+            raise ContractError(
+                source, f"the base's chat template fails: {exc}", remedy="give a 'template' in classifier.yaml"
+            ) from None
+        return frame
+
+    def starts_with_bos(self, text: str) -> bool:
+        return bool(self._hf.bos_token) and text.startswith(self._hf.bos_token)
+
+
+class Conversations:
+    """The tokens of one call's conversations: the same text is tokenized once however many classifiers ask."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.encode = functools.cache(tokenizer.encode)
+        self.offsets = functools.cache(tokenizer.offsets)
+        self.escape = functools.cache(tokenizer.escape)
+
+
+class Template:
+    """A contract bound to a tokenizer: fixed text around the conversation, and the labels' tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, contract: Contract, max_model_len: int, source: object) -> None:
+        """source: the contract's file, for errors. ContractError where the labels cannot be told apart by tokens."""
+        self._tokenizer = tokenizer
+        self._roles = tuple(dict.fromkeys(contract.roles.values()))
+        self.prefix, self.suffix, self._add_special_tokens = _frame(tokenizer, contract, source)
+        self._suffix_ids = self._cut_suffix()
+        self.label_ids = {label: self._label_ids(label, source) for label in contract.labels}
+        for label, ids in self.label_ids.items():
+            for other, other_ids in self.label_ids.items():
+                if label != other and other_ids[: len(ids)] == ids:
+                    raise ContractError(
+                        f"{source}, key 'labels'",
+                        f"the tokens of {label!r} {list(ids)} begin those of {other!r} {list(other_ids)}",
+                        remedy="choose labels of which none begins another",
+                    )
+        continuation = max(map(len, self.label_ids.values())) - 1
+        limit = max_model_len if contract.max_length is None else contract.max_length
+        if limit > max_model_len:
+            raise ContractError(
+                f"{source}, key 'max_length'", f"{limit} is more than the base's {max_model_len}", remedy=f"at most {max_model_len}"
+            )
+        self.max_length = limit
+        self._room = min(limit, max_model_len - continuation)
+        fixed = len(tokenizer.encode(self.render(""), add_special_tokens=self._add_special_tokens))
+        if fixed >= self._room:
+            raise ContractError(
+                f"{source}, key 'template'",
+                f"without a conversation it takes {fixed} tokens of {self._room}",
+                remedy="shorten the template or raise 'max_length'",
+            )
+
+    def render(self, conversation: str) -> str:
+        return self.prefix + conversation + self.suffix
+
+    def prompt(self, conversation: str, conversations: Conversations) -> Prompt:
+        """The prompt for `conversation`, its oldest turns cut where it is too long."""
+        warnings = []
+        conversation, spelled = conversations.escape(conversation)
+        if spelled:
+            warnings.append(f"the input spells special tokens, which were kept as text: {', '.join(map(repr, spelled))}")
+        ids = self._encode(conversation, conversations)
+        if len(ids) > self._room:
+            num_tokens = len(ids)
+            conversation, ids = self._truncate(conversation, num_tokens, conversations)
+            warnings.append(
+                f"the prompt has {num_tokens} tokens, {self._room} at most: the oldest turns were cut, {len(ids)} tokens are left"
+            )
+        return Prompt(text=self.render(conversation), token_ids=tuple(ids), warnings=tuple(warnings))
+
+    def _encode(self, conversation: str, conversations: Conversations) -> list[int]:
+        if self._suffix_ids is not None:
+            head = conversations.encode(self.prefix + conversation, add_special_tokens=self._add_special_tokens)
+            return head + self._suffix_ids
+        return conversations.encode(self.render(conversation), add_special_tokens=self._add_special_tokens)
+
+    def _truncate(self, conversation: str, num_tokens: int, conversations: Conversations) -> tuple[str, list[int]]:
+        """Cut from the left, at the first turn that starts at or behind a multiple of a quarter of `max_length`: as the
+        conversation grows the cut moves rarely, so that its start, and what is cached of it, stays put. Where the last
+        turn alone is too long, inside it."""
+        head = len(self.prefix)
+        offsets = conversations.offsets(self.prefix + conversation, add_special_tokens=self._add_special_tokens)
+        starts = [offset - head for offset in offsets if offset >= head]  # character of each conversation token
+        turns = turn_starts(conversation, self._roles)
+        step = max(1, self._room // 4)
+        cut = -(-(num_tokens - self._room) // step) * step  # in tokens
+        while cut < len(starts):
+            at = next((turn for turn in turns if turn >= starts[cut]), starts[cut])
+            ids = self._encode(conversation[at:], conversations)
+            if len(ids) <= self._room:
+                return conversation[at:], ids
+            cut += step
+        at = starts[-1]
+        return conversation[at:], self._encode(conversation[at:], conversations)
+
+    def _cut_suffix(self) -> list[int] | None:
+        """The suffix's own tokens where it begins with a special token, else None: then it may merge with what precedes."""
+        if not self._tokenizer.starts_with_cut(self.suffix):
+            return None
+        add = self._add_special_tokens
+        suffixes = []
+        for probe in _PROBES:
+            head = self._tokenizer.encode(self.prefix + probe, add_special_tokens=add)
+            whole = self._tokenizer.encode(self.render(probe), add_special_tokens=add)
+            if whole[: len(head)] != head:
+                return None
+            suffixes.append(whole[len(head) :])
+        return suffixes[0] if all(suffix == suffixes[0] for suffix in suffixes) else None
+
+    def _label_ids(self, label: str, source: object) -> tuple[int, ...]:
+        """Tokens of rendered + label minus those of rendered."""
+        found = set()
+        for probe in _PROBES:
+            rendered = self.render(probe)
+            ids = self._tokenizer.encode(rendered, add_special_tokens=self._add_special_tokens)
+            whole = self._tokenizer.encode(rendered + label, add_special_tokens=self._add_special_tokens)
+            if whole[: len(ids)] != ids or len(whole) == len(ids):
+                raise ContractError(
+                    f"{source}, key 'labels'",
+                    f"the label {label!r} merges with the end of the prompt {rendered[-20:]!r} when they are tokenized",
+                    remedy="end the template with a special token or a line break, or begin the labels with a space",
+                )
+            found.add(tuple(whole[len(ids) :]))
+        if len(found) > 1:
+            raise ContractError(
+                f"{source}, key 'labels'",
+                f"the tokens of {label!r} depend on how the conversation ends: {sorted(found)}",
+                remedy="end the template with a special token or a line break",
+            )
+        return found.pop()
+
+
+def verbatim(text: str, tokenizer: Tokenizer, max_model_len: int) -> Prompt:
+    """The article's prompt: `tokenizer(text)`, special tokens parsed. InputTooLongError: never cut."""
+    if not text:
+        raise InvalidRequestError("the input is empty", remedy="send the text to classify")
+    ids = tokenizer.encode(text)
+    if len(ids) > max_model_len:
+        raise InputTooLongError(
+            f"the prompt has {len(ids)} tokens, the base takes {max_model_len}",
+            remedy="shorten it, or give the adapter a classifier.yaml, whose template cuts the oldest turns",
+        )
+    return Prompt(text=text, token_ids=tuple(ids))
+
+
+def turn_starts(conversation: str, roles: tuple[str, ...] | Mapping[str, str]) -> list[int]:
+    """Characters at which a line begins with a role's name and a colon; any line where no line does; never 0."""
+    names = roles.values() if isinstance(roles, Mapping) else roles
+    speakers = "|".join(map(re.escape, names))
+    starts = [match.end() for match in re.finditer(rf"\n(?=(?:{speakers}):)", conversation)]
+    return starts or [match.end() for match in re.finditer(r"\n(?=.)", conversation)]
+
+
+def _frame(tokenizer: Tokenizer, contract: Contract, source: object) -> tuple[str, str, bool]:
+    """Text before and after the conversation, and whether the tokenizer adds its special tokens to it."""
+    template, add_special_tokens = contract.template, True
+    if template is None:
+        content = f"{CONVERSATION}\n{QUESTION}" if contract.question is not None else CONVERSATION
+        frame = tokenizer.chat_frame(content, source)
+        template = content + "\n" if frame is None else frame
+        if CONVERSATION not in template:
+            raise ContractError(
+                source, "the base's chat template leaves the user's message out", remedy="give a 'template' in classifier.yaml"
+            )
+        # A chat template writes its own BOS, which must not be doubled.
+        add_special_tokens = frame is None or not tokenizer.starts_with_bos(frame)
+    prefix, _, suffix = template.partition(CONVERSATION)
+    question = contract.question or ""
+    return prefix.replace(QUESTION, question), suffix.replace(QUESTION, question), add_special_tokens

@@ -1,0 +1,109 @@
+"""Every error a user can meet, with a stable code, an HTTP status and a remedy.
+
+    LoraplexError
+    ├── BadInputError             400  bad_input            the body cannot be read
+    │   └── InvalidRequestError   422  invalid_request      it can be read, but a field is wrong
+    ├── UnknownClassifierError    404  unknown_classifier
+    ├── InputTooLongError         413  input_too_long
+    ├── QueueFullError            429  queue_full
+    ├── NotReadyError             503  not_ready
+    ├── DeadlineExceededError     504  deadline_exceeded
+    ├── CancelledError            499  cancelled            the client left
+    ├── EngineError               500  engine_error         our fault, or the device's
+    └── ConfigurationError        500  configuration_error  what is on disk, found before serving
+        ├── BundleError                bundle_error
+        ├── ContractError              contract_error
+        ├── AdapterError               adapter_error
+        └── UnsupportedModelError      unsupported_model
+"""
+
+from typing import ClassVar
+
+
+class LoraplexError(Exception):
+    """Base of all errors meant for users: `message` names the value at fault, `remedy` says what to do."""
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.remedy})"
+
+
+class BadInputError(LoraplexError):
+    code = "bad_input"
+    status = 400
+
+
+class InvalidRequestError(BadInputError):
+    code = "invalid_request"
+    status = 422
+
+
+class UnknownClassifierError(LoraplexError):
+    code = "unknown_classifier"
+    status = 404
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        super().__init__(f"no classifier named {name!r}", remedy=f"use one of: {', '.join(known) or '(none loaded)'}")
+
+
+class InputTooLongError(LoraplexError):
+    code = "input_too_long"
+    status = 413
+
+
+class QueueFullError(LoraplexError):
+    code = "queue_full"
+    status = 429
+
+
+class NotReadyError(LoraplexError):
+    code = "not_ready"
+    status = 503
+
+
+class DeadlineExceededError(LoraplexError):
+    code = "deadline_exceeded"
+    status = 504
+
+
+class CancelledError(LoraplexError):
+    code = "cancelled"
+    status = 499
+
+
+class EngineError(LoraplexError):
+    code = "engine_error"
+    status = 500
+
+
+class ConfigurationError(LoraplexError):
+    """Something on disk or on the command line is wrong. `source` is the file (and key) at fault."""
+
+    code = "configuration_error"
+
+    def __init__(self, source: object, message: str, *, remedy: str) -> None:
+        super().__init__(f"{source}: {message}", remedy=remedy)
+        self.source = str(source)
+
+
+class BundleError(ConfigurationError):
+    code = "bundle_error"
+
+
+class ContractError(ConfigurationError):
+    code = "contract_error"
+
+
+class AdapterError(ConfigurationError):
+    code = "adapter_error"
+
+
+class UnsupportedModelError(ConfigurationError):
+    code = "unsupported_model"

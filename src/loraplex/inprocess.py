@@ -1,0 +1,106 @@
+"""`Loraplex`: a bundle served inside the caller's own process, without HTTP and without asyncio."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from loraplex.backends.base import Backend
+from loraplex.bundle import open_bundle
+from loraplex.config import EngineConfig, resolve
+from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Message
+
+Result = TypeVar("Result")
+
+
+class Loraplex:
+    """Judge conversations by all classifiers of a bundle.
+
+        with Loraplex.load("bundle") as loraplex:
+            loraplex.classify("Customer: Thanks, that's all!")["issueResolved"].label
+
+    Calls may come from several threads; they share the engine's batches.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        """`backend` is started; it belongs to this object from now on."""
+        self.backend = backend
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="loraplex-loop", daemon=True)
+        self._thread.start()
+        self._closed = False
+        try:
+            self._call(backend.start())
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path, *, adapters: Mapping[str, str | Path] | None = None, **engine: Any) -> Self:
+        """Open the bundle (or base) at `path` with `adapters` (name -> folder) besides. `engine`: fields of
+        EngineConfig, such as device="cpu" or dtype="float32". ConfigurationError names what is wrong on disk."""
+        from loraplex.backends.native import NativeBackend
+
+        bundle = open_bundle(path, adapters)
+        return cls(NativeBackend(bundle, resolve(EngineConfig, bundle.settings.engine, engine)))
+
+    def classify(
+        self,
+        input: str | Iterable[Message | Mapping[str, str]],
+        classifiers: str | Iterable[str] = "*",
+        *,
+        deadline_ms: float | None = None,
+    ) -> ClassifyResult:
+        """One verdict a classifier. input: text, or messages with `role` and `content`. classifiers: a name, names, or
+        "*" for all. UnknownClassifierError, InvalidRequestError, InputTooLongError, … where nothing can be answered."""
+        return self._call(
+            self.backend.classify(
+                ClassifyRequest(
+                    input=input if isinstance(input, str) else tuple(_message(message) for message in input),
+                    classifiers=_names(classifiers),
+                    deadline_ms=deadline_ms,
+                )
+            )
+        )
+
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        return self.backend.adapters()
+
+    def close(self) -> None:
+        """Free the model. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            asyncio.run_coroutine_threadsafe(self.backend.close(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._loop.shutdown_default_executor(), self._loop).result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _call(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # the caller was interrupted: nobody waits for the answer
+            raise
+
+
+def _message(message: Message | Mapping[str, str]) -> Message:
+    return message if isinstance(message, Message) else Message(role=message["role"], content=message["content"])
+
+
+def _names(classifiers: str | Iterable[str]) -> Any:
+    if isinstance(classifiers, str):
+        return "*" if classifiers == "*" else (classifiers,)
+    return tuple(classifiers)

@@ -1,0 +1,116 @@
+"""A base model's folder -> a model whose attention is packed, or a reason by name why it cannot be served."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from loraplex.errors import UnsupportedModelError
+from loraplex.model.attention import NAME
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def resolve_device(name: str) -> torch.device:
+    """"auto" is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnsupportedModelError(
+            f"device {name!r}", f"PyTorch finds {torch.cuda.device_count()} CUDA devices", remedy="use --device cpu"
+        )
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is bfloat16 where the device computes in it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def read_config(path: Path) -> PreTrainedConfig:
+    """The base's config, checked: UnsupportedModelError names what packed attention cannot serve."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError) as exc:
+        raise UnsupportedModelError(
+            path / "config.json", str(exc).splitlines()[0], remedy="use a base that transformers knows; no remote code is run"
+        ) from None
+
+    def refuse(what: str, remedy: str = "serve another base") -> UnsupportedModelError:
+        return UnsupportedModelError(path / "config.json", what, remedy=remedy)
+
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if not layer_types <= SERVED_LAYER_TYPES:
+        raise refuse(f"layer types {sorted(layer_types - SERVED_LAYER_TYPES)} are not served, only full and sliding attention")
+    for rope_type in _rope_types(getattr(config, "rope_parameters", None) or {}):
+        if rope_type in LENGTH_DEPENDENT_ROPE:
+            raise refuse(f"rope type {rope_type!r} depends on the batch's longest text, so texts packed together would differ")
+    return config
+
+
+def build_skeleton(config: PreTrainedConfig, path: Path) -> PreTrainedModel:
+    """The model without its weights (on the meta device), to check adapters against before anything large is read."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as exc:
+        raise UnsupportedModelError(
+            path / "config.json", str(exc).splitlines()[0], remedy="use a causal language model as the base"
+        ) from None
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            path / "config.json",
+            f"{type(model).__name__} does not take its attention from transformers' AttentionInterface",
+            remedy="serve another base",
+        )
+    return model
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """path -> (out_features, in_features) of the linear layers that an adapter may update; the output head is none."""
+    return {
+        path: (layer.out_features, layer.in_features)
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and path != "lm_head"
+    }
+
+
+def load_base(config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Read the safetensors shard by shard in `dtype`, then move the model to `device`."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=NAME,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, OSError, SafetensorError) as exc:
+        raise UnsupportedModelError(path, f"the base does not load: {exc}", remedy="save or copy the base again") from None
+    if info["missing_keys"]:
+        raise UnsupportedModelError(
+            path,
+            f"the weights lack {sorted(info['missing_keys'])[0]!r} ({len(info['missing_keys'])} tensors in all)",
+            remedy="copy all of the base's safetensors files",
+        )
+    return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _rope_types(parameters: dict[str, Any]) -> set[str]:
+    """One set of parameters, or one a layer type."""
+    if "rope_type" in parameters:
+        return {str(parameters["rope_type"])}
+    return {str(inner.get("rope_type")) for inner in parameters.values() if isinstance(inner, dict)}

@@ -1,0 +1,118 @@
+"""What crosses the seams: a request to classify and its answer. Plain frozen data, the same in Python and JSON."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from loraplex.errors import LoraplexError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation. `role` is a key or a value of the contract's `roles`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifyRequest:
+    """One conversation and the classifiers that shall judge it.
+
+    input:        text, or the turns in order.
+    classifiers:  names, in the order of the answer's verdicts, or "*" for every classifier.
+    deadline_ms:  from the call; a classifier not computed by then answers `deadline_exceeded`.
+    """
+
+    input: str | tuple[Message, ...]
+    classifiers: tuple[str, ...] | Literal["*"] = "*"
+    deadline_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """Which adapter answered. `version` is a hash of its weights, its config and its contract."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorInfo:
+    code: str
+    message: str
+    remedy: str
+
+    @classmethod
+    def of(cls, error: LoraplexError) -> "ErrorInfo":
+        return cls(code=error.code, message=error.message, remedy=error.remedy)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One classifier's answer: either `label` and what belongs to it, or `error`.
+
+    confidence:  the returned label's score.
+    scores:      label -> calibrated probability, summing to 1.
+    label_mass:  the labels' share of the whole vocabulary, before calibration.
+    abstained:   the score is below the contract's `abstain_below`; `label` is still the winner.
+    Without a contract `label` is the decoded top token and `confidence` its probability.
+    """
+
+    classifier: str
+    label: str | None = None
+    confidence: float | None = None
+    scores: Mapping[str, float] | None = None
+    label_mass: float | None = None
+    abstained: bool = False
+    adapter: AdapterRef | None = None
+    warnings: tuple[str, ...] | None = None
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """prompt_tokens: asked for, over all classifiers. computed_tokens: run through the model.
+    cached_tokens: found already computed."""
+
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Milliseconds. queue: the longest wait of a sequence; compute: the longest step that held one; total: all of it."""
+
+    tokenize_ms: float = 0.0
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifyResult:
+    id: str
+    verdicts: tuple[Verdict, ...]
+    usage: Usage
+    timings: Timings
+
+    def __getitem__(self, classifier: str) -> Verdict:
+        """The verdict of `classifier`; KeyError where it was not asked."""
+        for verdict in self.verdicts:
+            if verdict.classifier == classifier:
+                return verdict
+        raise KeyError(classifier)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """A loaded adapter as the API lists it."""
+
+    name: str
+    version: str
+    rank: int
+    num_parameters: int
+    labels: tuple[str, ...] | None
+    question: str | None
+    path: str

@@ -1,0 +1,197 @@
+"""PEFT in fp32, one text at a time, is the oracle: whole next-token distributions agree within 1e-4, for every family,
+with ranks and base rows mixed in one batch. Each feature that matters is then switched off, and must be missed."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence as Seq
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loraplex.adapters.checkpoint import AdapterWeights, read_adapter
+from loraplex.engine.runner import ModelRunner
+from loraplex.engine.sequence import NO_ADAPTER, Sequence, Target
+from loraplex.engine.tokenizer import Tokenizer
+from loraplex.model import attention
+from loraplex.model.loader import build_skeleton, linear_shapes, load_base, read_config
+from loraplex.ops import attention as ops_attention
+
+TOLERANCE = 1e-4
+TEXTS = [
+    "Customer: hi",
+    "Customer: hello, I would like to book a table for two\nAgent: at what time?\nCustomer: at seven, thanks",
+    "Customer: is my payment done?\nAgent: yes, it is",
+    "x",
+]
+ADAPTERS: Mapping[str, Mapping[str, object]] = {
+    "small": {"r": 1, "lora_alpha": 3},
+    "medium": {"r": 5, "lora_alpha": 8, "use_rslora": True},
+    "mixed": {"r": 4, "lora_alpha": 4, "rank_pattern": {"o_proj": 7}, "alpha_pattern": {r"layers\.1\..*": 9}},
+}
+
+Distributions = dict[tuple[str | None, int], torch.Tensor]  # (adapter, text) -> [vocab] probabilities
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A base with its adapters in `folder`, and what PEFT answers."""
+
+    folder: Path
+    token_ids: Seq[Seq[int]]
+    expected: Distributions
+
+    def runner(self) -> ModelRunner:
+        config = read_config(self.folder)
+        return ModelRunner(load_base(config, self.folder, torch.float32, torch.device("cpu")))
+
+    def adapters(self) -> dict[str, AdapterWeights]:
+        shapes = linear_shapes(build_skeleton(read_config(self.folder), self.folder))
+        return {name: read_adapter(self.folder / name, shapes) for name in ADAPTERS}
+
+    def actual(
+        self,
+        token_ids: Seq[Seq[int]] | None = None,
+        adapters: Mapping[str, AdapterWeights] | None = None,
+        together: bool = True,
+    ) -> Distributions:
+        """All texts under all adapters and the base, in one batch or one by one."""
+        runner = self.runner()
+        slots = {None: NO_ADAPTER}
+        for slot, (name, weights) in enumerate((adapters or self.adapters()).items()):
+            runner.set_slot(slot, weights)
+            slots[name] = slot
+        every_token = tuple(Target(position=-1, token_id=i) for i in range(tiny.VOCAB_SIZE))
+        keys, sequences = [], []
+        for text, ids in enumerate(token_ids or self.token_ids):  # texts outermost: adapters alternate in the batch
+            for name, slot in slots.items():
+                keys.append((name, text))
+                sequences.append(Sequence(token_ids=ids, slot=slot, targets=every_token))
+        batches = [sequences] if together else [[sequence] for sequence in sequences]
+        outputs = {id(sequence): output for batch in batches for sequence, output in runner.run(batch)}
+        return {
+            key: torch.tensor(outputs[id(sequence)].log_probs).exp() for key, sequence in zip(keys, sequences, strict=True)
+        }
+
+
+def difference(actual: Distributions, expected: Distributions) -> float:
+    return max((actual[key] - expected[key]).abs().max().item() for key in expected)
+
+
+@torch.inference_mode()
+def ask_peft(folder: Path, token_ids: Seq[Seq[int]]) -> Distributions:
+    """Eager attention, because sdpa ignores soft-capping."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    answers: Distributions = {}
+
+    def ask(name: str | None, run: torch.nn.Module) -> None:
+        for text, ids in enumerate(token_ids):
+            answers[name, text] = run(input_ids=torch.tensor([list(ids)])).logits[0, -1].softmax(-1)
+
+    ask(None, model)
+    names = list(ADAPTERS)
+    peft = PeftModel.from_pretrained(model, folder / names[0], adapter_name=names[0])
+    for name in names[1:]:
+        peft.load_adapter(folder / name, adapter_name=name)
+    for name in names:
+        peft.set_adapter(name)
+        ask(name, peft.eval())
+    return answers
+
+
+@pytest.fixture(scope="module", params=[*tiny.FAMILIES, "llama-metaspace"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    family, _, metaspace = request.param.partition("-meta")
+    return make_case(tmp_path_factory.mktemp(request.param), family, bool(metaspace))
+
+
+def make_case(folder: Path, family: str, metaspace: bool = False) -> Case:
+    tokenizer = tiny.metaspace_tokenizer() if metaspace else tiny.byte_level_tokenizer()
+    tiny.save_base(folder, tiny.FAMILIES[family], tokenizer)
+    for seed, (name, config) in enumerate(ADAPTERS.items()):
+        tiny.save_adapter(folder, folder / name, seed=seed, **config)
+    token_ids = AutoTokenizer.from_pretrained(folder)(TEXTS)["input_ids"]
+    return Case(folder, token_ids, ask_peft(folder, token_ids))
+
+
+def test_batch_of_mixed_adapters_equals_peft(case: Case) -> None:
+    actual = case.actual()
+    assert difference(actual, case.expected) <= TOLERANCE
+    assert all(actual[key].argmax() == expected.argmax() for key, expected in case.expected.items())
+
+
+def test_batch_of_n_equals_n_batches_of_one(case: Case) -> None:
+    assert difference(case.actual(together=False), case.actual()) <= TOLERANCE
+
+
+def test_the_case_can_fail(case: Case) -> None:
+    """Answers are peaked, and every adapter changes them."""
+    peaks = torch.stack([distribution.max() for distribution in case.expected.values()])
+    assert peaks.median() > 0.2
+    for name in ADAPTERS:
+        changed = max((case.expected[name, text] - case.expected[None, text]).abs().max() for text in range(len(TEXTS)))
+        assert changed > 0.1
+
+
+# ------------------------------------------------------------------------------- each feature, switched off
+
+
+def test_without_scaling_it_fails(tmp_path: Path) -> None:
+    case = make_case(tmp_path, "llama")
+    unscaled = {
+        name: dataclasses.replace(
+            adapter, modules={path: dataclasses.replace(lora, scaling=1.0) for path, lora in adapter.modules.items()}
+        )
+        for name, adapter in case.adapters().items()
+    }
+    assert difference(case.actual(adapters=unscaled), case.expected) > 100 * TOLERANCE
+
+
+def test_with_ranks_cut_to_the_smallest_it_fails(tmp_path: Path) -> None:
+    case = make_case(tmp_path, "llama")
+    cut = {
+        name: dataclasses.replace(
+            adapter,
+            modules={
+                path: dataclasses.replace(lora, lora_A=lora.lora_A[:1], lora_B=lora.lora_B[:, :1])
+                for path, lora in adapter.modules.items()
+            },
+        )
+        for name, adapter in case.adapters().items()
+    }
+    assert difference(case.actual(adapters=cut), case.expected) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "feature"), [("gemma2", "softcap"), ("mistral-window", "window"), ("gemma3", "window")])
+def test_without_the_attention_feature_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, feature: str
+) -> None:
+    case = make_case(tmp_path, family)
+
+    def without(*args: object, **kwargs: object) -> torch.Tensor:
+        return ops_attention.varlen_attention(*args, **(kwargs | {feature: None}))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attention, "varlen_attention", without)
+    assert difference(case.actual(), case.expected) > 100 * TOLERANCE
+
+
+def test_without_the_bos_it_fails(tmp_path: Path) -> None:
+    case = make_case(tmp_path, "llama", metaspace=True)
+    tokenizer = Tokenizer(tmp_path)
+    assert [tokenizer.encode(text) for text in TEXTS] == case.token_ids
+    bare = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS]
+    assert bare != case.token_ids
+    assert difference(case.actual(token_ids=bare), case.expected) > 100 * TOLERANCE
+
+
+def test_without_separate_texts_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(tmp_path, "llama")
+
+    def across(query: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        key, value, _ = args
+        return ops_attention.varlen_attention(query, key, value, [len(query)], **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attention, "varlen_attention", across)
+    assert difference(case.actual(), case.expected) > 100 * TOLERANCE

@@ -1,0 +1,170 @@
+"""Tiny bases, tokenizers and adapters, built from configs: random weights, scaled so that answers are peaked and an
+adapter changes them."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers import AutoModelForCausalLM
+
+VOCAB_SIZE = 320
+SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", "<|ask|>"]
+CORPUS = [
+    "Customer: hello, I would like to book a table for two\nAgent: at what time?\nCustomer: at seven, thanks",
+    "Customer: is my payment done? yes or no\nAgent: yes, it is done\nCustomer: no, it is not",
+] * 20
+
+_COMMON: dict[str, Any] = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+    tie_word_embeddings=False,
+)
+
+FAMILIES: Mapping[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_COMMON),
+    "mistral": MistralConfig(**_COMMON, sliding_window=None),
+    "mistral-window": MistralConfig(**_COMMON, sliding_window=8),
+    "qwen2": Qwen2Config(**_COMMON),
+    "qwen3": Qwen3Config(**_COMMON, head_dim=8),
+    "gemma2": Gemma2Config(
+        **_COMMON,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=8,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=30.0,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **_COMMON,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi3": Phi3Config(**_COMMON, sliding_window=None),
+}
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """As GPT-2, Llama 3 and Qwen have it, without a BOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return _wrap(tokenizer)
+
+
+def metaspace_tokenizer(prepend_scheme: str = "first") -> PreTrainedTokenizerFast:
+    """As Llama 2, Mistral and Gemma have it: a space mark, byte fallback and a BOS by the post-processor."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None, byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prepend_scheme)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS + [f"<0x{byte:02X}>" for byte in range(256)],
+        initial_alphabet=[],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
+    return _wrap(tokenizer)
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|ask|>"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_base(
+    folder: Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """A random base in `folder`, with weights large enough for peaked answers."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            gain = 6.0 if "lm_head" in name else 1.5
+            torch.nn.init.normal_(parameter, std=gain / parameter.shape[1] ** 0.5)
+        elif "norm" in name:
+            torch.nn.init.normal_(parameter, mean=0.0 if "gemma" in config.model_type else 1.0, std=0.1)
+        else:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.to(dtype).save_pretrained(folder)
+    (tokenizer or byte_level_tokenizer()).save_pretrained(folder)
+    return model
+
+
+def save_adapter(
+    base: Path, folder: Path, *, contract: Mapping[str, Any] | None = None, seed: int = 1, gain: float = 1.0, **config: Any
+) -> None:
+    """A PEFT adapter with random A and B (PEFT starts B at zero), and its contract."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    settings = dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") | config
+    lora = get_peft_model(model, LoraConfig(**settings))
+    for name, parameter in lora.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=gain / parameter.shape[1] ** 0.5)
+    lora.save_pretrained(folder)
+    shutil.rmtree(folder / "README.md", ignore_errors=True)
+    if contract is not None:
+        (folder / "classifier.yaml").write_text(yaml.safe_dump(dict(contract)))
+
+
+CONTRACT: Mapping[str, Any] = {
+    "question": "Is it done?",
+    "template": "{conversation}<|ask|>{question}\n",
+    "labels": ["yes", "no"],
+}
+
+
+def save_bundle(folder: Path, adapters: int = 3, config: PreTrainedConfig | None = None) -> Path:
+    """A Mistral base and a few adapters of different ranks with contracts, and `verbatim`, which has none."""
+    save_base(folder, config or FAMILIES["mistral"])
+    for index in range(adapters):
+        save_adapter(folder, folder / f"task{index}", contract=CONTRACT, seed=index + 1, r=2 + 3 * index)
+    save_adapter(folder, folder / "verbatim", seed=99)
+    return folder
