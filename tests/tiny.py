@@ -11,6 +11,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -22,7 +23,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM
 
 VOCAB_SIZE = 320
 SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", "<|ask|>"]
@@ -98,7 +98,9 @@ def metaspace_tokenizer(prepend_scheme: str = "first") -> PreTrainedTokenizerFas
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
     return _wrap(tokenizer)
 
 
@@ -138,7 +140,13 @@ def save_base(
 
 
 def save_adapter(
-    base: Path, folder: Path, *, contract: Mapping[str, Any] | None = None, seed: int = 1, gain: float = 1.0, **config: Any
+    base: Path,
+    folder: Path,
+    *,
+    contract: Mapping[str, Any] | None = None,
+    seed: int = 1,
+    gain: float = 1.0,
+    **config: Any,
 ) -> None:
     """A PEFT adapter with random A and B (PEFT starts B at zero), and its contract."""
     torch.manual_seed(seed)

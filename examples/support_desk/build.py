@@ -43,7 +43,11 @@ def read_examples(path: Path) -> list[Example]:
 
 def progress(description: str, total: int) -> tuple[Progress, Any]:
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     bar.start()
     return bar, bar.add_task(description, total=total, note="")
@@ -161,7 +165,11 @@ def cosine(step: int, total: int, warmup: int) -> float:
 
 
 def train_base(
-    train: list[Example], tasks: list[str], tokenizer: PreTrainedTokenizerFast, work: Path, args: argparse.Namespace
+    train: list[Example],
+    tasks: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    work: Path,
+    args: argparse.Namespace,
 ) -> Path:
     """Language model and verdicts together; the task tokens are cut off afterwards, so no question is left in it."""
     final = work / "base"
@@ -178,7 +186,10 @@ def train_base(
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=2e-3, betas=(0.9, 0.95), fused=True
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=2e-3,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, args.base_steps, 100))
     batches = length_buckets([len(tokens) for tokens in conversations], 24, random.Random(args.seed))
@@ -200,7 +211,10 @@ def train_base(
         batch = {key: value.to(args.device) for key, value in batch.items()}
         with torch.autocast(args.device, torch.bfloat16):
             hidden = model.model(
-                input_ids=batch["ids"], position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False
+                input_ids=batch["ids"],
+                position_ids=batch["positions"],
+                attention_mask=batch["mask"],
+                use_cache=False,
             ).last_hidden_state
             talk = batch["lm_target"] != -100
             lm_loss = F.cross_entropy(model.lm_head(hidden[talk]).float(), batch["lm_target"][talk])
@@ -214,7 +228,11 @@ def train_base(
         bar.update(task_id, advance=1, note=f"lm {lm_loss.item():.3f} verdict {verdict_loss.item():.3f}")
         if (step + 1) % 100 == 0:
             print(f"step {step + 1} lm {lm_loss.item():.3f} verdict {verdict_loss.item():.3f}", flush=True)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
             torch.save({**state, "step": step + 1}, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").rename(checkpoint)
     bar.stop()
@@ -250,13 +268,20 @@ def prompt_batch(prompts: list[list[int]], device: str) -> tuple[torch.Tensor, t
 
 
 def train_adapter(
-    train: list[Example], task: dict[str, Any], tokenizer: PreTrainedTokenizerFast, base: Path, folder: Path, args: argparse.Namespace
+    train: list[Example],
+    task: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    base: Path,
+    folder: Path,
+    args: argparse.Namespace,
 ) -> None:
     name = task["name"]
     rng = random.Random(f"{args.seed}/{name}")
     torch.manual_seed(args.seed)
     drawn, shift = draw_for_task(train, name, args.adapter_examples, rng)
-    texts = [TEMPLATE.replace("{conversation}", e["conversation"]).replace("{question}", task["question"]) for e in drawn]
+    texts = [
+        TEMPLATE.replace("{conversation}", e["conversation"]).replace("{question}", task["question"]) for e in drawn
+    ]
     prompts = tokenizer(texts)["input_ids"]
     yes, no = tokenizer.convert_tokens_to_ids(LABELS)
     targets = torch.tensor([yes if example["labels"][name] else no for example in drawn], device=args.device)
@@ -308,8 +333,15 @@ def train_adapter(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train.jsonl.gz and tasks.json")
-    parser.add_argument("--work", type=Path, default=Path("build/support_desk"), help="checkpoints (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "bundle", help="the bundle (default: beside this file)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/support_desk"), help="checkpoints (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "bundle",
+        help="the bundle (default: beside this file)",
+    )
     parser.add_argument("--base-steps", type=int, default=2350)
     parser.add_argument("--adapter-examples", type=int, default=4000, help="conversations an adapter is trained on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

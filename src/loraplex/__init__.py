@@ -8,7 +8,15 @@ from loraplex.types import ClassifyRequest, ClassifyResult, Message, Verdict
 if TYPE_CHECKING:
     from loraplex.inprocess import Loraplex
 
-__all__ = ["ClassifyRequest", "ClassifyResult", "Loraplex", "LoraplexError", "Message", "Verdict", "__version__"]
+__all__ = [
+    "ClassifyRequest",
+    "ClassifyResult",
+    "Loraplex",
+    "LoraplexError",
+    "Message",
+    "Verdict",
+    "__version__",
+]
 __version__ = "0.1.0"
 
 

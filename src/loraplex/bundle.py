@@ -57,12 +57,16 @@ def open_adapter(name: str, folder: Path) -> AdapterSource:
     """Check that `folder` looks like a PEFT adapter and read its contract."""
     if not NAME.fullmatch(name):
         raise BundleError(
-            folder, f"{name!r} cannot name a classifier", remedy="use letters, digits, '.', '_' and '-', 128 at most"
+            folder,
+            f"{name!r} cannot name a classifier",
+            remedy="use letters, digits, '.', '_' and '-', 128 at most",
         )
     if not folder.is_dir():
         raise BundleError(folder, f"no such folder (adapter {name!r})", remedy="give the folder that PEFT saved")
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise BundleError(folder, f"no {ADAPTER_CONFIG} in it", remedy="give the folder that PEFT's save_pretrained wrote")
+        raise BundleError(
+            folder, f"no {ADAPTER_CONFIG} in it", remedy="give the folder that PEFT's save_pretrained wrote"
+        )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         if (folder / "adapter_model.bin").is_file():
             raise BundleError(
@@ -137,7 +141,9 @@ def _from_hub(name: str, source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
-        raise BundleError(source, f"no folder {name!r}", remedy="give the path of a bundle or a base, or a hub id org/name")
+        raise BundleError(
+            source, f"no folder {name!r}", remedy="give the path of a bundle or a base, or a hub id org/name"
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
     except Exception as exc:  # huggingface_hub raises many kinds, httpx's among them; all mean that it cannot be had

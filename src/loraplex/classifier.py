@@ -68,10 +68,14 @@ class Contract(BaseModel):
             raise ValueError(f"'threshold' needs exactly two labels, there are {len(self.labels)}")
         for label in self.calibration.bias:
             if label not in self.labels:
-                raise ValueError(f"'calibration.bias' names {label!r}, which is not among the labels {list(self.labels)}")
+                raise ValueError(
+                    f"'calibration.bias' names {label!r}, which is not among the labels {list(self.labels)}"
+                )
         for golden in self.golden:
             if golden.label not in self.labels:
-                raise ValueError(f"'golden' expects {golden.label!r}, which is not among the labels {list(self.labels)}")
+                raise ValueError(
+                    f"'golden' expects {golden.label!r}, which is not among the labels {list(self.labels)}"
+                )
         if self.template is not None:
             if self.template.count(CONVERSATION) != 1:
                 raise ValueError(f"'template' must hold {CONVERSATION} exactly once")
@@ -126,7 +130,10 @@ def conversation_text(conversation: str | Sequence[Message], roles: Mapping[str,
     if isinstance(conversation, str):
         text = conversation
     else:
-        names = {**{name.lower(): name for name in roles.values()}, **{key.lower(): name for key, name in roles.items()}}
+        names = {
+            **{name.lower(): name for name in roles.values()},
+            **{key.lower(): name for key, name in roles.items()},
+        }
         lines = []
         for message in conversation:
             if message.role.lower() not in names:
@@ -137,4 +144,16 @@ def conversation_text(conversation: str | Sequence[Message], roles: Mapping[str,
             text = ""
     if not text.strip():
         raise InvalidRequestError("the input is empty", remedy="send the text or the messages to classify")
+    return valid_unicode(text)
+
+
+def valid_unicode(text: str) -> str:
+    """`text`, or InvalidRequestError where it holds half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidRequestError(
+            f"the input holds {text[exc.start]!r} at character {exc.start}, which is no Unicode text",
+            remedy="send valid UTF-8, and characters beyond U+FFFF as whole surrogate pairs",
+        ) from None
     return text

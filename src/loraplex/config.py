@@ -74,7 +74,10 @@ def read_yaml(path: Path, error: type[ConfigurationError]) -> dict[str, Any]:
 
 
 def validate(
-    model: type[Settings], values: Mapping[str, Any], source: object, error: type[ConfigurationError] = ConfigurationError
+    model: type[Settings],
+    values: Mapping[str, Any],
+    source: object,
+    error: type[ConfigurationError] = ConfigurationError,
 ) -> Settings:
     """Build `model` from `values`; the first thing wrong becomes an `error` that names source, key and remedy."""
     try:

@@ -1,20 +1,20 @@
 """Every error a user can meet, with a stable code, an HTTP status and a remedy.
 
-    LoraplexError
-    ├── BadInputError             400  bad_input            the body cannot be read
-    │   └── InvalidRequestError   422  invalid_request      it can be read, but a field is wrong
-    ├── UnknownClassifierError    404  unknown_classifier
-    ├── InputTooLongError         413  input_too_long
-    ├── QueueFullError            429  queue_full
-    ├── NotReadyError             503  not_ready
-    ├── DeadlineExceededError     504  deadline_exceeded
-    ├── CancelledError            499  cancelled            the client left
-    ├── EngineError               500  engine_error         our fault, or the device's
-    └── ConfigurationError        500  configuration_error  what is on disk, found before serving
-        ├── BundleError                bundle_error
-        ├── ContractError              contract_error
-        ├── AdapterError               adapter_error
-        └── UnsupportedModelError      unsupported_model
+LoraplexError
+├── BadInputError             400  bad_input            the body cannot be read
+│   └── InvalidRequestError   422  invalid_request      it can be read, but a field is wrong
+├── UnknownClassifierError    404  unknown_classifier
+├── InputTooLongError         413  input_too_long
+├── QueueFullError            429  queue_full
+├── NotReadyError             503  not_ready
+├── DeadlineExceededError     504  deadline_exceeded
+├── CancelledError            499  cancelled            the client left
+├── EngineError               500  engine_error         our fault, or the device's
+└── ConfigurationError        500  configuration_error  what is on disk, found before serving
+    ├── BundleError                bundle_error
+    ├── ContractError              contract_error
+    ├── AdapterError               adapter_error
+    └── UnsupportedModelError      unsupported_model
 """
 
 from typing import ClassVar

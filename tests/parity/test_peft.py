@@ -2,15 +2,16 @@
 with ranks and base rows mixed in one batch. Each feature that matters is then switched off, and must be missed."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence as Seq
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tiny
 from loraplex.adapters.checkpoint import AdapterWeights, read_adapter
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.sequence import NO_ADAPTER, Sequence, Target
@@ -72,7 +73,8 @@ class Case:
         batches = [sequences] if together else [[sequence] for sequence in sequences]
         outputs = {id(sequence): output for batch in batches for sequence, output in runner.run(batch)}
         return {
-            key: torch.tensor(outputs[id(sequence)].log_probs).exp() for key, sequence in zip(keys, sequences, strict=True)
+            key: torch.tensor(outputs[id(sequence)].log_probs).exp()
+            for key, sequence in zip(keys, sequences, strict=True)
         }
 
 
@@ -142,7 +144,8 @@ def test_without_scaling_it_fails(tmp_path: Path) -> None:
     case = make_case(tmp_path, "llama")
     unscaled = {
         name: dataclasses.replace(
-            adapter, modules={path: dataclasses.replace(lora, scaling=1.0) for path, lora in adapter.modules.items()}
+            adapter,
+            modules={path: dataclasses.replace(lora, scaling=1.0) for path, lora in adapter.modules.items()},
         )
         for name, adapter in case.adapters().items()
     }
@@ -164,7 +167,9 @@ def test_with_ranks_cut_to_the_smallest_it_fails(tmp_path: Path) -> None:
     assert difference(case.actual(adapters=cut), case.expected) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "feature"), [("gemma2", "softcap"), ("mistral-window", "window"), ("gemma3", "window")])
+@pytest.mark.parametrize(
+    ("family", "feature"), [("gemma2", "softcap"), ("mistral-window", "window"), ("gemma3", "window")]
+)
 def test_without_the_attention_feature_it_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, feature: str
 ) -> None:

@@ -105,11 +105,15 @@ def read_adapter(folder: Path, linear_shapes: Mapping[str, tuple[int, int]]) -> 
                 for side, tensor in (("A", lora_A), ("B", lora_B)):
                     if not torch.isfinite(tensor).all():
                         raise AdapterError(
-                            weights_path, f"{module}.lora_{side} holds NaN or infinity", remedy="train the adapter again"
+                            weights_path,
+                            f"{module}.lora_{side} holds NaN or infinity",
+                            remedy="train the adapter again",
                         )
                 modules[module] = LoRAWeights(lora_A=lora_A, lora_B=lora_B, scaling=scaling)
     except (SafetensorError, OSError) as exc:
-        raise AdapterError(weights_path, f"not readable as safetensors: {exc}", remedy="save or copy the file again") from None
+        raise AdapterError(
+            weights_path, f"not readable as safetensors: {exc}", remedy="save or copy the file again"
+        ) from None
     missing = [module for module in linear_shapes if _is_targeted(module, config) and module not in modules]
     if missing:
         raise AdapterError(
@@ -155,23 +159,33 @@ def _checked_header(
 ) -> dict[str, dict[str, tuple[int, ...]]]:
     """module -> {"A": shape, "B": shape}; every tensor of the file is accounted for and fits the base."""
     sides: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
+    for key in file.keys():
         match = TENSOR.fullmatch(key)
         if match is None:
-            raise AdapterError(path, f"tensor {key!r} is not a LoRA weight that is supported", remedy="see docs/adapters.md")
+            raise AdapterError(
+                path, f"tensor {key!r} is not a LoRA weight that is supported", remedy="see docs/adapters.md"
+            )
         header = file.get_slice(key)
         if header.get_dtype() not in DTYPES:
-            raise AdapterError(path, f"tensor {key!r} is {header.get_dtype()}", remedy="save it as float16, bfloat16 or float32")
+            raise AdapterError(
+                path,
+                f"tensor {key!r} is {header.get_dtype()}",
+                remedy="save it as float16, bfloat16 or float32",
+            )
         sides.setdefault(match["module"], {})[match["side"]] = tuple(header.get_shape())
     if not sides:
         raise AdapterError(path, "holds no tensors", remedy="save the adapter again")
     for module, shapes in sides.items():
         if module not in linear_shapes:
             raise AdapterError(
-                path, f"the base has no linear layer {module!r}", remedy="serve the adapter on the base it was trained on"
+                path,
+                f"the base has no linear layer {module!r}",
+                remedy="serve the adapter on the base it was trained on",
             )
         if set(shapes) != {"A", "B"}:
-            raise AdapterError(path, f"{module} has no lora_{'B' if 'A' in shapes else 'A'}", remedy="save the adapter again")
+            raise AdapterError(
+                path, f"{module} has no lora_{'B' if 'A' in shapes else 'A'}", remedy="save the adapter again"
+            )
         out_features, in_features = linear_shapes[module]
         lora_A, lora_B = shapes["A"], shapes["B"]
         rank = lora_A[0] if len(lora_A) == 2 else 0

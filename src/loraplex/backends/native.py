@@ -19,7 +19,13 @@ from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput, Target
 from loraplex.engine.tokenizer import Conversations, Prompt, Template, Tokenizer, verbatim
-from loraplex.errors import ContractError, InvalidRequestError, LoraplexError, NotReadyError, UnknownClassifierError
+from loraplex.errors import (
+    ContractError,
+    InvalidRequestError,
+    LoraplexError,
+    NotReadyError,
+    UnknownClassifierError,
+)
 from loraplex.model.loader import (
     build_skeleton,
     linear_shapes,
@@ -114,7 +120,9 @@ class NativeBackend:
         sequences = [sequence for question in questions.values() for sequence in question.sequences]
         deadline_s = None if request.deadline_ms is None else started + request.deadline_ms / 1000
         outcomes = iter(await self._compute(sequences, deadline_s))
-        verdicts = tuple(question.verdict([next(outcomes) for _ in question.sequences]) for question in questions.values())
+        verdicts = tuple(
+            question.verdict([next(outcomes) for _ in question.sequences]) for question in questions.values()
+        )
         if all(question.error is not None for question in questions.values()):
             raise next(question.error for question in questions.values() if question.error is not None)
         return ClassifyResult(
@@ -159,7 +167,9 @@ class NativeBackend:
     def _names(self, request: ClassifyRequest) -> tuple[str, ...]:
         names = tuple(self._classifiers) if request.classifiers == "*" else tuple(dict.fromkeys(request.classifiers))
         if not names:
-            raise InvalidRequestError("no classifier is asked", remedy='name at least one, or "*" for all that are loaded')
+            raise InvalidRequestError(
+                "no classifier is asked", remedy='name at least one, or "*" for all that are loaded'
+            )
         return names
 
     def _loaded(self, name: str) -> LoadedClassifier:
@@ -271,7 +281,11 @@ class _Question:
         return sum(sequence.num_tokens for sequence in self.sequences) if self.outputs else 0
 
     def ask(
-        self, loaded: LoadedClassifier, request: ClassifyRequest, conversations: Conversations, max_model_len: int
+        self,
+        loaded: LoadedClassifier,
+        request: ClassifyRequest,
+        conversations: Conversations,
+        max_model_len: int,
     ) -> None:
         self.loaded = loaded
         contract = loaded.source.contract

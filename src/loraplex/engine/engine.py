@@ -117,4 +117,6 @@ class Engine:
 
 def _is_out_of_memory(exc: Exception) -> bool:
     """torch.OutOfMemoryError on CUDA, a RuntimeError of the CPU allocator; told by name, for no torch is known here."""
-    return type(exc).__name__ == "OutOfMemoryError" or isinstance(exc, MemoryError) or "can't allocate memory" in str(exc)
+    return (
+        type(exc).__name__ == "OutOfMemoryError" or isinstance(exc, MemoryError) or "can't allocate memory" in str(exc)
+    )

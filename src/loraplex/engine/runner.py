@@ -78,7 +78,10 @@ class ModelRunner:
         texts[1] = texts[1][:5]
 
         def log_probs(*token_ids: list[int]) -> list[float]:
-            sequences = [Sequence(token_ids=ids, slot=NO_ADAPTER, targets=(Target(position=-1, token_id=3),)) for ids in token_ids]
+            sequences = [
+                Sequence(token_ids=ids, slot=NO_ADAPTER, targets=(Target(position=-1, token_id=3),))
+                for ids in token_ids
+            ]
             return [output.log_probs[0] for _, output in self.run(sequences)]
 
         together, alone = log_probs(*texts), [log_probs(text)[0] for text in texts]

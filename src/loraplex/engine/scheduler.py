@@ -61,5 +61,7 @@ class Scheduler:
         if request.cancelled:
             return CancelledError("the client left", remedy="none is needed")
         if request.deadline_s is not None and now >= request.deadline_s:
-            return DeadlineExceededError("not computed before the deadline", remedy="allow more time or send less at once")
+            return DeadlineExceededError(
+                "not computed before the deadline", remedy="allow more time or send less at once"
+            )
         return None

@@ -2,12 +2,11 @@
 
 import functools
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraplex.classifier import CONVERSATION, QUESTION, Contract
+from loraplex.classifier import CONVERSATION, QUESTION, Contract, valid_unicode
 from loraplex.errors import BundleError, ContractError, InputTooLongError, InvalidRequestError
 
 # Endings of a conversation that a label must not merge with (checked when a contract is bound).
@@ -35,7 +34,9 @@ class Tokenizer:
             ) from None
         if not self._hf.is_fast:
             raise BundleError(
-                folder, "the tokenizer has no fast version", remedy="convert it: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+                folder,
+                "the tokenizer has no fast version",
+                remedy="convert it: AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
         self.special_tokens: dict[str, int] = {
             token.content: token_id for token_id, token in self._hf.added_tokens_decoder.items() if token.special
@@ -89,7 +90,9 @@ class Tokenizer:
             frame: str = self._hf.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         except Exception as exc:  # jinja's errors and the template's own
             raise ContractError(
-                source, f"the base's chat template fails: {exc}", remedy="give a 'template' in classifier.yaml"
+                source,
+                f"the base's chat template fails: {exc}",
+                remedy="give a 'template' in classifier.yaml",
             ) from None
         return frame
 
@@ -128,7 +131,9 @@ class Template:
         limit = max_model_len if contract.max_length is None else contract.max_length
         if limit > max_model_len:
             raise ContractError(
-                f"{source}, key 'max_length'", f"{limit} is more than the base's {max_model_len}", remedy=f"at most {max_model_len}"
+                f"{source}, key 'max_length'",
+                f"{limit} is more than the base's {max_model_len}",
+                remedy=f"at most {max_model_len}",
             )
         self.max_length = limit
         self._room = min(limit, max_model_len - continuation)
@@ -148,7 +153,9 @@ class Template:
         warnings = []
         conversation, spelled = conversations.escape(conversation)
         if spelled:
-            warnings.append(f"the input spells special tokens, which were kept as text: {', '.join(map(repr, spelled))}")
+            warnings.append(
+                f"the input spells special tokens, which were kept as text: {', '.join(map(repr, spelled))}"
+            )
         ids = self._encode(conversation, conversations)
         if len(ids) > self._room:
             num_tokens = len(ids)
@@ -222,9 +229,9 @@ class Template:
 
 def verbatim(text: str, tokenizer: Tokenizer, max_model_len: int) -> Prompt:
     """The article's prompt: `tokenizer(text)`, special tokens parsed. InputTooLongError: never cut."""
-    if not text:
+    ids = tokenizer.encode(valid_unicode(text)) if text else []
+    if not ids:
         raise InvalidRequestError("the input is empty", remedy="send the text to classify")
-    ids = tokenizer.encode(text)
     if len(ids) > max_model_len:
         raise InputTooLongError(
             f"the prompt has {len(ids)} tokens, the base takes {max_model_len}",
@@ -233,9 +240,8 @@ def verbatim(text: str, tokenizer: Tokenizer, max_model_len: int) -> Prompt:
     return Prompt(text=text, token_ids=tuple(ids))
 
 
-def turn_starts(conversation: str, roles: tuple[str, ...] | Mapping[str, str]) -> list[int]:
+def turn_starts(conversation: str, names: tuple[str, ...]) -> list[int]:
     """Characters at which a line begins with a role's name and a colon; any line where no line does; never 0."""
-    names = roles.values() if isinstance(roles, Mapping) else roles
     speakers = "|".join(map(re.escape, names))
     starts = [match.end() for match in re.finditer(rf"\n(?=(?:{speakers}):)", conversation)]
     return starts or [match.end() for match in re.finditer(r"\n(?=.)", conversation)]
@@ -250,7 +256,9 @@ def _frame(tokenizer: Tokenizer, contract: Contract, source: object) -> tuple[st
         template = content + "\n" if frame is None else frame
         if CONVERSATION not in template:
             raise ContractError(
-                source, "the base's chat template leaves the user's message out", remedy="give a 'template' in classifier.yaml"
+                source,
+                "the base's chat template leaves the user's message out",
+                remedy="give a 'template' in classifier.yaml",
             )
         # A chat template writes its own BOS, which must not be doubled.
         add_special_tokens = frame is None or not tokenizer.starts_with_bos(frame)

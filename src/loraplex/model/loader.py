@@ -17,19 +17,21 @@ LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one."""
+    """ "auto" is CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UnsupportedModelError(
-            f"device {name!r}", f"PyTorch finds {torch.cuda.device_count()} CUDA devices", remedy="use --device cpu"
+            f"device {name!r}",
+            f"PyTorch finds {torch.cuda.device_count()} CUDA devices",
+            remedy="use --device cpu",
         )
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 where the device computes in it, else float32."""
+    """ "auto" is bfloat16 where the device computes in it, else float32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -43,7 +45,9 @@ def read_config(path: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError) as exc:
         raise UnsupportedModelError(
-            path / "config.json", str(exc).splitlines()[0], remedy="use a base that transformers knows; no remote code is run"
+            path / "config.json",
+            str(exc).splitlines()[0],
+            remedy="use a base that transformers knows; no remote code is run",
         ) from None
 
     def refuse(what: str, remedy: str = "serve another base") -> UnsupportedModelError:
@@ -51,10 +55,14 @@ def read_config(path: Path) -> PreTrainedConfig:
 
     layer_types = set(getattr(config, "layer_types", None) or ())
     if not layer_types <= SERVED_LAYER_TYPES:
-        raise refuse(f"layer types {sorted(layer_types - SERVED_LAYER_TYPES)} are not served, only full and sliding attention")
+        raise refuse(
+            f"layer types {sorted(layer_types - SERVED_LAYER_TYPES)} are not served, only full and sliding attention"
+        )
     for rope_type in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if rope_type in LENGTH_DEPENDENT_ROPE:
-            raise refuse(f"rope type {rope_type!r} depends on the batch's longest text, so texts packed together would differ")
+            raise refuse(
+                f"rope type {rope_type!r} depends on the batch's longest text, so texts packed together would differ"
+            )
     return config
 
 
@@ -99,7 +107,9 @@ def load_base(config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: 
             output_loading_info=True,
         )
     except (RuntimeError, ValueError, OSError, SafetensorError) as exc:
-        raise UnsupportedModelError(path, f"the base does not load: {exc}", remedy="save or copy the base again") from None
+        raise UnsupportedModelError(
+            path, f"the base does not load: {exc}", remedy="save or copy the base again"
+        ) from None
     if info["missing_keys"]:
         raise UnsupportedModelError(
             path,

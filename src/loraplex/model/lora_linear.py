@@ -34,7 +34,9 @@ class MultiLoRALinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.segments = segments
-        self.slots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # slot -> lora_A.T [in, r], (scaling * lora_B).T [r, out]
+        self.slots: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # slot -> lora_A.T [in, r], (scaling * lora_B).T [r, out]
 
     def set_slot(self, slot: int, weights: LoRAWeights) -> None:
         base = self.base_layer.weight

@@ -30,7 +30,13 @@ def varlen_attention(
         if window is not None and window < num_tokens:
             mask = reference.visible(num_tokens, window, query.device)
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         output[start:end] = attended[0].transpose(0, 1)
         start = end

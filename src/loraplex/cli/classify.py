@@ -1,0 +1,118 @@
+"""`loraplex classify`"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loraplex.cli.options import (
+    AdapterOption,
+    DeviceOption,
+    DtypeOption,
+    PathArgument,
+    errors_to_exit,
+    named_adapters,
+    quiet_libraries,
+)
+from loraplex.errors import InvalidRequestError
+from loraplex.types import ClassifyRequest, ClassifyResult
+
+
+def classify(
+    path: PathArgument,
+    stdin: Annotated[
+        str | None, typer.Argument(metavar="[-]", help="- reads the conversation from standard input.")
+    ] = None,
+    classifier: Annotated[
+        list[str] | None,
+        typer.Option("--classifier", "-c", metavar="NAME", help="Ask this classifier. Repeatable."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Ask every classifier.")] = False,
+    text: Annotated[str | None, typer.Option(help="The conversation.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text file with the conversation; - is standard input.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same object as POST /v1/classify.")] = False,
+    show_prompt: Annotated[
+        bool, typer.Option("--show-prompt", help="Print each prompt and its token ids first.")
+    ] = False,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Judge one conversation, without a server.
+
+    Example: [bold]loraplex classify examples/support_desk/bundle --all --text "Customer: Thanks, that was all. Bye!"[/]
+
+    Example: [bold]loraplex classify examples/support_desk/bundle -c issueResolved --json - < conversation.txt[/]
+
+    Exit code 0: every verdict was reached; 1: something failed; 2: wrong usage.
+    """
+    if every == bool(classifier):
+        raise typer.BadParameter(
+            "name classifiers with --classifier, or ask --all of them", param_hint="--classifier/--all"
+        )
+    if sum(source is not None for source in (stdin, text, file)) != 1:
+        raise typer.BadParameter("give the conversation once", param_hint="--text/--file/-")
+    if stdin not in (None, "-"):
+        raise typer.BadParameter(f"{stdin!r}: only - may stand here; text goes after --text", param_hint="[-]")
+    adapters = named_adapters(adapter)
+    with errors_to_exit():
+        conversation = text if text is not None else _read(None if file in (None, Path("-")) else file)
+        from loraplex.inprocess import Loraplex
+
+        quiet_libraries()
+        request = ClassifyRequest(input=conversation, classifiers="*" if every else tuple(classifier or ()))
+        with Loraplex.load(path, adapters=adapters, device=device, dtype=dtype) as loraplex:
+            prompts = loraplex.backend.show_prompt(request) if show_prompt else ()
+            result = loraplex.classify(conversation, request.classifiers)
+    if as_json:
+        from loraplex.server.schemas import result_json
+
+        answer = json.loads(result_json(result))
+        if show_prompt:
+            answer["prompts"] = [{"classifier": name, "text": shown, "token_ids": ids} for name, shown, ids in prompts]
+        typer.echo(json.dumps(answer, ensure_ascii=False))
+    else:
+        for name, shown, ids in prompts:
+            typer.echo(f"--- {name}: {len(ids)} tokens\n{shown}\n{list(ids)}\n")
+        _print_table(result)
+    if any(verdict.error is not None for verdict in result.verdicts):
+        raise typer.Exit(1)
+
+
+def _read(file: Path | None) -> str:
+    """A file's text, or standard input's for None."""
+    try:
+        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        return data.decode("utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidRequestError(f"{file or 'standard input'}: {exc}", remedy="give a UTF-8 text file") from None
+
+
+def _print_table(result: ClassifyResult) -> None:
+    table = Table()
+    for column in ("classifier", "label", "confidence", "scores", "adapter version"):
+        table.add_column(column, justify="right" if column == "confidence" else "left")
+    for verdict in result.verdicts:
+        version = verdict.adapter.version if verdict.adapter else ""
+        if verdict.error is not None or verdict.label is None or verdict.confidence is None:
+            reason = verdict.error.message if verdict.error else ""
+            table.add_row(verdict.classifier, "[red]error[/]", "", reason, version)
+            continue
+        scores = "  ".join(f"{label} {score:.3f}" for label, score in (verdict.scores or {}).items())
+        label = f"{verdict.label} (abstained)" if verdict.abstained else verdict.label
+        table.add_row(verdict.classifier, label, f"{verdict.confidence:.3f}", scores, version)
+    console = Console()
+    console.print(table)
+    for warning in dict.fromkeys(warning for verdict in result.verdicts for warning in verdict.warnings or ()):
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+    usage, timings = result.usage, result.timings
+    console.print(
+        f"{usage.computed_tokens} tokens in {timings.total_ms:.0f} ms "
+        f"(tokenize {timings.tokenize_ms:.1f}, wait {timings.queue_ms:.1f}, compute {timings.compute_ms:.1f})"
+    )

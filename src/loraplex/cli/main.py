@@ -1,0 +1,32 @@
+"""`loraplex`: gathers the commands; one file each."""
+
+import typer
+
+import loraplex
+from loraplex.cli import classify, serve
+
+app = typer.Typer(
+    help="Serve many fine-tuned LoRA classifiers from one base model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("serve")(serve.serve)
+app.command("classify")(classify.classify)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loraplex {loraplex.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    app()

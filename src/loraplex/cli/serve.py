@@ -1,0 +1,89 @@
+"""`loraplex serve`"""
+
+import asyncio
+import logging
+import shlex
+from typing import Annotated
+
+import typer
+
+from loraplex.cli.options import (
+    AdapterOption,
+    DeviceOption,
+    DtypeOption,
+    PathArgument,
+    errors_to_exit,
+    named_adapters,
+    quiet_libraries,
+    stderr,
+)
+
+EXAMPLE = '{"input": "Customer: My order never came.\\nAgent: I have sent a new one.\\nCustomer: Great, thank you, bye!", "classifiers": "*"}'
+
+
+def serve(
+    path: PathArgument,
+    adapter: AdapterOption = None,
+    host: Annotated[str | None, typer.Option(envvar="LORAPLEX_HOST", help="Default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(envvar="LORAPLEX_PORT", help="Default 8000; 0 takes a free one.")] = None,
+    backend: Annotated[str | None, typer.Option(envvar="LORAPLEX_BACKEND", help="native (the default).")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    max_queue: Annotated[
+        int | None,
+        typer.Option(envvar="LORAPLEX_MAX_QUEUE", help="Sequences that may wait; over it 429. Default 4096."),
+    ] = None,
+    max_step_tokens: Annotated[
+        int | None,
+        typer.Option(envvar="LORAPLEX_MAX_STEP_TOKENS", help="Tokens in one forward pass. Default 8192."),
+    ] = None,
+    drain_timeout: Annotated[
+        int | None,
+        typer.Option(envvar="LORAPLEX_DRAIN_TIMEOUT", help="Seconds for requests in flight at SIGTERM. Default 25."),
+    ] = None,
+) -> None:
+    """Serve a bundle over HTTP.
+
+    Example: [bold]loraplex serve examples/support_desk/bundle --port 8000[/]
+
+    Example: [bold]loraplex serve path/to/base --adapter isFraud=path/to/adapter[/]
+
+    Each option can also stand in the environment (LORAPLEX_PORT=8000) and in the bundle's loraplex.yaml, under
+    [bold]engine:[/] or [bold]server:[/]. Options win over the environment, the environment over the file.
+    """
+    adapters = named_adapters(adapter)
+    with errors_to_exit():
+        from loraplex.bundle import open_bundle
+        from loraplex.config import EngineConfig, ServerConfig, resolve
+
+        bundle = open_bundle(path, adapters)
+        engine_config = resolve(
+            EngineConfig,
+            bundle.settings.engine,
+            {
+                "backend": backend,
+                "device": device,
+                "dtype": dtype,
+                "max_queue": max_queue,
+                "max_step_tokens": max_step_tokens,
+            },
+        )
+        server_config = resolve(
+            ServerConfig, bundle.settings.server, {"host": host, "port": port, "drain_timeout": drain_timeout}
+        )
+        from loraplex.backends.native import NativeBackend
+        from loraplex.server import app
+
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        quiet_libraries()
+        sock = app.bind(server_config)
+        with sock:
+            url = f"http://{server_config.host}:{sock.getsockname()[1]}"
+            stderr.print(f"loading {bundle.base} with {len(bundle.adapters)} adapters …", markup=False)
+
+            def announce() -> None:
+                stderr.print(f"ready: {url} (docs: {url}/docs). Try:", markup=False)
+                typer.echo(f"curl -s {url}/v1/classify -H 'Content-Type: application/json' -d {shlex.quote(EXAMPLE)}")
+
+            asyncio.run(app.serve(NativeBackend(bundle, engine_config), server_config, sock, announce))
+            stderr.print("stopped")

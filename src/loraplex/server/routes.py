@@ -1,0 +1,93 @@
+"""The native routes: /v1/classify, /v1/models and health."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request, Response
+
+from loraplex.backends.base import Backend
+from loraplex.errors import CancelledError, NotReadyError
+from loraplex.server.schemas import ClassifyBody, ErrorBody, ModelCard, ModelList, result_json
+from loraplex.types import ClassifyResult
+
+Result = TypeVar("Result")
+
+router = APIRouter()
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "the body is not JSON in UTF-8"},
+    404: {"model": ErrorBody, "description": "no such classifier"},
+    413: {
+        "model": ErrorBody,
+        "description": "the prompt is longer than the base takes, and no contract cuts it",
+    },
+    415: {"model": ErrorBody, "description": "the body is not declared as application/json"},
+    422: {"model": ErrorBody, "description": "a field is missing, unknown, of the wrong type or empty"},
+    429: {"model": ErrorBody, "description": "the queue is full"},
+    503: {"model": ErrorBody, "description": "not ready, or stopping"},
+    504: {"model": ErrorBody, "description": "nothing was computed before the deadline"},
+}
+
+
+def backend_of(request: Request) -> Backend:
+    backend: Backend = request.app.state.backend
+    return backend
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Run `work`, or cancel it when the client leaves: what it queued is dropped at the engine's next step."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise CancelledError("the client left", remedy="none is needed")
+        return task.result()
+    finally:
+        watch.cancel()
+        task.cancel()
+
+
+@router.post("/v1/classify", response_model=ClassifyResult, responses=ERRORS, tags=["classify"])
+async def classify(request: Request, body: ClassifyBody) -> Response:
+    """Judge one conversation by any number of classifiers, in one forward pass where they fit."""
+    result = await while_connected(request, backend_of(request).classify(body.to_request()))
+    return Response(result_json(result), media_type="application/json")
+
+
+@router.get("/v1/models", tags=["adapters"])
+async def models(request: Request) -> ModelList:
+    """The base, then every adapter."""
+    backend, created = backend_of(request), request.app.state.created
+    cards = [ModelCard(id=backend.base_name, created=created)]
+    cards += [ModelCard(id=info.name, created=created, parent=backend.base_name) for info in backend.adapters()]
+    return ModelList(data=cards)
+
+
+@router.get("/health", tags=["health"], responses={503: {"model": ErrorBody}})
+async def health(request: Request) -> dict[str, str]:
+    """200 while the engine lives."""
+    return _alive(request)
+
+
+@router.get("/ready", tags=["health"], responses={503: {"model": ErrorBody}})
+async def ready(request: Request) -> dict[str, str]:
+    """200 when requests are answered: the base and all adapters are loaded."""
+    return _alive(request)
+
+
+@router.get("/ping", tags=["health"], responses={503: {"model": ErrorBody}})
+async def ping(request: Request) -> dict[str, str]:
+    """SageMaker's health check: as /ready."""
+    return _alive(request)
+
+
+def _alive(request: Request) -> dict[str, str]:
+    if not backend_of(request).alive:
+        raise NotReadyError("the engine does not run", remedy="see the server's log; restart it if this stays")
+    return {"status": "ok"}
