@@ -1,16 +1,20 @@
 """Shared fixtures. Progress bars are off: they are noise in a log."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`
+sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny` and `import serving`
+
+import serving
+import tiny
 
 transformers_logging.disable_progress_bar()
-torch.set_num_threads(2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,6 +27,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Mistral with three adapters that have contracts, and `verbatim`, which has none."""
-    import tiny
-
     return tiny.save_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_bundle: Path) -> Iterator[serving.Server]:
+    """The tiny bundle served in fp32 for all tests that ask over HTTP and stop nothing."""
+    with serving.serve(tiny_bundle, "--dtype", "float32") as server:
+        yield server
+
+
+@pytest.fixture
+def http(tiny_server: serving.Server) -> Iterator[httpx.Client]:
+    with serving.client(tiny_server) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def demo_bundle() -> Path:
+    return serving.ROOT / "examples" / "support_desk" / "bundle"

@@ -1,7 +1,6 @@
 """Tiny bases, tokenizers and adapters, built from configs: random weights, scaled so that answers are peaked and an
 adapter changes them."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -122,10 +120,10 @@ def save_base(
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> PreTrainedModel:
+) -> None:
     """A random base in `folder`, with weights large enough for peaked answers."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: Any = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             gain = 6.0 if "lm_head" in name else 1.5
@@ -136,7 +134,6 @@ def save_base(
             torch.nn.init.normal_(parameter, std=0.1)
     model.to(dtype).save_pretrained(folder)
     (tokenizer or byte_level_tokenizer()).save_pretrained(folder)
-    return model
 
 
 def save_adapter(
@@ -151,13 +148,12 @@ def save_adapter(
     """A PEFT adapter with random A and B (PEFT starts B at zero), and its contract."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
-    settings = dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") | config
+    settings: dict[str, Any] = dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") | config
     lora = get_peft_model(model, LoraConfig(**settings))
     for name, parameter in lora.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=gain / parameter.shape[1] ** 0.5)
-    lora.save_pretrained(folder)
-    shutil.rmtree(folder / "README.md", ignore_errors=True)
+    lora.save_pretrained(str(folder))
     if contract is not None:
         (folder / "classifier.yaml").write_text(yaml.safe_dump(dict(contract)))
 

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 from peft import LoraConfig, get_peft_model
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 BOS, EOS, PAD, ASK, VERDICT = "<s>", "</s>", "<pad>", "<|ask|>", "<|verdict|>"
 SPECIAL_TOKENS = [BOS, EOS, PAD, ASK, VERDICT]
@@ -41,7 +41,7 @@ def read_examples(path: Path) -> list[Example]:
         return [json.loads(line) for line in file]
 
 
-def progress(description: str, total: int) -> tuple[Progress, Any]:
+def progress(description: str, total: int) -> tuple[Progress, TaskID]:
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -84,6 +84,11 @@ def train_tokenizer(train: list[Example], questions: list[str], folder: Path) ->
     fast.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     fast.save_pretrained(folder)
     return fast
+
+
+def token_ids(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in tokens]
 
 
 # -------------------------------------------------------------------------------------------------- base
@@ -176,10 +181,10 @@ def train_base(
     if (final / "model.safetensors").exists():
         return final
     vocab_size = len(tokenizer)
-    ask, verdict = tokenizer.convert_tokens_to_ids([ASK, VERDICT])
-    yes, no = tokenizer.convert_tokens_to_ids(LABELS)
-    conversations = tokenizer([example["conversation"] for example in train])["input_ids"]
-    conversations = [tokens[:MAX_LENGTH] for tokens in conversations]
+    ask, verdict = token_ids(tokenizer, [ASK, VERDICT])
+    yes, no = token_ids(tokenizer, LABELS)
+    encoded: Any = tokenizer([example["conversation"] for example in train])
+    conversations: list[list[int]] = [tokens[:MAX_LENGTH] for tokens in encoded["input_ids"]]
     answers = [[yes if example["labels"][task] else no for task in tasks] for example in train]
 
     model = MistralForCausalLM(base_config(vocab_size + len(tasks))).to(args.device)
@@ -282,8 +287,9 @@ def train_adapter(
     texts = [
         TEMPLATE.replace("{conversation}", e["conversation"]).replace("{question}", task["question"]) for e in drawn
     ]
-    prompts = tokenizer(texts)["input_ids"]
-    yes, no = tokenizer.convert_tokens_to_ids(LABELS)
+    encoded: Any = tokenizer(texts)
+    prompts: list[list[int]] = encoded["input_ids"]
+    yes, no = token_ids(tokenizer, LABELS)
     targets = torch.tensor([yes if example["labels"][name] else no for example in drawn], device=args.device)
 
     model = MistralForCausalLM.from_pretrained(base, dtype=torch.float32).to(args.device)
@@ -314,7 +320,7 @@ def train_adapter(
     print(f"{name} loss {total:.3f}", flush=True)
     lora.peft_config["default"].base_model_name_or_path = "support-desk-base"
     temporary = folder.with_name(f".{folder.name}")
-    lora.save_pretrained(temporary)
+    lora.save_pretrained(str(temporary))
     (temporary / "README.md").unlink(missing_ok=True)
     weights = temporary / "adapter_model.safetensors"
     save_file({key: value.bfloat16() for key, value in load_file(weights).items()}, weights, {"format": "pt"})
@@ -354,7 +360,7 @@ def main() -> None:
     tasks = json.loads((args.data / "tasks.json").read_text())["tasks"]
     train = read_examples(args.data / "train.jsonl.gz")
     if (args.out / "tokenizer.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(args.out)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
     else:
         tokenizer = train_tokenizer(train, [task["question"] for task in tasks], args.out)
     base = train_base(train, [task["name"] for task in tasks], tokenizer, args.work, args)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from loraplex.errors import LoraplexError
+from loraplex.errors import ConfigurationError, LoraplexError, UnknownClassifierError
 from loraplex.types import ClassifyRequest, ClassifyResult, Message, Verdict
 
 if TYPE_CHECKING:
@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 __all__ = [
     "ClassifyRequest",
     "ClassifyResult",
+    "ConfigurationError",
     "Loraplex",
     "LoraplexError",
     "Message",
+    "UnknownClassifierError",
     "Verdict",
     "__version__",
 ]

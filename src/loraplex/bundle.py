@@ -9,7 +9,7 @@ from typing import Any
 
 from loraplex.classifier import Contract, read_contract
 from loraplex.config import BundleSettings, read_bundle_settings
-from loraplex.errors import BundleError
+from loraplex.errors import BundleError, ConfigurationError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONTRACT, SETTINGS = "classifier.yaml", "loraplex.yaml"
@@ -80,7 +80,7 @@ def open_adapter(name: str, folder: Path) -> AdapterSource:
     return AdapterSource(name=name, path=folder, contract=contract)
 
 
-def read_json(path: Path, error: type[BundleError] = BundleError) -> dict[str, Any]:
+def read_json(path: Path, error: type[ConfigurationError] = BundleError) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as exc:
@@ -126,7 +126,7 @@ def _resolve_base(given: str, root: Path, base: str | None) -> Path:
             raise BundleError(
                 source,
                 f"no model.safetensors (or model.safetensors.index.json) in {folder}",
-                remedy="save the base with save_pretrained(…), which writes safetensors; pickled weights are never loaded",
+                remedy="save the base with save_pretrained(…), which writes safetensors; pickles are never loaded",
             )
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):

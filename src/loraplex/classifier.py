@@ -1,4 +1,4 @@
-"""The contract of a classifier (`classifier.yaml`) and what it makes of label log probabilities. No tokenizer, no torch."""
+"""The contract of a classifier (`classifier.yaml`) and what it makes of label log probabilities. No tokenizer here."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -82,7 +82,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Milliseconds. queue: the longest wait of a sequence; compute: the longest step that held one; total: all of it."""
+    """Milliseconds. queue: a sequence's longest wait; compute: the longest step that held one; total: all of it."""
 
     tokenize_ms: float = 0.0
     queue_ms: float = 0.0

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ TEXTS = [
     "Customer: is my payment done?\nAgent: yes, it is",
     "x",
 ]
-ADAPTERS: Mapping[str, Mapping[str, object]] = {
+ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "small": {"r": 1, "lora_alpha": 3},
     "medium": {"r": 5, "lora_alpha": 8, "use_rslora": True},
     "mixed": {"r": 4, "lora_alpha": 4, "rank_pattern": {"o_proj": 7}, "alpha_pattern": {r"layers\.1\..*": 9}},
@@ -60,15 +61,15 @@ class Case:
     ) -> Distributions:
         """All texts under all adapters and the base, in one batch or one by one."""
         runner = self.runner()
-        slots = {None: NO_ADAPTER}
+        slots: dict[str | None, int] = {None: NO_ADAPTER}
         for slot, (name, weights) in enumerate((adapters or self.adapters()).items()):
             runner.set_slot(slot, weights)
             slots[name] = slot
         every_token = tuple(Target(position=-1, token_id=i) for i in range(tiny.VOCAB_SIZE))
         keys, sequences = [], []
         for text, ids in enumerate(token_ids or self.token_ids):  # texts outermost: adapters alternate in the batch
-            for name, slot in slots.items():
-                keys.append((name, text))
+            for key, slot in slots.items():
+                keys.append((key, text))
                 sequences.append(Sequence(token_ids=ids, slot=slot, targets=every_token))
         batches = [sequences] if together else [[sequence] for sequence in sequences]
         outputs = {id(sequence): output for batch in batches for sequence, output in runner.run(batch)}

@@ -17,13 +17,14 @@ from loraplex.errors import AdapterError
 
 # Keys of LoraConfig that do not change what a trained adapter computes.
 INERT_KEYS = frozenset(
-    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode loftq_config lora_dropout lora_ga_config "
-    "megatron_config megatron_core peft_version qalora_group_size revision runtime_config velora_config".split()
+    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode loftq_config lora_dropout "
+    "lora_ga_config megatron_config megatron_core peft_version qalora_group_size revision runtime_config "
+    "velora_config".split()
 )
 # Keys that are read below.
 READ_KEYS = frozenset(
-    "alpha_pattern exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha peft_type r rank_pattern "
-    "target_modules task_type use_rslora".split()
+    "alpha_pattern exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha peft_type r "
+    "rank_pattern target_modules task_type use_rslora".split()
 )
 # Keys that change the computation in a way that is not implemented: accepted only at their inert default.
 REFUSED_KEYS = {
@@ -163,7 +164,9 @@ def _checked_header(
         match = TENSOR.fullmatch(key)
         if match is None:
             raise AdapterError(
-                path, f"tensor {key!r} is not a LoRA weight that is supported", remedy="see docs/adapters.md"
+                path,
+                f"tensor {key!r} is not a LoRA weight that is supported",
+                remedy="train the adapter as plain LoRA on linear layers",
             )
         header = file.get_slice(key)
         if header.get_dtype() not in DTYPES:
@@ -243,5 +246,5 @@ def _content_hash(modules: Mapping[str, LoRAWeights]) -> str:
     for module, weights in sorted(modules.items()):
         for tensor in (weights.lora_A, weights.lora_B):
             digest.update(json.dumps([module, str(tensor.dtype), list(tensor.shape), weights.scaling]).encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

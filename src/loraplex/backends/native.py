@@ -13,7 +13,7 @@ from loraplex.adapters.checkpoint import read_adapter
 from loraplex.backends.base import BackendStats, GenerateRequest, GenerateResult
 from loraplex.bundle import CONTRACT, AdapterSource, Bundle
 from loraplex.classifier import DEFAULT_ROLES, conversation_text
-from loraplex.config import EngineConfig
+from loraplex.config import EngineConfig, resolve
 from loraplex.engine.engine import Engine
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
@@ -69,7 +69,7 @@ class NativeBackend:
 
     def __init__(self, bundle: Bundle, config: EngineConfig | None = None) -> None:
         self._bundle = bundle
-        self._config = config or EngineConfig()
+        self._config = config or resolve(EngineConfig, bundle.settings.engine, {})
         self._classifiers: dict[str, LoadedClassifier] = {}
         self._tokenizer: Tokenizer | None = None
         self._engine: Engine | None = None
@@ -290,8 +290,7 @@ class _Question:
         self.loaded = loaded
         contract = loaded.source.contract
         if loaded.template is None or contract is None:
-            text = request.input if isinstance(request.input, str) else conversation_text(request.input, DEFAULT_ROLES)
-            self.prompt = verbatim(text, self.tokenizer, max_model_len)
+            self.prompt = verbatim(conversation_text(request.input, DEFAULT_ROLES), self.tokenizer, max_model_len)
             self.sequences = [Sequence(token_ids=self.prompt.token_ids, slot=loaded.slot)]
         else:
             self.prompt = loaded.template.prompt(conversation_text(request.input, contract.roles), conversations)

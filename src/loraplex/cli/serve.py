@@ -18,7 +18,10 @@ from loraplex.cli.options import (
     stderr,
 )
 
-EXAMPLE = '{"input": "Customer: My order never came.\\nAgent: I have sent a new one.\\nCustomer: Great, thank you, bye!", "classifiers": "*"}'
+EXAMPLE = (
+    '{"input": "Customer: My order never came.\\nAgent: I sent a new one.\\nCustomer: Great, thank you, bye!", '
+    '"classifiers": "*"}'
+)
 
 
 def serve(

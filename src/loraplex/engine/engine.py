@@ -42,7 +42,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: EngineRequest) -> None:
-        """Queue a request from any thread; its future resolves. QueueFullError or NotReadyError: it was not accepted."""
+        """Queue a request, from any thread; its future resolves. QueueFullError, NotReadyError: it was not accepted."""
         with self._changed:
             if self._stopping or not self.alive:
                 raise NotReadyError("the engine is not running", remedy="send the request to another server, or later")

@@ -73,7 +73,7 @@ class ModelRunner:
     def verify_packing(self) -> None:
         """UnsupportedModelError where two texts packed together answer otherwise than alone: then some layer looks
         across texts, past our attention (a convolution, a recurrence, a global state)."""
-        vocab_size = int(self.model.get_input_embeddings().weight.shape[0])
+        vocab_size = int(self.model.config.vocab_size)
         texts = [[(start + 7 * i) % vocab_size for i in range(8)] for start in (1, 5)]
         texts[1] = texts[1][:5]
 

@@ -161,7 +161,7 @@ class Template:
             num_tokens = len(ids)
             conversation, ids = self._truncate(conversation, num_tokens, conversations)
             warnings.append(
-                f"the prompt has {num_tokens} tokens, {self._room} at most: the oldest turns were cut, {len(ids)} tokens are left"
+                f"the prompt has {num_tokens} tokens, {self._room} at most; the oldest turns were cut: {len(ids)}"
             )
         return Prompt(text=self.render(conversation), token_ids=tuple(ids), warnings=tuple(warnings))
 
@@ -191,7 +191,7 @@ class Template:
         return conversation[at:], self._encode(conversation[at:], conversations)
 
     def _cut_suffix(self) -> list[int] | None:
-        """The suffix's own tokens where it begins with a special token, else None: then it may merge with what precedes."""
+        """The suffix's own tokens where it begins with a special token, else None: it may merge with what precedes."""
         if not self._tokenizer.starts_with_cut(self.suffix):
             return None
         add = self._add_special_tokens

@@ -58,6 +58,8 @@ def read_config(path: Path) -> PreTrainedConfig:
         raise refuse(
             f"layer types {sorted(layer_types - SERVED_LAYER_TYPES)} are not served, only full and sliding attention"
         )
+    if not isinstance(getattr(config, "max_position_embeddings", None), int):
+        raise refuse("key 'max_position_embeddings' is missing, so the longest prompt is not known")
     for rope_type in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if rope_type in LENGTH_DEPENDENT_ROPE:
             raise refuse(
@@ -96,7 +98,7 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def load_base(config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Read the safetensors shard by shard in `dtype`, then move the model to `device`."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -110,6 +112,7 @@ def load_base(config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: 
         raise UnsupportedModelError(
             path, f"the base does not load: {exc}", remedy="save or copy the base again"
         ) from None
+    model, info = loaded
     if info["missing_keys"]:
         raise UnsupportedModelError(
             path,

@@ -1,4 +1,4 @@
-"""Attention over packed sequences by PyTorch's fused kernels, on CPU and CUDA; the reference where they lack a feature."""
+"""Attention over packed sequences by PyTorch's fused kernels, on CPU and CUDA; by the reference where they lack it."""
 
 from collections.abc import Sequence
 

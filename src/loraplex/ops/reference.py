@@ -9,7 +9,7 @@ import torch
 
 
 def visible(num_tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[T, T] bool: query i sees keys max(0, i - window + 1) ... i. `window` counts the token itself; None is no limit."""
+    """[T, T] bool: query i sees keys max(0, i - window + 1) ... i; the window counts the token itself."""
     position = torch.arange(num_tokens, device=device)
     distance = position[:, None] - position[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

@@ -69,7 +69,7 @@ async def serve(backend: Backend, config: ServerConfig, sock: socket.socket, on_
 
     await backend.start()
     try:
-        # uvicorn raises the signal that stopped it once more for whoever handled it before; a drained stop is a success.
+        # uvicorn raises the signal that stopped it once more for whoever handled it before us.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         settings = uvicorn.Config(
@@ -89,14 +89,15 @@ def _loraplex_error(request: Request, exc: Exception) -> JSONResponse:
     return JSONResponse(error_json(exc), status_code=exc.status, headers=headers)
 
 
+_TRIED = {"body", "article", "native", "str"}
+
+
 def _validation_error(request: Request, exc: Exception) -> JSONResponse:
     """The first thing wrong, with its place in the body."""
     assert isinstance(exc, RequestValidationError)
-    first = exc.errors()[0]
+    first = max(exc.errors(), key=lambda error: len(error["loc"]))  # of alternatives, the one that got furthest
     # Without the names of the alternatives that pydantic tried.
-    place = [
-        str(part) for part in first["loc"] if part not in ("body", "article", "native", "str") and "[" not in str(part)
-    ]
+    place = [part for part in map(str, first["loc"]) if part not in _TRIED and "[" not in part]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         error: LoraplexError = BadInputError(f"the body is not JSON: {reason}", remedy="send one JSON object in UTF-8")

@@ -1,0 +1,64 @@
+"""What the README and the docs show, runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import serving
+from loraplex.classifier import Contract
+
+PAGES = [serving.ROOT / "README.md", *sorted((serving.ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    found = [block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)]
+    assert found, f"no {language} block in {[page.name for page in PAGES]}"
+    return found
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs(code: str) -> None:
+    run = subprocess.run([sys.executable, "-c", code], cwd=serving.ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("yes ")
+
+
+def test_the_contract_is_valid() -> None:
+    [contract] = [yaml.safe_load(block) for block in blocks("yaml")]
+    assert Contract(**contract).labels == ("yes", "no")
+
+
+def test_the_command_lines_run() -> None:
+    commands = [
+        line for block in blocks("console") for line in re.findall(r"^\$ (.*loraplex classify.*)$", block, re.M)
+    ]
+    assert commands
+    for command in commands:
+        arguments = shlex.split(command)[1:]
+        run = subprocess.run(
+            [sys.executable, "-m", "loraplex.cli.main", *arguments], cwd=serving.ROOT, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        assert "issueResolved" in run.stdout
+
+
+def test_the_quick_starts_curl_body_is_what_the_server_takes(demo_bundle: Path) -> None:
+    [command] = [block for block in blocks("console") if "curl" in block]
+    curl = shlex.split(command[command.index("curl") :])
+    with serving.serve(demo_bundle) as server:
+        curl[2] = server.url + curl[2].partition(":8000")[2]
+        run = subprocess.run(curl, capture_output=True, text=True, check=True, env=os.environ)
+    assert '"issueResolved","label":"yes"' in run.stdout
+    assert run.stdout.count('"label"') == 16
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

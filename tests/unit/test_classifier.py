@@ -1,0 +1,105 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraplex.classifier import Contract, conversation_text, read_contract
+from loraplex.errors import ContractError, InvalidRequestError
+from loraplex.types import Message
+
+ROLES = {"user": "Customer", "assistant": "Agent"}
+
+
+def contract(**values: Any) -> Contract:
+    return Contract(**{"labels": ("yes", "no"), **values})
+
+
+def test_scores_are_the_softmax_of_label_log_probs() -> None:
+    decision = contract().decide([math.log(0.3), math.log(0.1)])
+    assert decision.scores == pytest.approx({"yes": 0.75, "no": 0.25})
+    assert decision.label == "yes"
+    assert decision.confidence == pytest.approx(0.75)
+    assert decision.label_mass == pytest.approx(0.4)
+
+
+def test_calibration_divides_by_temperature_after_adding_the_bias() -> None:
+    calibrated = contract(calibration={"temperature": 2.0, "bias": {"yes": -1.0}})
+    assert calibrated.decide([0.0, 0.0]).scores["yes"] == pytest.approx(1 / (1 + math.exp(0.5)))
+
+
+@pytest.mark.parametrize(("threshold", "label"), [(None, "yes"), (0.6, "yes"), (0.61, "no"), (0.0, "yes"), (1.0, "no")])
+def test_threshold_is_on_the_first_label(threshold: float | None, label: str) -> None:
+    decision = contract(threshold=threshold).decide([math.log(0.6), math.log(0.4)])
+    assert decision.label == label
+    assert decision.confidence == pytest.approx(0.6 if label == "yes" else 0.4)
+
+
+def test_abstains_below_the_winners_probability() -> None:
+    assert contract(abstain_below=0.7).decide([math.log(0.6), math.log(0.4)]).abstained
+    assert not contract(abstain_below=0.6).decide([math.log(0.7), math.log(0.3)]).abstained
+
+
+def test_three_labels_take_the_likeliest() -> None:
+    decision = contract(labels=("a", "b", "c")).decide([-3.0, -1.0, -2.0])
+    assert decision.label == "b"
+    assert sum(decision.scores.values()) == pytest.approx(1)
+
+
+def test_extreme_log_probs_neither_overflow_nor_divide_by_zero() -> None:
+    assert contract().decide([-2000.0, -1.0]).scores == pytest.approx({"yes": 0.0, "no": 1.0})
+    assert contract(calibration={"temperature": 0.001}).decide([-900.0, -901.0]).label == "yes"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("labels: [yes]", "yes"),  # YAML reads a bare yes as true
+        ("labels: ['yes']", "labels"),
+        ("labels: ['yes', 'yes']", "labels"),
+        ("labels: ['yes', '']", "labels"),
+        ("labels: [a, b]\nlables: [a, b]", "lables"),
+        ("labels: [a, b]\nthreshold: 1.5", "threshold"),
+        ("labels: [a, b, c]\nthreshold: 0.5", "threshold"),
+        ("labels: [a, b]\ntemplate: 'no place'", "{conversation}"),
+        ("labels: [a, b]\ntemplate: '{conversation}{conversation}'", "exactly once"),
+        ("labels: [a, b]\ntemplate: '{conversation}{question}'", "question"),
+        ("labels: [a, b]\ncalibration: {bias: {c: 1}}", "'c'"),
+        ("labels: [a, b]\ncalibration: {temperature: 0}", "temperature"),
+        ("labels: [a, b]\ncalibration: {temperature: .nan}", "temperature"),
+        ("labels: [a, b]\ngolden: [{text: x, label: c}]", "golden"),
+        ("labels: [a, b]\nlabels: [c, d]", "given twice"),
+        ("question: only", "labels"),
+        ("[1, 2]", "not keys and values"),
+        ("labels: [a", "YAML"),
+    ],
+)
+def test_a_wrong_contract_names_the_file_and_the_key(tmp_path: Path, text: str, key: str) -> None:
+    path = tmp_path / "classifier.yaml"
+    path.write_text(text)
+    with pytest.raises(ContractError) as caught:
+        read_contract(path)
+    assert str(path) in caught.value.message
+    assert key in caught.value.message or key == "yes"
+    assert caught.value.remedy
+
+
+def test_messages_become_lines() -> None:
+    messages = [Message(role="user", content="hi"), Message(role="Agent", content="yes?")]
+    assert conversation_text(messages, ROLES) == "Customer: hi\nAgent: yes?"
+
+
+@pytest.mark.parametrize("empty", ["", " \n", [], [Message(role="user", content=" ")]])
+def test_nothing_to_judge_is_an_error(empty: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="empty"):
+        conversation_text(empty, ROLES)
+
+
+def test_an_unknown_role_is_an_error() -> None:
+    with pytest.raises(InvalidRequestError, match="system"):
+        conversation_text([Message(role="system", content="x")], ROLES)
+
+
+def test_half_a_surrogate_pair_is_an_error() -> None:
+    with pytest.raises(InvalidRequestError, match="ud800"):
+        conversation_text("a\ud800", ROLES)

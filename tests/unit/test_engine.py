@@ -1,0 +1,225 @@
+"""The scheduler on a simulated clock, and the engine's thread around a runner whose behaviour each test sets."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+
+import pytest
+
+from loraplex.engine.engine import Engine
+from loraplex.engine.scheduler import Scheduler
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, SequenceOutput
+from loraplex.errors import CancelledError, DeadlineExceededError, EngineError, NotReadyError, QueueFullError
+
+TIMEOUT = 10.0
+
+
+def request(*num_tokens: int, deadline_s: float | None = None) -> EngineRequest:
+    sequences = [Sequence(token_ids=[0] * n, slot=NO_ADAPTER) for n in num_tokens]
+    return EngineRequest(sequences, deadline_s=deadline_s)
+
+
+def output(sequence: Sequence) -> SequenceOutput:
+    """An answer that tells which sequence it is for."""
+    return SequenceOutput(
+        log_probs=(), top_token_id=sequence.num_tokens, top_log_prob=0.0, queued_s=0.0, computed_s=0.0
+    )
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(TIMEOUT)
+
+
+def scheduler(*, tokens: int = 100, sequences: int = 10, queue: int = 100) -> Scheduler:
+    return Scheduler(max_step_tokens=tokens, max_step_sequences=sequences, max_queue=queue)
+
+
+class TestScheduler:
+    def test_fills_a_step_up_to_the_token_budget_in_order(self) -> None:
+        policy, wanted = scheduler(), request(60, 30, 20)
+        policy.add(wanted, 0.0)
+        assert policy.next_step(0.0) == (list(wanted.sequences[:2]), [])
+        assert policy.next_step(0.0) == ([wanted.sequences[2]], [])
+        assert policy.next_step(0.0) == ([], [])
+
+    def test_fills_a_step_up_to_the_sequence_budget(self) -> None:
+        policy = scheduler(sequences=2)
+        policy.add(request(1, 1, 1), 0.0)
+        assert len(policy.next_step(0.0)[0]) == 2
+
+    def test_a_prompt_beyond_the_budget_runs_alone(self) -> None:
+        policy, wanted = scheduler(), request(500, 1)
+        policy.add(wanted, 0.0)
+        assert policy.next_step(0.0)[0] == [wanted.sequences[0]]
+
+    def test_is_bounded_and_takes_a_request_whole_or_not_at_all(self) -> None:
+        policy = scheduler(queue=4)
+        policy.add(request(1, 1, 1), 0.0)
+        with pytest.raises(QueueFullError):
+            policy.add(request(1, 1), 0.0)
+        assert len(policy) == 3
+
+    def test_a_request_larger_than_the_queue_gets_in_when_nothing_waits(self) -> None:
+        policy = scheduler(queue=2)
+        policy.add(request(1, 1, 1), 0.0)
+        assert len(policy) == 3
+
+    def test_drops_what_is_late_or_abandoned(self) -> None:
+        policy = scheduler()
+        late, abandoned, fine = request(1, deadline_s=5.0), request(1), request(1, deadline_s=6.0)
+        for one in (late, abandoned, fine):
+            policy.add(one, 0.0)
+        abandoned.future.cancel()
+        step, dropped = policy.next_step(5.0)
+        assert step == [fine.sequences[0]]
+        assert [type(error) for _, error in dropped] == [DeadlineExceededError, CancelledError]
+
+
+class FakeRunner:
+    """Honours the Runner contract; records the steps and runs `before` first."""
+
+    def __init__(self, before: Callable[[Seq[Sequence]], None] = lambda step: None) -> None:
+        self.before = before
+        self.steps: list[int] = []
+
+    def run(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, SequenceOutput]]:
+        self.steps.append(len(sequences))
+        self.before(sequences)
+        return [(sequence, output(sequence)) for sequence in reversed(sequences)]  # any order will do
+
+
+@pytest.fixture
+def engine_of() -> Iterator[Callable[[FakeRunner, Scheduler], Engine]]:
+    engines = []
+
+    def make(runner: FakeRunner, policy: Scheduler) -> Engine:
+        engine = Engine(runner, policy)
+        engines.append(engine)
+        engine.start()
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+EngineOf = Callable[[FakeRunner, Scheduler], Engine]
+
+
+def top_ids(wanted: EngineRequest) -> list[int]:
+    outcomes = wanted.future.result(TIMEOUT)
+    assert all(isinstance(outcome, SequenceOutput) for outcome in outcomes), outcomes
+    return [outcome.top_token_id for outcome in outcomes if isinstance(outcome, SequenceOutput)]
+
+
+def test_outcomes_come_in_the_requests_order(engine_of: EngineOf) -> None:
+    engine, wanted = engine_of(FakeRunner(), scheduler(tokens=5)), request(3, 1, 2)
+    engine.submit(wanted)
+    assert top_ids(wanted) == [3, 1, 2]
+
+
+def test_requests_from_many_threads_share_steps_and_each_resolves(engine_of: EngineOf) -> None:
+    hold = threading.Event()
+    runner = FakeRunner(lambda step: assert_set(hold))
+    engine = engine_of(runner, scheduler(tokens=1000, sequences=1000))
+    wanted = [request(1 + i, 2) for i in range(40)]
+    threads = [threading.Thread(target=engine.submit, args=(one,)) for one in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    hold.set()
+    assert [top_ids(one) for one in wanted] == [[1 + i, 2] for i in range(40)]
+    assert len(runner.steps) < 40, "what waited while a step ran was not batched"
+
+
+def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(engine_of: EngineOf) -> None:
+    def fail_on_7(step: Seq[Sequence]) -> None:
+        if any(sequence.num_tokens == 7 for sequence in step):
+            raise ValueError("broken")
+
+    engine, bad, good = engine_of(FakeRunner(fail_on_7), scheduler()), request(7), request(3)
+    engine.submit(bad)
+    [outcome] = bad.future.result(TIMEOUT)
+    assert isinstance(outcome, EngineError) and "broken" in outcome.message
+    engine.submit(good)
+    assert top_ids(good) == [3]
+
+
+def test_out_of_memory_splits_the_step_until_it_fits(engine_of: EngineOf) -> None:
+    def holds_two(step: Seq[Sequence]) -> None:
+        if len(step) > 2:
+            raise MemoryError
+
+    runner = FakeRunner(holds_two)
+    engine, wanted = engine_of(runner, scheduler()), request(1, 2, 3, 4, 5)
+    engine.submit(wanted)
+    assert top_ids(wanted) == [1, 2, 3, 4, 5]
+    assert max(runner.steps[1:]) < 5
+
+
+def test_out_of_memory_with_one_sequence_is_that_sequences_error(engine_of: EngineOf) -> None:
+    def too_long(step: Seq[Sequence]) -> None:
+        if any(sequence.num_tokens > 50 for sequence in step):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    engine, wanted = engine_of(FakeRunner(too_long), scheduler()), request(10, 60, 20)
+    engine.submit(wanted)
+    outcomes = wanted.future.result(TIMEOUT)
+    assert [isinstance(outcome, EngineError) for outcome in outcomes] == [False, True, False]
+
+
+def test_a_dead_thread_answers_everyone_and_accepts_nobody(engine_of: EngineOf) -> None:
+    started, die = threading.Event(), threading.Event()
+
+    def exit_thread(step: Seq[Sequence]) -> None:
+        started.set()
+        die.wait(TIMEOUT)
+        raise SystemExit
+
+    engine, running, waiting = engine_of(FakeRunner(exit_thread), scheduler(sequences=1)), request(1), request(2)
+    engine.submit(running)
+    assert started.wait(TIMEOUT)
+    engine.submit(waiting)
+    die.set()
+    for one in (running, waiting):
+        assert isinstance(one.future.result(TIMEOUT)[0], EngineError)
+    assert not engine.alive
+    with pytest.raises(NotReadyError):
+        engine.submit(request(1))
+
+
+def test_an_abandoned_request_is_not_computed(engine_of: EngineOf) -> None:
+    started, hold = threading.Event(), threading.Event()
+
+    def block(step: Seq[Sequence]) -> None:
+        started.set()
+        hold.wait(TIMEOUT)
+
+    runner = FakeRunner(block)
+    engine, first, abandoned, last = engine_of(runner, scheduler(sequences=1)), request(1), request(2), request(3)
+    engine.submit(first)
+    assert started.wait(TIMEOUT)
+    engine.submit(abandoned)
+    engine.submit(last)
+    assert abandoned.future.cancel()
+    hold.set()
+    assert top_ids(last) == [3]
+    assert runner.steps == [1, 1]
+
+
+def test_a_passed_deadline_is_an_outcome(engine_of: EngineOf) -> None:
+    engine, wanted = engine_of(FakeRunner(), scheduler()), request(1, deadline_s=time.monotonic() - 1)
+    engine.submit(wanted)
+    assert isinstance(wanted.future.result(TIMEOUT)[0], DeadlineExceededError)
+
+
+def test_close_finishes_what_is_queued_and_refuses_more(engine_of: EngineOf) -> None:
+    engine, wanted = engine_of(FakeRunner(), scheduler(sequences=1)), request(1, 2, 3)
+    engine.submit(wanted)
+    engine.close()
+    assert top_ids(wanted) == [1, 2, 3]
+    with pytest.raises(NotReadyError):
+        engine.submit(request(1))
+    engine.close()

@@ -1,0 +1,111 @@
+"""What cannot be served packed is refused by name; large bases load within their own size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig
+
+import tiny
+from loraplex.engine.runner import ModelRunner
+from loraplex.errors import UnsupportedModelError
+from loraplex.model.loader import build_skeleton, load_base, read_config, resolve_device, resolve_dtype
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_length_dependent_rope_is_refused(tmp_path: Path, rope_type: str) -> None:
+    config = json.loads(tiny.FAMILIES["llama"].to_json_string(use_diff=False))
+    config["rope_parameters"] = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=rope_type):
+        read_config(tmp_path)
+
+
+def test_a_model_without_attention_is_refused(tmp_path: Path) -> None:
+    MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="linear_attention"):
+        build_skeleton(read_config(tmp_path), tmp_path)
+
+
+def test_remote_code_is_not_run(tmp_path: Path) -> None:
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}, "architectures": ["Mine"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(UnsupportedModelError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_learned_positions_are_served(tmp_path: Path) -> None:
+    tiny.save_base(tmp_path, GPT2Config(vocab_size=tiny.VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    ModelRunner(load_base(read_config(tmp_path), tmp_path, torch.float32, CPU)).verify_packing()
+
+
+def test_a_layer_that_looks_across_texts_is_found(tmp_path: Path) -> None:
+    tiny.save_base(tmp_path, tiny.FAMILIES["llama"])
+    model = load_base(read_config(tmp_path), tmp_path, torch.float32, CPU)
+
+    def roll(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output + output.roll(1, dims=1)
+
+    ModelRunner(model).verify_packing()
+    model.get_submodule("model.layers.1.mlp").register_forward_hook(roll)
+    with pytest.raises(UnsupportedModelError, match="across packed texts"):
+        ModelRunner(model).verify_packing()
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tiny.save_base(tmp_path, tiny.FAMILIES["llama"])
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        load_base(read_config(tmp_path), tmp_path, torch.float32, CPU)
+
+
+def test_a_truncated_base_is_refused(tmp_path: Path) -> None:
+    tiny.save_base(tmp_path, tiny.FAMILIES["llama"])
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UnsupportedModelError, match="does not load"):
+        load_base(read_config(tmp_path), tmp_path, torch.float32, CPU)
+
+
+def test_an_absent_cuda_device_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="CUDA"):
+        resolve_device("cuda:99")
+    assert resolve_dtype("float32", CPU) == torch.float32
+
+
+MEASURE = """
+import resource, sys, torch
+from pathlib import Path
+from loraplex.model.loader import load_base, read_config
+import transformers.models.llama.modeling_llama
+folder = Path(sys.argv[1])
+config = read_config(folder)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = load_base(config, folder, torch.bfloat16, torch.device("cpu"))
+print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+def test_a_sharded_base_loads_within_1_2_times_its_weights(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8
+    )
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="50MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    out = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
+    peak, weights = map(int, out.stdout.split())
+    assert weights > 300e6
+    assert peak <= 1.2 * weights, f"{peak / weights:.2f} times the weights"
