@@ -348,7 +348,7 @@ def main() -> None:
         default=Path(__file__).parent / "bundle",
         help="the bundle (default: beside this file)",
     )
-    parser.add_argument("--base-steps", type=int, default=2350)
+    parser.add_argument("--base-steps", type=int, default=3000)
     parser.add_argument("--adapter-examples", type=int, default=4000, help="conversations an adapter is trained on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
