@@ -92,6 +92,7 @@ def test_a_long_conversation_is_cut_by_contract_and_refused_without(http: httpx.
     [
         ({"input": "x", "classifiers": "nope"}, 404, "unknown_classifier", "'nope'"),
         ({"input": "x", "classifiers": ["no", "pe"]}, 404, "unknown_classifier", "'no'"),
+        ({"input": "x", "classifiers": ["*", "nope"]}, 404, "unknown_classifier", "'*'"),
         ({"input": "x", "classifiers": []}, 422, "invalid_request", "no classifier"),
         ({"input": ""}, 422, "invalid_request", "empty"),
         ({"input": " \n"}, 422, "invalid_request", "empty"),

@@ -47,7 +47,7 @@ class ClassifyBody(_Body):
             input=self.input
             if isinstance(self.input, str)
             else tuple(Message(role=message.role, content=message.content) for message in self.input),
-            classifiers="*" if "*" in names else tuple(names),
+            classifiers="*" if names == ["*"] else tuple(names),
             deadline_ms=self.deadline_ms,
         )
 
