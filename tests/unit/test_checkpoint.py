@@ -85,6 +85,12 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path: Path, key: str) -> No
         ({"rank_pattern": {"q_proj": 5}}, "says 5"),
         ({"lora_alpha": "x"}, "lora_alpha"),
         ({"rank_pattern": [1]}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern"),
+        ({"target_modules": 3}, "target_modules"),
+        ({"target_modules": [3]}, "target_modules"),
+        ({"target_modules": "("}, "target_modules"),
+        ({"layers_to_transform": "x"}, "layers_to_transform"),
     ],
 )
 def test_a_wrong_config_is_refused(tmp_path: Path, config: Mapping[str, Any], match: str) -> None:

@@ -150,9 +150,32 @@ def _checked_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
         if not isinstance(config.get(key), int | float) or config[key] <= 0:
             raise refuse(key, f"must be a positive number, got {config.get(key)!r}", "save the adapter again")
     for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise refuse(key, f"must be a mapping, got {config[key]!r}", "save the adapter again")
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(
+            _is_regex(pattern) and isinstance(value, int | float) and value > 0 for pattern, value in patterns.items()
+        ):
+            raise refuse(key, f"must map patterns to positive numbers, got {patterns!r}", "save the adapter again")
+    for key, kind in (
+        ("target_modules", str),
+        ("exclude_modules", str),
+        ("layers_pattern", str),
+        ("layers_to_transform", int),
+    ):
+        value = config.get(key)
+        each = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(one, kind) for one in each):
+            raise refuse(key, f"must be a {kind.__name__} or a list of them, got {value!r}", "save the adapter again")
+        if isinstance(value, str) and not _is_regex(value):
+            raise refuse(key, f"is not a regular expression: {value!r}", "save the adapter again")
     return config
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _checked_header(
