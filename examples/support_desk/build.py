@@ -4,7 +4,7 @@
 
 DATA holds `train.jsonl.gz`, `dev.jsonl.gz` and `tasks.json` (see README.md beside this file). Every stage is
 seeded and skipped when its output exists; the base resumes from its last checkpoint. Two CPU cores take about
-two hours, a GPU a few minutes.
+an hour.
 """
 
 import argparse
