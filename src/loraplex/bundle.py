@@ -83,7 +83,7 @@ def open_adapter(name: str, folder: Path) -> AdapterSource:
 def read_json(path: Path, error: type[ConfigurationError] = BundleError) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as exc:
+    except (ValueError, OSError, RecursionError) as exc:
         raise error(path, f"not readable as JSON: {exc}", remedy="save or copy the file again") from None
     if not isinstance(content, dict):
         raise error(path, f"holds a {type(content).__name__}, not an object", remedy="save or copy the file again")

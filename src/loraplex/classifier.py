@@ -23,8 +23,8 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    temperature: float = Field(1.0, gt=0.0, allow_inf_nan=False)
-    bias: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    temperature: float = Field(1.0, ge=1e-3, le=1e3)
+    bias: dict[str, Annotated[float, Field(ge=-1e3, le=1e3)]] = Field(default_factory=dict)
 
 
 class Golden(BaseModel):

@@ -32,6 +32,7 @@ class ServerConfig(BaseModel):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    max_body_bytes: int = Field(2 * 2**20, ge=1024, description="a larger request is refused with 413")
     drain_timeout: int = Field(25, ge=0, description="seconds that requests in flight get at SIGTERM")
 
 
@@ -64,8 +65,9 @@ def read_yaml(path: Path, error: type[ConfigurationError]) -> dict[str, Any]:
     """A YAML mapping, or `error` naming the file and the line."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as exc:
-        raise error(path, f"not readable as YAML: {' '.join(str(exc).split())}", remedy="mend the file") from None
+    except Exception as exc:  # besides YAMLError the constructors raise what Python does on `2024-13-45` or `!!int x`
+        reason = " ".join(str(exc).split()) or type(exc).__name__
+        raise error(path, f"not readable as YAML: {reason}", remedy="mend the file") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -81,16 +83,34 @@ def validate(
 ) -> Settings:
     """Build `model` from `values`; the first thing wrong becomes an `error` that names source, key and remedy."""
     try:
-        return model.model_validate(values)
+        made = model.model_validate(values)
     except ValidationError as exc:
         first = exc.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        key = error_place(first, values) or "(top level)"
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(model.model_fields))
             raise error(source, f"unknown key {key!r}", remedy=f"remove or correct it; known keys: {known}") from None
         problem = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
         raise error(source, f"key {key!r}: {problem}{given}", remedy=f"correct {key!r}") from None
+    try:
+        made.model_dump_json()
+    except ValueError as exc:  # half a surrogate pair, which YAML and JSON can spell and UTF-8 cannot
+        raise error(source, f"holds what is no Unicode text: {exc}", remedy="correct the file's text") from None
+    return made
+
+
+def error_place(error: Any, value: Any) -> str:
+    """Where in `value` a pydantic error is, dotted, without the names of the union members that pydantic tried."""
+    place = []
+    for part in error["loc"]:
+        known = part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int)
+        if known:
+            place.append(str(part))
+            value = value[part]
+    if error["type"] == "missing":
+        place.append(str(error["loc"][-1]))
+    return ".".join(place)
 
 
 def read_bundle_settings(path: Path) -> BundleSettings:

@@ -10,7 +10,8 @@ from typing import Any, Self, TypeVar
 from loraplex.backends.base import Backend
 from loraplex.bundle import open_bundle
 from loraplex.config import EngineConfig, resolve
-from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Message
+from loraplex.errors import InvalidRequestError, NotReadyError
+from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Message, classifier_names
 
 Result = TypeVar("Result")
 
@@ -31,6 +32,7 @@ class Loraplex:
         self._thread = threading.Thread(target=self._loop.run_forever, name="loraplex-loop", daemon=True)
         self._thread.start()
         self._closed = False
+        self._closing = threading.Lock()  # held to look at `_closed` and act on it
         try:
             self._call(backend.start())
         except BaseException:
@@ -59,7 +61,7 @@ class Loraplex:
             self.backend.classify(
                 ClassifyRequest(
                     input=input if isinstance(input, str) else tuple(_message(message) for message in input),
-                    classifiers=_names(classifiers),
+                    classifiers=classifier_names(classifiers),
                     deadline_ms=deadline_ms,
                 )
             )
@@ -69,13 +71,13 @@ class Loraplex:
         return self.backend.adapters()
 
     def close(self) -> None:
-        """Free the model. Safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
+        """Answer what other threads asked by now, then free the model. Safe to call twice."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
         try:
-            asyncio.run_coroutine_threadsafe(self.backend.close(), self._loop).result()
-            asyncio.run_coroutine_threadsafe(self._loop.shutdown_default_executor(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result()
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -89,8 +91,19 @@ class Loraplex:
     ) -> None:
         self.close()
 
+    async def _drain(self) -> None:
+        await self.backend.close()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        if calls:
+            await asyncio.wait(calls)
+        await self._loop.shutdown_default_executor()
+
     def _call(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._closing:
+            if self._closed:
+                coroutine.close()
+                raise NotReadyError("this Loraplex is closed", remedy="load it again")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except BaseException:
@@ -99,10 +112,11 @@ class Loraplex:
 
 
 def _message(message: Message | Mapping[str, str]) -> Message:
-    return message if isinstance(message, Message) else Message(role=message["role"], content=message["content"])
-
-
-def _names(classifiers: str | Iterable[str]) -> Any:
-    if isinstance(classifiers, str):
-        return "*" if classifiers == "*" else (classifiers,)
-    return tuple(classifiers)
+    if isinstance(message, Message):
+        return message
+    try:
+        return Message(role=message["role"], content=message["content"])
+    except (KeyError, TypeError):
+        raise InvalidRequestError(
+            f"no message: {message!r}", remedy="give text, or messages with 'role' and 'content'"
+        ) from None

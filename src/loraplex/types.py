@@ -1,6 +1,6 @@
 """What crosses the seams: a request to classify and its answer. Plain frozen data, the same in Python and JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,15 @@ class Message:
     content: str
 
 
+Names = tuple[str, ...] | Literal["*"]
+
+
+def classifier_names(given: str | Iterable[str]) -> Names:
+    """A name, names, or "*", alone or as the only name, for every classifier."""
+    names = (given,) if isinstance(given, str) else tuple(given)
+    return "*" if names == ("*",) else names
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifyRequest:
     """One conversation and the classifiers that shall judge it.
@@ -25,7 +34,7 @@ class ClassifyRequest:
     """
 
     input: str | tuple[Message, ...]
-    classifiers: tuple[str, ...] | Literal["*"] = "*"
+    classifiers: Names = "*"
     deadline_ms: float | None = None
 
 

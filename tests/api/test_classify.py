@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -93,16 +94,26 @@ def test_a_long_conversation_is_cut_by_contract_and_refused_without(http: httpx.
         ({"input": "x", "classifiers": "nope"}, 404, "unknown_classifier", "'nope'"),
         ({"input": "x", "classifiers": ["no", "pe"]}, 404, "unknown_classifier", "'no'"),
         ({"input": "x", "classifiers": ["*", "nope"]}, 404, "unknown_classifier", "'*'"),
+        ({"input": "x", "classifiers": "\ud800"}, 422, "invalid_request", "Unicode"),
+        ({"input": "x", "classifiers": ["task0", "\ud800"]}, 422, "invalid_request", "Unicode"),
+        ({"input": "x", "classifiers": 5}, 422, "invalid_request", "classifiers: should be a name, or a list"),
+        ({"input": "x", "classifiers": ["task0", 5]}, 422, "invalid_request", "classifiers.1: "),
+        ({"input": "x", "classifiers": ["task0"] * 10_001}, 422, "invalid_request", "classifiers: "),
         ({"input": "x", "classifiers": []}, 422, "invalid_request", "no classifier"),
         ({"input": ""}, 422, "invalid_request", "empty"),
         ({"input": " \n"}, 422, "invalid_request", "empty"),
         ({"input": []}, 422, "invalid_request", "empty"),
-        ({"input": 3}, 422, "invalid_request", "input"),
+        ({"input": 3}, 422, "invalid_request", "input: should be text, or a list of messages"),
+        ({"input": ["x"]}, 422, "invalid_request", "input.0: "),
+        ({"input": "x", "str": 1}, 422, "invalid_request", "str: "),
+        ({"input": "x", "list[": 1}, 422, "invalid_request", "list[: "),
+        ({"input": "x", "\ud800": 1}, 422, "invalid_request", "unicode string"),
         ({"input": None}, 422, "invalid_request", "input"),
         ({}, 422, "invalid_request", "input"),
         ({"input": "x", "clasifiers": "task0"}, 422, "invalid_request", "clasifiers"),
         ({"input": "x", "deadline_ms": -1}, 422, "invalid_request", "deadline_ms"),
-        ({"input": [{"role": "user"}]}, 422, "invalid_request", "content"),
+        ({"input": [{"role": "user"}]}, 422, "invalid_request", "input.0.content: "),
+        ({"input": [{"role": "user", "content": "x", "text": 1}]}, 422, "invalid_request", "input.0.text: "),
         ({"input": [{"role": "robot", "content": "x"}]}, 422, "invalid_request", "'robot'"),
         ({"input": "\ud800"}, 422, "invalid_request", "Unicode"),
         ([], 422, "invalid_request", "JSON object"),
@@ -116,12 +127,28 @@ def test_wrong_input_gets_status_code_and_remedy(
     assert_error(response, status, code, mentions)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"input": }', b'{"input": "\xff"}', b"\x00", b"NaN"])
-def test_what_is_not_json_gets_400_or_422(http: httpx.Client, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b'{"input": }', b'{"input": "\xff"}', b"\x00", b"[" * 100_000])
+def test_what_is_not_json_gets_400(http: httpx.Client, content: bytes) -> None:
     for route in ("/v1/classify", "/invocations"):
         response = http.post(route, content=content, headers={"Content-Type": "application/json"})
-        assert response.status_code in (400, 422)
-        assert_error(response, response.status_code, response.json()["error"]["code"], "")
+        assert_error(response, 400, "bad_input", "")
+
+
+def test_a_large_body_is_refused_whether_it_is_declared_or_not(http: httpx.Client) -> None:
+    large = b'{"input": "' + b"x" * (3 * 2**20) + b'"}'
+    headers = {"Content-Type": "application/json"}
+    assert_error(http.post("/v1/classify", content=large, headers=headers), 413, "body_too_large", "2097152")
+    pieces = (large[at : at + 65536] for at in range(0, len(large), 65536))
+    assert_error(http.post("/v1/classify", content=pieces, headers=headers), 413, "body_too_large", "2097152")
+    assert ask(http)["verdicts"]
+
+
+def test_a_body_full_of_mistakes_does_not_keep_the_others_waiting(http: httpx.Client) -> None:
+    body = b'{"input": [' + b",".join([b"{}"] * 500_000) + b"]}"
+    started = time.monotonic()
+    response = http.post("/v1/classify", content=body, headers={"Content-Type": "application/json"})
+    assert_error(response, 422, "invalid_request", "input")
+    assert time.monotonic() - started < 2, "every item was looked at"
 
 
 def test_an_undeclared_body_is_told_how(http: httpx.Client) -> None:
@@ -133,6 +160,7 @@ def test_an_undeclared_body_is_told_how(http: httpx.Client) -> None:
 def test_unknown_routes_and_methods_have_the_same_shape(http: httpx.Client) -> None:
     assert_error(http.get("/nope"), 404, "not_found", "/nope")
     assert_error(http.get("/v1/classify"), 405, "method_not_allowed", "GET")
+    assert_error(http.post("/v1/classify/", json={"input": "x"}), 404, "not_found", "/v1/classify/")
 
 
 def assert_error(response: httpx.Response, status: int, code: str, mentions: str) -> None:
@@ -174,6 +202,8 @@ def test_models_lists_the_base_and_its_adapters(http: httpx.Client, tiny_bundle:
 def test_health_readiness_docs_and_schema(http: httpx.Client) -> None:
     for route in ("/health", "/ready", "/ping", "/docs"):
         assert http.get(route).status_code == 200
+    for route in ("/health", "/ready", "/ping"):
+        assert http.head(route).status_code == 200
     schema = http.get("/openapi.json").json()
     assert {"/v1/classify", "/invocations", "/ping", "/v1/models", "/health", "/ready"} <= set(schema["paths"])
     described = schema["paths"]["/v1/classify"]["post"]["responses"]

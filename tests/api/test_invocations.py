@@ -60,6 +60,9 @@ def test_an_unknown_adapter_is_never_answered_by_the_base(http: httpx.Client, ra
     ("body", "status"),
     [
         ({}, 422),
+        ({"input_text": "x", "adapter_name": "\ud800"}, 404),
+        ({"input": "x", "classifiers": "\ud800"}, 422),
+        ({"input": 3}, 422),
         ({"input_text": ""}, 422),
         ({"input_text": "", "adapter_name": "task0"}, 422),
         ({"input_text": 3}, 422),
@@ -74,3 +77,13 @@ def test_wrong_input(http: httpx.Client, body: object, status: int) -> None:
     response = http.post("/invocations", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert response.status_code == status, response.text
     assert response.json()["error"]["remedy"]
+
+
+def test_a_wrong_field_is_named_without_what_pydantic_tried(http: httpx.Client) -> None:
+    for body, field in (
+        ({"input_text": 3}, "input_text"),
+        ({"input_text": "x", "article": 1}, "article"),
+        ({}, "input_text"),
+    ):
+        message = http.post("/invocations", json=body).json()["error"]["message"]
+        assert message.startswith(f"{field}: ")

@@ -1,11 +1,14 @@
 """The commands as users run them, against the demo bundle."""
 
+import asyncio
 import json
 import shlex
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,11 @@ import pytest
 import serving
 import tiny
 from loraplex import Loraplex, UnknownClassifierError
+from loraplex.backends.native import NativeBackend
+from loraplex.bundle import open_bundle
+from loraplex.config import ServerConfig
+from loraplex.errors import ConfigurationError, ContractError, InvalidRequestError, NotReadyError
+from loraplex.server.app import bind, serve
 
 # Written for this test. Each names what must be answered yes and what no.
 CONVERSATIONS = [
@@ -107,6 +115,8 @@ def test_classify_reads_a_file_or_standard_input_and_prints_a_table(tiny_bundle:
         (["--all", "--file", "missing.txt"], 1, "missing.txt"),
         (["--all", "--text", "x", "--adapter", "nonsense"], 2, "NAME=FOLDER"),
         (["--all", "--text", "x", "--dtype", "int4"], 1, "dtype"),
+        (["-c", "task0", "-c", "[/x]", "--text", "x"], 1, ""),
+        (["-c", "*", "--text", "x"], 0, ""),
     ],
 )
 def test_classify_exit_codes(tiny_bundle: Path, arguments: list[str], code: int, mentions: str) -> None:
@@ -142,6 +152,21 @@ def test_a_taken_port_is_said_before_anything_is_loaded(tiny_bundle: Path) -> No
     assert "cannot be bound" in run.stderr and "loading" not in run.stderr
 
 
+def test_two_servers_that_start_at_once_do_not_share_a_port(tiny_bundle: Path) -> None:
+    config = ServerConfig(port=0)
+    with bind(config) as first, bind(ServerConfig(port=first.getsockname()[1])) as second:
+        second.listen()  # the other one was ready first
+        with pytest.raises(ConfigurationError, match="cannot be bound"):
+            asyncio.run(serve(NativeBackend(open_bundle(tiny_bundle)), config, first, lambda: None))
+
+
+def test_an_ipv6_host_is_printed_as_a_url(tiny_bundle: Path) -> None:
+    with serving.serve(tiny_bundle, "--host", "::1") as server:
+        assert server.url.startswith("http://[::1]:")
+        with serving.client(server) as http:
+            assert http.get("/ready").status_code == 200
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_it_cleanly(tiny_bundle: Path, number: int) -> None:
     with serving.serve(tiny_bundle, LORAPLEX_DTYPE="float32") as server:
@@ -159,6 +184,22 @@ def test_a_golden_example_that_fails_keeps_it_from_starting(tmp_path: Path) -> N
     )
     run = serving.loraplex("serve", tmp_path, "--dtype", "float32", "--port", 0)
     assert run.returncode == 1 and "golden" in run.stderr
+    tiny.save_adapter(
+        tmp_path, tmp_path / "task", contract={**tiny.CONTRACT, "golden": [{"text": " ", "label": "yes"}]}
+    )
+    with pytest.raises(ContractError, match=r"golden.*empty"):
+        Loraplex.load(tmp_path, dtype="float32")
+
+
+def test_a_token_that_the_base_has_no_embedding_for_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny.byte_level_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # as fine-tuning scripts do, without resizing the base
+    tiny.save_base(tmp_path, tiny.FAMILIES["llama"], tokenizer)
+    tiny.save_adapter(tmp_path, tmp_path / "task")
+    with Loraplex.load(tmp_path) as loraplex:
+        assert loraplex.classify("hello")["task"].label
+        with pytest.raises(InvalidRequestError, match=r"'\[PAD\]'.*320 embeddings"):
+            loraplex.classify("hello [PAD]")
 
 
 def test_in_python(tiny_bundle: Path) -> None:
@@ -169,4 +210,21 @@ def test_in_python(tiny_bundle: Path) -> None:
         with pytest.raises(UnknownClassifierError):
             loraplex.classify("hello", "nope")
         assert [info.rank for info in loraplex.adapters()] == [2, 5, 8, 4]
+        assert len(loraplex.classify("hello", ["*"]).verdicts) == 4
+        with pytest.raises(InvalidRequestError, match="content"):
+            loraplex.classify([{"role": "user"}])
     loraplex.close()
+    with pytest.raises(NotReadyError):
+        loraplex.classify("hello")
+
+
+def test_what_other_threads_asked_before_close_is_answered(tiny_bundle: Path) -> None:
+    loraplex = Loraplex.load(tiny_bundle, dtype="float32")
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(loraplex.classify, f"hello {i}") for i in range(64)]
+        while not calls[0].done():
+            time.sleep(0.001)
+        loraplex.close()
+        outcomes = [call.exception(timeout=30) for call in calls]
+    assert outcomes[0] is None
+    assert all(exc is None or isinstance(exc, NotReadyError) for exc in outcomes), outcomes

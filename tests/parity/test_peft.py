@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from loraplex.adapters.checkpoint import AdapterWeights, read_adapter
 from loraplex.engine.runner import ModelRunner
-from loraplex.engine.sequence import NO_ADAPTER, Sequence, Target
+from loraplex.engine.sequence import NO_ADAPTER, Sequence, SequenceOutput, Target
 from loraplex.engine.tokenizer import Tokenizer
 from loraplex.model import attention
 from loraplex.model.loader import build_skeleton, linear_shapes, load_base, read_config
@@ -72,7 +72,8 @@ class Case:
                 keys.append((key, text))
                 sequences.append(Sequence(token_ids=ids, slot=slot, targets=every_token))
         batches = [sequences] if together else [[sequence] for sequence in sequences]
-        outputs = {id(sequence): output for batch in batches for sequence, output in runner.run(batch)}
+        outcomes = [pair for batch in batches for pair in runner.run(batch)]
+        outputs = {id(sequence): outcome for sequence, outcome in outcomes if isinstance(outcome, SequenceOutput)}
         return {
             key: torch.tensor(outputs[id(sequence)].log_probs).exp()
             for key, sequence in zip(keys, sequences, strict=True)

@@ -83,7 +83,16 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path: Path, key: str) -> No
         ({"r": 0}, "'r'"),
         ({"r": 3}, "has rank 2, but adapter_config.json says 3"),
         ({"rank_pattern": {"q_proj": 5}}, "says 5"),
+        ({"r": 0.5}, "'r'"),
+        ({"r": True}, "'r'"),
+        ({"r": float("nan")}, "'r'"),
+        ({"r": None}, "'r'"),
         ({"lora_alpha": "x"}, "lora_alpha"),
+        ({"lora_alpha": True}, "lora_alpha"),
+        ({"lora_alpha": float("inf")}, "lora_alpha"),
+        ({"lora_alpha": 1e300}, "lora_B holds .* when scaled by 5e\\+299"),
+        ({"use_rslora": "yes"}, "use_rslora"),
+        ({"layers_pattern": ["("]}, "layers_pattern"),
         ({"rank_pattern": [1]}, "rank_pattern"),
         ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern"),
@@ -173,6 +182,16 @@ def test_every_targeted_layer_must_have_its_tensors(tmp_path: Path, config: Mapp
     else:
         with pytest.raises(AdapterError, match="which has no tensors"):
             read_adapter(save(tmp_path, made, **config), SHAPES)
+
+
+def test_patterns_may_be_null(tmp_path: Path) -> None:
+    assert read_adapter(save(tmp_path, rank_pattern=None, alpha_pattern=None), SHAPES)
+
+
+def test_a_config_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    (save(tmp_path) / "adapter_config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(AdapterError, match="not readable as JSON"):
+        read_adapter(tmp_path, SHAPES)
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"\xff" * 8 + b"{}"])

@@ -48,7 +48,8 @@ def test_three_labels_take_the_likeliest() -> None:
 
 def test_extreme_log_probs_neither_overflow_nor_divide_by_zero() -> None:
     assert contract().decide([-2000.0, -1.0]).scores == pytest.approx({"yes": 0.0, "no": 1.0})
-    assert contract(calibration={"temperature": 0.001}).decide([-900.0, -901.0]).label == "yes"
+    extreme = {"temperature": 0.001, "bias": {"yes": -1000, "no": 1000}}
+    assert contract(calibration=extreme).decide([-1.0, -90000.0]).scores == pytest.approx({"yes": 1.0, "no": 0.0})
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,14 @@ def test_extreme_log_probs_neither_overflow_nor_divide_by_zero() -> None:
         ("question: only", "labels"),
         ("[1, 2]", "not keys and values"),
         ("labels: [a", "YAML"),
+        ("labels: [a, 2024-13-45]", "YAML"),
+        ("labels: [a, !!int foo]", "YAML"),
+        ("labels: " + "[" * 5000, "YAML"),
+        ("labels: !!python/object:os.system [a]", "YAML"),
+        ('labels: [a, b]\ntemplate: "{conversation}\\ud800"', "no Unicode"),
+        ("labels: [a, b]\ncalibration: {temperature: 1e-310}", "temperature"),
+        ("labels: [a, b]\ncalibration: {temperature: .inf}", "temperature"),
+        ("labels: [a, b]\ncalibration: {bias: {a: 1.0e+308}}", "calibration.bias.a"),
     ],
 )
 def test_a_wrong_contract_names_the_file_and_the_key(tmp_path: Path, text: str, key: str) -> None:

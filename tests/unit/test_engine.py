@@ -9,7 +9,7 @@ import pytest
 
 from loraplex.engine.engine import Engine
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, SequenceOutput
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput
 from loraplex.errors import CancelledError, DeadlineExceededError, EngineError, NotReadyError, QueueFullError
 
 TIMEOUT = 10.0
@@ -29,6 +29,13 @@ def output(sequence: Sequence) -> SequenceOutput:
 
 def assert_set(event: threading.Event) -> None:
     assert event.wait(TIMEOUT)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.001)
 
 
 def scheduler(*, tokens: int = 100, sequences: int = 10, queue: int = 100) -> Scheduler:
@@ -83,10 +90,13 @@ class FakeRunner:
         self.before = before
         self.steps: list[int] = []
 
-    def run(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, SequenceOutput]]:
+    def run(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, Outcome]]:
         self.steps.append(len(sequences))
         self.before(sequences)
         return [(sequence, output(sequence)) for sequence in reversed(sequences)]  # any order will do
+
+    def probe(self) -> None:
+        self.before([])
 
 
 @pytest.fixture
@@ -134,17 +144,41 @@ def test_requests_from_many_threads_share_steps_and_each_resolves(engine_of: Eng
     assert len(runner.steps) < 40, "what waited while a step ran was not batched"
 
 
-def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(engine_of: EngineOf) -> None:
+def test_a_sequence_that_fails_a_step_is_found_and_the_others_answer(engine_of: EngineOf) -> None:
     def fail_on_7(step: Seq[Sequence]) -> None:
         if any(sequence.num_tokens == 7 for sequence in step):
             raise ValueError("broken")
 
-    engine, bad, good = engine_of(FakeRunner(fail_on_7), scheduler()), request(7), request(3)
-    engine.submit(bad)
-    [outcome] = bad.future.result(TIMEOUT)
-    assert isinstance(outcome, EngineError) and "broken" in outcome.message
+    engine, mixed, good = engine_of(FakeRunner(fail_on_7), scheduler()), request(1, 2, 7, 4, 5), request(3)
+    engine.submit(mixed)
+    outcomes = mixed.future.result(TIMEOUT)
+    assert [isinstance(outcome, EngineError) for outcome in outcomes] == [False, False, True, False, False]
+    assert isinstance(outcomes[2], EngineError) and "broken" in outcomes[2].message
     engine.submit(good)
     assert top_ids(good) == [3]
+
+
+def test_an_engine_whose_device_is_gone_stops_and_says_so(engine_of: EngineOf) -> None:
+    def gone(step: Seq[Sequence]) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    engine, wanted = engine_of(FakeRunner(gone), scheduler()), request(1, 2, 3)
+    engine.submit(wanted)
+    assert all(isinstance(outcome, EngineError) for outcome in wanted.future.result(TIMEOUT))
+    wait_until(lambda: not engine.alive)
+    with pytest.raises(NotReadyError):
+        engine.submit(request(1))
+
+
+def test_a_thread_that_dies_within_a_split_step_answers_all_of_it(engine_of: EngineOf) -> None:
+    def die_in_the_first_half(step: Seq[Sequence]) -> None:
+        if len(step) > 2:
+            raise MemoryError
+        raise SystemExit
+
+    engine, wanted = engine_of(FakeRunner(die_in_the_first_half), scheduler()), request(1, 2, 3, 4)
+    engine.submit(wanted)
+    assert all(isinstance(outcome, EngineError) for outcome in wanted.future.result(TIMEOUT))
 
 
 def test_out_of_memory_splits_the_step_until_it_fits(engine_of: EngineOf) -> None:

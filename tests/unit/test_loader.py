@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaCon
 
 import tiny
 from loraplex.engine.runner import ModelRunner
-from loraplex.errors import UnsupportedModelError
+from loraplex.engine.sequence import NO_ADAPTER, Sequence
+from loraplex.errors import EngineError, UnsupportedModelError
 from loraplex.model.loader import build_skeleton, load_base, read_config, resolve_device, resolve_dtype
 
 CPU = torch.device("cpu")
@@ -58,6 +59,17 @@ def test_a_layer_that_looks_across_texts_is_found(tmp_path: Path) -> None:
         ModelRunner(model).verify_packing()
 
 
+def test_a_base_that_computes_no_numbers_is_refused_and_a_sequence_of_it_carries_an_error(tmp_path: Path) -> None:
+    tiny.save_base(tmp_path, tiny.FAMILIES["llama"])
+    model = load_base(read_config(tmp_path), tmp_path, torch.float32, CPU)
+    torch.nn.init.constant_(model.get_submodule("model.norm").weight, float("nan"))  # type: ignore[arg-type]
+    runner = ModelRunner(model)
+    with pytest.raises(UnsupportedModelError, match="NaN"):
+        runner.verify_packing()
+    [(_, outcome)] = runner.run([Sequence(token_ids=[1, 2], slot=NO_ADAPTER)])
+    assert isinstance(outcome, EngineError) and "NaN" in outcome.message
+
+
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -77,9 +89,31 @@ def test_a_truncated_base_is_refused(tmp_path: Path) -> None:
         load_base(read_config(tmp_path), tmp_path, torch.float32, CPU)
 
 
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized .bitsandbytes"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings"),
+        ({"max_position_embeddings": None}, "max_position_embeddings"),
+        ({"num_attention_heads": 0}, r"config\.json"),
+        ({"hidden_size": -1}, r"config\.json"),
+        ({"hidden_size": "x"}, r"config\.json"),
+        ({"hidden_act": "nothing"}, r"config\.json"),
+        ({"model_type": ["llama"]}, r"config\.json"),
+        ({"rope_parameters": {"rope_type": "nothing"}}, r"config\.json"),
+    ],
+)
+def test_a_broken_config_is_refused(tmp_path: Path, changed: dict[str, object], match: str) -> None:
+    config = json.loads(tiny.FAMILIES["llama"].to_json_string(use_diff=False)) | changed
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=match):
+        build_skeleton(read_config(tmp_path), tmp_path)
+
+
 def test_an_absent_cuda_device_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="CUDA"):
-        resolve_device("cuda:99")
+    for name in ("cuda:99", "cuda:999", "cuda:99999999999"):
+        with pytest.raises(UnsupportedModelError, match="CUDA"):
+            resolve_device(name)
     assert resolve_dtype("float32", CPU) == torch.float32
 
 

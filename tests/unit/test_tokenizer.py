@@ -151,6 +151,20 @@ def test_one_turn_that_is_too_long_is_cut_inside(tokenizer: Tokenizer) -> None:
     assert prompt.text.endswith("the end" + bound.suffix)
 
 
+@pytest.mark.parametrize("max_length", [40, 60, 100, 250])
+@pytest.mark.parametrize(
+    "text", ["Customer: " + "hello there " * 200, dialogue(60), "Agent: " + "x " * 300 + "\nCustomer: ok"]
+)
+def test_however_long_the_template_and_the_turns_half_of_the_room_stays_used(
+    tokenizer: Tokenizer, text: str, max_length: int
+) -> None:
+    for num_words in (1, max_length // 8, max_length // 4):
+        bound = template(tokenizer, template="{conversation}<|ask|>" + "a " * num_words + "\n", max_length=max_length)
+        num_fixed = len(tokenizer.encode(bound.render("")))
+        used = len(bound.prompt(text, Conversations(tokenizer)).token_ids)
+        assert num_fixed + (max_length - num_fixed) // 2 - 1 <= used <= max_length
+
+
 def test_a_template_that_leaves_no_room_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ContractError, match="without a conversation"):
         template(tokenizer, template="{conversation}<|ask|>" + "word " * 50 + "\n", max_length=20)
@@ -174,6 +188,27 @@ def test_the_default_template_is_the_bases_chat_template_without_a_second_bos(tm
     assert prompt.text == "<s>[INST] Customer: hi\nIs it done? [/INST]<|ask|>"
     encoded: Any = hugging_face(prompt.text, add_special_tokens=False)
     assert list(prompt.token_ids) == encoded["input_ids"]
+    assert prompt.token_ids.count(0) == 1
+
+
+def test_a_chat_template_writes_all_special_tokens_itself(tmp_path: Path) -> None:
+    hugging_face = tiny.metaspace_tokenizer()
+    hugging_face.chat_template = "{{ messages[0]['content'] }}<|ask|>"
+    tiny.FAMILIES["llama"].save_pretrained(tmp_path)
+    hugging_face.save_pretrained(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    prompt = template(tokenizer).prompt("Customer: hi", Conversations(tokenizer))
+    trained: Any = hugging_face.apply_chat_template(
+        [{"role": "user", "content": "Customer: hi\nIs it done?"}], tokenize=True, return_dict=True
+    )
+    assert list(prompt.token_ids) == trained["input_ids"]
+
+
+def test_a_template_that_begins_with_bos_gets_no_second_one(tmp_path: Path) -> None:
+    tiny.FAMILIES["llama"].save_pretrained(tmp_path)
+    tiny.metaspace_tokenizer().save_pretrained(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    prompt = template(tokenizer, template="<s>{conversation}<|ask|>").prompt("hi", Conversations(tokenizer))
     assert prompt.token_ids.count(0) == 1
 
 

@@ -7,24 +7,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from loraplex.config import validate
 from loraplex.errors import AdapterError
+
+Number = TypeVar("Number", int, float)
 
 # Keys of LoraConfig that do not change what a trained adapter computes.
 INERT_KEYS = frozenset(
     "auto_mapping base_model_name_or_path corda_config eva_config inference_mode loftq_config lora_dropout "
     "lora_ga_config megatron_config megatron_core peft_version qalora_group_size revision runtime_config "
     "velora_config".split()
-)
-# Keys that are read below.
-READ_KEYS = frozenset(
-    "alpha_pattern exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha peft_type r "
-    "rank_pattern target_modules task_type use_rslora".split()
 )
 # Keys that change the computation in a way that is not implemented: accepted only at their inert default.
 REFUSED_KEYS = {
@@ -50,6 +49,75 @@ BASE_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PREFIX = "base_model.model."
 TENSOR = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 DTYPES = ("F16", "BF16", "F32", "F64")
+LARGEST = torch.finfo(torch.bfloat16).max  # of the types that a base computes in, the smallest
+
+
+def _is_regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as exc:
+        raise ValueError(f"not a regular expression: {exc}") from None
+    return pattern
+
+
+Regex = Annotated[str, AfterValidator(_is_regex)]
+Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class PeftConfig(BaseModel):
+    """The keys of `adapter_config.json` that are read, as PEFT's LoraConfig means them."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    peft_type: Literal["LORA"]
+    task_type: Literal["CAUSAL_LM"] | None = None
+    r: Rank
+    lora_alpha: Alpha
+    rank_pattern: dict[Regex, Rank] | None = None
+    alpha_pattern: dict[Regex, Alpha] | None = None
+    use_rslora: bool = False
+    target_modules: Regex | list[str] | None = None
+    exclude_modules: Regex | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: Regex | list[Regex] | None = None
+    init_lora_weights: bool | str | None = True
+
+    def rank_and_scaling(self, module: str) -> tuple[int, float]:
+        """The first pattern that matches the path's end wins, else r and lora_alpha."""
+
+        def pick(patterns: Mapping[str, Number] | None, default: Number) -> Number:
+            for pattern, value in (patterns or {}).items():
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return value
+            return default
+
+        rank = pick(self.rank_pattern, self.r)
+        alpha = pick(self.alpha_pattern, self.lora_alpha)
+        return rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, module: str) -> bool:
+        """Whether the config says that this layer is updated; False where only the tensors say it."""
+
+        def named(names: str | list[str]) -> bool:
+            if isinstance(names, str):
+                return re.fullmatch(names, module) is not None
+            return any(module == name or module.endswith(f".{name}") for name in names)
+
+        if self.target_modules in (None, "all-linear"):  # the model type's own list, which PEFT resolves
+            return False
+        if self.exclude_modules and named(self.exclude_modules):
+            return False
+        if not named(self.target_modules):
+            return False
+        if self.layers_to_transform is None or isinstance(self.target_modules, str):
+            return True
+        patterns, layers = self.layers_pattern or r"[^.]*", self.layers_to_transform
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            match = re.match(rf".*\.{pattern}\.(\d+)\.", module)
+            if match:
+                return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,14 +156,14 @@ def read_adapter(folder: Path, linear_shapes: Mapping[str, tuple[int, int]]) -> 
     the tensor or key. Shapes are checked against the header before anything is allocated.
     """
     config_path, weights_path = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
-    config = _checked_config(read_json(config_path, AdapterError), config_path)
+    config = _read_config(config_path)
     try:
         with safe_open(weights_path, framework="pt") as file:
             sides = _checked_header(file, weights_path, linear_shapes)
             modules = {}
             for module in sorted(sides):
                 rank = sides[module]["A"][0]
-                expected, scaling = _rank_and_scaling(module, config)
+                expected, scaling = config.rank_and_scaling(module)
                 if rank != expected:
                     raise AdapterError(
                         weights_path,
@@ -103,11 +171,11 @@ def read_adapter(folder: Path, linear_shapes: Mapping[str, tuple[int, int]]) -> 
                         remedy="save the adapter again, config and weights together",
                     )
                 lora_A, lora_B = (file.get_tensor(f"{PREFIX}{module}.lora_{side}.weight") for side in "AB")
-                for side, tensor in (("A", lora_A), ("B", lora_B)):
-                    if not torch.isfinite(tensor).all():
+                for side, tensor, factor in (("A", lora_A, 1.0), ("B", lora_B, scaling)):
+                    if not tensor.abs().max().item() * factor <= LARGEST:
                         raise AdapterError(
                             weights_path,
-                            f"{module}.lora_{side} holds NaN or infinity",
+                            f"{module}.lora_{side} holds NaN, infinity or what becomes it when scaled by {factor:g}",
                             remedy="train the adapter again",
                         )
                 modules[module] = LoRAWeights(lora_A=lora_A, lora_B=lora_B, scaling=scaling)
@@ -115,7 +183,7 @@ def read_adapter(folder: Path, linear_shapes: Mapping[str, tuple[int, int]]) -> 
         raise AdapterError(
             weights_path, f"not readable as safetensors: {exc}", remedy="save or copy the file again"
         ) from None
-    missing = [module for module in linear_shapes if _is_targeted(module, config) and module not in modules]
+    missing = [module for module in linear_shapes if config.targets(module) and module not in modules]
     if missing:
         raise AdapterError(
             weights_path,
@@ -125,57 +193,28 @@ def read_adapter(folder: Path, linear_shapes: Mapping[str, tuple[int, int]]) -> 
     return AdapterWeights(modules=modules, kv_id=_content_hash(modules))
 
 
-def _checked_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> PeftConfig:
+    """Every key is read, inert or refused by name."""
+    raw = read_json(path, AdapterError)
+    config = validate(PeftConfig, raw, path, AdapterError)
+
     def refuse(key: str, message: str, remedy: str) -> AdapterError:
         return AdapterError(f"{path}, key {key!r}", message, remedy=remedy)
 
-    if config.get("peft_type") != "LORA":
-        raise refuse("peft_type", f"{config.get('peft_type')!r} is not served", "use a LoRA adapter")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise refuse("task_type", f"{config['task_type']!r} is not served", "train the classifier as CAUSAL_LM")
-    for key, value in config.items():
+    for key, value in raw.items():
         if key in REFUSED_KEYS:
             if value and value != "none":
                 raise refuse(key, f"{REFUSED_KEYS[key]} is not supported", "train the adapter without it")
-        elif key not in INERT_KEYS | READ_KEYS:
+        elif key not in INERT_KEYS and key not in PeftConfig.model_fields:
             raise refuse(key, f"unknown, and it may change the answers (value {value!r})", "remove it if it is inert")
-    init = config.get("init_lora_weights")
+    init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(BASE_MUTATING_INITS):
         raise refuse(
             "init_lora_weights",
             f"{init!r} changes the base's weights",
             "convert the adapter: save_pretrained(…, path_initial_model_for_weight_conversion=…)",
         )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
-            raise refuse(key, f"must be a positive number, got {config.get(key)!r}", "save the adapter again")
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict) or not all(
-            _is_regex(pattern) and isinstance(value, int | float) and value > 0 for pattern, value in patterns.items()
-        ):
-            raise refuse(key, f"must map patterns to positive numbers, got {patterns!r}", "save the adapter again")
-    for key, kind in (
-        ("target_modules", str),
-        ("exclude_modules", str),
-        ("layers_pattern", str),
-        ("layers_to_transform", int),
-    ):
-        value = config.get(key)
-        each = value if isinstance(value, list) else [value]
-        if value is not None and not all(isinstance(one, kind) for one in each):
-            raise refuse(key, f"must be a {kind.__name__} or a list of them, got {value!r}", "save the adapter again")
-        if isinstance(value, str) and not _is_regex(value):
-            raise refuse(key, f"is not a regular expression: {value!r}", "save the adapter again")
     return config
-
-
-def _is_regex(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
 
 
 def _checked_header(
@@ -223,45 +262,6 @@ def _checked_header(
                 remedy="serve the adapter on the base it was trained on",
             )
     return sides
-
-
-def _rank_and_scaling(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    """PEFT's rule: the first pattern that matches the path's end wins, else r and lora_alpha."""
-
-    def pick(patterns: Mapping[str, float] | None, default: float) -> float:
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
-
-    rank = int(pick(config.get("rank_pattern"), config["r"]))
-    alpha = pick(config.get("alpha_pattern"), config["lora_alpha"])
-    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _is_targeted(module: str, config: Mapping[str, Any]) -> bool:
-    """PEFT's rule for `target_modules`, `exclude_modules` and `layers_to_transform`."""
-
-    def named(names: Any) -> bool:
-        if isinstance(names, str):
-            return re.fullmatch(names, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in names)
-
-    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
-    if targets is None or targets == "all-linear":  # the model type's own list, which PEFT resolves: the tensors say it
-        return False
-    if config.get("exclude_modules") and named(config["exclude_modules"]):
-        return False
-    if not named(targets):
-        return False
-    if layers is None or isinstance(targets, str):
-        return True
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        match = re.match(rf".*\.{pattern}\.(\d+)\.", module)
-        if match:
-            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
-    return False
 
 
 def _content_hash(modules: Mapping[str, LoRAWeights]) -> str:

@@ -27,11 +27,6 @@ class GenerateResult:
     timings: Timings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackendStats:
-    num_waiting: int
-
-
 class Backend(Protocol):
     """Answers for one bundle. All methods are called from one event loop; none of them blocks it."""
 
@@ -74,5 +69,3 @@ class Backend(Protocol):
     def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """(classifier, prompt, token ids) for each classifier of the request, as they would be computed."""
         ...
-
-    def stats(self) -> BackendStats: ...

@@ -10,9 +10,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from loraplex.adapters.checkpoint import read_adapter
-from loraplex.backends.base import BackendStats, GenerateRequest, GenerateResult
+from loraplex.backends.base import GenerateRequest, GenerateResult
 from loraplex.bundle import CONTRACT, AdapterSource, Bundle
-from loraplex.classifier import DEFAULT_ROLES, conversation_text
+from loraplex.classifier import DEFAULT_ROLES, conversation_text, valid_unicode
 from loraplex.config import EngineConfig, resolve
 from loraplex.engine.engine import Engine
 from loraplex.engine.runner import ModelRunner
@@ -30,6 +30,7 @@ from loraplex.model.loader import (
     build_skeleton,
     linear_shapes,
     load_base,
+    num_embedded_tokens,
     read_config,
     resolve_device,
     resolve_dtype,
@@ -85,13 +86,16 @@ class NativeBackend:
 
     async def start(self) -> None:
         await asyncio.to_thread(self._load)
-        await self._check_golden()
+        try:
+            await self._check_golden()
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
-        engine, self._engine = self._engine, None
-        self._classifiers = {}
-        if engine is not None:
-            await asyncio.to_thread(engine.close)
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close)
+        self._engine, self._classifiers = None, {}
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
         return tuple(
@@ -106,9 +110,6 @@ class NativeBackend:
             )
             for name, loaded in self._classifiers.items()
         )
-
-    def stats(self) -> BackendStats:
-        return BackendStats(num_waiting=self._engine.num_waiting if self._engine else 0)
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -165,7 +166,8 @@ class NativeBackend:
         return tuple(shown)
 
     def _names(self, request: ClassifyRequest) -> tuple[str, ...]:
-        names = tuple(self._classifiers) if request.classifiers == "*" else tuple(dict.fromkeys(request.classifiers))
+        asked = self._classifiers if request.classifiers == "*" else map(valid_unicode, request.classifiers)
+        names = tuple(dict.fromkeys(asked))
         if not names:
             raise InvalidRequestError(
                 "no classifier is asked", remedy='name at least one, or "*" for all that are loaded'
@@ -216,7 +218,7 @@ class NativeBackend:
         model_config = read_config(bundle.base)
         skeleton = build_skeleton(model_config, bundle.base)
         shapes = linear_shapes(skeleton)
-        tokenizer = Tokenizer(bundle.base)
+        tokenizer = Tokenizer(bundle.base, num_embedded_tokens(skeleton))
         max_model_len = int(model_config.max_position_embeddings)
         classifiers, weights = {}, []
         for slot, source in enumerate(bundle.adapters):
@@ -250,11 +252,14 @@ class NativeBackend:
     async def _check_golden(self) -> None:
         for name, loaded in self._classifiers.items():
             for golden in loaded.source.contract.golden if loaded.source.contract else ():
-                result = await self.classify(ClassifyRequest(input=golden.text, classifiers=(name,)))
+                key = f"{loaded.source.path / CONTRACT}, key 'golden'"
+                try:
+                    result = await self.classify(ClassifyRequest(input=golden.text, classifiers=(name,)))
+                except LoraplexError as exc:
+                    raise ContractError(key, f"{golden.text!r}: {exc.message}", remedy=exc.remedy) from None
                 if result.verdicts[0].label != golden.label:
-                    await self.close()
                     raise ContractError(
-                        f"{loaded.source.path / CONTRACT}, key 'golden'",
+                        key,
                         f"{golden.text!r} is answered {result.verdicts[0].label!r}, not {golden.label!r}",
                         remedy="correct the example, or the adapter is not the one that the contract is for",
                     )

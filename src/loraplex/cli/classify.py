@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from loraplex.cli.options import (
@@ -19,7 +20,7 @@ from loraplex.cli.options import (
     quiet_libraries,
 )
 from loraplex.errors import InvalidRequestError
-from loraplex.types import ClassifyRequest, ClassifyResult
+from loraplex.types import ClassifyRequest, ClassifyResult, classifier_names
 
 
 def classify(
@@ -66,7 +67,7 @@ def classify(
         from loraplex.inprocess import Loraplex
 
         quiet_libraries()
-        request = ClassifyRequest(input=conversation, classifiers="*" if every else tuple(classifier or ()))
+        request = ClassifyRequest(input=conversation, classifiers=classifier_names("*" if every else classifier or ()))
         with Loraplex.load(path, adapters=adapters, device=device, dtype=dtype) as loraplex:
             prompts = loraplex.backend.show_prompt(request) if show_prompt else ()
             result = loraplex.classify(conversation, request.classifiers)
@@ -102,11 +103,11 @@ def _print_table(result: ClassifyResult) -> None:
         version = verdict.adapter.version if verdict.adapter else ""
         if verdict.error is not None or verdict.label is None or verdict.confidence is None:
             reason = verdict.error.message if verdict.error else ""
-            table.add_row(verdict.classifier, "[red]error[/]", "", reason, version)
+            table.add_row(escape(verdict.classifier), "[red]error[/]", "", escape(reason), version)
             continue
         scores = "  ".join(f"{label} {score:.3f}" for label, score in (verdict.scores or {}).items())
         label = f"{verdict.label} (abstained)" if verdict.abstained else verdict.label
-        table.add_row(verdict.classifier, label, f"{verdict.confidence:.3f}", scores, version)
+        table.add_row(escape(verdict.classifier), escape(label), f"{verdict.confidence:.3f}", escape(scores), version)
     console = Console()
     console.print(table)
     for warning in dict.fromkeys(warning for verdict in result.verdicts for warning in verdict.warnings or ()):

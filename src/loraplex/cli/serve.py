@@ -40,6 +40,14 @@ def serve(
         int | None,
         typer.Option(envvar="LORAPLEX_MAX_STEP_TOKENS", help="Tokens in one forward pass. Default 8192."),
     ] = None,
+    max_step_sequences: Annotated[
+        int | None,
+        typer.Option(envvar="LORAPLEX_MAX_STEP_SEQUENCES", help="Sequences in one forward pass. Default 512."),
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None,
+        typer.Option(envvar="LORAPLEX_MAX_BODY_BYTES", help="A larger request is refused with 413. Default 2 MiB."),
+    ] = None,
     drain_timeout: Annotated[
         int | None,
         typer.Option(envvar="LORAPLEX_DRAIN_TIMEOUT", help="Seconds for requests in flight at SIGTERM. Default 25."),
@@ -51,8 +59,8 @@ def serve(
 
     Example: [bold]loraplex serve path/to/base --adapter isFraud=path/to/adapter[/]
 
-    Each option can also stand in the environment (LORAPLEX_PORT=8000) and in the bundle's loraplex.yaml, under
-    [bold]engine:[/] or [bold]server:[/]. Options win over the environment, the environment over the file.
+    Each option but --adapter can also stand in the environment (LORAPLEX_PORT=8000) and in the bundle's loraplex.yaml,
+    under [bold]engine:[/] or [bold]server:[/]. Options win over the environment, the environment over the file.
     """
     adapters = named_adapters(adapter)
     with errors_to_exit():
@@ -69,10 +77,13 @@ def serve(
                 "dtype": dtype,
                 "max_queue": max_queue,
                 "max_step_tokens": max_step_tokens,
+                "max_step_sequences": max_step_sequences,
             },
         )
         server_config = resolve(
-            ServerConfig, bundle.settings.server, {"host": host, "port": port, "drain_timeout": drain_timeout}
+            ServerConfig,
+            bundle.settings.server,
+            {"host": host, "port": port, "max_body_bytes": max_body_bytes, "drain_timeout": drain_timeout},
         )
         from loraplex.backends.native import NativeBackend
         from loraplex.server import app
@@ -81,7 +92,7 @@ def serve(
         quiet_libraries()
         sock = app.bind(server_config)
         with sock:
-            url = f"http://{server_config.host}:{sock.getsockname()[1]}"
+            url = app.url_of(server_config, sock)
             stderr.print(f"loading {bundle.base} with {len(bundle.adapters)} adapters …", markup=False)
 
             def announce() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import EngineRequest, Sequence, SequenceOutput
+from loraplex.engine.sequence import EngineRequest, Outcome, Sequence
 from loraplex.errors import EngineError, NotReadyError
 
 logger = logging.getLogger(__name__)
@@ -16,7 +16,10 @@ logger = logging.getLogger(__name__)
 class Runner(Protocol):
     """What the engine needs of a model."""
 
-    def run(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, SequenceOutput]]: ...
+    def run(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, Outcome]]: ...
+
+    def probe(self) -> None:
+        """Raises where the model no longer computes at all."""
 
 
 class Engine:
@@ -28,15 +31,12 @@ class Engine:
         self._changed = threading.Condition()  # guards the scheduler and the two flags
         self._stopping = False
         self._failure: BaseException | None = None
+        self._step_taken: Seq[Sequence] = ()  # off the queue, not yet resolved; the thread's own
         self._thread = threading.Thread(target=self._main, name="loraplex-engine", daemon=True)
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and self._failure is None
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._scheduler)
 
     def start(self) -> None:
         self._thread.start()
@@ -66,7 +66,7 @@ class Engine:
             with self._changed:
                 self._failure = exc
                 abandoned = self._scheduler.clear()
-            self._fail(abandoned, exc)
+            self._fail([*self._step_taken, *abandoned], exc)
 
     def _step(self) -> bool:
         """Run one step; False when stopped and nothing waits."""
@@ -78,30 +78,32 @@ class Engine:
         for sequence, error in dropped:
             sequence.request.resolve(sequence, error)
         if step:
+            self._step_taken = step
             self._run(step)
+            self._step_taken = ()
         return True
 
-    def _run(self, step: list[Sequence]) -> None:
-        """One forward pass. Where the device's memory does not hold it, two halves; where a single sequence does not
-        fit, or the step fails otherwise, its sequences carry the error and the engine goes on."""
+    def _run(self, step: Seq[Sequence]) -> None:
+        """One forward pass. Where it fails, or the device's memory does not hold it, two halves, so that what fails in
+        the end is one sequence, which carries the error while the others answer."""
         try:
-            outputs = self._runner.run(step)
+            outcomes = self._runner.run(step)
         except Exception as exc:
-            if not (_is_out_of_memory(exc) and len(step) > 1):
-                logger.exception("a step of %d sequences failed", len(step))
+            if len(step) == 1:
+                logger.exception("a sequence of %d tokens failed", step[0].num_tokens)
                 self._fail(step, exc)
-                return
-        except BaseException as exc:
-            self._fail(step, exc)
-            raise
+            else:
+                logger.warning("a step of %d sequences failed, split: %s: %s", len(step), type(exc).__name__, exc)
         else:
-            for sequence, output in outputs:
-                sequence.request.resolve(sequence, output)
+            for sequence, outcome in outcomes:
+                sequence.request.resolve(sequence, outcome)
             return
         # Outside the except block: the failed step's tensors, which its traceback held, are free by now.
-        logger.warning("out of memory with %d sequences: split", len(step))
-        self._run(step[: len(step) // 2])
-        self._run(step[len(step) // 2 :])
+        if len(step) == 1:
+            self._runner.probe()  # raises, and ends the engine, where not the sequence was at fault
+        else:
+            self._run(step[: len(step) // 2])
+            self._run(step[len(step) // 2 :])
 
     @staticmethod
     def _fail(sequences: Seq[Sequence], exc: BaseException) -> None:
@@ -113,10 +115,3 @@ class Engine:
                     remedy="send it again; the server's log has the details",
                 ),
             )
-
-
-def _is_out_of_memory(exc: Exception) -> bool:
-    """torch.OutOfMemoryError on CUDA, a RuntimeError of the CPU allocator; told by name, for no torch is known here."""
-    return (
-        type(exc).__name__ == "OutOfMemoryError" or isinstance(exc, MemoryError) or "can't allocate memory" in str(exc)
-    )

@@ -1,5 +1,6 @@
 """Owns the model: one packed step is one forward pass."""
 
+import math
 import time
 from collections.abc import Sequence as Seq
 from itertools import islice
@@ -9,8 +10,8 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.checkpoint import AdapterWeights
 from loraplex.engine.batch import pack
-from loraplex.engine.sequence import NO_ADAPTER, Sequence, SequenceOutput, Target
-from loraplex.errors import UnsupportedModelError
+from loraplex.engine.sequence import NO_ADAPTER, Outcome, Sequence, SequenceOutput, Target
+from loraplex.errors import EngineError, LoraplexError, UnsupportedModelError
 from loraplex.model.heads import read_heads
 from loraplex.model.lora_linear import ActiveSegments, wrap_linears
 
@@ -41,8 +42,8 @@ class ModelRunner:
             linear.clear_slot(slot)
 
     @torch.inference_mode()
-    def run(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, SequenceOutput]]:
-        """One forward pass over all of them."""
+    def run(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, Outcome]]:
+        """One forward pass over all of them. A sequence for which the model gives no number carries an EngineError."""
         started = time.monotonic()
         batch = pack(sequences, self.device)
         self._segments.current = batch.segments
@@ -57,7 +58,7 @@ class ModelRunner:
             logits, batch.target_rows, batch.target_ids, batch.last_rows
         )  # waits for the device
         computed_s = time.monotonic() - started
-        outputs = []
+        outcomes: list[tuple[Sequence, Outcome]] = []
         remaining = iter(target_log_probs)
         for sequence, top_id, top_log_prob in zip(batch.sequences, top_ids, top_log_probs, strict=True):
             output = SequenceOutput(
@@ -67,8 +68,14 @@ class ModelRunner:
                 queued_s=started - sequence.arrived_s,
                 computed_s=computed_s,
             )
-            outputs.append((sequence, output))
-        return outputs
+            outcomes.append((sequence, output if _is_finite(output) else _not_a_number()))
+        return outcomes
+
+    def probe(self) -> None:
+        """Compute one token on the base; raises where that fails."""
+        [(_, outcome)] = self.run([Sequence(token_ids=[0], slot=NO_ADAPTER)])
+        if isinstance(outcome, LoraplexError):
+            raise outcome
 
     def verify_packing(self) -> None:
         """UnsupportedModelError where two texts packed together answer otherwise than alone: then some layer looks
@@ -82,7 +89,12 @@ class ModelRunner:
                 Sequence(token_ids=ids, slot=NO_ADAPTER, targets=(Target(position=-1, token_id=3),))
                 for ids in token_ids
             ]
-            return [output.log_probs[0] for _, output in self.run(sequences)]
+            found = []
+            for _, outcome in self.run(sequences):
+                if isinstance(outcome, LoraplexError):
+                    raise UnsupportedModelError(type(self.model).__name__, outcome.message, remedy=outcome.remedy)
+                found.append(outcome.log_probs[0])
+            return found
 
         together, alone = log_probs(*texts), [log_probs(text)[0] for text in texts]
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.5
@@ -92,3 +104,14 @@ class ModelRunner:
                 f"texts packed together give log probabilities {together}, alone {alone}",
                 remedy="serve another base: some layer of this one looks across packed texts",
             )
+
+
+def _is_finite(output: SequenceOutput) -> bool:
+    return math.isfinite(output.top_log_prob) and all(map(math.isfinite, output.log_probs))
+
+
+def _not_a_number() -> EngineError:
+    return EngineError(
+        "the model's output is NaN or infinite",
+        remedy="check the weights of the base and the adapter, or compute in --dtype float32",
+    )

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ class Prompt:
 class Tokenizer:
     """A Hugging Face tokenizer, and what of it prompts depend on."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_embeddings: int = sys.maxsize) -> None:
+        """num_embeddings: of the base; a tokenizer may know more tokens, such as a padding token added later."""
         from transformers import AutoTokenizer
+
+        self._num_embeddings = num_embeddings
 
         try:
             self._hf: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -47,13 +51,15 @@ class Tokenizer:
         spelled = sorted(self.special_tokens, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._hf)
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Exactly `tokenizer(text)`."""
+        """Exactly `tokenizer(text)`. InvalidRequestError for a token that the base has no embedding for."""
         ids: list[int] = self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        highest = max(ids, default=0)
+        if highest >= self._num_embeddings:
+            raise InvalidRequestError(
+                f"the token {self.decode(highest)!r} ({highest}) exceeds the base's {self._num_embeddings} embeddings",
+                remedy="leave it out, or serve the base with the tokenizer that it was saved with",
+            )
         return ids
 
     def offsets(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -137,11 +143,11 @@ class Template:
             )
         self.max_length = limit
         self._room = min(limit, max_model_len - continuation)
-        fixed = len(tokenizer.encode(self.render(""), add_special_tokens=self._add_special_tokens))
-        if fixed >= self._room:
+        self._num_fixed = len(tokenizer.encode(self.render(""), add_special_tokens=self._add_special_tokens))
+        if self._num_fixed >= self._room:
             raise ContractError(
                 f"{source}, key 'template'",
-                f"without a conversation it takes {fixed} tokens of {self._room}",
+                f"without a conversation it takes {self._num_fixed} tokens of {self._room}",
                 remedy="shorten the template or raise 'max_length'",
             )
 
@@ -172,23 +178,25 @@ class Template:
         return conversations.encode(self.render(conversation), add_special_tokens=self._add_special_tokens)
 
     def _truncate(self, conversation: str, num_tokens: int, conversations: Conversations) -> tuple[str, list[int]]:
-        """Cut from the left, at the first turn that starts at or behind a multiple of a quarter of `max_length`: as the
-        conversation grows the cut moves rarely, so that its start, and what is cached of it, stays put. Where the last
-        turn alone is too long, inside it."""
+        """Cut from the left at a multiple of a quarter of what the template leaves, moved on to the next turn where one
+        starts within another quarter: as the conversation grows the cut moves rarely, so that its start, and what is
+        cached of it, stays put, and at least half of the room stays used."""
         head = len(self.prefix)
         offsets = conversations.offsets(self.prefix + conversation, add_special_tokens=self._add_special_tokens)
         starts = [offset - head for offset in offsets if offset >= head]  # character of each conversation token
         turns = turn_starts(conversation, self._roles)
-        step = max(1, self._room // 4)
-        cut = -(-(num_tokens - self._room) // step) * step  # in tokens
-        while cut < len(starts):
-            at = next((turn for turn in turns if turn >= starts[cut]), starts[cut])
+        step = max(1, (self._room - self._num_fixed) // 4)
+        first = -(-(num_tokens - self._room) // step) * step  # in tokens
+        for cut in range(first, len(starts), step):
+            soon = starts[min(cut + step, len(starts) - 1)]
+            at = next((turn for turn in turns if starts[cut] <= turn <= soon), starts[cut])
             ids = self._encode(conversation[at:], conversations)
             if len(ids) <= self._room:
                 return conversation[at:], ids
-            cut += step
-        at = starts[-1]
-        return conversation[at:], self._encode(conversation[at:], conversations)
+        raise InputTooLongError(
+            f"the prompt has {num_tokens} tokens, {self._room} at most, and its end does not fit alone",
+            remedy="raise 'max_length' in classifier.yaml, or shorten the input",
+        )
 
     def _cut_suffix(self) -> list[int] | None:
         """The suffix's own tokens where it begins with a special token, else None: it may merge with what precedes."""
@@ -260,8 +268,9 @@ def _frame(tokenizer: Tokenizer, contract: Contract, source: object) -> tuple[st
                 "the base's chat template leaves the user's message out",
                 remedy="give a 'template' in classifier.yaml",
             )
-        # A chat template writes its own BOS, which must not be doubled.
-        add_special_tokens = frame is None or not tokenizer.starts_with_bos(frame)
+        add_special_tokens = frame is None  # a chat template writes its own
+    if tokenizer.starts_with_bos(template):
+        add_special_tokens = False  # or there would be two
     prefix, _, suffix = template.partition(CONVERSATION)
     question = contract.question or ""
     return prefix.replace(QUESTION, question), suffix.replace(QUESTION, question), add_special_tokens

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -20,14 +19,14 @@ def resolve_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():  # torch.device would wrap a large index around
         raise UnsupportedModelError(
             f"device {name!r}",
             f"PyTorch finds {torch.cuda.device_count()} CUDA devices",
             remedy="use --device cpu",
         )
-    return device
+    return torch.device(name)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -43,11 +42,9 @@ def read_config(path: Path) -> PreTrainedConfig:
     """The base's config, checked: UnsupportedModelError names what packed attention cannot serve."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as exc:
+    except Exception as exc:  # each model's config class raises its own kinds on values that it does not expect
         raise UnsupportedModelError(
-            path / "config.json",
-            str(exc).splitlines()[0],
-            remedy="use a base that transformers knows; no remote code is run",
+            path / "config.json", _reason(exc), remedy="use a base that transformers knows; no remote code is run"
         ) from None
 
     def refuse(what: str, remedy: str = "serve another base") -> UnsupportedModelError:
@@ -58,8 +55,13 @@ def read_config(path: Path) -> PreTrainedConfig:
         raise refuse(
             f"layer types {sorted(layer_types - SERVED_LAYER_TYPES)} are not served, only full and sliding attention"
         )
-    if not isinstance(getattr(config, "max_position_embeddings", None), int):
-        raise refuse("key 'max_position_embeddings' is missing, so the longest prompt is not known")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise refuse(f"the base is quantized ({method or 'quantization_config'})", "serve the unquantized base")
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        raise refuse(f"key 'max_position_embeddings' is {longest!r}, so the longest prompt is not known")
     for rope_type in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if rope_type in LENGTH_DEPENDENT_ROPE:
             raise refuse(
@@ -73,9 +75,9 @@ def build_skeleton(config: PreTrainedConfig, path: Path) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as exc:
+    except Exception as exc:  # a shape that does not work out surfaces as any kind of error
         raise UnsupportedModelError(
-            path / "config.json", str(exc).splitlines()[0], remedy="use a causal language model as the base"
+            path / "config.json", _reason(exc), remedy="use a causal language model as the base"
         ) from None
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(
@@ -95,6 +97,12 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
+def num_embedded_tokens(model: PreTrainedModel) -> int:
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    return embeddings.num_embeddings
+
+
 def load_base(config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Read the safetensors shard by shard in `dtype`, then move the model to `device`."""
     try:
@@ -108,9 +116,9 @@ def load_base(config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: 
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (RuntimeError, ValueError, OSError, SafetensorError) as exc:
+    except Exception as exc:  # safetensors', PyTorch's, the model's: all mean that these files do not make a model
         raise UnsupportedModelError(
-            path, f"the base does not load: {exc}", remedy="save or copy the base again"
+            path, f"the base does not load: {_reason(exc)}", remedy="save or copy the base again"
         ) from None
     model, info = loaded
     if info["missing_keys"]:
@@ -120,6 +128,12 @@ def load_base(config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: 
             remedy="copy all of the base's safetensors files",
         )
     return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _reason(exc: Exception) -> str:
+    """The first line of what it says, with its kind where that line alone says little."""
+    first = (str(exc).strip().splitlines() or [""])[0]
+    return first if isinstance(exc, ValueError | OSError) and first else f"{type(exc).__name__}: {first}"
 
 
 def _rope_types(parameters: dict[str, Any]) -> set[str]:

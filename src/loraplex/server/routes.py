@@ -20,10 +20,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "no such classifier"},
     413: {
         "model": ErrorBody,
-        "description": "the prompt is longer than the base takes, and no contract cuts it",
+        "description": "the body is too large, or the prompt longer than the base takes and no contract cuts it",
     },
-    415: {"model": ErrorBody, "description": "the body is not declared as application/json"},
-    422: {"model": ErrorBody, "description": "a field is missing, unknown, of the wrong type or empty"},
+    422: {"model": ErrorBody, "description": "no JSON object, or a field missing, unknown, of the wrong type or empty"},
     429: {"model": ErrorBody, "description": "the queue is full"},
     503: {"model": ErrorBody, "description": "not ready, or stopping"},
     504: {"model": ErrorBody, "description": "nothing was computed before the deadline"},
@@ -69,18 +68,21 @@ async def models(request: Request) -> ModelList:
     return ModelList(data=cards)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", tags=["health"], responses={503: {"model": ErrorBody}})
 async def health(request: Request) -> dict[str, str]:
     """200 while the engine lives."""
     return _alive(request)
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", tags=["health"], responses={503: {"model": ErrorBody}})
 async def ready(request: Request) -> dict[str, str]:
     """200 when requests are answered: the base and all adapters are loaded."""
     return _alive(request)
 
 
+@router.head("/ping", include_in_schema=False)
 @router.get("/ping", tags=["health"], responses={503: {"model": ErrorBody}})
 async def ping(request: Request) -> dict[str, str]:
     """SageMaker's health check: as /ready."""

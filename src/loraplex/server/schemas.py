@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
-from loraplex.errors import LoraplexError
-from loraplex.types import ClassifyRequest, ClassifyResult, ErrorInfo, Message
+from loraplex.types import ClassifyRequest, ClassifyResult, ErrorInfo, Message, classifier_names
 
+MAX_ITEMS = 10_000  # in a list of a body
 CLASSIFY_RESULT = TypeAdapter(ClassifyResult)
 
 
@@ -17,6 +17,17 @@ def result_json(result: ClassifyResult) -> bytes:
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+def _text_or_list(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "text"
+    return "list" if isinstance(value, list) else None
+
+
+def _either(what: str) -> Discriminator:
+    """Text or a list, told apart by type: one error, that of the one given, and not one for each that it is not."""
+    return Discriminator(_text_or_list, custom_error_type="text_or_list", custom_error_message=f"should be {what}")
 
 
 class MessageBody(_Body):
@@ -37,17 +48,23 @@ class ClassifyBody(_Body):
         },
     )
 
-    input: str | list[MessageBody] = Field(description="text, or the turns in order")
-    classifiers: str | list[str] = Field("*", description='a name, names, or "*" for every classifier')
+    input: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[MessageBody], Tag("list"), Field(max_length=MAX_ITEMS, fail_fast=True)],
+        _either("text, or a list of messages"),
+    ] = Field(description="text, or the turns in order")
+    classifiers: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[str], Tag("list"), Field(max_length=MAX_ITEMS, fail_fast=True)],
+        _either("a name, or a list of names"),
+    ] = Field("*", description='a name, names, or "*" for every classifier')
     deadline_ms: float | None = Field(None, gt=0, description="a classifier not computed by then answers with an error")
 
     def to_request(self) -> ClassifyRequest:
-        names = [self.classifiers] if isinstance(self.classifiers, str) else self.classifiers
         return ClassifyRequest(
             input=self.input
             if isinstance(self.input, str)
             else tuple(Message(role=message.role, content=message.content) for message in self.input),
-            classifiers="*" if names == ["*"] else tuple(names),
+            classifiers=classifier_names(self.classifiers),
             deadline_ms=self.deadline_ms,
         )
 
@@ -80,8 +97,9 @@ class ErrorBody(BaseModel):
     error: ErrorInfo
 
 
-def error_json(error: LoraplexError) -> dict[str, Any]:
-    return {"error": {"code": error.code, "message": error.message, "remedy": error.remedy}}
+def error_json(code: str, message: str, remedy: str) -> dict[str, Any]:
+    """The text may repeat what the client sent; half a surrogate pair in it is escaped."""
+    return {"error": {"code": code, "message": message.encode(errors="backslashreplace").decode(), "remedy": remedy}}
 
 
 class ModelCard(BaseModel):
