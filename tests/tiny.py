@@ -165,6 +165,26 @@ CONTRACT: Mapping[str, Any] = {
 }
 
 
+def save_shared_bundle(folder: Path, config: PreTrainedConfig | None = None) -> Path:
+    """Three activated adapters, one of them with a label of several tokens, a plain one, and `verbatim`, which is
+    activated and has no contract."""
+    save_base(folder, config or FAMILIES["mistral"])
+    invocation = SPECIAL_TOKENS.index("<|ask|>")
+    for index, labels in enumerate((["yes", "no"], ["no", "yes"], ["yes", "not at all", "no idea"])):
+        contract = {**CONTRACT, "question": f"Is it done {index}?", "labels": labels}
+        save_adapter(
+            folder,
+            folder / f"active{index}",
+            contract=contract,
+            seed=index + 1,
+            r=2 + 3 * index,
+            alora_invocation_tokens=[invocation],
+        )
+    save_adapter(folder, folder / "plain", contract=CONTRACT, seed=50)
+    save_adapter(folder, folder / "verbatim", seed=99, alora_invocation_tokens=[invocation])
+    return folder
+
+
 def save_bundle(folder: Path, adapters: int = 3, config: PreTrainedConfig | None = None) -> Path:
     """A Mistral base and a few adapters of different ranks with contracts, and `verbatim`, which has none."""
     save_base(folder, config or FAMILIES["mistral"])

@@ -20,6 +20,11 @@ class EngineConfig(BaseModel):
     backend: Literal["native"] = "native"
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    kv_cache: str = Field(
+        "20%",
+        pattern=r"^(\d+(\.\d+)?%|\d+(\.\d+)?[KMG]iB|0)$",
+        description="K/V kept: a share of free memory, or bytes",
+    )
     max_step_tokens: int = Field(8192, ge=1, description="tokens in one forward pass; a longer prompt runs alone")
     max_step_sequences: int = Field(512, ge=1, description="sequences in one forward pass")
     max_queue: int = Field(4096, ge=1, description="sequences that may wait; over it: 429")

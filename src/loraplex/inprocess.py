@@ -54,15 +54,18 @@ class Loraplex:
         classifiers: str | Iterable[str] = "*",
         *,
         deadline_ms: float | None = None,
+        conversation_id: str | None = None,
     ) -> ClassifyResult:
         """One verdict a classifier. input: text, or messages with `role` and `content`. classifiers: a name, names, or
-        "*" for all. UnknownClassifierError, InvalidRequestError, InputTooLongError, … where nothing can be answered."""
+        "*" for all. conversation_id: keeps what was computed for the conversation's next turn.
+        UnknownClassifierError, InvalidRequestError, InputTooLongError, … where nothing can be answered."""
         return self._call(
             self.backend.classify(
                 ClassifyRequest(
                     input=input if isinstance(input, str) else tuple(_message(message) for message in input),
                     classifiers=classifier_names(classifiers),
                     deadline_ms=deadline_ms,
+                    conversation_id=conversation_id,
                 )
             )
         )

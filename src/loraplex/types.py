@@ -31,11 +31,13 @@ class ClassifyRequest:
     input:        text, or the turns in order.
     classifiers:  names, in the order of the answer's verdicts, or "*" for every classifier.
     deadline_ms:  from the call; a classifier not computed by then answers `deadline_exceeded`.
+    conversation_id:  the same for all turns of a conversation: keeps what was computed for its next turn.
     """
 
     input: str | tuple[Message, ...]
     classifiers: Names = "*"
     deadline_ms: float | None = None
+    conversation_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class Verdict:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """prompt_tokens: asked for, over all classifiers. computed_tokens: run through the model.
-    cached_tokens: found already computed."""
+    cached_tokens: the rest, computed for an earlier call or for another classifier in the same step."""
 
     prompt_tokens: int = 0
     computed_tokens: int = 0

@@ -14,24 +14,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from loraplex.adapters.checkpoint import AdapterWeights, read_adapter
+from loraplex.engine.block_pool import BASE_KV
 from loraplex.engine.runner import ModelRunner
-from loraplex.engine.sequence import NO_ADAPTER, Sequence, SequenceOutput, Target
-from loraplex.engine.tokenizer import Tokenizer
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, SequenceOutput, Target
+from loraplex.engine.step import Placed, Step
+from loraplex.engine.tokenizer import Tokenizer, last_match
 from loraplex.model import attention
 from loraplex.model.loader import build_skeleton, linear_shapes, load_base, read_config
 from loraplex.ops import attention as ops_attention
+from loraplex.ops.layout import Layout, Span, layout_of
 
 TOLERANCE = 1e-4
 TEXTS = [
-    "Customer: hi",
-    "Customer: hello, I would like to book a table for two\nAgent: at what time?\nCustomer: at seven, thanks",
-    "Customer: is my payment done?\nAgent: yes, it is",
-    "x",
+    "Customer: hi<|ask|>Is it done?",
+    "Customer: hello, I would like to book a table for two\nAgent: at what time?\nCustomer: at seven<|ask|>done?",
+    "Customer: hello, I would like to book a table for three<|ask|>",
+    "Customer: is my payment <|ask|> done?\nAgent: yes, it is<|ask|>Is it done? yes or no",
+    "<|ask|>x",
 ]
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "small": {"r": 1, "lora_alpha": 3},
     "medium": {"r": 5, "lora_alpha": 8, "use_rslora": True},
     "mixed": {"r": 4, "lora_alpha": 4, "rank_pattern": {"o_proj": 7}, "alpha_pattern": {r"layers\.1\..*": 9}},
+    "activated": {"r": 3, "lora_alpha": 6, "alora_invocation_tokens": [3]},
+    "activated-too": {"r": 6, "lora_alpha": 6, "alora_invocation_tokens": [3]},
 }
 
 Distributions = dict[tuple[str | None, int], torch.Tensor]  # (adapter, text) -> [vocab] probabilities
@@ -61,8 +67,9 @@ class Case:
     ) -> Distributions:
         """All texts under all adapters and the base, in one batch or one by one."""
         runner = self.runner()
+        adapters = adapters or self.adapters()
         slots: dict[str | None, int] = {None: NO_ADAPTER}
-        for slot, (name, weights) in enumerate((adapters or self.adapters()).items()):
+        for slot, (name, weights) in enumerate(adapters.items()):
             runner.set_slot(slot, weights)
             slots[name] = slot
         every_token = tuple(Target(position=-1, token_id=i) for i in range(tiny.VOCAB_SIZE))
@@ -70,9 +77,22 @@ class Case:
         for text, ids in enumerate(token_ids or self.token_ids):  # texts outermost: adapters alternate in the batch
             for key, slot in slots.items():
                 keys.append((key, text))
-                sequences.append(Sequence(token_ids=ids, slot=slot, targets=every_token))
+                invocation = adapters[key].invocation_tokens if key is not None else None
+                activation = last_match(ids, invocation) if invocation is not None else 0
+                assert activation is not None
+                sequences.append(
+                    Sequence(
+                        token_ids=tuple(ids),
+                        slot=slot,
+                        kv_id=BASE_KV if key is None else bytes.fromhex(adapters[key].kv_id),
+                        activation=activation,
+                        targets=every_token,
+                    )
+                )
+        for request in [sequences] if together else [[sequence] for sequence in sequences]:
+            EngineRequest(request)
         batches = [sequences] if together else [[sequence] for sequence in sequences]
-        outcomes = [pair for batch in batches for pair in runner.run(batch)]
+        outcomes = [pair for batch in batches for pair in runner.run(Step.of(batch))]
         outputs = {id(sequence): outcome for sequence, outcome in outcomes if isinstance(outcome, SequenceOutput)}
         return {
             key: torch.tensor(outputs[id(sequence)].log_probs).exp()
@@ -130,6 +150,25 @@ def test_batch_of_n_equals_n_batches_of_one(case: Case) -> None:
     assert difference(case.actual(together=False), case.actual()) <= TOLERANCE
 
 
+def test_what_is_shared_is_computed_once(case: Case) -> None:
+    """The base's and both activated adapters' tokens before the invocation are the same."""
+    runner, adapter = case.runner(), case.adapters()["activated"]
+    ids = tuple(case.token_ids[1])
+    activation = last_match(ids, adapter.invocation_tokens or ())
+    assert activation is not None and activation > 20
+    step = Step()
+    sequences = [
+        Sequence(token_ids=ids, slot=slot, kv_id=bytes([slot + 1] * 32), activation=activation) for slot in (0, 1)
+    ]
+    sequences.append(Sequence(token_ids=ids, slot=NO_ADAPTER))
+    EngineRequest(sequences)
+    for sequence in sequences:
+        step.add(Placed(sequence, len(ids)))
+    assert step.num_tokens == activation + 3 * (len(ids) - activation)
+    outputs = [outcome for _, outcome in runner.run(step) if isinstance(outcome, SequenceOutput)]
+    assert sum(output.num_computed_tokens for output in outputs) == step.num_tokens
+
+
 def test_the_case_can_fail(case: Case) -> None:
     """Answers are peaked, and every adapter changes them."""
     peaks = torch.stack([distribution.max() for distribution in case.expected.values()])
@@ -177,11 +216,22 @@ def test_without_the_attention_feature_it_fails(
 ) -> None:
     case = make_case(tmp_path, family)
 
-    def without(*args: object, **kwargs: object) -> torch.Tensor:
-        return ops_attention.varlen_attention(*args, **(kwargs | {feature: None}))  # type: ignore[arg-type]
+    def without(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return ops_attention.packed_attention(*args, **(kwargs | {feature: None}))
 
-    monkeypatch.setattr(attention, "varlen_attention", without)
+    monkeypatch.setattr(attention, "packed_attention", without)
     assert difference(case.actual(), case.expected) > 100 * TOLERANCE
+
+
+def test_with_the_activation_a_token_late_it_fails(tmp_path: Path) -> None:
+    case = make_case(tmp_path, "llama")
+    late = {
+        name: dataclasses.replace(adapter, invocation_tokens=None if adapter.invocation_tokens is None else (31,))
+        for name, adapter in case.adapters().items()
+    }
+    moved = [[31 if token == 3 else token for token in ids] for ids in case.token_ids]
+    actual = case.actual(token_ids=moved, adapters=late)
+    assert difference(actual, ask_peft(tmp_path, moved)) > 100 * TOLERANCE
 
 
 def test_without_the_bos_it_fails(tmp_path: Path) -> None:
@@ -196,9 +246,9 @@ def test_without_the_bos_it_fails(tmp_path: Path) -> None:
 def test_without_separate_texts_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(tmp_path, "llama")
 
-    def across(query: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        key, value, _ = args
-        return ops_attention.varlen_attention(query, key, value, [len(query)], **kwargs)  # type: ignore[arg-type]
+    def across(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: Layout, **kwargs: Any) -> torch.Tensor:
+        layout = layout_of((Span(start=0, end=len(query)),), query.device)
+        return ops_attention.packed_attention(query, key, value, layout, **kwargs)
 
-    monkeypatch.setattr(attention, "varlen_attention", across)
+    monkeypatch.setattr(attention, "packed_attention", across)
     assert difference(case.actual(), case.expected) > 100 * TOLERANCE

@@ -1,4 +1,4 @@
-"""The scheduler on a simulated clock, and the engine's thread around a runner whose behaviour each test sets."""
+"""The engine's thread around a runner whose behaviour each test sets."""
 
 import threading
 import time
@@ -10,20 +10,27 @@ import pytest
 from loraplex.engine.engine import Engine
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput
-from loraplex.errors import CancelledError, DeadlineExceededError, EngineError, NotReadyError, QueueFullError
+from loraplex.engine.step import Step
+from loraplex.errors import DeadlineExceededError, EngineError, NotReadyError
 
 TIMEOUT = 10.0
 
 
-def request(*num_tokens: int, deadline_s: float | None = None) -> EngineRequest:
-    sequences = [Sequence(token_ids=[0] * n, slot=NO_ADAPTER) for n in num_tokens]
+def request(*num_tokens: int, slot: int = NO_ADAPTER, deadline_s: float | None = None) -> EngineRequest:
+    """Sequences that share nothing."""
+    sequences = [Sequence(token_ids=(1000 * i + n, *range(n - 1)), slot=slot) for i, n in enumerate(num_tokens)]
     return EngineRequest(sequences, deadline_s=deadline_s)
 
 
 def output(sequence: Sequence) -> SequenceOutput:
     """An answer that tells which sequence it is for."""
     return SequenceOutput(
-        log_probs=(), top_token_id=sequence.num_tokens, top_log_prob=0.0, queued_s=0.0, computed_s=0.0
+        log_probs=(),
+        top_token_id=sequence.num_tokens,
+        top_log_prob=0.0,
+        num_computed_tokens=sequence.num_tokens,
+        queued_s=0.0,
+        computed_s=0.0,
     )
 
 
@@ -42,47 +49,6 @@ def scheduler(*, tokens: int = 100, sequences: int = 10, queue: int = 100) -> Sc
     return Scheduler(max_step_tokens=tokens, max_step_sequences=sequences, max_queue=queue)
 
 
-class TestScheduler:
-    def test_fills_a_step_up_to_the_token_budget_in_order(self) -> None:
-        policy, wanted = scheduler(), request(60, 30, 20)
-        policy.add(wanted, 0.0)
-        assert policy.next_step(0.0) == (list(wanted.sequences[:2]), [])
-        assert policy.next_step(0.0) == ([wanted.sequences[2]], [])
-        assert policy.next_step(0.0) == ([], [])
-
-    def test_fills_a_step_up_to_the_sequence_budget(self) -> None:
-        policy = scheduler(sequences=2)
-        policy.add(request(1, 1, 1), 0.0)
-        assert len(policy.next_step(0.0)[0]) == 2
-
-    def test_a_prompt_beyond_the_budget_runs_alone(self) -> None:
-        policy, wanted = scheduler(), request(500, 1)
-        policy.add(wanted, 0.0)
-        assert policy.next_step(0.0)[0] == [wanted.sequences[0]]
-
-    def test_is_bounded_and_takes_a_request_whole_or_not_at_all(self) -> None:
-        policy = scheduler(queue=4)
-        policy.add(request(1, 1, 1), 0.0)
-        with pytest.raises(QueueFullError):
-            policy.add(request(1, 1), 0.0)
-        assert len(policy) == 3
-
-    def test_a_request_larger_than_the_queue_gets_in_when_nothing_waits(self) -> None:
-        policy = scheduler(queue=2)
-        policy.add(request(1, 1, 1), 0.0)
-        assert len(policy) == 3
-
-    def test_drops_what_is_late_or_abandoned(self) -> None:
-        policy = scheduler()
-        late, abandoned, fine = request(1, deadline_s=5.0), request(1), request(1, deadline_s=6.0)
-        for one in (late, abandoned, fine):
-            policy.add(one, 0.0)
-        abandoned.future.cancel()
-        step, dropped = policy.next_step(5.0)
-        assert step == [fine.sequences[0]]
-        assert [type(error) for _, error in dropped] == [DeadlineExceededError, CancelledError]
-
-
 class FakeRunner:
     """Honours the Runner contract; records the steps and runs `before` first."""
 
@@ -90,10 +56,12 @@ class FakeRunner:
         self.before = before
         self.steps: list[int] = []
 
-    def run(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, Outcome]]:
+    def run(self, step: Step) -> list[tuple[Sequence, Outcome]]:
+        sequences = [placed.sequence for placed in step.placed]
         self.steps.append(len(sequences))
         self.before(sequences)
-        return [(sequence, output(sequence)) for sequence in reversed(sequences)]  # any order will do
+        answered = [placed.sequence for placed in step.placed if not placed.is_chunk]
+        return [(sequence, output(sequence)) for sequence in reversed(answered)]  # any order will do
 
     def probe(self) -> None:
         self.before([])

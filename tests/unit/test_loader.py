@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig
 
 import tiny
-from loraplex.engine.runner import ModelRunner
-from loraplex.engine.sequence import NO_ADAPTER, Sequence
+from loraplex.engine.runner import ModelRunner, lone_sequence
+from loraplex.engine.step import Step
 from loraplex.errors import EngineError, UnsupportedModelError
 from loraplex.model.loader import build_skeleton, load_base, read_config, resolve_device, resolve_dtype
 
@@ -66,7 +66,7 @@ def test_a_base_that_computes_no_numbers_is_refused_and_a_sequence_of_it_carries
     runner = ModelRunner(model)
     with pytest.raises(UnsupportedModelError, match="NaN"):
         runner.verify_packing()
-    [(_, outcome)] = runner.run([Sequence(token_ids=[1, 2], slot=NO_ADAPTER)])
+    [(_, outcome)] = runner.run(Step.of([lone_sequence([1, 2])]))
     assert isinstance(outcome, EngineError) and "NaN" in outcome.message
 
 

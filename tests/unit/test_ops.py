@@ -1,6 +1,7 @@
 """Fast paths against the reference, and the reference against a loop that anybody can read."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,41 +9,76 @@ import torch
 from loraplex.adapters.checkpoint import LoRAWeights
 from loraplex.model.lora_linear import ActiveSegments, MultiLoRALinear, Segment
 from loraplex.ops import attention, reference
+from loraplex.ops.layout import Span, layout_of
 
-SEQLENS = (1, 7, 20, 4)
+CPU = torch.device("cpu")
+CACHED = torch.tensor([5, 4, 9, 10, 11])  # in any order of slots
+ALONE = [(0, 1), (1, 8), (8, 28), (28, 32)]
+# A tree: two children of a run that itself follows cached tokens, a grandchild, a second child of the cached tokens,
+# and a text by itself.
+TREE = (
+    Span(start=0, end=7, position=5, cached=CACHED),
+    Span(start=7, end=10),
+    Span(start=10, end=14, position=12, cached=CACHED, ancestors=((0, 7),)),
+    Span(start=14, end=15, position=12, cached=CACHED, ancestors=((0, 7),)),
+    Span(start=15, end=21, position=16, cached=CACHED, ancestors=((0, 7), (10, 14))),
+    Span(start=21, end=32, position=5, cached=CACHED),
+)
+LAYOUTS = {
+    "alone": layout_of(tuple(Span(start=start, end=end) for start, end in ALONE), CPU),
+    "tree": layout_of(TREE, CPU),
+}
 
 
-def packed(heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_inputs(heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
+    """Query, key, value of 32 packed tokens, and a cache of 12 slots."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(sum(SEQLENS), n, 8) for n in (heads, kv_heads, kv_heads)]
-    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    return query, key, value
+    shapes = [(32, heads, 8), (32, kv_heads, 8), (32, kv_heads, 8), (12, kv_heads, 8), (12, kv_heads, 8)]
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("window", [None, 1, 5, 20])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_attention_equals_the_reference(heads: tuple[int, int], window: int | None, softcap: float | None) -> None:
-    query, key, value = packed(*heads)
-    settings = {"scaling": 0.3, "window": window, "softcap": softcap}
-    expected = reference.varlen_attention(query, key, value, SEQLENS, **settings)  # type: ignore[arg-type]
-    actual = attention.varlen_attention(query, key, value, SEQLENS, **settings)  # type: ignore[arg-type]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_equals_the_reference(
+    heads: tuple[int, int], window: int | None, softcap: float | None, layout: str
+) -> None:
+    query, key, value, *cache = random_inputs(*heads)
+    settings: dict[str, Any] = dict(scaling=0.3, window=window, softcap=softcap, cache=tuple(cache))
+    expected = reference.packed_attention(query, key, value, LAYOUTS[layout], **settings)
+    actual = attention.packed_attention(query, key, value, LAYOUTS[layout], **settings)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_reference_is_causal_attention_with_a_window_and_a_softcap() -> None:
-    query, key, value = packed(2, 1)
-    actual = reference.varlen_attention(query, key, value, SEQLENS, scaling=0.3, window=3, softcap=1.5)
-    start = 0
-    for num_tokens in SEQLENS:
-        for i in range(num_tokens):
+def test_what_spans_share_is_attended_to_in_one_call_each() -> None:
+    contexts = LAYOUTS["tree"].contexts
+    assert [(context.start, context.end, context.cached is CACHED) for context in contexts] == [
+        (0, 0, True),
+        (0, 7, False),
+        (10, 14, False),
+    ]
+    assert contexts[1].rows == slice(10, 21)
+    assert isinstance(contexts[0].rows, torch.Tensor)
+    assert contexts[0].rows.tolist() == [*range(0, 7), *range(10, 32)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_reference_is_causal_attention_with_a_window_and_a_softcap(layout: str) -> None:
+    query, key, value, cached_key, cached_value = random_inputs(2, 1)
+    actual = reference.packed_attention(
+        query, key, value, LAYOUTS[layout], cache=(cached_key, cached_value), scaling=0.3, window=3, softcap=1.5
+    )
+    for span in LAYOUTS[layout].spans:
+        for i in range(span.start, span.end):
+            seen = [] if span.cached is None else [(cached_key[j, 0], cached_value[j, 0]) for j in span.cached.tolist()]
+            for start, end in (*span.ancestors, (span.start, i + 1)):
+                seen += [(key[j, 0], value[j, 0]) for j in range(start, end)]
             for head in range(2):
-                keys = range(max(0, i - 2), i + 1)
-                scores = [1.5 * math.tanh(float(query[start + i, head] @ key[start + j, 0]) * 0.3 / 1.5) for j in keys]
+                scores = [1.5 * math.tanh(float(query[i, head] @ k) * 0.3 / 1.5) for k, _ in seen[-3:]]
                 weights = torch.tensor(scores).softmax(0)
-                expected = sum(weight * value[start + j, 0] for weight, j in zip(weights, keys, strict=True))
-                torch.testing.assert_close(actual[start + i, head], expected)
-        start += num_tokens
+                expected = sum(weight * v for weight, (_, v) in zip(weights, seen[-3:], strict=True))
+                torch.testing.assert_close(actual[i, head], expected)
 
 
 def test_multi_lora_linear_adds_each_segments_delta_at_its_own_rank() -> None:

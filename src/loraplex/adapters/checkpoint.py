@@ -27,7 +27,6 @@ INERT_KEYS = frozenset(
 )
 # Keys that change the computation in a way that is not implemented: accepted only at their inert default.
 REFUSED_KEYS = {
-    "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
     "bias": "trained base biases",
     "ensure_weight_tying": "tied adapters",
@@ -82,6 +81,7 @@ class PeftConfig(BaseModel):
     layers_to_transform: int | list[int] | None = None
     layers_pattern: Regex | list[Regex] | None = None
     init_lora_weights: bool | str | None = True
+    alora_invocation_tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
 
     def rank_and_scaling(self, module: str) -> tuple[int, float]:
         """The first pattern that matches the path's end wins, else r and lora_alpha."""
@@ -135,10 +135,12 @@ class LoRAWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterWeights:
-    """modules: path of a linear layer in the base -> its update. kv_id: hash of all that changes keys and values."""
+    """modules: path of a linear layer in the base -> its update. kv_id: hash of all that changes keys and values.
+    invocation_tokens: the adapter acts from where they stand last in the prompt (aLoRA); None: on all of it."""
 
     modules: Mapping[str, LoRAWeights]
     kv_id: str
+    invocation_tokens: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -190,7 +192,8 @@ def read_adapter(folder: Path, linear_shapes: Mapping[str, tuple[int, int]]) -> 
             f"{ADAPTER_CONFIG} targets {missing[0]}, which has no tensors here ({len(missing)} such layers)",
             remedy="save the adapter again; the file is not complete, or it belongs to another base",
         )
-    return AdapterWeights(modules=modules, kv_id=_content_hash(modules))
+    invocation = None if config.alora_invocation_tokens is None else tuple(config.alora_invocation_tokens)
+    return AdapterWeights(modules=modules, kv_id=_content_hash(modules, invocation), invocation_tokens=invocation)
 
 
 def _read_config(path: Path) -> PeftConfig:
@@ -207,6 +210,8 @@ def _read_config(path: Path) -> PeftConfig:
                 raise refuse(key, f"{REFUSED_KEYS[key]} is not supported", "train the adapter without it")
         elif key not in INERT_KEYS and key not in PeftConfig.model_fields:
             raise refuse(key, f"unknown, and it may change the answers (value {value!r})", "remove it if it is inert")
+    if config.alora_invocation_tokens is not None and config.task_type != "CAUSAL_LM":
+        raise refuse("task_type", "activated LoRA needs 'CAUSAL_LM'", "save the adapter with that task_type")
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(BASE_MUTATING_INITS):
         raise refuse(
@@ -264,8 +269,8 @@ def _checked_header(
     return sides
 
 
-def _content_hash(modules: Mapping[str, LoRAWeights]) -> str:
-    digest = hashlib.sha256()
+def _content_hash(modules: Mapping[str, LoRAWeights], invocation: tuple[int, ...] | None) -> str:
+    digest = hashlib.sha256(json.dumps(invocation).encode())
     for module, weights in sorted(modules.items()):
         for tensor in (weights.lora_A, weights.lora_B):
             digest.update(json.dumps([module, str(tensor.dtype), list(tensor.shape), weights.scaling]).encode())

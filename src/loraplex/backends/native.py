@@ -9,11 +9,12 @@ import uuid
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from loraplex.adapters.checkpoint import read_adapter
+from loraplex.adapters.checkpoint import AdapterWeights, read_adapter
 from loraplex.backends.base import GenerateRequest, GenerateResult
 from loraplex.bundle import CONTRACT, AdapterSource, Bundle
 from loraplex.classifier import DEFAULT_ROLES, conversation_text, valid_unicode
 from loraplex.config import EngineConfig, resolve
+from loraplex.engine.block_pool import BASE_KV, BlockPool
 from loraplex.engine.engine import Engine
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
@@ -26,6 +27,7 @@ from loraplex.errors import (
     NotReadyError,
     UnknownClassifierError,
 )
+from loraplex.model.kv_cache import budget_bytes
 from loraplex.model.loader import (
     build_skeleton,
     linear_shapes,
@@ -55,8 +57,7 @@ class LoadedClassifier:
     version: str
     slot: int
     template: Template | None
-    rank: int
-    num_parameters: int
+    adapter: AdapterWeights
 
     @property
     def ref(self) -> AdapterRef:
@@ -102,8 +103,8 @@ class NativeBackend:
             AdapterInfo(
                 name=name,
                 version=loaded.version,
-                rank=loaded.rank,
-                num_parameters=loaded.num_parameters,
+                rank=loaded.adapter.rank,
+                num_parameters=loaded.adapter.num_parameters,
                 labels=loaded.source.contract.labels if loaded.source.contract else None,
                 question=loaded.source.contract.question if loaded.source.contract else None,
                 path=str(loaded.source.path),
@@ -129,9 +130,9 @@ class NativeBackend:
         return ClassifyResult(
             id=f"cls-{uuid.uuid4().hex}",
             verdicts=verdicts,
-            usage=Usage(
-                prompt_tokens=sum(question.num_prompt_tokens for question in questions.values()),
-                computed_tokens=sum(question.num_computed_tokens for question in questions.values()),
+            usage=_usage(
+                sum(question.num_prompt_tokens for question in questions.values()),
+                sum(output.num_computed_tokens for question in questions.values() for output in question.outputs),
             ),
             timings=_timings(started, tokenized, [o for question in questions.values() for o in question.outputs]),
         )
@@ -139,10 +140,12 @@ class NativeBackend:
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         started = time.monotonic()
         loaded = None if request.adapter is None else self._loaded(request.adapter)
-        prompt = await asyncio.to_thread(verbatim, request.prompt, self._ready_tokenizer(), self._max_model_len)
+        invocation = None if loaded is None else loaded.adapter.invocation_tokens
+        prompt = await asyncio.to_thread(
+            verbatim, request.prompt, self._ready_tokenizer(), self._max_model_len, invocation
+        )
         tokenized = time.monotonic()
-        slot = NO_ADAPTER if loaded is None else loaded.slot
-        [outcome] = await self._compute([Sequence(token_ids=prompt.token_ids, slot=slot)], None)
+        [outcome] = await self._compute([_sequence(prompt, loaded, keep=False)], None)
         if isinstance(outcome, LoraplexError):
             raise outcome
         return GenerateResult(
@@ -151,7 +154,7 @@ class NativeBackend:
             token_id=outcome.top_token_id,
             log_prob=outcome.top_log_prob,
             adapter=None if loaded is None else loaded.ref,
-            usage=Usage(prompt_tokens=len(prompt.token_ids), computed_tokens=len(prompt.token_ids)),
+            usage=_usage(len(prompt.token_ids), outcome.num_computed_tokens),
             timings=_timings(started, tokenized, [outcome]),
         )
 
@@ -222,24 +225,28 @@ class NativeBackend:
         max_model_len = int(model_config.max_position_embeddings)
         classifiers, weights = {}, []
         for slot, source in enumerate(bundle.adapters):
+            adapter = read_adapter(source.path, shapes)
             template = None
             if source.contract is not None:
-                template = Template(tokenizer, source.contract, max_model_len, source.path / CONTRACT)
-            adapter = read_adapter(source.path, shapes)
+                template = Template(
+                    tokenizer, source.contract, max_model_len, source.path / CONTRACT, adapter.invocation_tokens
+                )
             classifiers[source.name] = LoadedClassifier(
                 source=source,
                 version=_version(adapter.kv_id, source),
                 slot=slot,
                 template=template,
-                rank=adapter.rank,
-                num_parameters=adapter.num_parameters,
+                adapter=adapter,
             )
             weights.append(adapter)
         runner = ModelRunner(load_base(model_config, bundle.base, resolve_dtype(config.dtype, device), device))
         runner.verify_packing()
         for slot, adapter in enumerate(weights):
             runner.set_slot(slot, adapter)
+        num_blocks = budget_bytes(config.kv_cache, device) // runner.block_bytes
+        runner.allocate_cache(num_blocks)
         scheduler = Scheduler(
+            pool=BlockPool(num_blocks),
             max_step_tokens=config.max_step_tokens,
             max_step_sequences=config.max_step_sequences,
             max_queue=config.max_queue,
@@ -281,10 +288,6 @@ class _Question:
     def num_prompt_tokens(self) -> int:
         return len(self.prompt.token_ids) if self.prompt is not None else 0
 
-    @property
-    def num_computed_tokens(self) -> int:
-        return sum(sequence.num_tokens for sequence in self.sequences) if self.outputs else 0
-
     def ask(
         self,
         loaded: LoadedClassifier,
@@ -294,12 +297,14 @@ class _Question:
     ) -> None:
         self.loaded = loaded
         contract = loaded.source.contract
+        keep = request.conversation_id is not None
         if loaded.template is None or contract is None:
-            self.prompt = verbatim(conversation_text(request.input, DEFAULT_ROLES), self.tokenizer, max_model_len)
-            self.sequences = [Sequence(token_ids=self.prompt.token_ids, slot=loaded.slot)]
+            text = conversation_text(request.input, DEFAULT_ROLES)
+            self.prompt = verbatim(text, self.tokenizer, max_model_len, loaded.adapter.invocation_tokens)
+            self.sequences = [_sequence(self.prompt, loaded, keep=keep)]
         else:
             self.prompt = loaded.template.prompt(conversation_text(request.input, contract.roles), conversations)
-            self.sequences = _label_sequences(self.prompt.token_ids, loaded.template, loaded.slot)
+            self.sequences = _label_sequences(self.prompt, loaded, loaded.template, keep=keep)
 
     def verdict(self, outcomes: Seq[Outcome]) -> Verdict:
         self.error = self.error or next((outcome for outcome in outcomes if isinstance(outcome, LoraplexError)), None)
@@ -332,16 +337,41 @@ class _Question:
         )
 
 
-def _label_sequences(prompt_ids: tuple[int, ...], template: Template, slot: int) -> list[Sequence]:
+def _sequence(
+    prompt: Prompt,
+    loaded: LoadedClassifier | None,
+    *,
+    keep: bool,
+    targets: tuple[Target, ...] = (),
+    continuation: tuple[int, ...] = (),
+) -> Sequence:
+    """Under an adapter, or with None the bare base. What the base computed of a conversation is always worth keeping;
+    what an adapter computed only where `keep` says that the conversation goes on."""
+    adapter = None if loaded is None else loaded.adapter
+    shared = adapter is None or adapter.invocation_tokens is not None
+    sequence = Sequence(
+        token_ids=prompt.token_ids + continuation,
+        slot=NO_ADAPTER if loaded is None else loaded.slot,
+        kv_id=BASE_KV if adapter is None else bytes.fromhex(adapter.kv_id),
+        activation=prompt.activation,
+        num_kept=prompt.activation if shared else prompt.num_conversation if keep else 0,
+        targets=targets,
+    )
+    if sequence.num_kept:
+        _ = sequence.hashes  # here and not on the event loop's thread
+    return sequence
+
+
+def _label_sequences(prompt: Prompt, loaded: LoadedClassifier, template: Template, *, keep: bool) -> list[Sequence]:
     """One sequence reads all labels of one token; each longer label is a sequence of its own: the prompt and all of its
     tokens but the last, each of which is a target where it is predicted."""
     labels = template.label_ids.values()
     single = tuple(Target(position=-1, token_id=ids[0]) for ids in labels if len(ids) == 1)
-    sequences = [Sequence(token_ids=prompt_ids, slot=slot, targets=single)] if single else []
+    sequences = [_sequence(prompt, loaded, keep=keep, targets=single)] if single else []
     for ids in labels:
         if len(ids) > 1:
             targets = tuple(Target(position=i - len(ids), token_id=token_id) for i, token_id in enumerate(ids))
-            sequences.append(Sequence(token_ids=(*prompt_ids, *ids[:-1]), slot=slot, targets=targets))
+            sequences.append(_sequence(prompt, loaded, keep=keep, targets=targets, continuation=ids[:-1]))
     return sequences
 
 
@@ -356,6 +386,14 @@ def _label_log_probs(outputs: Seq[SequenceOutput], template: Template) -> list[f
 def _version(kv_id: str, source: AdapterSource) -> str:
     contract = source.contract.model_dump_json() if source.contract is not None else ""
     return hashlib.sha256(f"{kv_id}\n{contract}".encode()).hexdigest()[:16]
+
+
+def _usage(num_prompt_tokens: int, num_computed_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens=num_prompt_tokens,
+        computed_tokens=num_computed_tokens,
+        cached_tokens=max(0, num_prompt_tokens - num_computed_tokens),
+    )
 
 
 def _timings(started: float, tokenized: float, outputs: Seq[SequenceOutput]) -> Timings:

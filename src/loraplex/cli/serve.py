@@ -36,6 +36,13 @@ def serve(
         int | None,
         typer.Option(envvar="LORAPLEX_MAX_QUEUE", help="Sequences that may wait; over it 429. Default 4096."),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORAPLEX_KV_CACHE",
+            help="Memory for K/V that is kept between calls: a share of what is free (20%, the default), 2GiB, or 0.",
+        ),
+    ] = None,
     max_step_tokens: Annotated[
         int | None,
         typer.Option(envvar="LORAPLEX_MAX_STEP_TOKENS", help="Tokens in one forward pass. Default 8192."),
@@ -76,6 +83,7 @@ def serve(
                 "device": device,
                 "dtype": dtype,
                 "max_queue": max_queue,
+                "kv_cache": kv_cache,
                 "max_step_tokens": max_step_tokens,
                 "max_step_sequences": max_step_sequences,
             },

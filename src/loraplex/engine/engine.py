@@ -8,6 +8,7 @@ from typing import Protocol
 
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import EngineRequest, Outcome, Sequence
+from loraplex.engine.step import Step
 from loraplex.errors import EngineError, NotReadyError
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,9 @@ logger = logging.getLogger(__name__)
 class Runner(Protocol):
     """What the engine needs of a model."""
 
-    def run(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, Outcome]]: ...
+    def run(self, step: Step) -> list[tuple[Sequence, Outcome]]:
+        """An outcome for each sequence, but for those of which only a chunk ran."""
+        ...
 
     def probe(self) -> None:
         """Raises where the model no longer computes at all."""
@@ -77,41 +80,41 @@ class Engine:
             step, dropped = self._scheduler.next_step(time.monotonic())
         for sequence, error in dropped:
             sequence.request.resolve(sequence, error)
-        if step:
-            self._step_taken = step
-            self._run(step)
+        if step is not None:
+            self._step_taken = [placed.sequence for placed in step.placed]
+            outcomes, computed = self._run(step)
+            with self._changed:
+                self._scheduler.finish(step, computed=computed)
+            for sequence, outcome in outcomes:
+                sequence.request.resolve(sequence, outcome)
             self._step_taken = ()
         return True
 
-    def _run(self, step: Seq[Sequence]) -> None:
-        """One forward pass. Where it fails, or the device's memory does not hold it, two halves, so that what fails in
-        the end is one sequence, which carries the error while the others answer."""
+    def _run(self, step: Step) -> tuple[list[tuple[Sequence, Outcome]], bool]:
+        """One forward pass; the flag says that this was all. Where it fails, or the device's memory does not hold it,
+        two halves, so that what fails in the end is one sequence, which carries the error while the others answer."""
         try:
-            outcomes = self._runner.run(step)
+            return self._runner.run(step), True
         except Exception as exc:
+            error = _engine_error(exc)
             if len(step) == 1:
-                logger.exception("a sequence of %d tokens failed", step[0].num_tokens)
-                self._fail(step, exc)
+                logger.exception("a sequence of %d tokens failed", step.num_tokens)
             else:
-                logger.warning("a step of %d sequences failed, split: %s: %s", len(step), type(exc).__name__, exc)
-        else:
-            for sequence, outcome in outcomes:
-                sequence.request.resolve(sequence, outcome)
-            return
+                logger.warning("a step of %d sequences failed, split: %s", len(step), error.message)
         # Outside the except block: the failed step's tensors, which its traceback held, are free by now.
         if len(step) == 1:
             self._runner.probe()  # raises, and ends the engine, where not the sequence was at fault
-        else:
-            self._run(step[: len(step) // 2])
-            self._run(step[len(step) // 2 :])
+            return [(step.placed[0].sequence, error)], False
+        first, second = step.halves()
+        return self._run(first)[0] + self._run(second)[0], False
 
     @staticmethod
     def _fail(sequences: Seq[Sequence], exc: BaseException) -> None:
         for sequence in sequences:
-            sequence.request.resolve(
-                sequence,
-                EngineError(
-                    f"the engine failed: {type(exc).__name__}: {exc}",
-                    remedy="send it again; the server's log has the details",
-                ),
-            )
+            sequence.request.resolve(sequence, _engine_error(exc))
+
+
+def _engine_error(exc: BaseException) -> EngineError:
+    return EngineError(
+        f"the engine failed: {type(exc).__name__}: {exc}", remedy="send it again; the server's log has the details"
+    )

@@ -10,9 +10,12 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.checkpoint import AdapterWeights
 from loraplex.engine.batch import pack
-from loraplex.engine.sequence import NO_ADAPTER, Outcome, Sequence, SequenceOutput, Target
+from loraplex.engine.block_pool import BLOCK_SIZE
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput, Target
+from loraplex.engine.step import Step
 from loraplex.errors import EngineError, LoraplexError, UnsupportedModelError
 from loraplex.model.heads import read_heads
+from loraplex.model.kv_cache import KVCache, slot_bytes
 from loraplex.model.lora_linear import ActiveSegments, wrap_linears
 
 
@@ -24,6 +27,8 @@ class ModelRunner:
         self.device = model.device
         self._segments = ActiveSegments()
         self._linears = wrap_linears(model, (), self._segments)
+        self._cache: KVCache | None = None
+        self._kv_shapes: dict[int, tuple[int, int]] = {}
 
     @property
     def max_model_len(self) -> int:
@@ -41,11 +46,23 @@ class ModelRunner:
         for linear in self._linears.values():
             linear.clear_slot(slot)
 
+    @property
+    def block_bytes(self) -> int:
+        """Of one block of K/V, known once the model has run."""
+        assert self._kv_shapes, "the model has not run yet"
+        return BLOCK_SIZE * slot_bytes(self._kv_shapes, self.model.dtype)
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        self._cache = KVCache(self._kv_shapes, num_blocks * BLOCK_SIZE, self.model.dtype, self.device)
+
     @torch.inference_mode()
-    def run(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, Outcome]]:
-        """One forward pass over all of them. A sequence for which the model gives no number carries an EngineError."""
+    def run(self, step: Step) -> list[tuple[Sequence, Outcome]]:
+        """One forward pass. A sequence for which the model gives no number carries an EngineError; one of which only a
+        chunk ran is not among the outcomes."""
         started = time.monotonic()
-        batch = pack(sequences, self.device)
+        batch = pack(step, self.device, self._cache)
+        for run in step.runs():
+            run.owner.num_computed_tokens += run.num_tokens
         self._segments.current = batch.segments
         logits = self.model(
             input_ids=batch.input_ids,
@@ -54,6 +71,9 @@ class ModelRunner:
             logits_to_keep=batch.logit_rows,
             batch=batch,
         ).logits[0]
+        self._kv_shapes = batch.kv_shapes
+        if not batch.sequences:
+            return []
         target_log_probs, top_ids, top_log_probs = read_heads(
             logits, batch.target_rows, batch.target_ids, batch.last_rows
         )  # waits for the device
@@ -65,6 +85,7 @@ class ModelRunner:
                 log_probs=tuple(islice(remaining, len(sequence.targets))),
                 top_token_id=top_id,
                 top_log_prob=top_log_prob,
+                num_computed_tokens=sequence.num_computed_tokens,
                 queued_s=started - sequence.arrived_s,
                 computed_s=computed_s,
             )
@@ -73,7 +94,7 @@ class ModelRunner:
 
     def probe(self) -> None:
         """Compute one token on the base; raises where that fails."""
-        [(_, outcome)] = self.run([Sequence(token_ids=[0], slot=NO_ADAPTER)])
+        [(_, outcome)] = self.run(Step.of([lone_sequence([0])]))
         if isinstance(outcome, LoraplexError):
             raise outcome
 
@@ -85,12 +106,9 @@ class ModelRunner:
         texts[1] = texts[1][:5]
 
         def log_probs(*token_ids: list[int]) -> list[float]:
-            sequences = [
-                Sequence(token_ids=ids, slot=NO_ADAPTER, targets=(Target(position=-1, token_id=3),))
-                for ids in token_ids
-            ]
+            sequences = [lone_sequence(ids, Target(position=-1, token_id=3)) for ids in token_ids]
             found = []
-            for _, outcome in self.run(sequences):
+            for _, outcome in self.run(Step.of(sequences)):
                 if isinstance(outcome, LoraplexError):
                     raise UnsupportedModelError(type(self.model).__name__, outcome.message, remedy=outcome.remedy)
                 found.append(outcome.log_probs[0])
@@ -104,6 +122,13 @@ class ModelRunner:
                 f"texts packed together give log probabilities {together}, alone {alone}",
                 remedy="serve another base: some layer of this one looks across packed texts",
             )
+
+
+def lone_sequence(token_ids: Seq[int], *targets: Target) -> Sequence:
+    """On the bare base, with a request of its own."""
+    sequence = Sequence(token_ids=tuple(token_ids), slot=NO_ADAPTER, targets=targets)
+    EngineRequest([sequence])
+    return sequence
 
 
 def _is_finite(output: SequenceOutput) -> bool:

@@ -1,67 +1,196 @@
-"""Which waiting sequences make the next step. Pure policy: no threads, no torch, the clock is an argument."""
+"""Which waiting sequences make the next step, and which blocks they read and write. Pure policy: no threads, no torch,
+the clock is an argument."""
 
+import heapq
 from collections import deque
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
+from loraplex.engine.block_pool import BLOCK_SIZE, BlockPool
 from loraplex.engine.sequence import EngineRequest, Sequence
+from loraplex.engine.step import Placed, Step
 from loraplex.errors import CancelledError, DeadlineExceededError, LoraplexError, QueueFullError
+
+# Tokens by which a request's work counts as shorter for every second that it is older than another.
+WAITING_BONUS = 2000.0
+
+Flow = frozenset[int]
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A request with sequences that have not run. A flow's requests run in the order of `key`: least work left first,
+    minus a bonus for waiting, which grows alike for all and so can be taken off once, at the arrival."""
+
+    request: EngineRequest
+    pending: deque[Sequence]
+    key: float
+
+    def __lt__(self, other: "_Waiting") -> bool:
+        return self.key < other.key
 
 
 class Scheduler:
-    """First come, first served under a token and a sequence budget; bounded; drops what is late or abandoned."""
+    """Fair between flows: requests that ask the same set of adapters. The flow that was served the fewest tokens is
+    next, and within it the shortest work; a flow that comes back starts level with the others."""
 
-    def __init__(self, *, max_step_tokens: int, max_step_sequences: int, max_queue: int) -> None:
+    def __init__(
+        self, *, max_step_tokens: int, max_step_sequences: int, max_queue: int, pool: BlockPool | None = None
+    ) -> None:
         self.max_step_tokens = max_step_tokens
         self.max_step_sequences = max_step_sequences
         self.max_queue = max_queue
-        self._waiting: deque[Sequence] = deque()
+        self.pool = pool or BlockPool(0)
+        self._flows: dict[Flow, list[_Waiting]] = {}  # heaps
+        self._served: dict[Flow, float] = {}  # tokens, for the flows that wait
+        self._level = 0.0  # of the flow that was served last
+        self._num_waiting = 0
+        self._pinned: dict[Sequence, tuple[int, ...]] = {}  # blocks of sequences between two of their chunks
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self._num_waiting
 
     def add(self, request: EngineRequest, now: float) -> None:
         """Queue all of a request's sequences, or QueueFullError and none of them. A request larger than the whole
         queue is let in when nothing waits, else it could never run."""
-        if self._waiting and len(self._waiting) + len(request.sequences) > self.max_queue:
+        if self._num_waiting and self._num_waiting + len(request.sequences) > self.max_queue:
             raise QueueFullError(
-                f"{len(self._waiting)} sequences wait already, of {self.max_queue} at most",
+                f"{self._num_waiting} sequences wait already, of {self.max_queue} at most",
                 remedy="send it again later, or raise --max-queue",
             )
+        alone = Step()
         for sequence in request.sequences:
             sequence.arrived_s = now
-            self._waiting.append(sequence)
+            alone.add(self._place(sequence))
+        self._push(_Waiting(request, deque(request.sequences), alone.num_tokens + WAITING_BONUS * now))
 
-    def next_step(self, now: float) -> tuple[list[Sequence], list[tuple[Sequence, LoraplexError]]]:
-        """Take the sequences of the next step, and those to be refused with why. A prompt beyond the token budget
-        makes a step alone."""
-        step: list[Sequence] = []
-        dropped: list[tuple[Sequence, LoraplexError]] = []
-        num_tokens = 0
-        while self._waiting and len(step) < self.max_step_sequences:
-            sequence = self._waiting[0]
-            error = self._reason_to_drop(sequence, now)
-            if error is not None:
-                dropped.append((self._waiting.popleft(), error))
-                continue
-            if step and num_tokens + sequence.num_tokens > self.max_step_tokens:
+    def next_step(self, now: float) -> tuple[Step | None, list[tuple[Sequence, LoraplexError]]]:
+        """Take the sequences of the next step, and those to be refused with why. The step is over with `finish`."""
+        dropped = self._drop(now)
+        step = Step()
+        written: set[bytes] = set()
+        turns = [(served, index, flow) for index, (flow, served) in enumerate(self._served.items())]
+        heapq.heapify(turns)
+        while turns and len(step) < self.max_step_sequences:
+            served, index, flow = heapq.heappop(turns)
+            waiting = self._flows[flow][0]
+            placed = self._fit(waiting.pending[0], step)
+            if placed is None:
                 break
-            num_tokens += sequence.num_tokens
-            step.append(self._waiting.popleft())
-        return step, dropped
+            self._level = served
+            num_tokens = step.num_tokens
+            self._reserve(placed, written)
+            step.add(placed)
+            waiting.pending.popleft()
+            self._num_waiting -= 1
+            self._served[flow] = served + step.num_tokens - num_tokens
+            if not waiting.pending:
+                heapq.heappop(self._flows[flow])
+            if self._flows[flow]:
+                heapq.heappush(turns, (self._served[flow], index, flow))
+            else:
+                del self._flows[flow], self._served[flow]
+        return (step if len(step) else None), dropped
+
+    def finish(self, step: Step, *, computed: bool) -> None:
+        """Give the step's blocks back; what it computed can be found from now on. Chunks queue for their next one."""
+        for placed in step.placed:
+            sequence = placed.sequence
+            if computed:
+                for index, block in placed.kept.items():
+                    self.pool.register(block, sequence.hashes[index])
+            if computed and placed.is_chunk:
+                blocks = (*placed.cached, *placed.kept.values())
+                self.pool.acquire(blocks)
+                self._unpin(sequence)
+                self._pinned[sequence] = blocks
+                # Ahead of its flow, for nobody else may use what it holds.
+                self._push(_Waiting(sequence.request, deque([sequence]), float("-inf")))
+            else:
+                self._unpin(sequence)
+            self.pool.release((*placed.cached, *placed.kept.values()))
 
     def clear(self) -> Seq[Sequence]:
         """Take everything that waits."""
-        waiting = list(self._waiting)
-        self._waiting.clear()
-        return waiting
+        waiting = [one for flow in self._flows.values() for one in flow]
+        self._flows.clear()
+        self._served.clear()
+        return self._take(waiting)
 
-    @staticmethod
-    def _reason_to_drop(sequence: Sequence, now: float) -> LoraplexError | None:
-        request = sequence.request
-        if request.cancelled:
-            return CancelledError("the client left", remedy="none is needed")
-        if request.deadline_s is not None and now >= request.deadline_s:
-            return DeadlineExceededError(
-                "not computed before the deadline", remedy="allow more time or send less at once"
-            )
-        return None
+    def _push(self, waiting: _Waiting) -> None:
+        flow = frozenset(sequence.slot for sequence in waiting.pending)
+        if flow not in self._flows:
+            self._flows[flow], self._served[flow] = [], self._level
+        heapq.heappush(self._flows[flow], waiting)
+        self._num_waiting += len(waiting.pending)
+
+    def _place(self, sequence: Sequence) -> Placed:
+        """All of it that is not cached."""
+        pinned = self._pinned.get(sequence, ())
+        cached = pinned
+        if pinned or sequence.num_kept:
+            cached += self.pool.match(sequence.hashes[len(pinned) : sequence.num_cacheable_blocks])
+        return Placed(sequence, sequence.num_tokens, cached)
+
+    def _fit(self, sequence: Sequence, step: Step) -> Placed | None:
+        """As much of it as the step has room for, if it is to join: whole, or, where no step could hold it, a chunk in
+        a step of its own. Where there are no blocks for a chunk it is whole nevertheless."""
+        placed = self._place(sequence)
+        cost = step.cost(placed)
+        if step.num_tokens + cost <= self.max_step_tokens:
+            return placed
+        if len(step):
+            return None
+        num_blocks = min(placed.start + self.max_step_tokens, sequence.num_cacheable_blocks * BLOCK_SIZE) // BLOCK_SIZE
+        num_new = num_blocks - len(placed.cached)
+        # The cached blocks are not acquired yet, so they count as available; they must not be evicted for the chunk.
+        if 0 < num_new <= self.pool.num_available - len(placed.cached):
+            placed.end = num_blocks * BLOCK_SIZE
+        return placed
+
+    def _reserve(self, placed: Placed, written: set[bytes]) -> None:
+        """Reference the blocks that it reads, and allocate those that it shall write, as far as there are any."""
+        sequence = placed.sequence
+        self.pool.acquire(placed.cached)
+        end = placed.end if placed.is_chunk else min(sequence.num_kept, placed.end)
+        for index in range(len(placed.cached), end // BLOCK_SIZE):
+            if sequence.hashes[index] in written and not placed.is_chunk:
+                continue
+            block = self.pool.allocate(1)
+            if block is None:
+                assert not placed.is_chunk, "a chunk needs all of its blocks"
+                break
+            written.add(sequence.hashes[index])
+            placed.kept[index] = block[0]
+
+    def _unpin(self, sequence: Sequence) -> None:
+        self.pool.release(self._pinned.pop(sequence, ()))
+
+    def _drop(self, now: float) -> list[tuple[Sequence, LoraplexError]]:
+        dropped: list[tuple[Sequence, LoraplexError]] = []
+        for flow, heap in list(self._flows.items()):
+            late = [(one, error) for one in heap if (error := _reason_to_drop(one.request, now)) is not None]
+            for one, error in late:
+                heap.remove(one)
+                dropped += [(sequence, error) for sequence in self._take([one])]
+            if late:
+                heapq.heapify(heap)
+            if not heap:
+                del self._flows[flow], self._served[flow]
+        return dropped
+
+    def _take(self, waiting: Iterable[_Waiting]) -> list[Sequence]:
+        sequences = [sequence for one in waiting for sequence in one.pending]
+        self._num_waiting -= len(sequences)
+        for sequence in sequences:
+            self._unpin(sequence)
+        return sequences
+
+
+def _reason_to_drop(request: EngineRequest, now: float) -> LoraplexError | None:
+    if request.cancelled:
+        return CancelledError("the client left", remedy="none is needed")
+    if request.deadline_s is not None and now >= request.deadline_s:
+        return DeadlineExceededError("not computed before the deadline", remedy="allow more time or send less at once")
+    return None

@@ -3,6 +3,7 @@
 import functools
 import re
 import sys
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ _PROBES = ("Customer: hello", "Customer: is it done?", "Agent: Yes.\nCustomer: o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
+    """num_conversation: leading tokens that the same conversation, grown, will begin with again, as far as is known.
+    activation: the first token that the adapter acts on."""
+
     text: str
     token_ids: tuple[int, ...]
+    num_conversation: int
+    activation: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -118,8 +124,16 @@ class Conversations:
 class Template:
     """A contract bound to a tokenizer: fixed text around the conversation, and the labels' tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, contract: Contract, max_model_len: int, source: object) -> None:
-        """source: the contract's file, for errors. ContractError where the labels cannot be told apart by tokens."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        contract: Contract,
+        max_model_len: int,
+        source: object,
+        invocation_tokens: tuple[int, ...] | None = None,
+    ) -> None:
+        """source: the contract's file, for errors. ContractError where the labels cannot be told apart by tokens, or
+        the template does not hold the adapter's `invocation_tokens` behind the conversation."""
         self._tokenizer = tokenizer
         self._roles = tuple(dict.fromkeys(contract.roles.values()))
         self.prefix, self.suffix, self._add_special_tokens = _frame(tokenizer, contract, source)
@@ -133,6 +147,9 @@ class Template:
                         f"the tokens of {label!r} {list(ids)} begin those of {other!r} {list(other_ids)}",
                         remedy="choose labels of which none begins another",
                     )
+        self._invocation = invocation_tokens
+        self._num_active = 0 if invocation_tokens is None else self._find_activation(invocation_tokens, source)
+        self._num_suffix = len(tokenizer.encode(self.suffix, add_special_tokens=False))
         continuation = max(map(len, self.label_ids.values())) - 1
         limit = max_model_len if contract.max_length is None else contract.max_length
         if limit > max_model_len:
@@ -169,7 +186,13 @@ class Template:
             warnings.append(
                 f"the prompt has {num_tokens} tokens, {self._room} at most; the oldest turns were cut: {len(ids)}"
             )
-        return Prompt(text=self.render(conversation), token_ids=tuple(ids), warnings=tuple(warnings))
+        return Prompt(
+            text=self.render(conversation),
+            token_ids=tuple(ids),
+            num_conversation=len(ids) - self._num_suffix,
+            activation=self._activation(ids),
+            warnings=tuple(warnings),
+        )
 
     def _encode(self, conversation: str, conversations: Conversations) -> list[int]:
         if self._suffix_ids is not None:
@@ -197,6 +220,35 @@ class Template:
             f"the prompt has {num_tokens} tokens, {self._room} at most, and its end does not fit alone",
             remedy="raise 'max_length' in classifier.yaml, or shorten the input",
         )
+
+    def _activation(self, ids: Seq[int]) -> int:
+        """Where the template says, whatever the conversation holds."""
+        if self._invocation is None:
+            return 0
+        activation = last_match(ids, self._invocation)
+        if activation != len(ids) - self._num_active:
+            raise InvalidRequestError(
+                "the conversation's end merges with the template's invocation tokens",
+                remedy="begin the template's text behind the conversation with a special token or a line break",
+            )
+        return activation
+
+    def _find_activation(self, invocation: tuple[int, ...], source: object) -> int:
+        """Tokens from the invocation to the prompt's end, which must not depend on the conversation."""
+        found = set()
+        for probe in _PROBES:
+            ids = self._tokenizer.encode(self.render(probe), add_special_tokens=self._add_special_tokens)
+            at = last_match(ids, invocation)
+            found.add(None if at is None else len(ids) - at)
+        [distance] = found if len(found) == 1 else [None]
+        if distance is None:
+            spelled = "".join(map(self._tokenizer.decode, invocation))
+            raise ContractError(
+                f"{source}, key 'template'",
+                f"lacks the adapter's invocation tokens {list(invocation)} ({spelled!r}) behind the conversation",
+                remedy="put their text behind {conversation}, as in the adapter's training",
+            )
+        return distance
 
     def _cut_suffix(self) -> list[int] | None:
         """The suffix's own tokens where it begins with a special token, else None: it may merge with what precedes."""
@@ -235,8 +287,20 @@ class Template:
         return found.pop()
 
 
-def verbatim(text: str, tokenizer: Tokenizer, max_model_len: int) -> Prompt:
-    """The article's prompt: `tokenizer(text)`, special tokens parsed. InputTooLongError: never cut."""
+def last_match(ids: Seq[int], wanted: Seq[int]) -> int | None:
+    """Where `wanted` begins in `ids` for the last time."""
+    ids, wanted = tuple(ids), tuple(wanted)
+    for at in range(len(ids) - len(wanted), -1, -1):
+        if ids[at] == wanted[0] and ids[at : at + len(wanted)] == wanted:
+            return at
+    return None
+
+
+def verbatim(
+    text: str, tokenizer: Tokenizer, max_model_len: int, invocation_tokens: tuple[int, ...] | None = None
+) -> Prompt:
+    """The article's prompt: `tokenizer(text)`, special tokens parsed. InputTooLongError: never cut.
+    InvalidRequestError where it lacks the adapter's invocation tokens: PEFT would answer from the base."""
     ids = tokenizer.encode(valid_unicode(text)) if text else []
     if not ids:
         raise InvalidRequestError("the input is empty", remedy="send the text to classify")
@@ -245,7 +309,14 @@ def verbatim(text: str, tokenizer: Tokenizer, max_model_len: int) -> Prompt:
             f"the prompt has {len(ids)} tokens, the base takes {max_model_len}",
             remedy="shorten it, or give the adapter a classifier.yaml, whose template cuts the oldest turns",
         )
-    return Prompt(text=text, token_ids=tuple(ids))
+    activation = 0 if invocation_tokens is None else last_match(ids, invocation_tokens)
+    if activation is None:
+        invocation = invocation_tokens or ()
+        raise InvalidRequestError(
+            f"the prompt lacks the adapter's invocation tokens {list(invocation)}",
+            remedy=f"write {''.join(map(tokenizer.decode, invocation))!r} where the adapter shall begin to act",
+        )
+    return Prompt(text=text, token_ids=tuple(ids), num_conversation=len(ids), activation=activation)
 
 
 def turn_starts(conversation: str, names: tuple[str, ...]) -> list[int]:

@@ -6,7 +6,9 @@ import torch
 from transformers import AttentionInterface
 
 from loraplex.errors import UnsupportedModelError
-from loraplex.ops.attention import varlen_attention
+from loraplex.model.kv_cache import KVCache
+from loraplex.ops.attention import packed_attention
+from loraplex.ops.layout import Layout
 
 NAME = "loraplex"
 
@@ -15,13 +17,22 @@ _INERT = frozenset({"dropout", "is_causal", "use_cache", "position_ids", "output
 
 
 class PackedTokens(Protocol):
-    """What attention needs to know of a batch."""
+    """What attention needs to know of a batch. `kept_rows` [n] are the packed tokens whose K/V go to the cache's
+    `kept_slots` [n]; the shape of each layer's K/V is noted in `kv_shapes`."""
 
     @property
-    def seqlens(self) -> tuple[int, ...]: ...
+    def layout(self) -> Layout: ...
+    @property
+    def cache(self) -> KVCache | None: ...
+    @property
+    def kept_rows(self) -> torch.Tensor | None: ...
+    @property
+    def kept_slots(self) -> torch.Tensor | None: ...
+    @property
+    def kv_shapes(self) -> dict[int, tuple[int, int]]: ...
 
 
-def packed_attention(
+def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,  # [1, H, T, D]
     key: torch.Tensor,  # [1, G, T, D]
@@ -42,11 +53,18 @@ def packed_attention(
                 f"its attention uses {name!r}, which is not supported",
                 remedy="serve another base",
             )
-    output = varlen_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        batch.seqlens,
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    batch.kv_shapes[layer] = (k.shape[1], k.shape[2])
+    if batch.cache is not None and batch.kept_rows is not None and batch.kept_slots is not None:
+        batch.cache.write(layer, batch.kept_slots, k[batch.kept_rows], v[batch.kept_rows])
+    output = packed_attention(
+        q,
+        k,
+        v,
+        batch.layout,
+        cache=batch.cache.layer(layer) if batch.cache is not None else None,
         scaling=scaling,
         window=sliding_window,
         softcap=softcap,
@@ -54,4 +72,4 @@ def packed_attention(
     return output.unsqueeze(0), None
 
 
-AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(NAME, attention_forward)

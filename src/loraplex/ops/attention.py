@@ -1,43 +1,140 @@
-"""Attention over packed sequences by PyTorch's fused kernels, on CPU and CUDA; by the reference where they lack it."""
-
-from collections.abc import Sequence
+"""Attention over packed spans by PyTorch's fused kernels, on CPU and CUDA. What spans share they attend to together."""
 
 import torch
 import torch.nn.functional as F
 
 from loraplex.ops import reference
+from loraplex.ops.layout import Layout
 
 
-def varlen_attention(
+def packed_attention(
     query: torch.Tensor,  # [T, H, D]
     key: torch.Tensor,  # [T, G, D]
     value: torch.Tensor,  # [T, G, D]
-    seqlens: Sequence[int],
+    layout: Layout,
     *,
+    cache: tuple[torch.Tensor, torch.Tensor] | None = None,  # keys, values [C, G, D]
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:  # [T, H, D]
-    """See `reference.varlen_attention`. Soft-capped scores run on the reference: no fused kernel here knows them."""
+    """See `reference.packed_attention`. Soft-capped scores run on the reference: no fused kernel here knows them."""
     if softcap is not None:
-        return reference.varlen_attention(query, key, value, seqlens, scaling=scaling, window=window, softcap=softcap)
-    output = torch.empty_like(query)
-    start = 0
-    for num_tokens in seqlens:
-        end = start + num_tokens
-        q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, n, D]
-        mask = None
-        if window is not None and window < num_tokens:
-            mask = reference.visible(num_tokens, window, query.device)
-        attended = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
+        return reference.packed_attention(
+            query, key, value, layout, cache=cache, scaling=scaling, window=window, softcap=softcap
         )
-        output[start:end] = attended[0].transpose(0, 1)
-        start = end
+    if window is not None and window < layout.num_positions:
+        return _windowed(query, key, value, layout, cache=cache, scaling=scaling, window=window)
+    output = torch.empty_like(query)
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if layout.contexts else None
+    for span in layout.spans:
+        rows = slice(span.start, span.end)
+        output[rows], own = _attend(query[rows], key[rows], value[rows], is_causal=True, scaling=scaling)
+        if lse is not None:
+            lse[rows] = own
+    for context in layout.contexts:
+        assert lse is not None
+        if context.cached is None:
+            k, v = key[context.start : context.end], value[context.start : context.end]
+        else:
+            assert cache is not None, "a span reads the cache, but there is none"
+            k, v = cache[0][context.cached], cache[1][context.cached]
+        attended, theirs = _attend(query[context.rows], k, v, is_causal=False, scaling=scaling)
+        _merge(output, lse, context.rows, attended, theirs)
+    return output
+
+
+def _attend(
+    query: torch.Tensor,  # [n, H, D]
+    key: torch.Tensor,  # [m, G, D]
+    value: torch.Tensor,  # [m, G, D]
+    *,
+    is_causal: bool,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # [n, H, D], [n, H] float32
+    """One attention call and the log-sum-exp of its scores."""
+    if query.is_cuda and query.dtype != torch.float32:
+        return _attend_cuda(query, key, value, is_causal=is_causal, scaling=scaling)
+    if query.is_cuda:  # no fused kernel takes float32 and returns the log-sum-exp
+        return _attend_plain(query, key, value, is_causal=is_causal, scaling=scaling)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, n, D]
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scaling)
+    return output[0].transpose(0, 1), lse[0].T
+
+
+def _attend_cuda(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    ends = torch.tensor([[0, len(query)], [0, len(key)]], dtype=torch.int32).to(query.device, non_blocking=True)
+    output, lse = varlen_attn(
+        query,
+        key,
+        value,
+        ends[0],
+        ends[1],
+        len(query),
+        len(key),
+        return_aux=AuxRequest(lse=True),
+        scale=scaling,
+        window_size=(-1, 0) if is_causal else (-1, -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    # Documented as [n, H]; the kernels that PyTorch 2.11 and 2.13 call say [H, n].
+    return output, lse.T if lse.shape == (query.shape[1], query.shape[0]) else lse
+
+
+def _attend_plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = torch.einsum("ihd,jhd->hij", query, key) * scaling
+    if is_causal:
+        scores = scores.masked_fill(~reference.visible(len(query), len(key), None, query.device), float("-inf"))
+    lse = scores.logsumexp(dim=-1)
+    return torch.einsum("hij,jhd->ihd", (scores - lse[..., None]).exp(), value), lse.T
+
+
+def _merge(
+    output: torch.Tensor,  # [T, H, D], its rows are replaced
+    lse: torch.Tensor,  # [T, H], its rows are replaced
+    rows: torch.Tensor | slice,  # [n]
+    other: torch.Tensor,  # [n, H, D]
+    other_lse: torch.Tensor,  # [n, H]
+) -> None:
+    """The attention over the union of two sets of keys, from the attention over each and their log-sum-exps."""
+    total = torch.logaddexp(lse[rows], other_lse)
+    own_share, other_share = (lse[rows] - total).exp(), (other_lse - total).exp()  # [n, H]
+    output[rows] = (output[rows] * own_share[..., None] + other * other_share[..., None]).to(output.dtype)
+    lse[rows] = total
+
+
+def _windowed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    *,
+    cache: tuple[torch.Tensor, torch.Tensor] | None,
+    scaling: float,
+    window: int,
+) -> torch.Tensor:
+    """Span by span with an explicit mask: which part of a shared prefix a window shows differs from token to token."""
+    output = torch.empty_like(query)
+    for span in layout.spans:
+        q, k, v = (
+            x.transpose(0, 1).unsqueeze(0)  # [1, heads, n, D]
+            for x in (
+                query[span.start : span.end],
+                reference.seen_by(span, key, None if cache is None else cache[0]),
+                reference.seen_by(span, value, None if cache is None else cache[1]),
+            )
+        )
+        mask = reference.visible(q.shape[2], k.shape[2], window, q.device)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        output[span.start : span.end] = attended[0].transpose(0, 1)
     return output

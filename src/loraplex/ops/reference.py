@@ -1,41 +1,57 @@
 """Plain PyTorch: what each operation means. Fast paths are tested against these.
 
-Shapes: T num_tokens, H query heads, G key/value heads, D head_dim, R rank.
+Shapes: T packed tokens, H query heads, G key/value heads, D head_dim, R rank, C slots of the K/V cache.
 """
-
-from collections.abc import Sequence
 
 import torch
 
+from loraplex.ops.layout import Layout, Span
 
-def visible(num_tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[T, T] bool: query i sees keys max(0, i - window + 1) ... i; the window counts the token itself."""
-    position = torch.arange(num_tokens, device=device)
-    distance = position[:, None] - position[None, :]
+
+def visible(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[num_queries, num_keys] bool. The queries are the last of the keys' positions; each sees keys up to its own, and
+    with a window only the last `window` of these, itself included."""
+    queries = torch.arange(num_keys - num_queries, num_keys, device=device)
+    distance = queries[:, None] - torch.arange(num_keys, device=device)[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-def varlen_attention(
+def seen_by(span: Span, packed: torch.Tensor, cache: torch.Tensor | None) -> torch.Tensor:
+    """The rows of `packed` [T, G, D] and `cache` [C, G, D] that the span's last token sees, in order of position."""
+    parts = []
+    if span.cached is not None:
+        assert cache is not None, "a span reads the cache, but there is none"
+        parts.append(cache[span.cached])
+    parts += [packed[start:end] for start, end in (*span.ancestors, (span.start, span.end))]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def packed_attention(
     query: torch.Tensor,  # [T, H, D]
     key: torch.Tensor,  # [T, G, D]
     value: torch.Tensor,  # [T, G, D]
-    seqlens: Sequence[int],  # tokens of each sequence, in packed order; they sum to T
+    layout: Layout,
     *,
+    cache: tuple[torch.Tensor, torch.Tensor] | None = None,  # keys, values [C, G, D]
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:  # [T, H, D]
-    """Causal attention within each packed sequence. Scores are softcap * tanh(score / softcap) where it is given."""
+    """Each span attends to what it sees. Scores are softcap * tanh(score / softcap) where it is given."""
     groups = query.shape[1] // key.shape[1]
-    outputs = []
-    for q, k, v in zip(query.split(list(seqlens)), key.split(list(seqlens)), value.split(list(seqlens)), strict=True):
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        scores = torch.einsum("ihd,jhd->hij", q.float(), k.float()) * scaling
+    output = torch.empty_like(query)
+    for span in layout.spans:
+        q = query[span.start : span.end].float()
+        k, v = (
+            seen_by(span, packed, None if cache is None else cache[side]).repeat_interleave(groups, dim=1).float()
+            for side, packed in enumerate((key, value))
+        )
+        scores = torch.einsum("ihd,jhd->hij", q, k) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~visible(len(q), window, q.device), float("-inf"))
-        outputs.append(torch.einsum("hij,jhd->ihd", scores.softmax(dim=-1), v.float()).to(query.dtype))
-    return torch.cat(outputs)
+        scores = scores.masked_fill(~visible(len(q), len(k), window, q.device), float("-inf"))
+        output[span.start : span.end] = torch.einsum("hij,jhd->ihd", scores.softmax(dim=-1), v).to(query.dtype)
+    return output
 
 
 def lora_delta(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -57,6 +57,9 @@ class ClassifyBody(_Body):
         Annotated[str, Tag("text")] | Annotated[list[str], Tag("list"), Field(max_length=MAX_ITEMS, fail_fast=True)],
         _either("a name, or a list of names"),
     ] = Field("*", description='a name, names, or "*" for every classifier')
+    conversation_id: str | None = Field(
+        None, description="the same for every turn of a conversation: what was computed is kept for the next turn"
+    )
     deadline_ms: float | None = Field(None, gt=0, description="a classifier not computed by then answers with an error")
 
     def to_request(self) -> ClassifyRequest:
@@ -66,6 +69,7 @@ class ClassifyBody(_Body):
             else tuple(Message(role=message.role, content=message.content) for message in self.input),
             classifiers=classifier_names(self.classifiers),
             deadline_ms=self.deadline_ms,
+            conversation_id=self.conversation_id,
         )
 
 

@@ -1,0 +1,188 @@
+"""What one forward pass computes: sequences laid out as a tree of runs, so that what they share is computed once."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from loraplex.engine.block_pool import BLOCK_SIZE
+from loraplex.engine.sequence import NO_ADAPTER, Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """Consecutive new tokens under one slot, computed once for all sequences that pass through it."""
+
+    slot: int
+    token_ids: tuple[int, ...]
+    start: int  # position of its first token
+    parent: "Run | None"
+    cached: tuple[int, ...]  # blocks that hold positions 0 ... of the root's start
+    owner: Sequence  # the first to need it, to which its tokens are counted
+    children: dict[tuple[int, int], list["Run"]] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+    def path(self) -> list["Run"]:
+        """From the root to this run."""
+        runs = [self]
+        while runs[-1].parent is not None:
+            runs.append(runs[-1].parent)
+        return runs[::-1]
+
+
+@dataclass(slots=True, eq=False)
+class Placed:
+    """A sequence in a step, up to `end`: all of it, or a chunk that writes K/V and answers nothing yet.
+
+    cached:  blocks found, referenced until the step is over.
+    kept:    blocks to write, by their place in the chain, behind `cached`.
+    """
+
+    sequence: Sequence
+    end: int
+    cached: tuple[int, ...] = ()
+    kept: dict[int, int] = field(default_factory=dict)
+    last: Run | None = None  # the run that holds its last token
+
+    @property
+    def is_chunk(self) -> bool:
+        return self.end < self.sequence.num_tokens
+
+    @property
+    def start(self) -> int:
+        return len(self.cached) * BLOCK_SIZE
+
+
+class Step:
+    """Sequences join one by one; tokens that two of them share, under the same K/V identity, are in it once.
+
+    Sequences of one request share whatever they can. Those of different requests share from a block on: less is not
+    worth the extra attention calls (every text begins with the same BOS).
+    """
+
+    def __init__(self) -> None:
+        self.placed: list[Placed] = []
+        self.num_tokens = 0
+        self._roots: dict[tuple[tuple[int, ...], int, int], list[Run]] = {}
+
+    @classmethod
+    def of(cls, sequences: Seq[Sequence]) -> "Step":
+        """All of them, without cached blocks and keeping none."""
+        step = cls()
+        for sequence in sequences:
+            step.add(Placed(sequence, sequence.num_tokens))
+        return step
+
+    def __len__(self) -> int:
+        return len(self.placed)
+
+    def cost(self, placed: Placed) -> int:
+        """Tokens that the step would compute more with it."""
+        cost = placed.end - placed.start
+        at, siblings = placed.start, self._at_root(placed)
+        while at < placed.end and siblings is not None:
+            run, num_common = _best(siblings, placed, at)
+            if run is None:
+                break
+            cost -= num_common
+            at += num_common
+            if num_common < run.num_tokens or at == placed.end:
+                break
+            siblings = run.children.get(_key(placed.sequence, at))
+        return cost
+
+    def add(self, placed: Placed) -> None:
+        sequence, at, parent = placed.sequence, placed.start, None
+        assert at < placed.end, "nothing to compute"
+        while at < placed.end:
+            if parent is None:
+                siblings = self._roots.setdefault((placed.cached, *_key(sequence, at)), [])
+            else:
+                siblings = parent.children.setdefault(_key(sequence, at), [])
+            run, num_common = _best(siblings, placed, at)
+            if run is None:
+                tokens = sequence.token_ids[at : _end_of_slot(placed, at)]
+                run = Run(_slot(sequence, at), tokens, at, parent, placed.cached, sequence)
+                siblings.append(run)
+                self.num_tokens += len(tokens)
+            elif num_common < run.num_tokens:
+                self._split(run, num_common)
+            parent, at = run, run.end
+        placed.last = parent
+        self.placed.append(placed)
+
+    def runs(self) -> Iterator[Run]:
+        """All runs, parents first."""
+        stack = [run for siblings in self._roots.values() for run in siblings]
+        while stack:
+            run = stack.pop()
+            yield run
+            stack.extend(child for siblings in run.children.values() for child in siblings)
+
+    def halves(self) -> "tuple[Step, Step]":
+        """Two steps with half of the sequences each, for when this one failed."""
+        sequences = [placed.sequence for placed in self.placed]
+        middle = len(sequences) // 2
+        return Step.of(sequences[:middle]), Step.of(sequences[middle:])
+
+    def _at_root(self, placed: Placed) -> list[Run] | None:
+        return self._roots.get((placed.cached, *_key(placed.sequence, placed.start)))
+
+    def _split(self, run: Run, num_tokens: int) -> None:
+        """Cut `run` behind `num_tokens`; what follows becomes its child and takes over its children."""
+        rest = Run(
+            run.slot, run.token_ids[num_tokens:], run.start + num_tokens, run, run.cached, run.owner, run.children
+        )
+        for siblings in rest.children.values():
+            for child in siblings:
+                child.parent = rest
+        run.token_ids = run.token_ids[:num_tokens]
+        run.children = {(rest.slot, rest.token_ids[0]): [rest]}
+        for placed in self.placed:
+            if placed.last is run:
+                placed.last = rest
+
+
+def _slot(sequence: Sequence, at: int) -> int:
+    return NO_ADAPTER if at < sequence.activation else sequence.slot
+
+
+def _end_of_slot(placed: Placed, at: int) -> int:
+    activation = placed.sequence.activation
+    return min(activation, placed.end) if at < activation else placed.end
+
+
+def _key(sequence: Sequence, at: int) -> tuple[int, int]:
+    return _slot(sequence, at), sequence.token_ids[at]
+
+
+def _best(siblings: Seq[Run], placed: Placed, at: int) -> tuple[Run | None, int]:
+    """The run that shares most with the sequence from `at`, and how many tokens; None where none shares enough."""
+    best, most = None, 0
+    end = _end_of_slot(placed, at)
+    for run in siblings:
+        num_common = _num_common(run.token_ids, placed.sequence.token_ids, at, end)
+        same_request = run.owner.request is placed.sequence.request
+        if num_common > most and (same_request or num_common >= BLOCK_SIZE):
+            best, most = run, num_common
+    return best, most
+
+
+def _num_common(tokens: tuple[int, ...], others: tuple[int, ...], at: int, end: int) -> int:
+    """Length of the common beginning of `tokens` and `others[at:end]`; compares slices, which is fast."""
+    low, high = 0, min(len(tokens), end - at)
+    if tokens[:high] == others[at : at + high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tokens[low:middle] == others[at + low : at + middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,63 @@
+"""Who attends to what in a packed step."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Packed tokens start ... end - 1, at consecutive positions from `position` on. They see what precedes them: the
+    tokens in `cached` (slots of the K/V cache), then the packed spans in `ancestors`, then causally themselves."""
+
+    start: int
+    end: int
+    position: int = 0
+    cached: torch.Tensor | None = None  # [num_cached]
+    ancestors: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Tokens that other spans see whole: of this step (`start`, `end`), or `cached`. `rows` are the packed tokens of
+    the spans that see them, so one attention call serves all who share a prefix."""
+
+    rows: torch.Tensor | slice  # [num_rows]
+    start: int = 0
+    end: int = 0
+    cached: torch.Tensor | None = None  # [num_cached]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    spans: tuple[Span, ...]
+    contexts: tuple[Context, ...] = ()
+
+    @property
+    def num_positions(self) -> int:
+        return max(span.position + span.end - span.start for span in self.spans)
+
+
+def layout_of(spans: tuple[Span, ...], device: torch.device) -> Layout:
+    """Groups spans by what they see."""
+    rows: dict[object, list[Span]] = {}
+    cached: dict[object, torch.Tensor] = {}
+    for span in spans:
+        if span.cached is not None:
+            rows.setdefault(id(span.cached), []).append(span)
+            cached[id(span.cached)] = span.cached
+        for ancestor in span.ancestors:
+            rows.setdefault(ancestor, []).append(span)
+    contexts = []
+    for seen, by in rows.items():
+        by.sort(key=lambda span: span.start)
+        if all(one.end == other.start for one, other in itertools.pairwise(by)):
+            which: torch.Tensor | slice = slice(by[0].start, by[-1].end)
+        else:
+            which = torch.cat([torch.arange(span.start, span.end) for span in by]).to(device)
+        if isinstance(seen, tuple):
+            contexts.append(Context(rows=which, start=seen[0], end=seen[1]))
+        else:
+            contexts.append(Context(rows=which, cached=cached[seen]))
+    return Layout(spans=spans, contexts=tuple(contexts))

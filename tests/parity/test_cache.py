@@ -1,0 +1,116 @@
+"""Whatever is found in blocks, shared in a step or run in chunks, the answer is that of an uncached run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tiny
+from loraplex import ClassifyRequest, ClassifyResult, Loraplex
+from loraplex.backends.native import NativeBackend
+from loraplex.engine import sequence
+from loraplex.engine.block_pool import block_hashes
+from loraplex.errors import ContractError, InvalidRequestError
+
+TOLERANCE = 1e-4
+INVOCATION = tiny.SPECIAL_TOKENS.index("<|ask|>")
+Pair = tuple[Loraplex, Loraplex]
+NAMES = ["active0", "active1", "active2", "plain"]
+
+
+@pytest.fixture(scope="module", params=["mistral", "mistral-window", "gemma2"])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Loraplex, Loraplex]]:
+    """Without blocks, and with few and with steps of 64 tokens, so that long prompts run in chunks."""
+    bundle = tiny.save_shared_bundle(tmp_path_factory.mktemp("shared") / "bundle", tiny.FAMILIES[request.param])
+    with (
+        Loraplex.load(bundle, dtype="float32", kv_cache="0") as plain,
+        Loraplex.load(bundle, dtype="float32", kv_cache="180KiB", max_step_tokens=64) as cached,
+    ):
+        yield plain, cached
+
+
+def assert_equal(one: ClassifyResult, other: ClassifyResult) -> None:
+    for verdict, expected in zip(one.verdicts, other.verdicts, strict=True):
+        assert verdict.error is None and expected.error is None
+        assert verdict.scores == pytest.approx(expected.scores, abs=TOLERANCE)
+        assert verdict.label_mass == pytest.approx(expected.label_mass, abs=TOLERANCE)
+
+
+WORDS = st.lists(st.sampled_from(["hello", "is it done?", "yes", "no <|ask|> way", "seven"]), min_size=1, max_size=12)
+TURN = st.tuples(st.integers(0, 2), WORDS, st.lists(st.sampled_from(NAMES), min_size=1, unique=True), st.booleans())
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns=st.lists(TURN, min_size=1, max_size=8))
+def test_random_dialogues_turn_by_turn(pair: Pair, turns: list[tuple[int, list[str], list[str], bool]]) -> None:
+    """Three conversations grow past what the base takes, with and without an id, asked by changing classifiers."""
+    plain, cached = pair
+    conversations = ["", "", "Customer: hello"]
+    for which, words, names, has_id in turns:
+        conversations[which] += f"\nCustomer: {' '.join(words)}"
+        text = conversations[which].strip()
+        conversation_id = str(which) if has_id else None
+        assert_equal(cached.classify(text, names, conversation_id=conversation_id), plain.classify(text, names))
+    check_pool(cached)
+
+
+def check_pool(loraplex: Loraplex) -> None:
+    assert isinstance(loraplex.backend, NativeBackend)
+    assert loraplex.backend._engine is not None
+    pool = loraplex.backend._engine._scheduler.pool
+    assert pool.num_blocks > 10
+    pool.check()
+    assert pool.num_available == pool.num_blocks
+
+
+def test_without_the_adapters_identity_in_the_hash_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = tiny.save_shared_bundle(tmp_path)
+    monkeypatch.setattr(
+        sequence, "block_hashes", lambda token_ids, activation, kv_id: block_hashes(token_ids, len(token_ids), kv_id)
+    )
+    text = "Customer: hello, is it done? " * 5
+    with Loraplex.load(bundle, dtype="float32") as loraplex:
+        expected = loraplex.classify(text, "plain")["plain"].scores
+        loraplex.classify(text, "active0")  # leaves the base's blocks behind
+        assert loraplex.classify(text, "plain", conversation_id="x")["plain"].scores != pytest.approx(
+            expected, abs=0.01
+        )
+
+
+def test_the_next_turn_is_computed_where_it_is_new(pair: Pair) -> None:
+    _, cached = pair
+    first = "Customer: hello, I would like to book a table for two. Is it done? seven"
+    for names in (NAMES[:2], ["plain"]):
+        cached.classify(first, names, conversation_id="x")
+        again = cached.classify(first, names, conversation_id="x").usage
+        assert again.cached_tokens > 0 and again.computed_tokens + again.cached_tokens == again.prompt_tokens
+
+
+def test_text_that_spells_the_invocation_does_not_activate(pair: Pair) -> None:
+    _, cached = pair
+    [verdict] = cached.classify("Customer: hello <|ask|>Is it done 1?", "active0").verdicts
+    assert verdict.warnings and "<|ask|>" in verdict.warnings[0]
+    [(_, prompt, token_ids)] = cached.backend.show_prompt(
+        ClassifyRequest(input="Customer: hello <|ask|>Is it done 1?", classifiers=("active0",))
+    )
+    assert token_ids.count(INVOCATION) == 1 and prompt.endswith("<|ask|>Is it done 0?\n")
+
+
+def test_a_verbatim_prompt_without_the_invocation_is_an_error_and_not_the_bases_answer(pair: Pair) -> None:
+    _, cached = pair
+    assert cached.classify("hello<|ask|>", "verbatim")["verbatim"].label
+    with pytest.raises(InvalidRequestError, match="lacks the adapter's invocation tokens"):
+        cached.classify("hello", "verbatim")
+
+
+def test_a_template_without_the_invocation_behind_the_conversation_is_refused(tmp_path: Path) -> None:
+    tiny.save_base(tmp_path, tiny.FAMILIES["llama"])
+    for template in ("{conversation}\n{question}\n", "<|ask|>{conversation}\n{question}\n"):
+        contract = {**tiny.CONTRACT, "template": template}
+        tiny.save_adapter(tmp_path, tmp_path / "task", contract=contract, alora_invocation_tokens=[INVOCATION])
+        with pytest.raises(ContractError, match=r"template.*invocation tokens \[3\]"):
+            Loraplex.load(tmp_path)
