@@ -53,10 +53,11 @@ def test_a_layer_that_looks_across_texts_is_found(tmp_path: Path) -> None:
     def roll(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
         return output + output.roll(1, dims=1)
 
-    ModelRunner(model).verify_packing()
+    runner = ModelRunner(model)
+    runner.verify_packing()
     model.get_submodule("model.layers.1.mlp").register_forward_hook(roll)
     with pytest.raises(UnsupportedModelError, match="across packed texts"):
-        ModelRunner(model).verify_packing()
+        runner.verify_packing()
 
 
 def test_a_base_that_computes_no_numbers_is_refused_and_a_sequence_of_it_carries_an_error(tmp_path: Path) -> None:
@@ -143,3 +144,15 @@ def test_a_sharded_base_loads_within_1_2_times_its_weights(tmp_path: Path) -> No
     peak, weights = map(int, out.stdout.split())
     assert weights > 300e6
     assert peak <= 1.2 * weights, f"{peak / weights:.2f} times the weights"
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "gpt2"])
+def test_the_last_layer_computes_the_wanted_tokens_only_where_the_family_allows(tmp_path: Path, family: str) -> None:
+    gpt2 = GPT2Config(vocab_size=tiny.VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    tiny.save_base(tmp_path, gpt2 if family == "gpt2" else tiny.FAMILIES[family])
+    model = load_base(read_config(tmp_path), tmp_path, torch.float32, CPU)
+    seen = []
+    mlp = "transformer.h.1.mlp" if family == "gpt2" else "model.layers.2.mlp"
+    model.get_submodule(mlp).register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    ModelRunner(model).run(Step.of([lone_sequence([1, 2, 3])]))
+    assert seen == [3 if family == "gpt2" else 1]

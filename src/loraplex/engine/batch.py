@@ -1,7 +1,9 @@
 """A step -> the tensors of one forward pass."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +17,7 @@ from loraplex.ops.layout import Layout, Span, layout_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """T packed tokens, sorted by slot; S sequences that are answered; L rows whose logits are wanted; N targets.
+    """T packed tokens, sorted by slot; S sequences that are answered; L tokens whose logits are wanted; N targets.
 
     The last token of every sequence is among the rows: its distribution gives the top token.
     """
@@ -29,7 +31,9 @@ class Batch:
     kept_rows: torch.Tensor | None  # [K] packed token indices
     kept_slots: torch.Tensor | None  # [K] slots of the cache
     kv_shapes: dict[int, tuple[int, int]]  # layer -> (num_kv_heads, head_dim), noted by the forward pass
-    logit_rows: torch.Tensor  # [L] packed token indices
+    logit_rows: torch.Tensor  # [L] packed token indices, ascending
+    last_layout: Layout  # of these L
+    last_segments: tuple[Segment, ...]  # of these L
     last_rows: torch.Tensor  # [S] indices into logit_rows
     target_rows: torch.Tensor  # [N] indices into logit_rows
     target_ids: torch.Tensor  # [N] token ids
@@ -72,13 +76,11 @@ def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batc
             )
         )
 
-    logit_rows: list[int] = []
-    last_rows: list[int] = []
-    target_rows: list[int] = []
+    last_tokens: list[int] = []
+    target_tokens: list[int] = []
     target_ids: list[int] = []
     kept_rows: list[int] = []
     kept_slots: list[int] = []
-    row_of: dict[int, int] = {}  # packed token -> its place in logit_rows: sequences may share it
     answered = tuple(placed.sequence for placed in step.placed if not placed.is_chunk)
     for placed in step.placed:
         row_at = _row_at(placed, start_of)
@@ -88,15 +90,13 @@ def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batc
         if placed.is_chunk:
             continue
         sequence = placed.sequence
-        for position in {-1, *(target.position for target in sequence.targets)}:
-            row = row_at(sequence.num_tokens + position)
-            if row not in row_of:
-                row_of[row] = len(logit_rows)
-                logit_rows.append(row)
-        last_rows.append(row_of[row_at(sequence.num_tokens - 1)])
+        last_tokens.append(row_at(sequence.num_tokens - 1))
         for target in sequence.targets:
-            target_rows.append(row_of[row_at(sequence.num_tokens + target.position)])
+            target_tokens.append(row_at(sequence.num_tokens + target.position))
             target_ids.append(target.token_id)
+    # Sequences may share them. Of a step with nothing but chunks one is computed and not used: models expect one.
+    logit_rows = sorted({*last_tokens, *target_tokens}) or [len(input_ids) - 1]
+    row_of = {token: row for row, token in enumerate(logit_rows)}
 
     return Batch(
         sequences=answered,
@@ -104,15 +104,33 @@ def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batc
         position_ids=tensor(position_ids).unsqueeze(0),
         segments=tuple(segments),
         layout=layout_of(tuple(spans), device),
+        last_layout=layout_of(tuple(_asking(spans, logit_rows)), device),
+        last_segments=tuple(_segments_of(segments, logit_rows)),
         cache=cache,
         kept_rows=tensor(kept_rows) if kept_rows else None,
         kept_slots=tensor(kept_slots) if kept_rows else None,
         kv_shapes={},
         logit_rows=tensor(logit_rows),
-        last_rows=tensor(last_rows),
-        target_rows=tensor(target_rows),
+        last_rows=tensor([row_of[token] for token in last_tokens]),
+        target_rows=tensor([row_of[token] for token in target_tokens]),
         target_ids=tensor(target_ids),
     )
+
+
+def _asking(spans: Seq[Span], tokens: Seq[int]) -> Iterator[Span]:
+    """For each of the tokens, in ascending order, the part of its span that it sees."""
+    starts = [span.start for span in spans]
+    for row, token in enumerate(tokens):
+        span = spans[bisect_right(starts, token) - 1]
+        yield replace(span, end=token + 1, row=row)
+
+
+def _segments_of(segments: Seq[Segment], tokens: Seq[int]) -> Iterator[Segment]:
+    """The same segments, of some tokens in ascending order."""
+    for segment in segments:
+        start, end = bisect_left(tokens, segment.start), bisect_left(tokens, segment.end)
+        if start < end:
+            yield Segment(segment.slot, start, end)
 
 
 def _slots(block: int) -> range:

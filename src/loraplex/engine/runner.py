@@ -16,7 +16,8 @@ from loraplex.engine.step import Step
 from loraplex.errors import EngineError, LoraplexError, UnsupportedModelError
 from loraplex.model.heads import read_heads
 from loraplex.model.kv_cache import KVCache, slot_bytes
-from loraplex.model.lora_linear import ActiveSegments, wrap_linears
+from loraplex.model.last_layer import prune_last_layer
+from loraplex.model.lora_linear import ActiveSegments, MultiLoRALinear, wrap_linears
 
 
 class ModelRunner:
@@ -26,7 +27,8 @@ class ModelRunner:
         self.model = model
         self.device = model.device
         self._segments = ActiveSegments()
-        self._linears = wrap_linears(model, (), self._segments)
+        self._is_pruned = prune_last_layer(model, self._segments)
+        self._linears: dict[str, MultiLoRALinear] = {}
         self._cache: KVCache | None = None
         self._kv_shapes: dict[int, tuple[int, int]] = {}
 
@@ -68,7 +70,7 @@ class ModelRunner:
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            logits_to_keep=batch.logit_rows,
+            logits_to_keep=0 if self._is_pruned else batch.logit_rows,
             batch=batch,
         ).logits[0]
         self._kv_shapes = batch.kv_shapes

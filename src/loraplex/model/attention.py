@@ -32,6 +32,19 @@ class PackedTokens(Protocol):
     def kv_shapes(self) -> dict[int, tuple[int, int]]: ...
 
 
+class CapturedKV:
+    """Stands for a batch twice: first it takes the K/V of all tokens, then some of them attend to these."""
+
+    def __init__(self, batch: PackedTokens) -> None:
+        self.batch = batch
+        self.layout: Layout | None = None
+        self.key = self.value = torch.empty(0)
+
+    def for_rows(self, layout: Layout) -> "CapturedKV":
+        self.layout = layout
+        return self
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,  # [1, H, T, D]
@@ -39,7 +52,7 @@ def attention_forward(
     value: torch.Tensor,  # [1, G, T, D]
     attention_mask: torch.Tensor | None,
     *,
-    batch: PackedTokens,
+    batch: PackedTokens | CapturedKV,
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -56,15 +69,25 @@ def attention_forward(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     layer = module.layer_idx
     assert isinstance(layer, int)
-    batch.kv_shapes[layer] = (k.shape[1], k.shape[2])
-    if batch.cache is not None and batch.kept_rows is not None and batch.kept_slots is not None:
-        batch.cache.write(layer, batch.kept_slots, k[batch.kept_rows], v[batch.kept_rows])
+    captured = batch if isinstance(batch, CapturedKV) else None
+    tokens = batch.batch if isinstance(batch, CapturedKV) else batch
+    layout = batch.layout
+    if captured is not None and layout is not None:
+        k, v = captured.key, captured.value
+    else:
+        tokens.kv_shapes[layer] = (k.shape[1], k.shape[2])
+        if tokens.cache is not None and tokens.kept_rows is not None and tokens.kept_slots is not None:
+            tokens.cache.write(layer, tokens.kept_slots, k[tokens.kept_rows], v[tokens.kept_rows])
+    if layout is None:
+        assert captured is not None
+        captured.key, captured.value = k, v
+        return query.new_zeros(()).expand(1, query.shape[2], query.shape[1], query.shape[3]), None
     output = packed_attention(
         q,
         k,
         v,
-        batch.layout,
-        cache=batch.cache.layer(layer) if batch.cache is not None else None,
+        layout,
+        cache=tokens.cache.layer(layer) if tokens.cache is not None else None,
         scaling=scaling,
         window=sliding_window,
         softcap=softcap,

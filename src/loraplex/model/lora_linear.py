@@ -24,7 +24,7 @@ class ActiveSegments:
     __slots__ = ("current",)
 
     def __init__(self) -> None:
-        self.current: tuple[Segment, ...] = ()
+        self.current: tuple[Segment, ...] | None = ()  # None: nobody wants the layer's output
 
 
 class MultiLoRALinear(nn.Module):
@@ -51,6 +51,8 @@ class MultiLoRALinear(nn.Module):
         self.slots.pop(slot, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [1, T, in] -> [1, T, out]
+        if self.segments.current is None:
+            return x.new_zeros(()).expand(*x.shape[:-1], self.base_layer.out_features)
         output: torch.Tensor = self.base_layer(x)
         tokens, out = x[0], output[0]
         for slot, start, end in self.segments.current:

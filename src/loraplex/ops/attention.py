@@ -28,8 +28,9 @@ def packed_attention(
     output = torch.empty_like(query)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if layout.contexts else None
     for span in layout.spans:
-        rows = slice(span.start, span.end)
-        output[rows], own = _attend(query[rows], key[rows], value[rows], is_causal=True, scaling=scaling)
+        rows, keys = slice(*span.queries), slice(span.start, span.end)
+        is_causal = span.row is None  # else a single query, which sees all of them
+        output[rows], own = _attend(query[rows], key[keys], value[keys], is_causal=is_causal, scaling=scaling)
         if lse is not None:
             lse[rows] = own
     for context in layout.contexts:
@@ -127,7 +128,7 @@ def _windowed(
         q, k, v = (
             x.transpose(0, 1).unsqueeze(0)  # [1, heads, n, D]
             for x in (
-                query[span.start : span.end],
+                query[slice(*span.queries)],
                 reference.seen_by(span, key, None if cache is None else cache[0]),
                 reference.seen_by(span, value, None if cache is None else cache[1]),
             )
@@ -136,5 +137,5 @@ def _windowed(
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-        output[span.start : span.end] = attended[0].transpose(0, 1)
+        output[slice(*span.queries)] = attended[0].transpose(0, 1)
     return output

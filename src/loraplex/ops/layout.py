@@ -9,19 +9,25 @@ import torch
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
     """Packed tokens start ... end - 1, at consecutive positions from `position` on. They see what precedes them: the
-    tokens in `cached` (slots of the K/V cache), then the packed spans in `ancestors`, then causally themselves."""
+    tokens in `cached` (slots of the K/V cache), then the packed spans in `ancestors`, then causally themselves.
+    Where only the last of them asks, `row` is its place among the queries."""
 
     start: int
     end: int
+    row: int | None = None
     position: int = 0
     cached: torch.Tensor | None = None  # [num_cached]
     ancestors: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def queries(self) -> tuple[int, int]:
+        return (self.start, self.end) if self.row is None else (self.row, self.row + 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """Tokens that other spans see whole: of this step (`start`, `end`), or `cached`. `rows` are the packed tokens of
-    the spans that see them, so one attention call serves all who share a prefix."""
+    """Tokens that other spans see whole: of this step (`start`, `end`), or `cached`. `rows` are the queries of the
+    spans that see them, so one attention call serves all who share a prefix."""
 
     rows: torch.Tensor | slice  # [num_rows]
     start: int = 0
@@ -36,7 +42,7 @@ class Layout:
 
     @property
     def num_positions(self) -> int:
-        return max(span.position + span.end - span.start for span in self.spans)
+        return max((span.position + span.end - span.start for span in self.spans), default=0)
 
 
 def layout_of(spans: tuple[Span, ...], device: torch.device) -> Layout:
@@ -51,11 +57,11 @@ def layout_of(spans: tuple[Span, ...], device: torch.device) -> Layout:
             rows.setdefault(ancestor, []).append(span)
     contexts = []
     for seen, by in rows.items():
-        by.sort(key=lambda span: span.start)
-        if all(one.end == other.start for one, other in itertools.pairwise(by)):
-            which: torch.Tensor | slice = slice(by[0].start, by[-1].end)
+        ranges = sorted(span.queries for span in by)
+        if all(end == start for (_, end), (start, _) in itertools.pairwise(ranges)):
+            which: torch.Tensor | slice = slice(ranges[0][0], ranges[-1][1])
         else:
-            which = torch.cat([torch.arange(span.start, span.end) for span in by]).to(device)
+            which = torch.cat([torch.arange(start, end) for start, end in ranges]).to(device)
         if isinstance(seen, tuple):
             contexts.append(Context(rows=which, start=seen[0], end=seen[1]))
         else:

@@ -27,7 +27,7 @@ def seen_by(span: Span, packed: torch.Tensor, cache: torch.Tensor | None) -> tor
 
 
 def packed_attention(
-    query: torch.Tensor,  # [T, H, D]
+    query: torch.Tensor,  # [T, H, D], or [Q, H, D] where the layout's spans name their rows
     key: torch.Tensor,  # [T, G, D]
     value: torch.Tensor,  # [T, G, D]
     layout: Layout,
@@ -41,7 +41,8 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     output = torch.empty_like(query)
     for span in layout.spans:
-        q = query[span.start : span.end].float()
+        rows = slice(*span.queries)
+        q = query[rows].float()
         k, v = (
             seen_by(span, packed, None if cache is None else cache[side]).repeat_interleave(groups, dim=1).float()
             for side, packed in enumerate((key, value))
@@ -50,7 +51,7 @@ def packed_attention(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~visible(len(q), len(k), window, q.device), float("-inf"))
-        output[span.start : span.end] = torch.einsum("hij,jhd->ihd", scores.softmax(dim=-1), v).to(query.dtype)
+        output[rows] = torch.einsum("hij,jhd->ihd", scores.softmax(dim=-1), v).to(query.dtype)
     return output
 
 
