@@ -4,7 +4,7 @@
 
 DATA holds `train.jsonl.gz`, `dev.jsonl.gz` and `tasks.json` (see README.md beside this file). Every stage is
 seeded and skipped when its output exists; the base resumes from its last checkpoint. Two CPU cores take about
-an hour.
+an hour and a half.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import math
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import f1_score, roc_auc_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
@@ -32,6 +34,7 @@ TEMPLATE = "{conversation}" + ASK + "{question}" + VERDICT
 LABELS = ["yes", "no"]
 VOCAB_SIZE = 4096
 MAX_LENGTH = 768
+NOISE = 0.06  # of a conversation's tokens, on average, while training
 
 Example = dict[str, Any]
 
@@ -94,8 +97,10 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[int
 # -------------------------------------------------------------------------------------------------- base
 
 
-def base_config(vocab_size: int) -> MistralConfig:
-    return MistralConfig(
+def new_base(vocab_size: int) -> MistralForCausalLM:
+    """Random weights at 1 / sqrt(fan-in), the residual branches' last layers smaller still: with the default 0.02 the
+    verdicts began to be learnt three times later."""
+    config = MistralConfig(
         vocab_size=vocab_size,
         hidden_size=256,
         intermediate_size=768,
@@ -111,6 +116,32 @@ def base_config(vocab_size: int) -> MistralConfig:
         pad_token_id=2,
         rms_norm_eps=1e-5,
     )
+    model = MistralForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            std = 0.04 if "embed" in name else parameter.shape[1] ** -0.5
+            if "o_proj" in name or "down_proj" in name:
+                std /= math.sqrt(2 * config.num_hidden_layers)
+            torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+def base_optimizers(model: MistralForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for embeddings and norms."""
+    embeddings = [p for name, p in model.named_parameters() if "embed" in name]
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95), fused=True),
+    ]
+
+
+def drop_tokens(ids: torch.Tensor, droppable: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Replace a row's tokens by padding, each row at a rate of its own up to 2 x NOISE: against learning by heart."""
+    rate = torch.rand((len(ids), 1), generator=rng) * 2 * NOISE
+    return ids.masked_fill((torch.rand(ids.shape, generator=rng) < rate) & droppable, 2)
 
 
 def length_buckets(lengths: list[int], batch_size: int, rng: random.Random) -> Iterator[list[int]]:
@@ -169,8 +200,58 @@ def cosine(step: int, total: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total))))
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Conversations as token ids, and for each the token of every task's answer."""
+
+    conversations: list[list[int]]
+    answers: list[list[int]]
+
+    @classmethod
+    def of(cls, examples: list[Example], tasks: list[str], tokenizer: PreTrainedTokenizerFast) -> "Asked":
+        yes, no = token_ids(tokenizer, LABELS)
+        encoded: Any = tokenizer([example["conversation"] for example in examples])
+        return cls(
+            conversations=[tokens[:MAX_LENGTH] for tokens in encoded["input_ids"]],
+            answers=[[yes if example["labels"][task] else no for task in tasks] for example in examples],
+        )
+
+    def batch(self, rows: list[int], ask: int, verdict: int, first_task: int) -> dict[str, torch.Tensor]:
+        conversations, answers = [self.conversations[i] for i in rows], [self.answers[i] for i in rows]
+        return block_batch(conversations, answers, ask, verdict, first_task)
+
+
+def run_blocks(model: MistralForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    hidden: torch.Tensor = model.model(
+        input_ids=batch["ids"], position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False
+    ).last_hidden_state
+    return hidden
+
+
+@torch.no_grad()
+def score_base(
+    model: MistralForCausalLM, dev: Asked, yes: int, no: int, ask: int, verdict: int, first_task: int
+) -> tuple[float, float]:
+    """Mean F1 and AUC over the tasks, asked through the task tokens."""
+    order = sorted(range(len(dev.answers)), key=lambda i: len(dev.conversations[i]))
+    margins, truth = [], []
+    for start in range(0, len(order), 32):
+        batch = dev.batch(order[start : start + 32], ask, verdict, first_task)
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        with torch.autocast(model.device.type, torch.bfloat16):
+            verdicts = model.lm_head(run_blocks(model, batch)[:, batch["verdict_at"]]).float()
+        margins.append((verdicts[..., yes] - verdicts[..., no]).cpu())
+        truth.append(batch["answers"].cpu() == yes)
+    margin, true = torch.cat(margins), torch.cat(truth)
+    tasks = range(true.shape[1])
+    f1 = [f1_score(true[:, task], margin[:, task] > 0, zero_division=0.0) for task in tasks]
+    auc = [roc_auc_score(true[:, task], margin[:, task]) for task in tasks]
+    return sum(f1) / len(f1), sum(auc) / len(auc)
+
+
 def train_base(
     train: list[Example],
+    dev: list[Example],
     tasks: list[str],
     tokenizer: PreTrainedTokenizerFast,
     work: Path,
@@ -183,27 +264,23 @@ def train_base(
     vocab_size = len(tokenizer)
     ask, verdict = token_ids(tokenizer, [ASK, VERDICT])
     yes, no = token_ids(tokenizer, LABELS)
-    encoded: Any = tokenizer([example["conversation"] for example in train])
-    conversations: list[list[int]] = [tokens[:MAX_LENGTH] for tokens in encoded["input_ids"]]
-    answers = [[yes if example["labels"][task] else no for task in tasks] for example in train]
+    asked, asked_dev = Asked.of(train, tasks, tokenizer), Asked.of(dev[::4], tasks, tokenizer)
 
-    model = MistralForCausalLM(base_config(vocab_size + len(tasks))).to(args.device)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=2e-3,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, args.base_steps, 100))
-    batches = length_buckets([len(tokens) for tokens in conversations], 24, random.Random(args.seed))
+    model = new_base(vocab_size + len(tasks)).to(args.device)
+    optimizers = base_optimizers(model)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, args.base_steps, 100))
+        for optimizer in optimizers
+    ]
+    parts = [model, *optimizers, *schedules]
+    batches = length_buckets([len(tokens) for tokens in asked.conversations], 16, random.Random(args.seed))
+    rng = torch.Generator().manual_seed(args.seed + 1)
     checkpoint, start = work / "base.ckpt", 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=args.device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        state = torch.load(checkpoint, weights_only=True)
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        rng.set_state(state["rng"])
         start = state["step"]
         for _ in range(start):
             next(batches)
@@ -211,34 +288,28 @@ def train_base(
     bar, task_id = progress("base", args.base_steps)
     bar.update(task_id, completed=start)
     for step in range(start, args.base_steps):
-        rows = next(batches)
-        batch = block_batch([conversations[i] for i in rows], [answers[i] for i in rows], ask, verdict, vocab_size)
+        batch = asked.batch(next(batches), ask, verdict, vocab_size)
+        talk = batch["lm_target"] != -100
+        batch["ids"] = drop_tokens(batch["ids"], talk & (batch["positions"] > 0), rng)
+        batch["talk"] = talk & (torch.rand(talk.shape, generator=rng) < 0.5)  # half of them say enough, for less
         batch = {key: value.to(args.device) for key, value in batch.items()}
         with torch.autocast(args.device, torch.bfloat16):
-            hidden = model.model(
-                input_ids=batch["ids"],
-                position_ids=batch["positions"],
-                attention_mask=batch["mask"],
-                use_cache=False,
-            ).last_hidden_state
-            talk = batch["lm_target"] != -100
-            lm_loss = F.cross_entropy(model.lm_head(hidden[talk]).float(), batch["lm_target"][talk])
+            hidden = run_blocks(model, batch)
+            lm_loss = F.cross_entropy(model.lm_head(hidden[batch["talk"]]).float(), batch["lm_target"][batch["talk"]])
             verdicts = model.lm_head(hidden[:, batch["verdict_at"]]).float()
             verdict_loss = F.cross_entropy(verdicts.flatten(0, 1), batch["answers"].flatten())
-        (lm_loss + 4 * verdict_loss).backward()
+        (lm_loss + 8 * verdict_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         bar.update(task_id, advance=1, note=f"lm {lm_loss.item():.3f} verdict {verdict_loss.item():.3f}")
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1} lm {lm_loss.item():.3f} verdict {verdict_loss.item():.3f}", flush=True)
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-            }
-            torch.save({**state, "step": step + 1}, checkpoint.with_suffix(".tmp"))
+        if (step + 1) % 200 == 0 or step + 1 == args.base_steps:
+            f1, auc = score_base(model, asked_dev, yes, no, ask, verdict, vocab_size)
+            print(f"step {step + 1} verdict {verdict_loss.item():.3f} dev F1 {f1:.3f} AUC {auc:.3f}", flush=True)
+            state = {"parts": [part.state_dict() for part in parts], "rng": rng.get_state(), "step": step + 1}
+            torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").rename(checkpoint)
     bar.stop()
     model.resize_token_embeddings(vocab_size)
@@ -261,7 +332,7 @@ def draw_for_task(train: list[Example], task: str, count: int, rng: random.Rando
     return drawn, shift
 
 
-def prompt_batch(prompts: list[list[int]], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def prompt_batch(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Right-padded ids and mask [batch, longest], and each row's last position [batch]."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), 2)
@@ -269,7 +340,7 @@ def prompt_batch(prompts: list[list[int]], device: str) -> tuple[torch.Tensor, t
         ids[row, : len(tokens)] = torch.tensor(tokens)
     last = torch.tensor([len(tokens) - 1 for tokens in prompts])
     mask = torch.arange(longest) <= last[:, None]
-    return ids.to(device), mask.to(device), last.to(device)
+    return ids, mask, last
 
 
 def train_adapter(
@@ -297,14 +368,18 @@ def train_adapter(
     lora = get_peft_model(model, config)
     trainable = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=2e-3, weight_decay=0.0, fused=True)
-    steps = len(prompts) // 32
+    steps = len(prompts) // 16
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps, 10))
-    batches = length_buckets([len(tokens) for tokens in prompts], 32, rng)
+    batches = length_buckets([len(tokens) for tokens in prompts], 16, rng)
+    noise, first_question = torch.Generator().manual_seed(args.seed), token_ids(tokenizer, [ASK])[0]
     bar, task_id = progress(name, steps)
     total = 0.0
     for _ in range(steps):
         rows = next(batches)
-        ids, mask, last = prompt_batch([prompts[i] for i in rows], args.device)
+        ids, mask, last = prompt_batch([prompts[i] for i in rows])
+        in_conversation = (ids == first_question).cumsum(1) == 0
+        in_conversation[:, 0] = False  # BOS
+        ids, mask, last = (x.to(args.device) for x in (drop_tokens(ids, in_conversation, noise), mask, last))
         with torch.autocast(args.device, torch.bfloat16):
             hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             logits = model.lm_head(hidden[torch.arange(len(rows)), last]).float()
@@ -338,7 +413,7 @@ def train_adapter(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with train.jsonl.gz and tasks.json")
+    parser.add_argument("data", type=Path, help="folder with train.jsonl.gz, dev.jsonl.gz and tasks.json")
     parser.add_argument(
         "--work", type=Path, default=Path("build/support_desk"), help="checkpoints (default: %(default)s)"
     )
@@ -348,7 +423,7 @@ def main() -> None:
         default=Path(__file__).parent / "bundle",
         help="the bundle (default: beside this file)",
     )
-    parser.add_argument("--base-steps", type=int, default=3000)
+    parser.add_argument("--base-steps", type=int, default=3200)
     parser.add_argument("--adapter-examples", type=int, default=4000, help="conversations an adapter is trained on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -358,12 +433,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     tasks = json.loads((args.data / "tasks.json").read_text())["tasks"]
-    train = read_examples(args.data / "train.jsonl.gz")
+    train, dev = read_examples(args.data / "train.jsonl.gz"), read_examples(args.data / "dev.jsonl.gz")
     if (args.out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
     else:
         tokenizer = train_tokenizer(train, [task["question"] for task in tasks], args.out)
-    base = train_base(train, [task["name"] for task in tasks], tokenizer, args.work, args)
+    base = train_base(train, dev, [task["name"] for task in tasks], tokenizer, args.work, args)
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copyfile(base / name, args.out / name)
     for task in tasks:
