@@ -43,8 +43,9 @@ class Bench:
     """A runner and a scheduler driven without threads."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self.runner = ModelRunner(load_base(read_config(folder), folder, dtype, device))
-        self.adapters = [random_adapter(self.runner.model, RANK, seed + 1) for seed in range(NUM_ADAPTERS)]
+        model = load_base(read_config(folder), folder, dtype, device)
+        self.adapters = [random_adapter(model, RANK, seed + 1) for seed in range(NUM_ADAPTERS)]
+        self.runner = ModelRunner(model)
         self.runner.verify_packing()
         for slot, adapter in enumerate(self.adapters):
             self.runner.set_slot(slot, adapter)
