@@ -31,7 +31,7 @@ from loraplex.engine.block_pool import BASE_KV, BlockPool
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, SequenceOutput, Target
-from loraplex.model.loader import load_base, read_config, resolve_device, resolve_dtype
+from loraplex.model.loader import default_step_tokens, load_base, read_config, resolve_device, resolve_dtype
 
 RANK, NUM_ADAPTERS = 16, 16
 NUM_TEXTS, TEXT_TOKENS = 32, 256
@@ -52,7 +52,12 @@ class Bench:
         self.runner.allocate_cache(4096)
 
     def scheduler(self) -> Scheduler:
-        return Scheduler(max_step_tokens=16384, max_step_sequences=512, max_queue=10_000, pool=BlockPool(4096))
+        return Scheduler(
+            max_step_tokens=default_step_tokens(self.runner.device),
+            max_step_sequences=512,
+            max_queue=10_000,
+            pool=BlockPool(4096),
+        )
 
     def sequence(self, tokens: Seq[int], slot: int, activation: int = 0) -> Sequence:
         kv_id = BASE_KV if slot == NO_ADAPTER else bytes.fromhex(self.adapters[slot].kv_id)

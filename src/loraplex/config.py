@@ -25,7 +25,11 @@ class EngineConfig(BaseModel):
         pattern=r"^(\d+(\.\d+)?%|\d+(\.\d+)?[KMG]iB|0)$",
         description="K/V kept: a share of free memory, or bytes",
     )
-    max_step_tokens: int = Field(8192, ge=1, description="tokens in one forward pass; a longer prompt runs alone")
+    max_step_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens in one forward pass; default 2048 on a CPU, 8192 on CUDA",
+    )
     max_step_sequences: int = Field(512, ge=1, description="sequences in one forward pass")
     max_queue: int = Field(4096, ge=1, description="sequences that may wait; over it: 429")
 

@@ -30,6 +30,7 @@ from loraplex.errors import (
 from loraplex.model.kv_cache import budget_bytes
 from loraplex.model.loader import (
     build_skeleton,
+    default_step_tokens,
     linear_shapes,
     load_base,
     num_embedded_tokens,
@@ -247,7 +248,7 @@ class NativeBackend:
         runner.allocate_cache(num_blocks)
         scheduler = Scheduler(
             pool=BlockPool(num_blocks),
-            max_step_tokens=config.max_step_tokens,
+            max_step_tokens=config.max_step_tokens or default_step_tokens(device),
             max_step_sequences=config.max_step_sequences,
             max_queue=config.max_queue,
         )

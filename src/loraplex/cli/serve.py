@@ -45,7 +45,9 @@ def serve(
     ] = None,
     max_step_tokens: Annotated[
         int | None,
-        typer.Option(envvar="LORAPLEX_MAX_STEP_TOKENS", help="Tokens in one forward pass. Default 8192."),
+        typer.Option(
+            envvar="LORAPLEX_MAX_STEP_TOKENS", help="Tokens in one forward pass. Default 2048 on CPU, 8192 on CUDA."
+        ),
     ] = None,
     max_step_sequences: Annotated[
         int | None,

@@ -14,6 +14,7 @@ from loraplex.engine.block_pool import BLOCK_SIZE
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput, Target
 from loraplex.engine.step import Step
 from loraplex.errors import EngineError, LoraplexError, UnsupportedModelError
+from loraplex.model.fuse import fuse
 from loraplex.model.heads import read_heads
 from loraplex.model.kv_cache import KVCache, slot_bytes
 from loraplex.model.last_layer import prune_last_layer
@@ -26,6 +27,7 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.device = model.device
+        fuse(model)
         self._segments = ActiveSegments()
         self._is_pruned = prune_last_layer(model, self._segments)
         self._linears: dict[str, MultiLoRALinear] = {}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from loraplex.adapters.checkpoint import LoRAWeights
+from loraplex.model.fuse import PackedLinear
 
 
 class Segment(NamedTuple):
@@ -30,21 +31,22 @@ class ActiveSegments:
 class MultiLoRALinear(nn.Module):
     """base_layer(x), plus scaling * lora_B @ lora_A @ x for the tokens of each segment whose slot is set."""
 
-    def __init__(self, base_layer: nn.Linear, segments: ActiveSegments) -> None:
+    def __init__(self, base_layer: nn.Linear | PackedLinear, segments: ActiveSegments) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.segments = segments
+        weight = base_layer.weight
+        self._device, self._dtype = weight.device, weight.dtype
         self.slots: dict[
             int, tuple[torch.Tensor, torch.Tensor]
         ] = {}  # slot -> lora_A.T [in, r], (scaling * lora_B).T [r, out]
 
     def set_slot(self, slot: int, weights: LoRAWeights) -> None:
-        base = self.base_layer.weight
         # Scaled before the cast: one rounding instead of two in bf16.
         lora_B = weights.lora_B.float() * weights.scaling
         self.slots[slot] = (
-            weights.lora_A.to(base.device, base.dtype, copy=True).T,
-            lora_B.to(base.device, base.dtype).T,
+            weights.lora_A.to(self._device, self._dtype, copy=True).T,
+            lora_B.to(self._device, self._dtype).T,
         )
 
     def clear_slot(self, slot: int) -> None:
@@ -69,7 +71,7 @@ def wrap_linears(model: nn.Module, modules: Iterable[str], segments: ActiveSegme
     for path in modules:
         layer = model.get_submodule(path)
         if not isinstance(layer, MultiLoRALinear):
-            assert isinstance(layer, nn.Linear), f"{path} is a {type(layer).__name__}"
+            assert isinstance(layer, nn.Linear | PackedLinear), f"{path} is a {type(layer).__name__}"
             layer = MultiLoRALinear(layer, segments)
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, layer)
