@@ -314,7 +314,11 @@ def main() -> None:
         all_cases = cases(args.shape, folder, bench, device, dtype, not args.no_peft)
         report = measure(args.shape, all_cases, args.rounds, device, dtype)
         report["ratios"] = ratios(report)
-        report["profile"] = {case.name: profile(bench, case) for case in all_cases[:2]}
+        report["profile"] = {
+            case.name: profile(bench, case)
+            for case in all_cases
+            if "plain" not in case.name and "PEFT" not in case.name
+        }
     report |= {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
