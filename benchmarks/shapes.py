@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from loraplex.adapters.checkpoint import AdapterWeights, LoRAWeights
+from loraplex.adapters.weights import AdapterWeights, LoRAWeights
 from loraplex.model.loader import linear_shapes
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from loraplex.backends.base import Backend
+from loraplex.backends.base import Backend, GenerateRequest, GenerateResult
 from loraplex.bundle import open_bundle
 from loraplex.config import EngineConfig, resolve
 from loraplex.errors import InvalidRequestError, NotReadyError
@@ -69,6 +69,11 @@ class Loraplex:
                 )
             )
         )
+
+    def generate(self, prompt: str, adapter: str | None = None, **sampling: Any) -> GenerateResult:
+        """The tokens that follow `prompt`, which is taken verbatim, under an adapter or the bare base. `sampling`: the
+        other fields of GenerateRequest: max_tokens, temperature, top_p, seed, deadline_ms."""
+        return self._call(self.backend.generate(GenerateRequest(prompt=prompt, adapter=adapter, **sampling)))
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
         return self.backend.adapters()

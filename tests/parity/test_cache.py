@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
+from checks import check_pool
 from loraplex import ClassifyRequest, ClassifyResult, Loraplex
-from loraplex.backends.native import NativeBackend
 from loraplex.engine import sequence
 from loraplex.engine.block_pool import block_hashes
 from loraplex.errors import ContractError, InvalidRequestError
@@ -58,19 +58,10 @@ def test_random_dialogues_turn_by_turn(pair: Pair, turns: list[tuple[int, list[s
     check_pool(cached)
 
 
-def check_pool(loraplex: Loraplex) -> None:
-    assert isinstance(loraplex.backend, NativeBackend)
-    assert loraplex.backend._engine is not None
-    pool = loraplex.backend._engine._scheduler.pool
-    assert pool.num_blocks > 10
-    pool.check()
-    assert pool.num_available == pool.num_blocks
-
-
 def test_without_the_adapters_identity_in_the_hash_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = tiny.save_shared_bundle(tmp_path)
     monkeypatch.setattr(
-        sequence, "block_hashes", lambda token_ids, activation, kv_id: block_hashes(token_ids, len(token_ids), kv_id)
+        sequence, "block_hashes", lambda ids, activation, kv_id, known: block_hashes(ids, len(ids), kv_id, known)
     )
     text = "Customer: hello, is it done? " * 5
     with Loraplex.load(bundle, dtype="float32") as loraplex:

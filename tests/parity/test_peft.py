@@ -13,7 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from loraplex.adapters.checkpoint import AdapterWeights, read_adapter
+from loraplex.adapters.checkpoint import read_adapter
+from loraplex.adapters.weights import AdapterWeights
 from loraplex.engine.block_pool import BASE_KV
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, SequenceOutput, Target

@@ -9,7 +9,7 @@ import pytest
 
 from loraplex.engine.engine import Engine
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput, Token
 from loraplex.engine.step import Step
 from loraplex.errors import DeadlineExceededError, EngineError, NotReadyError
 
@@ -26,8 +26,7 @@ def output(sequence: Sequence) -> SequenceOutput:
     """An answer that tells which sequence it is for."""
     return SequenceOutput(
         log_probs=(),
-        top_token_id=sequence.num_tokens,
-        top_log_prob=0.0,
+        tokens=(*sequence.tokens, Token(sequence.num_tokens, 0.0)),
         num_computed_tokens=sequence.num_tokens,
         queued_s=0.0,
         computed_s=0.0,
@@ -88,7 +87,7 @@ EngineOf = Callable[[FakeRunner, Scheduler], Engine]
 def top_ids(wanted: EngineRequest) -> list[int]:
     outcomes = wanted.future.result(TIMEOUT)
     assert all(isinstance(outcome, SequenceOutput) for outcome in outcomes), outcomes
-    return [outcome.top_token_id for outcome in outcomes if isinstance(outcome, SequenceOutput)]
+    return [outcome.tokens[-1].id for outcome in outcomes if isinstance(outcome, SequenceOutput)]
 
 
 def test_outcomes_come_in_the_requests_order(engine_of: EngineOf) -> None:

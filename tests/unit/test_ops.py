@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.adapters.checkpoint import LoRAWeights
+from loraplex.adapters.weights import LoRAWeights
 from loraplex.model.lora_linear import ActiveSegments, MultiLoRALinear, Segment
 from loraplex.ops import attention, reference
 from loraplex.ops.layout import Span, layout_of

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loraplex.engine.block_pool import BASE_KV, BLOCK_SIZE, BlockPool, block_hashes
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, Target
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sampling, Sequence, Target, Token
 from loraplex.engine.step import Step
 from loraplex.errors import CancelledError, DeadlineExceededError, LoraplexError, QueueFullError
 
@@ -18,7 +18,13 @@ Content = tuple[tuple[bytes, int], ...]  # (K/V identity, token) of every positi
 
 
 def sequence(
-    tokens: Seq[int], slot: int = NO_ADAPTER, *, activation: int = 0, num_kept: int = 0, targets: int = 1
+    tokens: Seq[int],
+    slot: int = NO_ADAPTER,
+    *,
+    activation: int = 0,
+    num_kept: int = 0,
+    targets: int = 1,
+    max_tokens: int = 1,
 ) -> Sequence:
     return Sequence(
         token_ids=tuple(tokens),
@@ -27,6 +33,7 @@ def sequence(
         activation=activation,
         num_kept=num_kept,
         targets=tuple(Target(position=-1 - i, token_id=0) for i in range(targets)),
+        sampling=Sampling(max_tokens=max_tokens),
     )
 
 
@@ -62,10 +69,12 @@ class SimulatedModel:
         self.now += step.num_tokens / 1000
         for placed in step.placed:
             for index, block in placed.kept.items():
-                self.contents[block] = content(placed.sequence, (index + 1) * BLOCK_SIZE)
-            if computed and not placed.is_chunk:
-                self.finished[placed.sequence] = self.now
-        self.policy.finish(step, computed=computed)
+                self.contents[block] = content(placed.sequence, placed.kept_positions(index).stop)
+        # A step that failed is run again without blocks and answers all the same.
+        answered = [placed.sequence for placed in step.placed if not (placed.is_chunk and computed)]
+        generating = {one for one in answered if one.append(Token(7 + one.num_tokens % 5, 0.0))}
+        self.finished |= {one: self.now for one in answered if one not in generating}
+        self.policy.finish(step, computed=computed, generating=generating)
         self.policy.pool.check()
         return True
 
@@ -82,7 +91,8 @@ class SimulatedModel:
             assert position == placed.end
             assert placed.start <= placed.sequence.num_tokens - len(placed.sequence.targets)
             for index, block in enumerate(placed.cached):
-                assert self.contents[block] == content(placed.sequence, (index + 1) * BLOCK_SIZE)
+                end = min((index + 1) * BLOCK_SIZE, placed.start)
+                assert self.contents[block][:end] == content(placed.sequence, end)
 
     def run(self) -> None:
         while self.step():
@@ -283,18 +293,20 @@ def test_two_long_prompts_that_do_not_fit_together_both_finish() -> None:
 
 TEXT = st.lists(st.integers(0, 1), max_size=70).map(lambda tail: (5,) * 20 + tuple(tail))
 SEQUENCE = st.builds(
-    lambda text, slot, activation, num_kept, targets: sequence(
+    lambda text, slot, activation, num_kept, targets, max_tokens: sequence(
         text,
         slot,
         activation=min(activation, len(text) - targets),
         num_kept=min(num_kept, len(text)),
-        targets=targets,
+        targets=0 if max_tokens > 1 else targets,
+        max_tokens=max_tokens,
     ),
     TEXT,
     st.integers(NO_ADAPTER, 2),
     st.sampled_from([0, 0, 16, 20, 33, 50]),
     st.sampled_from([0, 40, 200]),
     st.integers(1, 18),
+    st.sampled_from([1, 1, 2, 20]),
 )
 
 

@@ -5,7 +5,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,6 +12,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
+from loraplex.adapters.weights import AdapterWeights, LoRAWeights
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from loraplex.config import validate
 from loraplex.errors import AdapterError
@@ -118,37 +118,6 @@ class PeftConfig(BaseModel):
             if match:
                 return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
         return False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoRAWeights:
-    """One linear layer's update: delta = scaling * lora_B @ lora_A."""
-
-    lora_A: torch.Tensor  # [rank, in_features]
-    lora_B: torch.Tensor  # [out_features, rank]
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        return self.lora_A.shape[0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterWeights:
-    """modules: path of a linear layer in the base -> its update. kv_id: hash of all that changes keys and values.
-    invocation_tokens: the adapter acts from where they stand last in the prompt (aLoRA); None: on all of it."""
-
-    modules: Mapping[str, LoRAWeights]
-    kv_id: str
-    invocation_tokens: tuple[int, ...] | None = None
-
-    @property
-    def rank(self) -> int:
-        return max(weights.rank for weights in self.modules.values())
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(weights.lora_A.numel() + weights.lora_B.numel() for weights in self.modules.values())
 
 
 def read_adapter(folder: Path, linear_shapes: Mapping[str, tuple[int, int]]) -> AdapterWeights:

@@ -1,27 +1,45 @@
 """The one seam between what serves and what computes: data, protocol, errors (in `loraplex.errors`)."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from loraplex.types import AdapterInfo, AdapterRef, ClassifyRequest, ClassifyResult, Timings, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """A prompt taken verbatim, special tokens parsed, under an adapter or, with None, the bare base."""
+    """A prompt taken verbatim, special tokens parsed, under an adapter or, with None, the bare base.
+
+    temperature: 0 takes the likeliest token, else tokens are drawn from the smallest set of likeliest ones whose
+    probabilities add up to `top_p`. seed: the same one draws the same tokens.
+    """
 
     prompt: str
     adapter: str | None = None
+    max_tokens: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    deadline_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratedToken:
+    """log_prob: over the whole vocabulary, before temperature and `top_p`."""
+
+    id: int
+    text: str
+    log_prob: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateResult:
-    """text: the likeliest next token, decoded. log_prob: its log probability over the whole vocabulary."""
+    """tokens: what was generated, with the base's end-of-text token where it came ("stop"). text: without that one."""
 
     id: str
     text: str
-    token_id: int
-    log_prob: float
+    tokens: tuple[GeneratedToken, ...]
+    finish_reason: Literal["stop", "length"]
     adapter: AdapterRef | None
     usage: Usage
     timings: Timings
@@ -59,7 +77,8 @@ class Backend(Protocol):
         ...
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
-        """The next token. UnknownClassifierError for an adapter that is not loaded; never the base instead."""
+        """The tokens that follow. InvalidRequestError names a parameter out of its range; UnknownClassifierError for an
+        adapter that is not loaded; never the base instead."""
         ...
 
     def adapters(self) -> tuple[AdapterInfo, ...]:

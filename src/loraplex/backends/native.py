@@ -9,8 +9,9 @@ import uuid
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from loraplex.adapters.checkpoint import AdapterWeights, read_adapter
-from loraplex.backends.base import GenerateRequest, GenerateResult
+from loraplex.adapters.checkpoint import read_adapter
+from loraplex.adapters.weights import AdapterWeights
+from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult
 from loraplex.bundle import CONTRACT, AdapterSource, Bundle
 from loraplex.classifier import DEFAULT_ROLES, conversation_text, valid_unicode
 from loraplex.config import EngineConfig, resolve
@@ -18,7 +19,16 @@ from loraplex.engine.block_pool import BASE_KV, BlockPool
 from loraplex.engine.engine import Engine
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput, Target
+from loraplex.engine.sequence import (
+    NEXT_TOKEN,
+    NO_ADAPTER,
+    EngineRequest,
+    Outcome,
+    Sampling,
+    Sequence,
+    SequenceOutput,
+    Target,
+)
 from loraplex.engine.tokenizer import Conversations, Prompt, Template, Tokenizer, verbatim
 from loraplex.errors import (
     ContractError,
@@ -37,6 +47,7 @@ from loraplex.model.loader import (
     read_config,
     resolve_device,
     resolve_dtype,
+    stop_token_ids,
 )
 from loraplex.types import (
     AdapterInfo,
@@ -77,6 +88,7 @@ class NativeBackend:
         self._tokenizer: Tokenizer | None = None
         self._engine: Engine | None = None
         self._max_model_len = 0
+        self._stop_ids: frozenset[int] = frozenset()
 
     @property
     def base_name(self) -> str:
@@ -121,8 +133,7 @@ class NativeBackend:
         questions = await asyncio.to_thread(self._ask, request, names)
         tokenized = time.monotonic()
         sequences = [sequence for question in questions.values() for sequence in question.sequences]
-        deadline_s = None if request.deadline_ms is None else started + request.deadline_ms / 1000
-        outcomes = iter(await self._compute(sequences, deadline_s))
+        outcomes = iter(await self._compute(sequences, _deadline(started, request.deadline_ms)))
         verdicts = tuple(
             question.verdict([next(outcomes) for _ in question.sequences]) for question in questions.values()
         )
@@ -140,22 +151,38 @@ class NativeBackend:
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         started = time.monotonic()
+        _check_sampling(request)
         loaded = None if request.adapter is None else self._loaded(request.adapter)
         invocation = None if loaded is None else loaded.adapter.invocation_tokens
         prompt = await asyncio.to_thread(
             verbatim, request.prompt, self._ready_tokenizer(), self._max_model_len, invocation
         )
         tokenized = time.monotonic()
-        [outcome] = await self._compute([_sequence(prompt, loaded, keep=False)], None)
+        sampling = Sampling(
+            # The last token is not computed, so it needs no position.
+            max_tokens=min(request.max_tokens, self._max_model_len - len(prompt.token_ids) + 1),
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            stop_ids=self._stop_ids,
+        )
+        sequence = _sequence(prompt, loaded, keep=False, sampling=sampling)
+        [outcome] = await self._compute([sequence], _deadline(started, request.deadline_ms))
         if isinstance(outcome, LoraplexError):
             raise outcome
+        tokenizer, ids = self._ready_tokenizer(), [token.id for token in outcome.tokens]
+        stopped = ids[-1] in self._stop_ids
         return GenerateResult(
             id=f"gen-{uuid.uuid4().hex}",
-            text=self._ready_tokenizer().decode(outcome.top_token_id),
-            token_id=outcome.top_token_id,
-            log_prob=outcome.top_log_prob,
+            text=tokenizer.decode(*(ids[:-1] if stopped else ids)),
+            tokens=tuple(
+                GeneratedToken(id=token.id, text=tokenizer.decode(token.id), log_prob=token.log_prob)
+                for token in outcome.tokens
+            ),
+            finish_reason="stop" if stopped else "length",
             adapter=None if loaded is None else loaded.ref,
-            usage=_usage(len(prompt.token_ids), outcome.num_computed_tokens),
+            # Of what it generated all but the last token were computed, and are no part of the prompt.
+            usage=_usage(len(prompt.token_ids), max(0, outcome.num_computed_tokens - len(ids) + 1)),
             timings=_timings(started, tokenized, [outcome]),
         )
 
@@ -253,6 +280,7 @@ class NativeBackend:
             max_queue=config.max_queue,
         )
         self._tokenizer, self._max_model_len, self._classifiers = tokenizer, max_model_len, classifiers
+        self._stop_ids = stop_token_ids(runner.model)
         self._engine = Engine(runner, scheduler)
         self._engine.start()
         logger.info("%s in %s on %s, %d adapters", self.base_name, runner.model.dtype, device, len(classifiers))
@@ -320,8 +348,8 @@ class _Question:
             [output] = self.outputs
             return Verdict(
                 classifier=self.name,
-                label=self.tokenizer.decode(output.top_token_id),
-                confidence=math.exp(output.top_log_prob),
+                label=self.tokenizer.decode(output.tokens[0].id),
+                confidence=math.exp(output.tokens[0].log_prob),
                 adapter=ref,
                 warnings=warnings,
             )
@@ -345,6 +373,7 @@ def _sequence(
     keep: bool,
     targets: tuple[Target, ...] = (),
     continuation: tuple[int, ...] = (),
+    sampling: Sampling = NEXT_TOKEN,
 ) -> Sequence:
     """Under an adapter, or with None the bare base. What the base computed of a conversation is always worth keeping;
     what an adapter computed only where `keep` says that the conversation goes on."""
@@ -357,6 +386,7 @@ def _sequence(
         activation=prompt.activation,
         num_kept=prompt.activation if shared else prompt.num_conversation if keep else 0,
         targets=targets,
+        sampling=sampling,
     )
     if sequence.num_kept:
         _ = sequence.hashes  # here and not on the event loop's thread
@@ -382,6 +412,20 @@ def _label_log_probs(outputs: Seq[SequenceOutput], template: Template) -> list[f
     longer = iter(outputs[1:] if any(len(ids) == 1 for ids in labels) else outputs)
     single = iter(outputs[0].log_probs)
     return [next(single) if len(ids) == 1 else math.fsum(next(longer).log_probs) for ids in labels]
+
+
+def _check_sampling(request: GenerateRequest) -> None:
+    for name, value, wanted, is_good in (
+        ("max_tokens", request.max_tokens, "at least 1", request.max_tokens >= 1),
+        ("temperature", request.temperature, "0 or above", 0 <= request.temperature < math.inf),
+        ("top_p", request.top_p, "above 0, at most 1", 0 < request.top_p <= 1),
+    ):
+        if not is_good:
+            raise InvalidRequestError(f"{name} is {value}", remedy=f"give a number {wanted}")
+
+
+def _deadline(started: float, deadline_ms: float | None) -> float | None:
+    return None if deadline_ms is None else started + deadline_ms / 1000
 
 
 def _version(kv_id: str, source: AdapterSource) -> str:

@@ -62,9 +62,11 @@ def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batc
     cached: dict[tuple[int, ...], torch.Tensor | None] = {(): None}
     spans = []
     for run in runs:
+        path = run.path()
         if run.cached not in cached:
-            cached[run.cached] = tensor([slot for block in run.cached for slot in _slots(block)])
-        ancestors = tuple((start_of[one], start_of[one] + one.num_tokens) for one in run.path()[:-1])
+            slots = [slot for block in run.cached for slot in range(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)]
+            cached[run.cached] = tensor(slots[: path[0].start])
+        ancestors = tuple((start_of[one], start_of[one] + one.num_tokens) for one in path[:-1])
         start = start_of[run]
         spans.append(
             Span(
@@ -85,8 +87,9 @@ def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batc
     for placed in step.placed:
         row_at = _row_at(placed, start_of)
         for index, block in placed.kept.items():
-            kept_rows += map(row_at, range(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE))
-            kept_slots += _slots(block)
+            positions = placed.kept_positions(index)
+            kept_rows += map(row_at, positions)
+            kept_slots += [block * BLOCK_SIZE + position % BLOCK_SIZE for position in positions]
         if placed.is_chunk:
             continue
         sequence = placed.sequence
@@ -131,10 +134,6 @@ def _segments_of(segments: Seq[Segment], tokens: Seq[int]) -> Iterator[Segment]:
         start, end = bisect_left(tokens, segment.start), bisect_left(tokens, segment.end)
         if start < end:
             yield Segment(segment.slot, start, end)
-
-
-def _slots(block: int) -> range:
-    return range(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
 
 
 def _row_at(placed: Placed, start_of: Mapping[Run, int]) -> Callable[[int], int]:

@@ -11,12 +11,13 @@ BLOCK_SIZE = 16  # tokens
 BASE_KV = bytes(32)  # the identity of K/V that the bare base computes
 
 
-def block_hashes(token_ids: Seq[int], activation: int, kv_id: bytes) -> list[bytes]:
+def block_hashes(token_ids: Seq[int], activation: int, kv_id: bytes, known: Seq[bytes] = ()) -> list[bytes]:
     """One hash for each full block: SHA-256(the block before, K/V identity, tokens). Tokens before `activation` are the
-    base's, and a block is the base's only if it lies wholly before it."""
+    base's, and a block is the base's only if it lies wholly before it. `known`: the hashes of the first blocks."""
     assert len(kv_id) == len(BASE_KV), "identities of different lengths could be confused"
-    hashes, parent = [], b""
-    for end in range(BLOCK_SIZE, len(token_ids) + 1, BLOCK_SIZE):
+    hashes = list(known)
+    parent = hashes[-1] if hashes else b""
+    for end in range((len(hashes) + 1) * BLOCK_SIZE, len(token_ids) + 1, BLOCK_SIZE):
         identity = BASE_KV if end <= activation else kv_id
         parent = hashlib.sha256(parent + identity + array("q", token_ids[end - BLOCK_SIZE : end]).tobytes()).digest()
         hashes.append(parent)

@@ -9,7 +9,7 @@ from typing import Protocol
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import EngineRequest, Outcome, Sequence
 from loraplex.engine.step import Step
-from loraplex.errors import EngineError, NotReadyError
+from loraplex.errors import EngineError, LoraplexError, NotReadyError
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +83,16 @@ class Engine:
         if step is not None:
             self._step_taken = [placed.sequence for placed in step.placed]
             outcomes, computed = self._run(step)
+            generating = {
+                sequence
+                for sequence, outcome in outcomes
+                if not isinstance(outcome, LoraplexError) and sequence.append(outcome.tokens[-1])
+            }
             with self._changed:
-                self._scheduler.finish(step, computed=computed)
+                self._scheduler.finish(step, computed=computed, generating=generating)
             for sequence, outcome in outcomes:
-                sequence.request.resolve(sequence, outcome)
+                if sequence not in generating:
+                    sequence.request.resolve(sequence, outcome)
             self._step_taken = ()
         return True
 

@@ -8,10 +8,10 @@ from itertools import islice
 import torch
 from transformers import PreTrainedModel
 
-from loraplex.adapters.checkpoint import AdapterWeights
+from loraplex.adapters.weights import AdapterWeights
 from loraplex.engine.batch import pack
 from loraplex.engine.block_pool import BLOCK_SIZE
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput, Target
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput, Target, Token
 from loraplex.engine.step import Step
 from loraplex.errors import EngineError, LoraplexError, UnsupportedModelError
 from loraplex.model.fuse import fuse
@@ -67,6 +67,9 @@ class ModelRunner:
         batch = pack(step, self.device, self._cache)
         for run in step.runs():
             run.owner.num_computed_tokens += run.num_tokens
+        for placed in step.placed:
+            if placed.sequence.started_s is None:
+                placed.sequence.started_s = started
         self._segments.current = batch.segments
         logits = self.model(
             input_ids=batch.input_ids,
@@ -78,20 +81,20 @@ class ModelRunner:
         self._kv_shapes = batch.kv_shapes
         if not batch.sequences:
             return []
-        target_log_probs, top_ids, top_log_probs = read_heads(
-            logits, batch.target_rows, batch.target_ids, batch.last_rows
+        target_log_probs, next_ids, next_log_probs = read_heads(
+            logits, batch.target_rows, batch.target_ids, batch.last_rows, _drawing(batch.sequences, self.device)
         )  # waits for the device
-        computed_s = time.monotonic() - started
+        ended = time.monotonic()
         outcomes: list[tuple[Sequence, Outcome]] = []
         remaining = iter(target_log_probs)
-        for sequence, top_id, top_log_prob in zip(batch.sequences, top_ids, top_log_probs, strict=True):
+        for sequence, next_id, next_log_prob in zip(batch.sequences, next_ids, next_log_probs, strict=True):
+            assert sequence.started_s is not None
             output = SequenceOutput(
                 log_probs=tuple(islice(remaining, len(sequence.targets))),
-                top_token_id=top_id,
-                top_log_prob=top_log_prob,
+                tokens=(*sequence.tokens, Token(next_id, next_log_prob)),
                 num_computed_tokens=sequence.num_computed_tokens,
-                queued_s=started - sequence.arrived_s,
-                computed_s=computed_s,
+                queued_s=sequence.started_s - sequence.arrived_s,
+                computed_s=ended - sequence.started_s,
             )
             outcomes.append((sequence, output if _is_finite(output) else _not_a_number()))
         return outcomes
@@ -136,7 +139,17 @@ def lone_sequence(token_ids: Seq[int], *targets: Target) -> Sequence:
 
 
 def _is_finite(output: SequenceOutput) -> bool:
-    return math.isfinite(output.top_log_prob) and all(map(math.isfinite, output.log_probs))
+    return math.isfinite(output.tokens[-1].log_prob) and all(map(math.isfinite, output.log_probs))
+
+
+def _drawing(sequences: Seq[Sequence], device: torch.device) -> torch.Tensor | None:
+    """See `read_heads`."""
+    columns = [
+        (index, sequence.sampling.temperature, sequence.sampling.top_p, sequence.draw())
+        for index, sequence in enumerate(sequences)
+        if sequence.sampling.temperature > 0
+    ]
+    return torch.tensor(columns, dtype=torch.float64).T.to(device) if columns else None
 
 
 def _not_a_number() -> EngineError:

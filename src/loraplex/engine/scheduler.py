@@ -3,7 +3,7 @@ the clock is an argument."""
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class Scheduler:
         self._served: dict[Flow, float] = {}  # tokens, for the flows that wait
         self._level = 0.0  # of the flow that was served last
         self._num_waiting = 0
-        self._pinned: dict[Sequence, tuple[int, ...]] = {}  # blocks of sequences between two of their chunks
+        self._pinned: dict[Sequence, tuple[int, tuple[int, ...]]] = {}  # of sequences between steps: tokens, blocks
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -93,23 +93,29 @@ class Scheduler:
                 del self._flows[flow], self._served[flow]
         return (step if len(step) else None), dropped
 
-    def finish(self, step: Step, *, computed: bool) -> None:
-        """Give the step's blocks back; what it computed can be found from now on. Chunks queue for their next one."""
+    def finish(self, step: Step, *, computed: bool, generating: Collection[Sequence] = ()) -> None:
+        """Give the step's blocks back; what it computed can be found from now on. Chunks queue for their next one, and
+        so do the sequences that took a token and want another. Not computed: the step was run in other pieces, whole
+        sequences without blocks."""
         for placed in step.placed:
-            sequence = placed.sequence
+            sequence, pinned = placed.sequence, None
             if computed:
                 for index, block in placed.kept.items():
-                    self.pool.register(block, sequence.hashes[index])
-            if computed and placed.is_chunk:
-                blocks = (*placed.cached, *placed.kept.values())
-                self.pool.acquire(blocks)
-                self._unpin(sequence)
-                self._pinned[sequence] = blocks
-                # Ahead of its flow, for nobody else may use what it holds.
+                    if (index + 1) * BLOCK_SIZE <= placed.end:
+                        self.pool.register(block, sequence.hashes[index])
+            is_chunk = placed.is_chunk and computed and sequence not in generating
+            if computed and (is_chunk or sequence in generating):
+                pinned = self._held(placed)
+                self.pool.acquire(pinned[1])
+            self._unpin(sequence)
+            self.pool.release(placed.blocks.values())
+            if pinned is not None:
+                self._pinned[sequence] = pinned
+            if is_chunk:  # ahead of its flow, for nobody else may use what it holds
                 self._push(_Waiting(sequence.request, deque([sequence]), float("-inf")))
-            else:
-                self._unpin(sequence)
-            self.pool.release((*placed.cached, *placed.kept.values()))
+            elif sequence in generating:
+                key = 1 + WAITING_BONUS * sequence.arrived_s
+                self._push(_Waiting(sequence.request, deque([sequence]), key))
 
     def clear(self) -> Seq[Sequence]:
         """Take everything that waits."""
@@ -127,11 +133,11 @@ class Scheduler:
 
     def _place(self, sequence: Sequence) -> Placed:
         """All of it that is not cached."""
-        pinned = self._pinned.get(sequence, ())
-        cached = pinned
-        if pinned or sequence.num_kept:
-            cached += self.pool.match(sequence.hashes[len(pinned) : sequence.num_cacheable_blocks])
-        return Placed(sequence, sequence.num_tokens, cached)
+        start, cached = self._pinned.get(sequence, (0, ()))
+        if start % BLOCK_SIZE == 0 and (cached or sequence.num_kept):
+            cached += self.pool.match(sequence.hashes[len(cached) : sequence.num_cacheable_blocks])
+            start = len(cached) * BLOCK_SIZE
+        return Placed(sequence, sequence.num_tokens, start, cached)
 
     def _fit(self, sequence: Sequence, step: Step) -> Placed | None:
         """As much of it as the step has room for, if it is to join: whole, or, where no step could hold it, a chunk in
@@ -154,18 +160,35 @@ class Scheduler:
         sequence = placed.sequence
         self.pool.acquire(placed.cached)
         end = placed.end if placed.is_chunk else min(sequence.num_kept, placed.end)
-        for index in range(len(placed.cached), end // BLOCK_SIZE):
-            if sequence.hashes[index] in written and not placed.is_chunk:
+        num_full = end // BLOCK_SIZE
+        # The last tokens wait in a block that is not full only for the tokens that this sequence generates.
+        for index in range(placed.start // BLOCK_SIZE, -(-end // BLOCK_SIZE) if sequence.generates else num_full):
+            if index < len(placed.cached):
+                placed.kept[index] = placed.cached[index]
+                continue
+            if index < num_full and sequence.hashes[index] in written and not placed.is_chunk:
                 continue
             block = self.pool.allocate(1)
             if block is None:
                 assert not placed.is_chunk, "a chunk needs all of its blocks"
                 break
-            written.add(sequence.hashes[index])
+            if index < num_full:
+                written.add(sequence.hashes[index])
             placed.kept[index] = block[0]
 
+    def _held(self, placed: Placed) -> tuple[int, tuple[int, ...]]:
+        """How many of its first tokens are in blocks, now that the step is computed, and in which."""
+        blocks, mine, hashes = list(placed.cached), placed.blocks, placed.sequence.hashes
+        for index in range(len(blocks), -(-placed.end // BLOCK_SIZE)):
+            # One that it did not write was written by a sequence before it.
+            found = (mine[index],) if index in mine else self.pool.match(hashes[index : index + 1])
+            if not found:
+                break
+            blocks += found
+        return min(placed.end, len(blocks) * BLOCK_SIZE), tuple(blocks)
+
     def _unpin(self, sequence: Sequence) -> None:
-        self.pool.release(self._pinned.pop(sequence, ()))
+        self.pool.release(self._pinned.pop(sequence, (0, ()))[1])
 
     def _drop(self, now: float) -> list[tuple[Sequence, LoraplexError]]:
         dropped: list[tuple[Sequence, LoraplexError]] = []

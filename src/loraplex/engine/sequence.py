@@ -1,9 +1,11 @@
 """One text under one adapter, on its way through the engine, and the request that it belongs to. No torch."""
 
+import random
 import threading
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from loraplex.engine.block_pool import BASE_KV, BLOCK_SIZE, block_hashes
 from loraplex.errors import LoraplexError
@@ -20,14 +22,35 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How many tokens follow, and how each is chosen: the likeliest at temperature 0, else drawn from the smallest set
+    of likeliest tokens whose probabilities add up to `top_p`. A token of `stop_ids` is the last one."""
+
+    max_tokens: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+
+
+NEXT_TOKEN = Sampling()
+
+
+class Token(NamedTuple):
+    """A token and its log probability in the model's distribution, before temperature and `top_p`."""
+
+    id: int
+    log_prob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceOutput:
-    """log_probs: one for each target, natural logarithm, over the whole vocabulary. top: the likeliest token after the
-    last position and its log probability. num_computed_tokens: run through the model for this sequence and not counted
-    for another that shares them."""
+    """log_probs: one for each target, natural logarithm, over the whole vocabulary. tokens: what follows the sequence,
+    one or as many as its sampling asks for. num_computed_tokens: run through the model for this sequence and not
+    counted for another that shares them."""
 
     log_probs: tuple[float, ...]
-    top_token_id: int
-    top_log_prob: float
+    tokens: tuple[Token, ...]
     num_computed_tokens: int
     queued_s: float
     computed_s: float
@@ -39,7 +62,8 @@ class Sequence:
 
     kv_id:       identity of the keys and values that the slot computes (32 bytes).
     activation:  index of the first token that the adapter acts on; those before it run on the bare base (aLoRA).
-    num_kept:    leading tokens whose K/V is worth keeping for later requests, and is looked up in turn.
+    num_kept:    leading tokens whose K/V is worth keeping for later requests, and is looked up in turn; where more than
+                 one token is generated, all.
     """
 
     token_ids: tuple[int, ...]
@@ -48,21 +72,50 @@ class Sequence:
     activation: int = 0
     num_kept: int = 0
     targets: tuple[Target, ...] = ()
+    sampling: Sampling = NEXT_TOKEN
     arrived_s: float = 0.0
+    started_s: float | None = field(init=False, default=None)
     request: "EngineRequest" = field(init=False, repr=False)
     index: int = field(init=False, default=0)
     num_computed_tokens: int = field(init=False, default=0)  # so far, in chunks that ran already
-    _hashes: Seq[bytes] | None = field(init=False, repr=False, default=None)
+    tokens: tuple[Token, ...] = field(init=False, default=())  # generated so far, and appended to token_ids
+    _hashes: Seq[bytes] = field(init=False, repr=False, default=())
+    _random: random.Random | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if self.slot == NO_ADAPTER:
             self.activation = len(self.token_ids)
+        if self.generates:
+            assert not self.targets, "a target's place is counted from the end, which moves"
+            self.num_kept = len(self.token_ids)
+
+    @property
+    def generates(self) -> bool:
+        """More than one token: it comes back for each."""
+        return self.sampling.max_tokens > 1
+
+    def append(self, token: Token) -> bool:
+        """Take the token that came next. False where it was the last one."""
+        self.tokens += (token,)
+        if len(self.tokens) >= self.sampling.max_tokens or token.id in self.sampling.stop_ids:
+            return False
+        self.token_ids += (token.id,)
+        self.num_kept = len(self.token_ids)
+        if self.slot == NO_ADAPTER:
+            self.activation = len(self.token_ids)
+        return True
+
+    def draw(self) -> float:
+        """The next random number of this sequence in [0, 1): the same for the same seed, whatever runs beside it."""
+        if self._random is None:
+            self._random = random.Random(self.sampling.seed)
+        return self._random.random()
 
     @property
     def hashes(self) -> Seq[bytes]:
         """Of all its full blocks, computed when first asked for."""
-        if self._hashes is None:
-            self._hashes = block_hashes(self.token_ids, self.activation, self.kv_id)
+        if len(self._hashes) < self.num_tokens // BLOCK_SIZE:
+            self._hashes = block_hashes(self.token_ids, self.activation, self.kv_id, self._hashes)
         return self._hashes
 
     @property

@@ -16,7 +16,7 @@ class Run:
     token_ids: tuple[int, ...]
     start: int  # position of its first token
     parent: "Run | None"
-    cached: tuple[int, ...]  # blocks that hold positions 0 ... of the root's start
+    cached: tuple[int, ...]  # blocks that hold the positions before the root's start
     owner: Sequence  # the first to need it, to which its tokens are counted
     children: dict[tuple[int, int], list["Run"]] = field(default_factory=dict)
 
@@ -40,12 +40,14 @@ class Run:
 class Placed:
     """A sequence in a step, up to `end`: all of it, or a chunk that writes K/V and answers nothing yet.
 
-    cached:  blocks found, referenced until the step is over.
-    kept:    blocks to write, by their place in the chain, behind `cached`.
+    cached:  blocks that hold the tokens before `start`, referenced until the step is over; of a sequence that
+             generates, the last one may be its own and not full.
+    kept:    blocks to write, by their place in the chain: those behind `cached`, and its last one if not full.
     """
 
     sequence: Sequence
     end: int
+    start: int = 0
     cached: tuple[int, ...] = ()
     kept: dict[int, int] = field(default_factory=dict)
     last: Run | None = None  # the run that holds its last token
@@ -55,8 +57,13 @@ class Placed:
         return self.end < self.sequence.num_tokens
 
     @property
-    def start(self) -> int:
-        return len(self.cached) * BLOCK_SIZE
+    def blocks(self) -> dict[int, int]:
+        """All of them, by their place in the chain."""
+        return {**dict(enumerate(self.cached)), **self.kept}
+
+    def kept_positions(self, index: int) -> range:
+        """Those whose K/V this step writes into block `index` of the chain."""
+        return range(max(self.start, index * BLOCK_SIZE), min(self.end, (index + 1) * BLOCK_SIZE))
 
 
 class Step:

@@ -73,8 +73,8 @@ class Tokenizer:
         encoded = self._hf(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
         return [start for start, _ in encoded["offset_mapping"]]
 
-    def decode(self, token_id: int) -> str:
-        text: str = self._hf.decode([token_id])
+    def decode(self, *token_ids: int) -> str:
+        text: str = self._hf.decode(list(token_ids))
         return text
 
     def starts_with_cut(self, text: str) -> bool:

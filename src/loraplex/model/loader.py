@@ -109,6 +109,12 @@ def num_embedded_tokens(model: PreTrainedModel) -> int:
     return embeddings.num_embeddings
 
 
+def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens with which a text ends, as the base's generation_config.json or config.json names them."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset([named] if isinstance(named, int) else named or ())
+
+
 def load_base(config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Read the safetensors shard by shard in `dtype`, then move the model to `device`."""
     try:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from loraplex.adapters.checkpoint import LoRAWeights
+from loraplex.adapters.weights import LoRAWeights
 from loraplex.model.fuse import PackedLinear
 
 

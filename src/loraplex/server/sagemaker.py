@@ -32,4 +32,5 @@ async def _invoke(request: Request, body: InvocationBody) -> InvocationResult:
         assert verdict.label is not None and verdict.confidence is not None, "a lone verdict's error is raised"
         return InvocationResult(confidence_score=verdict.confidence, predicted_text=verdict.label)
     generated = await backend.generate(GenerateRequest(prompt=body.input_text, adapter=body.adapter_name))
-    return InvocationResult(confidence_score=math.exp(generated.log_prob), predicted_text=generated.text)
+    [token] = generated.tokens
+    return InvocationResult(confidence_score=math.exp(token.log_prob), predicted_text=token.text)

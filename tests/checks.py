@@ -1,0 +1,14 @@
+"""What must hold after any traffic."""
+
+from loraplex import Loraplex
+from loraplex.backends.native import NativeBackend
+
+
+def check_pool(loraplex: Loraplex) -> None:
+    """No block is lost, and nobody holds one."""
+    assert isinstance(loraplex.backend, NativeBackend)
+    assert loraplex.backend._engine is not None
+    pool = loraplex.backend._engine._scheduler.pool
+    assert pool.num_blocks > 0
+    pool.check()
+    assert pool.num_available == pool.num_blocks
