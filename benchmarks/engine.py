@@ -5,7 +5,7 @@
 A 116 M-parameter Mistral shape with 16 random adapters, r=16 on all linear layers. Every case runs once a round, in
 turn, so that what disturbs the machine disturbs all of them; the figures are medians over the rounds. Tokens/s count
 the prompt tokens that were asked for, the same for every system. Share of roofline: FLOPs of the work over the time,
-over the bf16 GEMM rate of this model's shapes measured in the same rounds.
+over the GEMM rate of this model's shapes, in the dtype that is served, measured in the same rounds.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Bench:
 
     def scheduler(self) -> Scheduler:
         return Scheduler(
-            max_step_tokens=default_step_tokens(self.runner.device),
+            max_step_tokens=default_step_tokens(self.runner.device, self.runner.model.dtype),
             max_step_sequences=512,
             max_queue=10_000,
             pool=BlockPool(4096),
@@ -342,7 +342,7 @@ def _cpu_name() -> str:
 def _print(report: dict[str, Any]) -> None:
     console = Console()
     console.print(f"{report['device']}, {report['threads']} threads, {report['dtype']}, torch {report['torch']}")
-    console.print(f"bf16 GEMM on these shapes: {report['gemm_gflops']:.0f} GFLOP/s")
+    console.print(f"GEMM on these shapes: {report['gemm_gflops']:.0f} GFLOP/s")
     table = Table("case", "ms", "tokens/s", "share of roofline")
     for name, case in report["cases"].items():
         table.add_row(name, f"{case['ms']:.0f}", f"{case['tokens_per_s']:,.0f}", f"{case['share_of_roofline']:.2f}")

@@ -28,7 +28,7 @@ class EngineConfig(BaseModel):
     max_step_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens in one forward pass; default 2048 on a CPU, 8192 on CUDA",
+        description="tokens in one forward pass; default 8192 on CUDA; on a CPU 2048 in bfloat16, 1024 in float32",
     )
     max_step_sequences: int = Field(512, ge=1, description="sequences in one forward pass")
     max_queue: int = Field(4096, ge=1, description="sequences that may wait; over it: 429")

@@ -1,13 +1,15 @@
 """Fast paths against the reference, and the reference against a loop that anybody can read."""
 
+import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.weights import LoRAWeights
-from loraplex.model.lora_linear import ActiveSegments, MultiLoRALinear, Segment
+from loraplex.model.lora_linear import SHORT, ActiveSegments, MultiLoRALinear, Segment, Segments
 from loraplex.ops import attention, reference
 from loraplex.ops.layout import Span, layout_of
 
@@ -92,7 +94,8 @@ def test_multi_lora_linear_adds_each_segments_delta_at_its_own_rank() -> None:
     }
     for slot, weights in adapters.items():
         layer.set_slot(slot, weights)
-    segments.current = (Segment(-1, 0, 2), Segment(0, 2, 5), Segment(1, 5, 6), Segment(2, 6, 9))
+    cut = (Segment(-1, 0, 2), Segment(0, 2, 5), Segment(1, 5, 6), Segment(2, 6, 9))
+    segments.current = Segments(cut, torch.device("cpu"))
     x = torch.randn(1, 9, 6)
     expected = base(x[0]).detach()
     expected[2:5] += reference.lora_delta(x[0, 2:5], adapters[0].lora_A, adapters[0].lora_B, adapters[0].scaling)
@@ -100,3 +103,30 @@ def test_multi_lora_linear_adds_each_segments_delta_at_its_own_rank() -> None:
     torch.testing.assert_close(layer(x)[0], expected)
     layer.clear_slot(2)
     torch.testing.assert_close(layer(x)[0, 6:9], base(x[0, 6:9]))
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_short_segments_are_computed_together_and_give_the_same(conv1d: bool) -> None:
+    """Six of one rank, two of another, one of a rank and too long, one whose slot is empty."""
+    torch.manual_seed(0)
+    segments = ActiveSegments()
+    base = Conv1D(8, 6) if conv1d else torch.nn.Linear(6, 8)
+    layer = MultiLoRALinear(base, segments).requires_grad_(False)
+    lengths = [3, 1, 5, 2, 4, 4, 3, 2, SHORT + 1, 2]
+    ranks = [3] * 6 + [2] * 2 + [3, 0]
+    adapters = {}
+    for slot, rank in enumerate(ranks):
+        if rank:
+            adapters[slot] = LoRAWeights(lora_A=torch.randn(rank, 6), lora_B=torch.randn(8, rank), scaling=1.0 + slot)
+            layer.set_slot(slot, adapters[slot])
+    ends = list(itertools.accumulate(lengths))
+    cut = [Segment(slot, end - n, end) for slot, (n, end) in enumerate(zip(lengths, ends, strict=True))]
+    segments.current = Segments(cut, torch.device("cpu"))
+    x = torch.randn(1, ends[-1], 6)
+    expected = base(x[0]).detach()
+    for slot, start, end in cut:
+        if slot in adapters:
+            lora = adapters[slot]
+            expected[start:end] += reference.lora_delta(x[0, start:end], lora.lora_A, lora.lora_B, lora.scaling)
+    torch.testing.assert_close(layer(x)[0], expected)
+    assert segments.current.padded.cache_info().misses == 1, "nothing was computed together"

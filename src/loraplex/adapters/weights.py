@@ -1,12 +1,12 @@
 """What an adapter is once it has been read, and what a base must say about itself so that one can be checked."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TypeVar
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +24,17 @@ class LoRAWeights:
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
+    @property
+    def is_zero(self) -> bool:
+        """Of a magnitude only the base's weights could tell, so one counts as a change."""
+        delta = self.lora_A.any() and self.lora_B.any()
+        bias = self.lora_bias is not None and self.lora_bias.any()
+        return self.magnitude is None and not delta and not bias
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedModule:
-    """A module that was trained in full and replaces the base's (modules_to_save)."""
+    """A module that was trained in full and replaces the base's."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -35,10 +42,14 @@ class SavedModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterWeights:
-    """All paths are those of the base's causal language model, for SEQ_CLS adapters too.
+    """All paths are those of the base's causal language model, for adapters that classify too (SEQ_CLS).
 
-    kv_id: sha256 in hex of everything that changes what is computed, tensors and config.
-    invocation_tokens: the adapter acts from where they stand last in the prompt (aLoRA); None: on all of it.
+    The parts build on each other in this order: a saved module replaces the base's weight (and bias), a bias or token
+    rows replace a part of it, and LoRA adds to the result.
+
+    kv_id: SHA-256, in hex, of all that changes what is computed, tensors and config.
+    invocation_tokens: the adapter acts from where they stand last in the prompt (aLoRA); None: on all of it. What is
+    not LoRA acts on all of the prompt even so.
     """
 
     modules: Mapping[str, LoRAWeights]  # linear layers, Conv1D among them in [out, in] orientation
@@ -46,14 +57,16 @@ class AdapterWeights:
     invocation_tokens: tuple[int, ...] | None = None
     embeddings: Mapping[str, LoRAWeights] = field(default_factory=dict)
     output: LoRAWeights | None = None  # of the output head
-    saved: Mapping[str, SavedModule] = field(default_factory=dict)  # of the token embedding and the output head
-    biases: Mapping[str, torch.Tensor] = field(default_factory=dict)  # path of a linear layer -> its bias, replaced
+    saved: Mapping[str, SavedModule] = field(default_factory=dict)  # the token embedding and the output head
+    biases: Mapping[str, torch.Tensor] = field(default_factory=dict)  # path of a linear layer or the head -> its bias
+    # path of an embedding or the head -> (token ids, [len(ids), hidden_size] rows that replace the weight's)
     token_rows: Mapping[str, tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=dict)
-    # ^ path of an embedding -> (token ids, [len(ids), embedding_dim] rows that replace the base's)
-    score: SavedModule | None = None  # SEQ_CLS: the head, [num_labels, hidden_size]
+    score: SavedModule | None = None  # SEQ_CLS: the head, [num_labels, hidden_size], in place of the base's output head
+    output_path: str | None = None  # where the base has its output head
 
     @property
     def rank(self) -> int:
+        """The largest; 0 without LoRA."""
         return max((lora.rank for lora in self._loras()), default=0)
 
     @property
@@ -66,47 +79,106 @@ class AdapterWeights:
 
     @property
     def changes_prefix(self) -> bool:
-        """Whether K/V in front of an aLoRA activation differ from the base's."""
-        return bool(self.embeddings or self.saved or self.token_rows or self.biases)
+        """Whether K/V in front of an aLoRA activation differ from the base's, so that they cannot be shared."""
+        changed = {*self.embeddings, *self.saved, *self.biases, *self.token_rows} - {self.output_path}
+        return bool(changed)
 
     @property
     def is_zero(self) -> bool:
-        """Whether the answers are the base's: an adapter that was never trained, most likely."""
+        """Whether every answer is the base's, as of an adapter that was never trained."""
         if self.saved or self.biases or self.token_rows or self.score is not None:
             return False
-        return all(
-            lora.magnitude is None and not lora.lora_B.any() and (lora.lora_bias is None or not lora.lora_bias.any())
-            for lora in self._loras()
-        )
+        return all(lora.is_zero for lora in self._loras())
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        for lora in self._loras():
-            yield from _given(lora.lora_A, lora.lora_B, lora.lora_bias, lora.magnitude)
-        for module in (*self.saved.values(), *_given(self.score)):
-            yield from _given(module.weight, module.bias)
-        yield from self.biases.values()
-        yield from (rows for _, rows in self.token_rows.values())
+        """Each once, although two paths may share one (a tied embedding and head)."""
+        unique = {id(part): part for _, part in self._parts() if isinstance(part, torch.Tensor)}
+        return iter(unique.values())
+
+    def with_content_id(self) -> "AdapterWeights":
+        """The same with `kv_id` computed."""
+        digest = hashlib.sha256(json.dumps(self.invocation_tokens).encode())
+        for name, part in sorted(self._parts(), key=lambda named: named[0]):
+            if isinstance(part, torch.Tensor):
+                digest.update(json.dumps([name, str(part.dtype), list(part.shape)]).encode())
+                digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                digest.update(json.dumps([name, part]).encode())
+        return replace(self, kv_id=digest.hexdigest())
+
+    def without_base_copies(self, parameter: Callable[[str], torch.Tensor | None]) -> "AdapterWeights":
+        """The same without what only repeats the base's own `parameter` ("lm_head.weight" -> the tensor that is
+        served). PEFT stores such copies beside LoRA on an embedding or head and with `bias="all"`, and each would cost
+        memory and, in an embedding, a shared prefix."""
+
+        def repeats(name: str, tensor: torch.Tensor | None, rows: tuple[int, ...] | None = None) -> bool:
+            if tensor is None:
+                return True
+            base = parameter(name)
+            if base is None:
+                return False
+            base = base if rows is None else base[list(rows)]
+            return base.shape == tensor.shape and torch.equal(base, tensor.to(base.device, base.dtype))
+
+        return replace(
+            self,
+            saved={
+                path: module
+                for path, module in self.saved.items()
+                if not (repeats(f"{path}.weight", module.weight) and repeats(f"{path}.bias", module.bias))
+            },
+            biases={path: bias for path, bias in self.biases.items() if not repeats(f"{path}.bias", bias)},
+            token_rows={
+                path: (ids, rows)
+                for path, (ids, rows) in self.token_rows.items()
+                if not repeats(f"{path}.weight", rows, ids)
+            },
+        ).with_content_id()
 
     def _loras(self) -> Iterator[LoRAWeights]:
         yield from self.modules.values()
         yield from self.embeddings.values()
-        yield from _given(self.output)
+        if self.output is not None:
+            yield self.output
+
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        """All that changes the computation, by a name that says what it is for."""
+        loras = {f"modules {path}": lora for path, lora in self.modules.items()}
+        loras |= {f"embeddings {path}": lora for path, lora in self.embeddings.items()}
+        loras |= {} if self.output is None else {"output": self.output}
+        for name, lora in loras.items():
+            yield f"{name} scaling", lora.scaling
+            for part in ("lora_A", "lora_B", "lora_bias", "magnitude"):
+                if getattr(lora, part) is not None:
+                    yield f"{name} {part}", getattr(lora, part)
+        saved = {f"saved {path}": module for path, module in self.saved.items()}
+        saved |= {} if self.score is None else {"score": self.score}
+        for name, module in saved.items():
+            yield f"{name} weight", module.weight
+            if module.bias is not None:
+                yield f"{name} bias", module.bias
+        for path, bias in self.biases.items():
+            yield f"biases {path}", bias
+        for path, (ids, rows) in self.token_rows.items():
+            yield f"token_ids {path}", ids
+            yield f"token_rows {path}", rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseLayers:
-    """The layers of a base's causal language model that an adapter may change."""
+    """The layers of a base's causal language model that an adapter may change, and what they look like."""
 
     linear: Mapping[str, tuple[int, int]]  # path -> (out_features, in_features), Conv1D included, the head not
-    embeddings: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # path -> (num_embeddings, embedding_dim)
+    # path -> (num_embeddings, embedding_dim), the token embedding first
+    embeddings: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     output: str | None = None  # path of the output head
     output_shape: tuple[int, int] = (0, 0)  # (vocab_size, hidden_size)
-    tied: bool = False  # the output head is the token embedding's weight
-    biases: frozenset[str] = frozenset()  # linear layers that have a bias, Conv1D included
+    tied: bool = False  # the head's weight is the token embedding's
+    biases: frozenset[str] = frozenset()  # linear layers, and the head, that have a bias; Conv1D included
     other_biases: frozenset[str] = frozenset()  # other modules that have one (LayerNorm)
     conv1d: frozenset[str] = frozenset()
     hidden_size: int = 0
 
-
-def _given(*items: Item | None) -> Iterator[Item]:
-    return (item for item in items if item is not None)
+    @property
+    def token_embedding(self) -> str | None:
+        return next(iter(self.embeddings), None)

@@ -275,7 +275,7 @@ class NativeBackend:
         runner.allocate_cache(num_blocks)
         scheduler = Scheduler(
             pool=BlockPool(num_blocks),
-            max_step_tokens=config.max_step_tokens or default_step_tokens(device),
+            max_step_tokens=config.max_step_tokens or default_step_tokens(device, runner.model.dtype),
             max_step_sequences=config.max_step_sequences,
             max_queue=config.max_queue,
         )

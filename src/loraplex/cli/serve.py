@@ -46,7 +46,8 @@ def serve(
     max_step_tokens: Annotated[
         int | None,
         typer.Option(
-            envvar="LORAPLEX_MAX_STEP_TOKENS", help="Tokens in one forward pass. Default 2048 on CPU, 8192 on CUDA."
+            envvar="LORAPLEX_MAX_STEP_TOKENS",
+            help="Tokens in one forward pass. Default 8192 on CUDA; on CPU 2048, or 1024 in float32.",
         ),
     ] = None,
     max_step_sequences: Annotated[

@@ -11,7 +11,7 @@ from loraplex.engine.block_pool import BLOCK_SIZE
 from loraplex.engine.sequence import Sequence
 from loraplex.engine.step import Placed, Run, Step
 from loraplex.model.kv_cache import KVCache
-from loraplex.model.lora_linear import Segment
+from loraplex.model.lora_linear import Segment, Segments
 from loraplex.ops.layout import Layout, Span, layout_of
 
 
@@ -25,7 +25,7 @@ class Batch:
     sequences: tuple[Sequence, ...]
     input_ids: torch.Tensor  # [1, T]
     position_ids: torch.Tensor  # [1, T]
-    segments: tuple[Segment, ...]
+    segments: Segments
     layout: Layout
     cache: KVCache | None
     kept_rows: torch.Tensor | None  # [K] packed token indices
@@ -33,8 +33,9 @@ class Batch:
     kv_shapes: dict[int, tuple[int, int]]  # layer -> (num_kv_heads, head_dim), noted by the forward pass
     logit_rows: torch.Tensor  # [L] packed token indices, ascending
     last_layout: Layout  # of these L
-    last_segments: tuple[Segment, ...]  # of these L
-    last_rows: torch.Tensor  # [S] indices into logit_rows
+    last_segments: Segments  # of these L
+    last_row_indices: tuple[int, ...]  # [S] indices into logit_rows
+    last_rows: torch.Tensor  # the same
     target_rows: torch.Tensor  # [N] indices into logit_rows
     target_ids: torch.Tensor  # [N] token ids
 
@@ -100,21 +101,23 @@ def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batc
     # Sequences may share them. Of a step with nothing but chunks one is computed and not used: models expect one.
     logit_rows = sorted({*last_tokens, *target_tokens}) or [len(input_ids) - 1]
     row_of = {token: row for row, token in enumerate(logit_rows)}
+    last_rows = [row_of[token] for token in last_tokens]
 
     return Batch(
         sequences=answered,
         input_ids=tensor(input_ids).unsqueeze(0),
         position_ids=tensor(position_ids).unsqueeze(0),
-        segments=tuple(segments),
+        segments=Segments(segments, device),
         layout=layout_of(tuple(spans), device),
         last_layout=layout_of(tuple(_asking(spans, logit_rows)), device),
-        last_segments=tuple(_segments_of(segments, logit_rows)),
+        last_segments=Segments(_segments_of(segments, logit_rows), device),
         cache=cache,
         kept_rows=tensor(kept_rows) if kept_rows else None,
         kept_slots=tensor(kept_slots) if kept_rows else None,
         kv_shapes={},
         logit_rows=tensor(logit_rows),
-        last_rows=tensor([row_of[token] for token in last_tokens]),
+        last_row_indices=tuple(last_rows),
+        last_rows=tensor(last_rows),
         target_rows=tensor([row_of[token] for token in target_tokens]),
         target_ids=tensor(target_ids),
     )

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import AdapterWeights
-from loraplex.engine.batch import pack
+from loraplex.engine.batch import Batch, pack
 from loraplex.engine.block_pool import BLOCK_SIZE
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput, Target, Token
 from loraplex.engine.step import Step
@@ -17,8 +17,7 @@ from loraplex.errors import EngineError, LoraplexError, UnsupportedModelError
 from loraplex.model.fuse import fuse
 from loraplex.model.heads import read_heads
 from loraplex.model.kv_cache import KVCache, slot_bytes
-from loraplex.model.last_layer import prune_last_layer
-from loraplex.model.lora_linear import ActiveSegments, MultiLoRALinear, wrap_linears
+from loraplex.model.multi_lora import MultiLoRA
 
 
 class ModelRunner:
@@ -28,9 +27,7 @@ class ModelRunner:
         self.model = model
         self.device = model.device
         fuse(model)
-        self._segments = ActiveSegments()
-        self._is_pruned = prune_last_layer(model, self._segments)
-        self._linears: dict[str, MultiLoRALinear] = {}
+        self._lora = MultiLoRA(model)
         self._cache: KVCache | None = None
         self._kv_shapes: dict[int, tuple[int, int]] = {}
 
@@ -41,14 +38,10 @@ class ModelRunner:
 
     def set_slot(self, slot: int, adapter: AdapterWeights) -> None:
         assert slot != NO_ADAPTER, "the base has no slot to set"
-        self.clear_slot(slot)
-        self._linears |= wrap_linears(self.model, adapter.modules, self._segments)
-        for path, weights in adapter.modules.items():
-            self._linears[path].set_slot(slot, weights)
+        self._lora.set_slot(slot, adapter)
 
     def clear_slot(self, slot: int) -> None:
-        for linear in self._linears.values():
-            linear.clear_slot(slot)
+        self._lora.clear_slot(slot)
 
     @property
     def block_bytes(self) -> int:
@@ -70,12 +63,12 @@ class ModelRunner:
         for placed in step.placed:
             if placed.sequence.started_s is None:
                 placed.sequence.started_s = started
-        self._segments.current = batch.segments
+        self._lora.begin(batch.segments, batch.last_segments)
         logits = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            logits_to_keep=0 if self._is_pruned else batch.logit_rows,
+            logits_to_keep=0 if self._lora.is_pruned else batch.logit_rows,
             batch=batch,
         ).logits[0]
         self._kv_shapes = batch.kv_shapes
@@ -87,10 +80,11 @@ class ModelRunner:
         ended = time.monotonic()
         outcomes: list[tuple[Sequence, Outcome]] = []
         remaining = iter(target_log_probs)
+        scored = self._scored(batch)
         for sequence, next_id, next_log_prob in zip(batch.sequences, next_ids, next_log_probs, strict=True):
             assert sequence.started_s is not None
             output = SequenceOutput(
-                log_probs=tuple(islice(remaining, len(sequence.targets))),
+                log_probs=scored.get(sequence) or tuple(islice(remaining, len(sequence.targets))),
                 tokens=(*sequence.tokens, Token(next_id, next_log_prob)),
                 num_computed_tokens=sequence.num_computed_tokens,
                 queued_s=sequence.started_s - sequence.arrived_s,
@@ -98,6 +92,19 @@ class ModelRunner:
             )
             outcomes.append((sequence, output if _is_finite(output) else _not_a_number()))
         return outcomes
+
+    def _scored(self, batch: Batch) -> dict[Sequence, tuple[float, ...]]:
+        """Log probabilities of the labels for the sequences that are answered by a score head."""
+        rows = {
+            sequence: row
+            for sequence, row in zip(batch.sequences, batch.last_row_indices, strict=True)
+            if self._lora.has_score(sequence.slot)
+        }
+        if not rows:
+            return {}
+        log_probs = [self._lora.score(sequence.slot, row) for sequence, row in rows.items()]
+        values = iter(torch.cat(log_probs).tolist())  # waits for the device once
+        return {sequence: tuple(islice(values, len(found))) for sequence, found in zip(rows, log_probs, strict=True)}
 
     def probe(self) -> None:
         """Compute one token on the base; raises where that fails."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from loraplex.model.attention import CapturedKV, PackedTokens
-from loraplex.model.lora_linear import ActiveSegments, Segment, wrap_linears
+from loraplex.model.lora_linear import ActiveSegments, Segments, wrap_linears
 from loraplex.ops.layout import Layout
 
 
@@ -20,7 +20,7 @@ class PrunedTokens(PackedTokens, Protocol):
     @property
     def last_layout(self) -> Layout: ...
     @property
-    def last_segments(self) -> tuple[Segment, ...]: ...
+    def last_segments(self) -> Segments: ...
 
 
 def prune_last_layer(model: nn.Module, segments: ActiveSegments) -> bool:

@@ -1,13 +1,20 @@
-"""A linear layer with one low-rank update a slot, each at its own rank, for packed tokens sorted by slot."""
+"""A linear layer with one update a slot, each at its own rank, for packed tokens sorted by slot."""
 
+import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from loraplex.adapters.weights import LoRAWeights
+from loraplex.adapters.weights import LoRAWeights, SavedModule
 from loraplex.model.fuse import PackedLinear
+
+# Segments of at most so many tokens are computed together, if there are so many of one rank: then the calls cost more
+# than the arithmetic. Measured on a CPU: 3x faster at 12 tokens, even at 40, slower at 128 (docs/performance.md).
+SHORT, FEW = 32, 4
 
 
 class Segment(NamedTuple):
@@ -17,52 +24,181 @@ class Segment(NamedTuple):
     start: int
     end: int
 
+    @property
+    def is_short(self) -> bool:
+        return self.end - self.start <= SHORT
+
+
+class Padded(NamedTuple):
+    """Some segments as rows of equal length: [g, n] of packed tokens, and which of these g * n are real."""
+
+    tokens: torch.Tensor  # [g * n] packed tokens; what is too short repeats its last one
+    real: torch.Tensor  # [v] indices into the g * n
+    targets: torch.Tensor  # [v] their packed tokens
+
+
+class Segments:
+    """Of one step, sorted by slot; all layers see the same."""
+
+    def __init__(self, segments: Iterable[Segment], device: torch.device) -> None:
+        self.all = tuple(segments)
+        self._device = device
+        self.padded = functools.cache(self._padded)
+
+    def _padded(self, which: tuple[int, ...]) -> Padded:
+        n = max(self.all[i].end - self.all[i].start for i in which)
+        tokens: list[int] = []
+        real: list[int] = []
+        for row, i in enumerate(which):
+            _, start, end = self.all[i]
+            tokens += [min(start + column, end - 1) for column in range(n)]
+            real += range(row * n, row * n + end - start)
+        targets = [tokens[i] for i in real]
+        return Padded(*(torch.tensor(values, device=self._device) for values in (tokens, real, targets)))
+
 
 class ActiveSegments:
-    """The segments of the step that runs now. A model's forward hands its linear layers only their input, so the runner
-    that owns the model sets this one object, which all layers of that model share, before each step."""
+    """The segments of the step that runs now. A model's forward hands its layers only their input, so the runner that
+    owns the model sets this one object, which the layers of that model share, before each step."""
 
     __slots__ = ("current",)
 
     def __init__(self) -> None:
-        self.current: tuple[Segment, ...] | None = ()  # None: nobody wants the layer's output
+        self.current: Segments | None = None  # None: nobody wants the layer's output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What a slot makes of a layer: out = gain * out + shift + x @ lora_A.T @ lora_B.T, the scaling within lora_B.
+    `saved` replaces the layer, `rows` the rows of its weight in `row_ids`."""
+
+    lora_A: torch.Tensor | None = None  # [rank, in]
+    lora_B: torch.Tensor | None = None  # [out, rank]
+    gain: torch.Tensor | None = None  # [out]
+    shift: torch.Tensor | None = None  # [out]
+    saved: SavedModule | None = None
+    row_ids: torch.Tensor | None = None  # [n]
+    rows: torch.Tensor | None = None  # [n, in]
+
+    @property
+    def is_plain(self) -> bool:
+        others = (self.gain, self.shift, self.saved, self.rows)
+        return self.lora_A is not None and all(other is None for other in others)
+
+    def apply(self, x: torch.Tensor, out: torch.Tensor) -> None:  # [n, in], [n, out], changed in place
+        if self.saved is not None:
+            out.copy_(torch.nn.functional.linear(x, self.saved.weight, self.saved.bias))
+        if self.rows is not None and self.row_ids is not None:
+            out[:, self.row_ids] = x @ self.rows.T
+        if self.gain is not None:
+            out.mul_(self.gain)
+        if self.shift is not None:
+            out.add_(self.shift)
+        if self.lora_A is not None and self.lora_B is not None:
+            out.addmm_(x @ self.lora_A.T, self.lora_B.T)
 
 
 class MultiLoRALinear(nn.Module):
-    """base_layer(x), plus scaling * lora_B @ lora_A @ x for the tokens of each segment whose slot is set."""
+    """base_layer(x), and for the tokens of each segment whose slot is set its update."""
 
-    def __init__(self, base_layer: nn.Linear | PackedLinear, segments: ActiveSegments) -> None:
+    def __init__(self, base_layer: nn.Linear | PackedLinear | Conv1D, segments: ActiveSegments) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.segments = segments
         weight = base_layer.weight
         self._device, self._dtype = weight.device, weight.dtype
-        self.slots: dict[
-            int, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # slot -> lora_A.T [in, r], (scaling * lora_B).T [r, out]
+        self.out_features = base_layer.nf if isinstance(base_layer, Conv1D) else base_layer.out_features
+        self.slots: dict[int, Update] = {}
 
-    def set_slot(self, slot: int, weights: LoRAWeights) -> None:
-        # Scaled before the cast: one rounding instead of two in bf16.
-        lora_B = weights.lora_B.float() * weights.scaling
-        self.slots[slot] = (
-            weights.lora_A.to(self._device, self._dtype, copy=True).T,
-            lora_B.to(self._device, self._dtype).T,
+    def set_slot(
+        self,
+        slot: int,
+        lora: LoRAWeights | None = None,
+        *,
+        bias: torch.Tensor | None = None,
+        saved: SavedModule | None = None,
+        rows: tuple[tuple[int, ...], torch.Tensor] | None = None,
+    ) -> None:
+        """bias: [out] replaces the layer's own."""
+        lora_A = lora_B = gain = shift = None
+        if lora is not None:
+            # Scaled before the cast: one rounding instead of two in bf16.
+            lora_A, scaled_B = lora.lora_A.float(), lora.lora_B.float() * lora.scaling
+            if lora.magnitude is not None:
+                gain = lora.magnitude.float() / self._norms(scaled_B.to(self._device), lora_A.to(self._device)).cpu()
+                scaled_B = gain[:, None] * scaled_B
+            lora_B = scaled_B
+            if lora.lora_bias is not None:
+                shift = lora.lora_bias.float() * lora.scaling
+        own = None if self.base_layer.bias is None else self.base_layer.bias.detach().float().cpu()
+        if own is not None and gain is not None:  # DoRA scales what the weight gives and not the bias
+            shift = _sum(shift, own - gain * own)
+        if bias is not None:
+            shift = _sum(shift, bias.float() - (0.0 if own is None else own))
+        self.slots[slot] = Update(
+            lora_A=self._placed(lora_A),
+            lora_B=self._placed(lora_B),
+            gain=self._placed(gain),
+            shift=self._placed(shift),
+            saved=None
+            if saved is None
+            else SavedModule(weight=self._copied(saved.weight), bias=self._placed(saved.bias)),
+            row_ids=None if rows is None else torch.tensor(rows[0], device=self._device),
+            rows=None if rows is None else self._copied(rows[1]),
         )
 
     def clear_slot(self, slot: int) -> None:
         self.slots.pop(slot, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [1, T, in] -> [1, T, out]
-        if self.segments.current is None:
-            return x.new_zeros(()).expand(*x.shape[:-1], self.base_layer.out_features)
+        segments = self.segments.current
+        if segments is None:
+            return x.new_zeros(()).expand(*x.shape[:-1], self.out_features)
         output: torch.Tensor = self.base_layer(x)
         tokens, out = x[0], output[0]
-        for slot, start, end in self.segments.current:
-            update = self.slots.get(slot)
-            if update is not None:
-                lora_A, lora_B = update
-                out[start:end].addmm_(tokens[start:end] @ lora_A, lora_B)
+        short: dict[int, list[int]] = {}  # rank -> segments
+        for i, segment in enumerate(segments.all):
+            update = self.slots.get(segment.slot)
+            if update is None:
+                continue
+            if segment.is_short and update.is_plain:
+                assert update.lora_A is not None
+                short.setdefault(len(update.lora_A), []).append(i)
+            else:
+                update.apply(tokens[segment.start : segment.end], out[segment.start : segment.end])
+        for which in short.values():
+            if len(which) >= FEW:
+                self._apply_together(segments, tuple(which), tokens, out)
+                continue
+            for slot, start, end in (segments.all[i] for i in which):
+                self.slots[slot].apply(tokens[start:end], out[start:end])
         return output
+
+    def _apply_together(
+        self, segments: Segments, which: tuple[int, ...], tokens: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Plain updates of one rank, in six calls however many they are."""
+        updates = [self.slots[segments.all[i].slot] for i in which]
+        lora_A = torch.stack([update.lora_A for update in updates if update.lora_A is not None])  # [g, rank, in]
+        lora_B = torch.stack([update.lora_B for update in updates if update.lora_B is not None])  # [g, out, rank]
+        padded = segments.padded(which)
+        x = tokens.index_select(0, padded.tokens).view(len(which), -1, tokens.shape[1])  # [g, n, in]
+        delta = torch.bmm(torch.bmm(x, lora_A.mT), lora_B.mT).view(-1, out.shape[1])  # [g * n, out]
+        out.index_add_(0, padded.targets, delta.index_select(0, padded.real))
+
+    def _norms(self, scaled_B: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
+        """[out] of the rows of W + scaling * B @ A."""
+        weight = self.base_layer.weight.detach().float()
+        if isinstance(self.base_layer, Conv1D):
+            weight = weight.T
+        norms: torch.Tensor = torch.linalg.norm(weight + scaled_B @ lora_A, dim=1)
+        return norms
+
+    def _placed(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else self._copied(tensor)
+
+    def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, self._dtype, copy=True).contiguous()
 
 
 def wrap_linears(model: nn.Module, modules: Iterable[str], segments: ActiveSegments) -> dict[str, MultiLoRALinear]:
@@ -71,9 +207,13 @@ def wrap_linears(model: nn.Module, modules: Iterable[str], segments: ActiveSegme
     for path in modules:
         layer = model.get_submodule(path)
         if not isinstance(layer, MultiLoRALinear):
-            assert isinstance(layer, nn.Linear | PackedLinear), f"{path} is a {type(layer).__name__}"
+            assert isinstance(layer, nn.Linear | PackedLinear | Conv1D), f"{path} is a {type(layer).__name__}"
             layer = MultiLoRALinear(layer, segments)
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, layer)
         wrapped[path] = layer
     return wrapped
+
+
+def _sum(one: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    return other if one is None else one + other

@@ -1,0 +1,102 @@
+"""A model with adapters in slots: which of its layers an adapter changes."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from loraplex.adapters.weights import AdapterWeights, SavedModule
+from loraplex.model.last_layer import prune_last_layer
+from loraplex.model.lora_embedding import MultiLoRAEmbedding
+from loraplex.model.lora_linear import ActiveSegments, MultiLoRALinear, Segments, wrap_linears
+
+
+class MultiLoRA:
+    """Wraps layers when the first adapter needs it. Slots are small integers that the caller gives out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._segments, self._head_segments = ActiveSegments(), ActiveSegments()
+        self.is_pruned = prune_last_layer(model, self._segments)
+        self._layers: dict[str, MultiLoRALinear | MultiLoRAEmbedding] = {}
+        self._scores: dict[int, SavedModule] = {}
+        self._hidden = torch.empty(0)  # [L, hidden] of the wanted rows, as the output head saw them
+        head: Any = model.get_output_embeddings()
+        self._input_path, self._output_path = path_of(model, model.get_input_embeddings()), path_of(model, head)
+        head.register_forward_pre_hook(self._keep_hidden)
+
+    def begin(self, segments: Segments, last_segments: Segments) -> None:
+        """The next forward pass is over these."""
+        self._segments.current, self._head_segments.current = segments, last_segments
+
+    def set_slot(self, slot: int, adapter: AdapterWeights) -> None:
+        self.clear_slot(slot)
+        input_path, output_path = self._input_path, self._output_path
+        linears = {*adapter.modules, *adapter.biases}
+        self._layers |= wrap_linears(self.model, sorted(linears), self._segments)
+        for path in linears:
+            self._linear(path).set_slot(slot, adapter.modules.get(path), bias=adapter.biases.get(path))
+        replaced = {*adapter.saved, *adapter.token_rows}
+        if adapter.embeddings or input_path in replaced:
+            embedding = self._wrapped_embedding(input_path)
+            embedding.set_slot(
+                slot,
+                adapter.embeddings.get(input_path),
+                saved=adapter.saved.get(input_path),
+                rows=adapter.token_rows.get(input_path),
+            )
+        if adapter.output is not None or output_path in replaced:
+            self._layers |= wrap_linears(self.model, [output_path], self._head_segments)
+            self._linear(output_path).set_slot(
+                slot,
+                adapter.output,
+                saved=adapter.saved.get(output_path),
+                rows=adapter.token_rows.get(output_path),
+            )
+        if adapter.score is not None:
+            device, dtype = self.model.device, self.model.dtype
+            bias = adapter.score.bias
+            self._scores[slot] = SavedModule(
+                weight=adapter.score.weight.to(device, dtype, copy=True),
+                bias=None if bias is None else bias.to(device, dtype, copy=True),
+            )
+
+    def clear_slot(self, slot: int) -> None:
+        for layer in self._layers.values():
+            layer.clear_slot(slot)
+        self._scores.pop(slot, None)
+
+    def has_score(self, slot: int) -> bool:
+        """Whether the slot answers by a score head of its own and not by tokens."""
+        return slot in self._scores
+
+    def score(self, slot: int, row: int) -> torch.Tensor:
+        """[num_labels] log probabilities for one of the last forward pass's wanted rows, in float32."""
+        score = self._scores[slot]
+        return torch.nn.functional.linear(self._hidden[row], score.weight, score.bias).float().log_softmax(-1)
+
+    def _keep_hidden(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._hidden = args[0][0] if self._scores else self._hidden
+
+    def _linear(self, path: str) -> MultiLoRALinear:
+        layer = self._layers[path]
+        assert isinstance(layer, MultiLoRALinear), f"{path} is a {type(layer).__name__}"
+        return layer
+
+    def _wrapped_embedding(self, path: str) -> MultiLoRAEmbedding:
+        layer = self._layers.get(path)
+        if layer is None:
+            embedding = self.model.get_submodule(path)
+            assert isinstance(embedding, nn.Embedding), f"{path} is a {type(embedding).__name__}"
+            layer = self._layers[path] = MultiLoRAEmbedding(embedding, self._segments)
+            parent, _, name = path.rpartition(".")
+            setattr(self.model.get_submodule(parent), name, layer)
+        assert isinstance(layer, MultiLoRAEmbedding), f"{path} is a {type(layer).__name__}"
+        return layer
+
+
+def path_of(model: nn.Module, wanted: nn.Module | None) -> str:
+    """The path of one of the model's modules."""
+    paths: list[str] = [path for path, module in model.named_modules() if module is wanted]
+    return paths[0]
