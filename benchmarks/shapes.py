@@ -9,7 +9,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from loraplex.adapters.weights import AdapterWeights, LoRAWeights
-from loraplex.model.loader import linear_shapes
+from loraplex.model.loader import base_layers
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "tiny": dict(
@@ -71,7 +71,7 @@ def random_adapter(model: PreTrainedModel, rank: int, seed: int) -> AdapterWeigh
             lora_B=torch.randn(out, rank, generator=generator) / 100,
             scaling=2.0,
         )
-        for path, (out, n) in linear_shapes(model).items()
+        for path, (out, n) in base_layers(model).linear.items()
     }
     return AdapterWeights(modules=modules, kv_id=bytes([seed]).hex() * 32)
 

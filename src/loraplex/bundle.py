@@ -28,6 +28,7 @@ class AdapterSource:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
     base: Path
+    root: Path | None = None  # the folder that holds all of it, if there is one
     adapters: tuple[AdapterSource, ...]
     settings: BundleSettings = field(default_factory=BundleSettings)
 
@@ -50,7 +51,7 @@ def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = No
                 remedy="rename one of the folders",
             )
         sources[name] = open_adapter(name, folder)
-    return Bundle(base=base, adapters=tuple(sources.values()), settings=settings)
+    return Bundle(base=base, root=root if root.is_dir() else None, adapters=tuple(sources.values()), settings=settings)
 
 
 def open_adapter(name: str, folder: Path) -> AdapterSource:

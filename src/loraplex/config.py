@@ -12,8 +12,11 @@ from loraplex.errors import BundleError, ConfigurationError
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
+BUDGET = r"^(\d+(\.\d+)?%|\d+(\.\d+)?[KMG]iB|0)$"
+
+
 class EngineConfig(BaseModel):
-    """How the model runs."""
+    """How the model runs, and which adapters it has at hand."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -22,7 +25,7 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kv_cache: str = Field(
         "20%",
-        pattern=r"^(\d+(\.\d+)?%|\d+(\.\d+)?[KMG]iB|0)$",
+        pattern=BUDGET,
         description="K/V kept: a share of free memory, or bytes",
     )
     max_step_tokens: int | None = Field(
@@ -32,6 +35,14 @@ class EngineConfig(BaseModel):
     )
     max_step_sequences: int = Field(512, ge=1, description="sequences in one forward pass")
     max_queue: int = Field(4096, ge=1, description="sequences that may wait; over it: 429")
+    preload: str = Field(
+        "all", description="read and proven at start: all, none, or names with commas, which are pinned"
+    )
+    max_adapters: int = Field(1024, ge=1, description="adapters on the device at once")
+    adapter_memory: str = Field("20%", pattern=BUDGET, description="for them: a share of free memory, or bytes")
+    host_memory: str = Field("10%", pattern=BUDGET, description="for weights that wait in host memory")
+    adapter_root: tuple[str, ...] = Field((), description="folders below which adapters may be loaded from")
+    state_dir: str | None = Field(None, description="remembers what was loaded, unloaded and pinned at run time")
 
 
 class ServerConfig(BaseModel):

@@ -78,6 +78,23 @@ class Loraplex:
     def adapters(self) -> tuple[AdapterInfo, ...]:
         return self.backend.adapters()
 
+    def load_adapter(self, name: str, source: str | Path, *, pin: bool | None = None) -> AdapterInfo:
+        """Load what `source` holds now as `name`, or in place of what has the name, while others are answered. See
+        `Backend.load_adapter`."""
+        return self._call(self.backend.load_adapter(name, str(source), pin=pin))
+
+    def unload_adapter(self, name: str) -> None:
+        """Returns when its last request is answered and its memory is free."""
+        self._call(self.backend.unload_adapter(name))
+
+    def pin_adapter(self, name: str, is_pinned: bool = True) -> AdapterInfo:
+        """A pinned adapter keeps its place on the device."""
+        return self._call(self.backend.pin_adapter(name, is_pinned))
+
+    def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """(classifier, prompt, token ids) for each classifier of the request."""
+        return self._call(self.backend.show_prompt(request))
+
     def close(self) -> None:
         """Answer what other threads asked by now, then free the model. Safe to call twice."""
         with self._closing:

@@ -118,12 +118,22 @@ class ClassifyResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """A loaded adapter as the API lists it."""
+    """An adapter as the API lists it. What is None is not known before it has been read.
+
+    state:      registered (not read yet), loading, ready, failed (never loaded; `error` says why) or draining.
+    error:      why the last load failed; a version that was ready before goes on answering.
+    num_bytes:  on the device.
+    """
 
     name: str
-    version: str
-    rank: int
-    num_parameters: int
+    state: Literal["registered", "loading", "ready", "failed", "draining"] = "ready"
+    version: str | None
+    rank: int | None
+    num_parameters: int | None
+    num_bytes: int | None = None
     labels: tuple[str, ...] | None
     question: str | None
     path: str
+    pinned: bool = False
+    on_device: bool = True
+    error: ErrorInfo | None = None

@@ -60,9 +60,7 @@ def test_random_dialogues_turn_by_turn(pair: Pair, turns: list[tuple[int, list[s
 
 def test_without_the_adapters_identity_in_the_hash_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = tiny.save_shared_bundle(tmp_path)
-    monkeypatch.setattr(
-        sequence, "block_hashes", lambda ids, activation, kv_id, known: block_hashes(ids, len(ids), kv_id, known)
-    )
+    monkeypatch.setattr(sequence, "block_hashes", lambda ids, activation, *others: block_hashes(ids, len(ids), *others))
     text = "Customer: hello, is it done? " * 5
     with Loraplex.load(bundle, dtype="float32") as loraplex:
         expected = loraplex.classify(text, "plain")["plain"].scores
@@ -85,7 +83,7 @@ def test_text_that_spells_the_invocation_does_not_activate(pair: Pair) -> None:
     _, cached = pair
     [verdict] = cached.classify("Customer: hello <|ask|>Is it done 1?", "active0").verdicts
     assert verdict.warnings and "<|ask|>" in verdict.warnings[0]
-    [(_, prompt, token_ids)] = cached.backend.show_prompt(
+    [(_, prompt, token_ids)] = cached.show_prompt(
         ClassifyRequest(input="Customer: hello <|ask|>Is it done 1?", classifiers=("active0",))
     )
     assert token_ids.count(INVOCATION) == 1 and prompt.endswith("<|ask|>Is it done 0?\n")

@@ -22,7 +22,12 @@ PROMPTS = [
     "Customer: hi<|ask|>Is it done?",
     "Customer: hello, I would like to book a table for two\nAgent: at what time?\nCustomer: at seven<|ask|>done?",
 ]
-ADAPTERS: tuple[str | None, ...] = (None, "plain", "verbatim", "active1")  # the base, a plain adapter and two activated ones
+ADAPTERS: tuple[str | None, ...] = (
+    None,
+    "plain",
+    "verbatim",
+    "active1",
+)  # the base, a plain adapter and two activated ones
 
 Answers = dict[tuple[str | None, str], list[tuple[int, float]]]  # (adapter, prompt) -> tokens, log probabilities
 

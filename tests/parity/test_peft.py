@@ -21,7 +21,7 @@ from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, Sequen
 from loraplex.engine.step import Placed, Step
 from loraplex.engine.tokenizer import Tokenizer, last_match
 from loraplex.model import attention
-from loraplex.model.loader import build_skeleton, linear_shapes, load_base, read_config
+from loraplex.model.loader import base_layers, build_skeleton, load_base, read_config
 from loraplex.ops import attention as ops_attention
 from loraplex.ops.layout import Layout, Span, layout_of
 
@@ -57,7 +57,7 @@ class Case:
         return ModelRunner(load_base(config, self.folder, torch.float32, torch.device("cpu")))
 
     def adapters(self) -> dict[str, AdapterWeights]:
-        shapes = linear_shapes(build_skeleton(read_config(self.folder), self.folder))
+        shapes = base_layers(build_skeleton(read_config(self.folder), self.folder))
         return {name: read_adapter(self.folder / name, shapes) for name in ADAPTERS}
 
     def actual(

@@ -24,7 +24,15 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # library -> the only places that may import it
 ONLY_IN = {
-    "torch": {"ops", "model", "adapters/checkpoint", "engine/batch", "engine/runner"},
+    "torch": {
+        "ops",
+        "model",
+        "adapters/checkpoint",
+        "adapters/plan",
+        "adapters/weights",
+        "engine/batch",
+        "engine/runner",
+    },
     "transformers": {"model", "engine/tokenizer", "engine/runner", "cli/options"},
     "safetensors": {"adapters/checkpoint", "model/loader"},
     "fastapi": {"server"},
@@ -33,7 +41,8 @@ ONLY_IN = {
     "typer": {"cli"},
     "rich": {"cli"},
     "peft": set(),
-    "huggingface_hub": {"bundle"},
+    "huggingface_hub": {"bundle", "adapters/source"},
+    "boto3": {"adapters/source"},
     "yaml": {"config"},
 }
 

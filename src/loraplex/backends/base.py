@@ -82,9 +82,27 @@ class Backend(Protocol):
         ...
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
-        """Loaded adapters, in the bundle's order."""
+        """All that are known, in the order in which they came."""
         ...
 
-    def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    def adapter(self, name: str) -> AdapterInfo:
+        """UnknownClassifierError where there is none."""
+        ...
+
+    async def load_adapter(self, name: str, source: str, *, pin: bool | None = None) -> AdapterInfo:
+        """Load what `source` (a path below an adapter root, hf://…, s3://…) holds now as `name`, in place of what has
+        the name: requests in flight finish on the old version, later ones get the new. Returns when it answers.
+        Where it is not sound, AdapterError or ContractError says why, and the old version goes on answering."""
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Nobody finds it from now on; returns when its last request is answered and its memory is free."""
+        ...
+
+    async def pin_adapter(self, name: str, is_pinned: bool) -> AdapterInfo:
+        """A pinned adapter keeps its place on the device; it is loaded where it was not."""
+        ...
+
+    async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """(classifier, prompt, token ids) for each classifier of the request, as they would be computed."""
         ...

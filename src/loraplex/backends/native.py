@@ -1,47 +1,47 @@
 """Loraplex's own engine behind the Backend protocol."""
 
 import asyncio
-import hashlib
+import contextlib
 import logging
 import math
+import os
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from pathlib import Path
 
-from loraplex.adapters.checkpoint import read_adapter
+from loraplex.adapters.slots import SlotTable
+from loraplex.adapters.source import resolve_source
+from loraplex.adapters.state import AdapterState
+from loraplex.adapters.store import AdapterStore, Entry, HostTier, Lease
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult
-from loraplex.bundle import CONTRACT, AdapterSource, Bundle
-from loraplex.classifier import DEFAULT_ROLES, conversation_text, valid_unicode
+from loraplex.backends.classifiers import ClassifierReader, LoadedClassifier
+from loraplex.backends.question import Question, make_sequence, render
+from loraplex.bundle import AdapterSource, Bundle, open_adapter
+from loraplex.classifier import valid_unicode
 from loraplex.config import EngineConfig, resolve
-from loraplex.engine.block_pool import BASE_KV, BlockPool
+from loraplex.engine.block_pool import BlockPool
 from loraplex.engine.engine import Engine
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import (
-    NEXT_TOKEN,
-    NO_ADAPTER,
-    EngineRequest,
-    Outcome,
-    Sampling,
-    Sequence,
-    SequenceOutput,
-    Target,
-)
-from loraplex.engine.tokenizer import Conversations, Prompt, Template, Tokenizer, verbatim
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sampling, Sequence, SequenceOutput, Target
+from loraplex.engine.tokenizer import Conversations, Tokenizer, verbatim
 from loraplex.errors import (
+    AdapterError,
+    ConfigurationError,
     ContractError,
+    DeadlineExceededError,
     InvalidRequestError,
     LoraplexError,
     NotReadyError,
-    UnknownClassifierError,
 )
 from loraplex.model.kv_cache import budget_bytes
 from loraplex.model.loader import (
+    base_layers,
     build_skeleton,
     default_step_tokens,
-    linear_shapes,
     load_base,
     num_embedded_tokens,
     read_config,
@@ -49,43 +49,26 @@ from loraplex.model.loader import (
     resolve_dtype,
     stop_token_ids,
 )
-from loraplex.types import (
-    AdapterInfo,
-    AdapterRef,
-    ClassifyRequest,
-    ClassifyResult,
-    ErrorInfo,
-    Timings,
-    Usage,
-    Verdict,
-)
+from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, ErrorInfo, Timings, Usage
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedClassifier:
-    source: AdapterSource
-    version: str
-    slot: int
-    template: Template | None
-    adapter: AdapterWeights
-
-    @property
-    def ref(self) -> AdapterRef:
-        return AdapterRef(name=self.source.name, version=self.version)
+PROBE = "Customer: hello, is it done?"
 
 
 class NativeBackend:
-    """One base, its adapters in slots, one engine thread."""
+    """One base, adapters that come and go, one engine thread. It is its store's loader."""
 
     name = "native"
 
     def __init__(self, bundle: Bundle, config: EngineConfig | None = None) -> None:
         self._bundle = bundle
         self._config = config or resolve(EngineConfig, bundle.settings.engine, {})
-        self._classifiers: dict[str, LoadedClassifier] = {}
+        self._state = None if self._config.state_dir is None else AdapterState(Path(self._config.state_dir))
+        self._store: AdapterStore[LoadedClassifier] | None = None
+        self._reader: ClassifierReader | None = None
         self._tokenizer: Tokenizer | None = None
+        self._runner: ModelRunner | None = None
         self._engine: Engine | None = None
         self._max_model_len = 0
         self._stop_ids: frozenset[int] = frozenset()
@@ -99,9 +82,12 @@ class NativeBackend:
         return self._engine is not None and self._engine.alive
 
     async def start(self) -> None:
+        remembered = () if self._state is None else self._state.remembered()
+        known = [source.name for source in self._bundle.adapters] + [one.name for one in remembered]
+        preload = _preloaded(self._config.preload, known)
         await asyncio.to_thread(self._load)
         try:
-            await self._check_golden()
+            await self._register(preload)
         except BaseException:
             await self.close()
             raise
@@ -109,54 +95,282 @@ class NativeBackend:
     async def close(self) -> None:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
-        self._engine, self._classifiers = None, {}
+        if self._store is not None:
+            await self._store.close()
+        self._engine = self._store = self._runner = None
+
+    # ------------------------------------------------------------------------------------------- adapters
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
-        return tuple(
-            AdapterInfo(
-                name=name,
-                version=loaded.version,
-                rank=loaded.adapter.rank,
-                num_parameters=loaded.adapter.num_parameters,
-                labels=loaded.source.contract.labels if loaded.source.contract else None,
-                question=loaded.source.contract.question if loaded.source.contract else None,
-                path=str(loaded.source.path),
-            )
-            for name, loaded in self._classifiers.items()
+        return () if self._store is None else tuple(map(self._info, self._store.entries()))
+
+    def adapter(self, name: str) -> AdapterInfo:
+        return self._info(self._ready_store().entry(name))
+
+    async def load_adapter(self, name: str, source: str, *, pin: bool | None = None) -> AdapterInfo:
+        resolved = await asyncio.to_thread(
+            resolve_source, source, roots=self._adapter_roots(), cache_dir=self._cache_dir()
+        )
+        opened = await asyncio.to_thread(open_adapter, name, resolved.path)
+        entry = await self._ready_store().load(opened, pin=pin)
+        await self._remember(name, resolved.source, entry.is_pinned)
+        return self._info(entry)
+
+    async def unload_adapter(self, name: str) -> None:
+        store = self._ready_store()
+        store.entry(name)
+        await self._remember(name, None, False)
+        await store.unload(name)
+
+    async def pin_adapter(self, name: str, is_pinned: bool) -> AdapterInfo:
+        entry = await self._ready_store().pin(name, is_pinned)
+        await self._remember(name, str(entry.source.path.absolute()), is_pinned)
+        return self._info(entry)
+
+    def _info(self, entry: Entry[LoadedClassifier]) -> AdapterInfo:
+        loaded, contract = entry.loaded, entry.source.contract
+        assert self._store is not None
+        return AdapterInfo(
+            name=entry.name,
+            state=entry.state,
+            version=None if loaded is None else loaded.version,
+            rank=None if loaded is None else loaded.rank,
+            num_parameters=None if loaded is None else loaded.num_parameters,
+            num_bytes=None if loaded is None else loaded.num_bytes,
+            labels=loaded.labels if loaded is not None else contract.labels if contract is not None else None,
+            question=contract.question if contract is not None else None,
+            path=str(entry.source.path),
+            pinned=entry.is_pinned,
+            on_device=loaded is not None and loaded.kv_id in self._store.slots,
+            error=None if entry.error is None else ErrorInfo.of(entry.error),
         )
 
-    # ------------------------------------------------------------------------------------------ requests
+    async def _register(self, preload: Iterable[str] | None) -> None:
+        """The bundle's adapters, changed by what the state remembers. A bundle's adapter that is broken stops the
+        start; one that was loaded at run time does not: its entry says what is wrong."""
+        store = self._ready_store()
+        bundled = {source.name: source for source in self._bundle.adapters}
+        remembered = {} if self._state is None else {one.name: one for one in self._state.remembered()}
+        for name, source in bundled.items():
+            if name not in remembered:
+                store.register(source)
+        for name, one in remembered.items():
+            if one.source is None:
+                continue
+            try:
+                roots = [*self._adapter_roots(), *([bundled[name].path] if name in bundled else [])]
+                resolved = await asyncio.to_thread(resolve_source, one.source, roots=roots, cache_dir=self._cache_dir())
+                store.register(open_adapter(name, resolved.path))
+            except LoraplexError as exc:
+                logger.error("%s, which was loaded from %s, cannot be: %s", name, one.source, exc)
+                store.register(AdapterSource(name=name, path=Path(one.source), contract=None), exc)
+        for entry in store.entries():
+            one_pinned = entry.name in remembered and remembered[entry.name].is_pinned
+            is_named = preload is not None and entry.name in preload
+            if entry.error is not None or not (preload is None or is_named or one_pinned):
+                continue
+            try:
+                await store.load(entry.source, pin=one_pinned or is_named)
+            except LoraplexError as exc:
+                if entry.name not in remembered:
+                    raise
+                logger.error("%s: %s", entry.name, exc)
+
+    async def _remember(self, name: str, source: str | None, is_pinned: bool) -> None:
+        if self._state is not None:
+            await asyncio.to_thread(self._state.remember, name=name, source=source, is_pinned=is_pinned)
+
+    def _adapter_roots(self) -> list[Path]:
+        return [*map(Path, self._config.adapter_root), *([self._bundle.root] if self._bundle.root is not None else [])]
+
+    def _cache_dir(self) -> Path:
+        if self._config.state_dir is not None:
+            return Path(self._config.state_dir) / "adapters"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex"
+
+    # ------------------------------------------------------------------------------------------- the store's loader
+
+    def read(self, source: AdapterSource) -> tuple[LoadedClassifier, AdapterWeights]:
+        assert self._reader is not None
+        return self._reader.read(source)
+
+    def place(self, slot: int, weights: AdapterWeights) -> None:
+        assert self._runner is not None
+        self._runner.set_slot(slot, weights)
+
+    def clear(self, slot: int) -> None:
+        if self._runner is not None:
+            self._runner.clear_slot(slot)
+
+    async def prove(self, version: LoadedClassifier, slot: int) -> None:
+        """The golden examples come out right, and the adapter changes what the base says."""
+        contract = version.source.contract
+        for golden in contract.golden if contract is not None else ():
+            key = f"{version.contract_path}, key 'golden'"
+            question = Question(name=version.source.name, loaded=version, slot=slot)
+            await self._answer(ClassifyRequest(input=golden.text), [question], None)
+            verdict = question.verdict(self._ready_tokenizer())
+            if question.error is not None:
+                raise ContractError(key, f"{golden.text!r}: {question.error.message}", remedy=question.error.remedy)
+            if verdict.label != golden.label:
+                raise ContractError(
+                    key,
+                    f"{golden.text!r} is answered {verdict.label!r}, not {golden.label!r}",
+                    remedy="correct the example, or the adapter is not the one that the contract is for",
+                )
+        if version.changes_layers and not version.has_score and not await self._changes_answers(version, slot):
+            raise AdapterError(
+                version.source.path,
+                "changes nothing: on a probe its answers are exactly the base's",
+                remedy="check that it was trained, and with this base",
+            )
+
+    async def _changes_answers(self, version: LoadedClassifier, slot: int) -> bool:
+        tokenizer, targets = self._ready_tokenizer(), tuple(Target(position=-1, token_id=i) for i in range(16))
+        text = PROBE
+        if version.template is None and version.invocation_tokens is not None:
+            text += tokenizer.decode(*version.invocation_tokens)
+        try:
+            prompt = await asyncio.to_thread(
+                render, version, text, tokenizer, Conversations(tokenizer), self._max_model_len
+            )
+        except LoraplexError:
+            return True  # the probe's text does not go through the adapter's template; nothing is known
+        sequences = [
+            make_sequence(prompt, loaded, at, keep=False, targets=targets)
+            for loaded, at in ((version, slot), (None, NO_ADAPTER))
+        ]
+        answers = await self._compute(sequences, None)
+        for answer in answers:
+            if isinstance(answer, LoraplexError):
+                raise answer
+        ours, bases = ([*one.log_probs, one.tokens[0].log_prob] for one in answers if isinstance(one, SequenceOutput))
+        return any(abs(one - other) > 1e-6 for one, other in zip(ours, bases, strict=True))
+
+    # ------------------------------------------------------------------------------------------- requests
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResult:
         started = time.monotonic()
-        names = self._names(request)
-        questions = await asyncio.to_thread(self._ask, request, names)
-        tokenized = time.monotonic()
-        sequences = [sequence for question in questions.values() for sequence in question.sequences]
-        outcomes = iter(await self._compute(sequences, _deadline(started, request.deadline_ms)))
-        verdicts = tuple(
-            question.verdict([next(outcomes) for _ in question.sequences]) for question in questions.values()
-        )
-        if all(question.error is not None for question in questions.values()):
-            raise next(question.error for question in questions.values() if question.error is not None)
+        deadline_s = _deadline(started, request.deadline_ms)
+        store = self._ready_store()
+        questions: dict[str, Question] = {}
+        at_hand: list[tuple[Question, Lease[LoadedClassifier]]] = []
+        late = []
+        for name in self._names(request):
+            question = questions[name] = Question(name=name)
+            try:
+                lease = store.try_lease(name)
+            except LoraplexError as exc:
+                question.error = exc
+                continue
+            if lease is None:
+                late.append(question)
+            else:
+                at_hand.append((question, lease))
+        # Those that are on the device do not wait for those that are not. They are answered in this task: one that was
+        # cancelled before it ran would never give their leases back.
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._answer_late(request, question, deadline_s)) for question in late]
+            tokenized = await self._answer_leased(request, at_hand, deadline_s) if at_hand else started
+        tokenized = max([tokenized, *(task.result() for task in tasks)])
+        errors = [question.error for question in questions.values() if question.error is not None]
+        if len(errors) == len(questions):
+            raise errors[0]
+        outputs = [output for question in questions.values() for output in question.outputs]
         return ClassifyResult(
             id=f"cls-{uuid.uuid4().hex}",
-            verdicts=verdicts,
+            verdicts=tuple(question.verdict(self._ready_tokenizer()) for question in questions.values()),
             usage=_usage(
                 sum(question.num_prompt_tokens for question in questions.values()),
-                sum(output.num_computed_tokens for question in questions.values() for output in question.outputs),
+                sum(output.num_computed_tokens for output in outputs),
             ),
-            timings=_timings(started, tokenized, [o for question in questions.values() for o in question.outputs]),
+            timings=_timings(started, tokenized, outputs),
         )
+
+    async def _answer_late(self, request: ClassifyRequest, question: Question, deadline_s: float | None) -> float:
+        """Load and place it first, as far as the deadline allows."""
+        try:
+            async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
+                lease = await self._ready_store().lease(question.name)
+        except TimeoutError:
+            question.error = DeadlineExceededError(
+                f"{question.name!r} was not on the device before the deadline",
+                remedy="allow more time, or preload and pin it",
+            )
+        except LoraplexError as exc:
+            question.error = exc
+        else:
+            return await self._answer_leased(request, [(question, lease)], deadline_s)
+        return time.monotonic()
+
+    async def _answer_leased(
+        self,
+        request: ClassifyRequest,
+        leased: Seq[tuple[Question, Lease[LoadedClassifier]]],
+        deadline_s: float | None,
+    ) -> float:
+        def release() -> None:
+            for _, lease in leased:
+                lease.release()
+
+        for question, lease in leased:
+            question.loaded, question.slot = lease.version, lease.slot
+        return await self._answer(request, [question for question, _ in leased], deadline_s, release)
+
+    async def _answer(
+        self,
+        request: ClassifyRequest,
+        questions: Seq[Question],
+        deadline_s: float | None,
+        release: Callable[[], None] = lambda: None,
+    ) -> float:
+        """Answer them together. Returns when they were tokenized; `release` is called once the engine needs their
+        slots no more, whatever happens here."""
+        tokenizer = self._ready_tokenizer()
+
+        def ask() -> None:
+            conversations = Conversations(tokenizer)
+            for question in questions:
+                question.ask(request, tokenizer, conversations, self._max_model_len)
+
+        try:
+            await asyncio.to_thread(ask)
+        except BaseException:
+            release()
+            raise
+        tokenized = time.monotonic()
+        sequences = [sequence for question in questions for sequence in question.sequences]
+        try:
+            outcomes = iter(await self._compute(sequences, deadline_s, release))
+        except LoraplexError as exc:  # the queue is full, or the engine is gone
+            for question in questions:
+                question.error = question.error or exc
+        else:
+            for question in questions:
+                question.answer([next(outcomes) for _ in question.sequences])
+        return tokenized
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         started = time.monotonic()
         _check_sampling(request)
-        loaded = None if request.adapter is None else self._loaded(request.adapter)
-        invocation = None if loaded is None else loaded.adapter.invocation_tokens
-        prompt = await asyncio.to_thread(
-            verbatim, request.prompt, self._ready_tokenizer(), self._max_model_len, invocation
-        )
+        deadline_s = _deadline(started, request.deadline_ms)
+        lease = None
+        if request.adapter is not None:
+            lease = self._ready_store().try_lease(request.adapter) or await self._ready_store().lease(request.adapter)
+        release: Callable[[], None] = lease.release if lease is not None else lambda: None
+        loaded = None if lease is None else lease.version
+        try:
+            if loaded is not None and loaded.has_score:
+                raise InvalidRequestError(
+                    f"{loaded.source.name!r} has a score head and generates no text",
+                    remedy="ask it through /v1/classify",
+                )
+            tokenizer = self._ready_tokenizer()
+            invocation = None if loaded is None else loaded.invocation_tokens
+            prompt = await asyncio.to_thread(verbatim, request.prompt, tokenizer, self._max_model_len, invocation)
+        except BaseException:
+            release()
+            raise
         tokenized = time.monotonic()
         sampling = Sampling(
             # The last token is not computed, so it needs no position.
@@ -166,11 +380,13 @@ class NativeBackend:
             seed=request.seed,
             stop_ids=self._stop_ids,
         )
-        sequence = _sequence(prompt, loaded, keep=False, sampling=sampling)
-        [outcome] = await self._compute([sequence], _deadline(started, request.deadline_ms))
+        sequence = make_sequence(
+            prompt, loaded, NO_ADAPTER if lease is None else lease.slot, keep=False, sampling=sampling
+        )
+        [outcome] = await self._compute([sequence], deadline_s, release)
         if isinstance(outcome, LoraplexError):
             raise outcome
-        tokenizer, ids = self._ready_tokenizer(), [token.id for token in outcome.tokens]
+        ids = [token.id for token in outcome.tokens]
         stopped = ids[-1] in self._stop_ids
         return GenerateResult(
             id=f"gen-{uuid.uuid4().hex}",
@@ -186,57 +402,58 @@ class NativeBackend:
             timings=_timings(started, tokenized, [outcome]),
         )
 
-    def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        questions = self._ask(request, self._names(request))
+    async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        tokenizer, store = self._ready_tokenizer(), self._ready_store()
+        conversations = Conversations(tokenizer)
         shown = []
-        for name, question in questions.items():
-            if question.error is not None:
-                raise question.error
-            assert question.prompt is not None, "a question has a prompt or an error"
-            shown.append((name, question.prompt.text, question.prompt.token_ids))
+        for name in self._names(request):
+            lease = await store.lease(name)
+            try:
+                prompt = render(lease.version, request.input, tokenizer, conversations, self._max_model_len)
+            finally:
+                lease.release()
+            shown.append((name, prompt.text, prompt.token_ids))
         return tuple(shown)
 
     def _names(self, request: ClassifyRequest) -> tuple[str, ...]:
-        asked = self._classifiers if request.classifiers == "*" else map(valid_unicode, request.classifiers)
-        names = tuple(dict.fromkeys(asked))
+        every = (entry.name for entry in self._ready_store().entries() if not entry.is_leaving)
+        names = tuple(dict.fromkeys(every if request.classifiers == "*" else map(valid_unicode, request.classifiers)))
         if not names:
             raise InvalidRequestError(
                 "no classifier is asked", remedy='name at least one, or "*" for all that are loaded'
             )
         return names
 
-    def _loaded(self, name: str) -> LoadedClassifier:
-        try:
-            return self._classifiers[name]
-        except KeyError:
-            raise UnknownClassifierError(name, list(self._classifiers)) from None
-
     def _ready_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
             raise NotReadyError("the backend is not started", remedy="wait until /ready answers 200")
         return self._tokenizer
 
-    def _ask(self, request: ClassifyRequest, names: Seq[str]) -> dict[str, "_Question"]:
-        """One question a classifier; its own error is kept in it."""
-        tokenizer = self._ready_tokenizer()
-        conversations = Conversations(tokenizer)
-        questions = {}
-        for name in names:
-            question = _Question(name=name, tokenizer=tokenizer)
-            try:
-                question.ask(self._loaded(name), request, conversations, self._max_model_len)
-            except LoraplexError as exc:
-                question.error = exc
-            questions[name] = question
-        return questions
-
-    async def _compute(self, sequences: Seq[Sequence], deadline_s: float | None) -> Seq[Outcome]:
-        if not sequences:
-            return ()
-        if self._engine is None:
+    def _ready_store(self) -> AdapterStore[LoadedClassifier]:
+        if self._store is None:
             raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
-        request = EngineRequest(sequences, deadline_s=deadline_s)
-        self._engine.submit(request)
+        return self._store
+
+    async def _compute(
+        self, sequences: Seq[Sequence], deadline_s: float | None, release: Callable[[], None] = lambda: None
+    ) -> Seq[Outcome]:
+        loop = asyncio.get_running_loop()
+
+        def on_end() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and all leases with it
+                loop.call_soon_threadsafe(release)
+
+        try:
+            if not sequences:
+                release()
+                return ()
+            if self._engine is None:
+                raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
+            request = EngineRequest(sequences, deadline_s=deadline_s, on_end=on_end)
+            self._engine.submit(request)
+        except BaseException:
+            release()
+            raise
         # A caller that leaves cancels this await, and with it the future, which the scheduler sees.
         return await asyncio.wrap_future(request.future)
 
@@ -248,29 +465,15 @@ class NativeBackend:
         device = resolve_device(config.device)
         model_config = read_config(bundle.base)
         skeleton = build_skeleton(model_config, bundle.base)
-        shapes = linear_shapes(skeleton)
         tokenizer = Tokenizer(bundle.base, num_embedded_tokens(skeleton))
         max_model_len = int(model_config.max_position_embeddings)
-        classifiers, weights = {}, []
-        for slot, source in enumerate(bundle.adapters):
-            adapter = read_adapter(source.path, shapes)
-            template = None
-            if source.contract is not None:
-                template = Template(
-                    tokenizer, source.contract, max_model_len, source.path / CONTRACT, adapter.invocation_tokens
-                )
-            classifiers[source.name] = LoadedClassifier(
-                source=source,
-                version=_version(adapter.kv_id, source),
-                slot=slot,
-                template=template,
-                adapter=adapter,
-            )
-            weights.append(adapter)
+        reader = ClassifierReader(base_layers(skeleton), tokenizer, max_model_len)
+        if config.preload == "all":
+            for source in bundle.adapters:
+                reader.read(source)
         runner = ModelRunner(load_base(model_config, bundle.base, resolve_dtype(config.dtype, device), device))
         runner.verify_packing()
-        for slot, adapter in enumerate(weights):
-            runner.set_slot(slot, adapter)
+        reader.runner = runner
         num_blocks = budget_bytes(config.kv_cache, device) // runner.block_bytes
         runner.allocate_cache(num_blocks)
         scheduler = Scheduler(
@@ -279,139 +482,13 @@ class NativeBackend:
             max_step_sequences=config.max_step_sequences,
             max_queue=config.max_queue,
         )
-        self._tokenizer, self._max_model_len, self._classifiers = tokenizer, max_model_len, classifiers
+        slots = SlotTable(budget_bytes=budget_bytes(config.adapter_memory, device), max_slots=config.max_adapters)
+        self._store = AdapterStore(self, slots, HostTier(budget_bytes(config.host_memory, resolve_device("cpu"))))
+        self._tokenizer, self._max_model_len, self._reader, self._runner = tokenizer, max_model_len, reader, runner
         self._stop_ids = stop_token_ids(runner.model)
         self._engine = Engine(runner, scheduler)
         self._engine.start()
-        logger.info("%s in %s on %s, %d adapters", self.base_name, runner.model.dtype, device, len(classifiers))
-
-    async def _check_golden(self) -> None:
-        for name, loaded in self._classifiers.items():
-            for golden in loaded.source.contract.golden if loaded.source.contract else ():
-                key = f"{loaded.source.path / CONTRACT}, key 'golden'"
-                try:
-                    result = await self.classify(ClassifyRequest(input=golden.text, classifiers=(name,)))
-                except LoraplexError as exc:
-                    raise ContractError(key, f"{golden.text!r}: {exc.message}", remedy=exc.remedy) from None
-                if result.verdicts[0].label != golden.label:
-                    raise ContractError(
-                        key,
-                        f"{golden.text!r} is answered {result.verdicts[0].label!r}, not {golden.label!r}",
-                        remedy="correct the example, or the adapter is not the one that the contract is for",
-                    )
-
-
-@dataclass(slots=True, kw_only=True)
-class _Question:
-    """One classifier's part of a call: its sequences on the way in, its verdict on the way out."""
-
-    name: str
-    tokenizer: Tokenizer
-    loaded: LoadedClassifier | None = None
-    prompt: Prompt | None = None
-    sequences: Seq[Sequence] = ()
-    outputs: Seq[SequenceOutput] = ()
-    error: LoraplexError | None = None
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt.token_ids) if self.prompt is not None else 0
-
-    def ask(
-        self,
-        loaded: LoadedClassifier,
-        request: ClassifyRequest,
-        conversations: Conversations,
-        max_model_len: int,
-    ) -> None:
-        self.loaded = loaded
-        contract = loaded.source.contract
-        keep = request.conversation_id is not None
-        if loaded.template is None or contract is None:
-            text = conversation_text(request.input, DEFAULT_ROLES)
-            self.prompt = verbatim(text, self.tokenizer, max_model_len, loaded.adapter.invocation_tokens)
-            self.sequences = [_sequence(self.prompt, loaded, keep=keep)]
-        else:
-            self.prompt = loaded.template.prompt(conversation_text(request.input, contract.roles), conversations)
-            self.sequences = _label_sequences(self.prompt, loaded, loaded.template, keep=keep)
-
-    def verdict(self, outcomes: Seq[Outcome]) -> Verdict:
-        self.error = self.error or next((outcome for outcome in outcomes if isinstance(outcome, LoraplexError)), None)
-        ref = self.loaded.ref if self.loaded is not None else None
-        if self.error is not None:
-            return Verdict(classifier=self.name, adapter=ref, error=ErrorInfo.of(self.error))
-        assert self.loaded is not None and self.prompt is not None, "a question without an error was asked"
-        self.outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
-        warnings = self.prompt.warnings or None
-        contract, template = self.loaded.source.contract, self.loaded.template
-        if contract is None or template is None:
-            [output] = self.outputs
-            return Verdict(
-                classifier=self.name,
-                label=self.tokenizer.decode(output.tokens[0].id),
-                confidence=math.exp(output.tokens[0].log_prob),
-                adapter=ref,
-                warnings=warnings,
-            )
-        decision = contract.decide(_label_log_probs(self.outputs, template))
-        return Verdict(
-            classifier=self.name,
-            label=decision.label,
-            confidence=decision.confidence,
-            scores=decision.scores,
-            label_mass=decision.label_mass,
-            abstained=decision.abstained,
-            adapter=ref,
-            warnings=warnings,
-        )
-
-
-def _sequence(
-    prompt: Prompt,
-    loaded: LoadedClassifier | None,
-    *,
-    keep: bool,
-    targets: tuple[Target, ...] = (),
-    continuation: tuple[int, ...] = (),
-    sampling: Sampling = NEXT_TOKEN,
-) -> Sequence:
-    """Under an adapter, or with None the bare base. What the base computed of a conversation is always worth keeping;
-    what an adapter computed only where `keep` says that the conversation goes on."""
-    adapter = None if loaded is None else loaded.adapter
-    shared = adapter is None or adapter.invocation_tokens is not None
-    sequence = Sequence(
-        token_ids=prompt.token_ids + continuation,
-        slot=NO_ADAPTER if loaded is None else loaded.slot,
-        kv_id=BASE_KV if adapter is None else bytes.fromhex(adapter.kv_id),
-        activation=prompt.activation,
-        num_kept=prompt.activation if shared else prompt.num_conversation if keep else 0,
-        targets=targets,
-        sampling=sampling,
-    )
-    if sequence.num_kept:
-        _ = sequence.hashes  # here and not on the event loop's thread
-    return sequence
-
-
-def _label_sequences(prompt: Prompt, loaded: LoadedClassifier, template: Template, *, keep: bool) -> list[Sequence]:
-    """One sequence reads all labels of one token; each longer label is a sequence of its own: the prompt and all of its
-    tokens but the last, each of which is a target where it is predicted."""
-    labels = template.label_ids.values()
-    single = tuple(Target(position=-1, token_id=ids[0]) for ids in labels if len(ids) == 1)
-    sequences = [_sequence(prompt, loaded, keep=keep, targets=single)] if single else []
-    for ids in labels:
-        if len(ids) > 1:
-            targets = tuple(Target(position=i - len(ids), token_id=token_id) for i, token_id in enumerate(ids))
-            sequences.append(_sequence(prompt, loaded, keep=keep, targets=targets, continuation=ids[:-1]))
-    return sequences
-
-
-def _label_log_probs(outputs: Seq[SequenceOutput], template: Template) -> list[float]:
-    """The inverse of `_label_sequences`: log probability of each label, in the contract's order."""
-    labels = template.label_ids.values()
-    longer = iter(outputs[1:] if any(len(ids) == 1 for ids in labels) else outputs)
-    single = iter(outputs[0].log_probs)
-    return [next(single) if len(ids) == 1 else math.fsum(next(longer).log_probs) for ids in labels]
+        logger.info("%s in %s on %s, %d adapters", self.base_name, runner.model.dtype, device, len(bundle.adapters))
 
 
 def _check_sampling(request: GenerateRequest) -> None:
@@ -426,11 +503,6 @@ def _check_sampling(request: GenerateRequest) -> None:
 
 def _deadline(started: float, deadline_ms: float | None) -> float | None:
     return None if deadline_ms is None else started + deadline_ms / 1000
-
-
-def _version(kv_id: str, source: AdapterSource) -> str:
-    contract = source.contract.model_dump_json() if source.contract is not None else ""
-    return hashlib.sha256(f"{kv_id}\n{contract}".encode()).hexdigest()[:16]
 
 
 def _usage(num_prompt_tokens: int, num_computed_tokens: int) -> Usage:
@@ -448,3 +520,16 @@ def _timings(started: float, tokenized: float, outputs: Seq[SequenceOutput]) -> 
         compute_ms=max((output.computed_s for output in outputs), default=0.0) * 1000,
         total_ms=(time.monotonic() - started) * 1000,
     )
+
+
+def _preloaded(preload: str, known: Iterable[str]) -> frozenset[str] | None:
+    """The names to read at start; None for all."""
+    if preload in ("all", "none"):
+        return None if preload == "all" else frozenset()
+    names = frozenset(name.strip() for name in preload.split(",") if name.strip())
+    unknown = sorted(names - set(known))
+    if unknown:
+        raise ConfigurationError(
+            "--preload", f"there is no classifier {unknown[0]!r}", remedy="give all, none, or names that the bundle has"
+        )
+    return names

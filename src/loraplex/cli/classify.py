@@ -69,7 +69,7 @@ def classify(
         quiet_libraries()
         request = ClassifyRequest(input=conversation, classifiers=classifier_names("*" if every else classifier or ()))
         with Loraplex.load(path, adapters=adapters, device=device, dtype=dtype) as loraplex:
-            prompts = loraplex.backend.show_prompt(request) if show_prompt else ()
+            prompts = loraplex.show_prompt(request) if show_prompt else ()
             result = loraplex.classify(conversation, request.classifiers)
     if as_json:
         from loraplex.server.schemas import result_json

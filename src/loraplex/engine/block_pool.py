@@ -11,15 +11,19 @@ BLOCK_SIZE = 16  # tokens
 BASE_KV = bytes(32)  # the identity of K/V that the bare base computes
 
 
-def block_hashes(token_ids: Seq[int], activation: int, kv_id: bytes, known: Seq[bytes] = ()) -> list[bytes]:
-    """One hash for each full block: SHA-256(the block before, K/V identity, tokens). Tokens before `activation` are the
-    base's, and a block is the base's only if it lies wholly before it. `known`: the hashes of the first blocks."""
-    assert len(kv_id) == len(BASE_KV), "identities of different lengths could be confused"
+def block_hashes(
+    token_ids: Seq[int], activation: int, kv_id: bytes, known: Seq[bytes] = (), prefix_kv_id: bytes = BASE_KV
+) -> list[bytes]:
+    """One hash for each full block: SHA-256(the block before, K/V identity, tokens). The identity is `prefix_kv_id` for
+    a block that lies wholly before `activation`; one that it cuts says where. `known`: hashes of the first blocks."""
+    assert len(kv_id) == len(prefix_kv_id) == len(BASE_KV), "identities of different lengths could be confused"
     hashes = list(known)
     parent = hashes[-1] if hashes else b""
-    for end in range((len(hashes) + 1) * BLOCK_SIZE, len(token_ids) + 1, BLOCK_SIZE):
-        identity = BASE_KV if end <= activation else kv_id
-        parent = hashlib.sha256(parent + identity + array("q", token_ids[end - BLOCK_SIZE : end]).tobytes()).digest()
+    for start in range(len(hashes) * BLOCK_SIZE, len(token_ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
+        num_before = min(max(activation - start, 0), BLOCK_SIZE)
+        identity = prefix_kv_id if num_before == BLOCK_SIZE else kv_id + bytes([num_before])
+        tokens = array("q", token_ids[start : start + BLOCK_SIZE]).tobytes()
+        parent = hashlib.sha256(parent + identity + tokens).digest()
         hashes.append(parent)
     return hashes
 

@@ -43,6 +43,15 @@ class ModelRunner:
     def clear_slot(self, slot: int) -> None:
         self._lora.clear_slot(slot)
 
+    def parameter(self, name: str) -> torch.Tensor | None:
+        """The base's own tensor, such as "lm_head.weight"; None where there is none."""
+        return self._lora.parameter(name)
+
+    @property
+    def item_bytes(self) -> int:
+        """Of one number of an adapter on the device."""
+        return self.model.dtype.itemsize
+
     @property
     def block_bytes(self) -> int:
         """Of one block of K/V, known once the model has run."""

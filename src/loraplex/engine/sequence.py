@@ -2,6 +2,7 @@
 
 import random
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -62,7 +63,8 @@ class Sequence:
     """token_ids under the adapter in `slot`; `targets` say what is asked.
 
     kv_id:       identity of the keys and values that the slot computes (32 bytes).
-    activation:  index of the first token that the adapter acts on; those before it run on the bare base (aLoRA).
+    activation:  index of the first token that the adapter acts on (aLoRA); those before it run in `prefix_slot`, whose
+                 K/V are known as `prefix_kv_id`: the bare base's, unless the adapter changes more than it activates.
     num_kept:    leading tokens whose K/V is worth keeping for later requests, and is looked up in turn; where more than
                  one token is generated, all.
     """
@@ -71,6 +73,8 @@ class Sequence:
     slot: int
     kv_id: bytes = BASE_KV
     activation: int = 0
+    prefix_slot: int = NO_ADAPTER
+    prefix_kv_id: bytes = BASE_KV
     num_kept: int = 0
     targets: tuple[Target, ...] = ()
     sampling: Sampling = NEXT_TOKEN
@@ -116,7 +120,7 @@ class Sequence:
     def hashes(self) -> Seq[bytes]:
         """Of all its full blocks, computed when first asked for."""
         if len(self._hashes) < self.num_tokens // BLOCK_SIZE:
-            self._hashes = block_hashes(self.token_ids, self.activation, self.kv_id, self._hashes)
+            self._hashes = block_hashes(self.token_ids, self.activation, self.kv_id, self._hashes, self.prefix_kv_id)
         return self._hashes
 
     @property
@@ -137,11 +141,19 @@ class EngineRequest:
     """Sequences whose outcomes are wanted together. `future` resolves exactly once, to one outcome a sequence in order;
     a sequence's own error is its outcome, so that the others still answer."""
 
-    def __init__(self, sequences: Seq[Sequence], *, deadline_s: float | None = None) -> None:
-        """deadline_s: on the clock of `time.monotonic`."""
+    def __init__(
+        self,
+        sequences: Seq[Sequence],
+        *,
+        deadline_s: float | None = None,
+        on_end: Callable[[], object] = lambda: None,
+    ) -> None:
+        """deadline_s: on the clock of `time.monotonic`. on_end: called once, on whatever thread, when the engine is
+        done with all sequences, also of a request whose future was cancelled."""
         assert sequences, "a request needs at least one sequence"
         self.sequences = tuple(sequences)
         self.deadline_s = deadline_s
+        self._on_end = on_end
         self.future: Future[list[Outcome]] = Future()
         self._outcomes: list[Outcome | None] = [None] * len(self.sequences)
         self._num_open = len(self.sequences)
@@ -162,6 +174,7 @@ class EngineRequest:
             self._num_open -= 1
             if self._num_open:
                 return
+        self._on_end()
         outcomes = [outcome for outcome in self._outcomes if outcome is not None]
         # A future that its owner cancelled takes no result; nobody waits for it any more.
         if self.future.set_running_or_notify_cancel():

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from loraplex.engine.block_pool import BLOCK_SIZE
-from loraplex.engine.sequence import NO_ADAPTER, Sequence
+from loraplex.engine.sequence import Sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -157,7 +157,7 @@ class Step:
 
 
 def _slot(sequence: Sequence, at: int) -> int:
-    return NO_ADAPTER if at < sequence.activation else sequence.slot
+    return sequence.prefix_slot if at < sequence.activation else sequence.slot
 
 
 def _end_of_slot(placed: Placed, at: int) -> int:

@@ -131,14 +131,17 @@ class Template:
         max_model_len: int,
         source: object,
         invocation_tokens: tuple[int, ...] | None = None,
+        *,
+        reads_labels: bool = True,
     ) -> None:
-        """source: the contract's file, for errors. ContractError where the labels cannot be told apart by tokens, or
+        """source: the contract's file, for errors. reads_labels: the answer is the labels' tokens, and not that of a
+        head that knows the labels by number. ContractError where the labels cannot be told apart by tokens, or
         the template does not hold the adapter's `invocation_tokens` behind the conversation."""
         self._tokenizer = tokenizer
         self._roles = tuple(dict.fromkeys(contract.roles.values()))
         self.prefix, self.suffix, self._add_special_tokens = _frame(tokenizer, contract, source)
         self._suffix_ids = self._cut_suffix()
-        self.label_ids = {label: self._label_ids(label, source) for label in contract.labels}
+        self.label_ids = {label: self._label_ids(label, source) for label in contract.labels if reads_labels}
         for label, ids in self.label_ids.items():
             for other, other_ids in self.label_ids.items():
                 if label != other and other_ids[: len(ids)] == ids:
@@ -150,7 +153,7 @@ class Template:
         self._invocation = invocation_tokens
         self._num_active = 0 if invocation_tokens is None else self._find_activation(invocation_tokens, source)
         self._num_suffix = len(tokenizer.encode(self.suffix, add_special_tokens=False))
-        continuation = max(map(len, self.label_ids.values())) - 1
+        continuation = max(map(len, self.label_ids.values()), default=1) - 1
         limit = max_model_len if contract.max_length is None else contract.max_length
         if limit > max_model_len:
             raise ContractError(

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from loraplex.adapters.weights import BaseLayers
 from loraplex.errors import UnsupportedModelError
 from loraplex.model.attention import NAME
 
@@ -94,13 +96,39 @@ def build_skeleton(config: PreTrainedConfig, path: Path) -> PreTrainedModel:
     return model
 
 
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """path -> (out_features, in_features) of the linear layers that an adapter may update; the output head is none."""
-    return {
-        path: (layer.out_features, layer.in_features)
-        for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and path != "lm_head"
-    }
+def base_layers(model: PreTrainedModel) -> BaseLayers:
+    """The layers that an adapter may change, by their paths and shapes; a skeleton is enough."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    linear: dict[str, tuple[int, int]] = {}
+    embeddings: dict[str, tuple[int, int]] = {}
+    conv1d, biases, other_biases = set(), set(), set()
+    output, output_shape = None, (0, 0)
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | Conv1D):
+            has_bias = layer.bias is not None
+            shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else (layer.nf, layer.nx)
+            if layer is head:
+                output, output_shape = path, shape
+            else:
+                linear[path] = shape
+            biases |= {path} if has_bias else set()
+            conv1d |= {path} if isinstance(layer, Conv1D) else set()
+        elif isinstance(layer, nn.Embedding):
+            place = {path: (layer.num_embeddings, layer.embedding_dim)}
+            embeddings = place | embeddings if layer is embedding else embeddings | place
+        elif getattr(layer, "bias", None) is not None:
+            other_biases.add(path)
+    return BaseLayers(
+        linear=linear,
+        embeddings=embeddings,
+        output=output,
+        output_shape=output_shape,
+        tied=bool(getattr(model.config, "tie_word_embeddings", False)),
+        biases=frozenset(biases),
+        other_biases=frozenset(other_biases),
+        conv1d=frozenset(conv1d),
+        hidden_size=int(model.config.hidden_size),
+    )
 
 
 def num_embedded_tokens(model: PreTrainedModel) -> int:

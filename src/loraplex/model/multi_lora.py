@@ -1,5 +1,6 @@
 """A model with adapters in slots: which of its layers an adapter changes."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class MultiLoRA:
 
     def set_slot(self, slot: int, adapter: AdapterWeights) -> None:
         self.clear_slot(slot)
+        if adapter.invocation_tokens is not None and adapter.changes_prefix:
+            self._set_slot(prefix_slot(slot), replace(adapter, modules={}, embeddings={}, output=None, score=None))
+        self._set_slot(slot, adapter)
+
+    def _set_slot(self, slot: int, adapter: AdapterWeights) -> None:
         input_path, output_path = self._input_path, self._output_path
         linears = {*adapter.modules, *adapter.biases}
         self._layers |= wrap_linears(self.model, sorted(linears), self._segments)
@@ -65,7 +71,18 @@ class MultiLoRA:
     def clear_slot(self, slot: int) -> None:
         for layer in self._layers.values():
             layer.clear_slot(slot)
+            layer.clear_slot(prefix_slot(slot))
         self._scores.pop(slot, None)
+
+    def parameter(self, name: str) -> torch.Tensor | None:
+        """The base's own, wrapped or not; None where there is none."""
+        path, _, kind = name.rpartition(".")
+        try:
+            layer: Any = self.model.get_submodule(path)
+        except AttributeError:
+            return None
+        tensor = getattr(getattr(layer, "base_layer", layer), kind, None)
+        return tensor if isinstance(tensor, torch.Tensor) else None
 
     def has_score(self, slot: int) -> bool:
         """Whether the slot answers by a score head of its own and not by tokens."""
@@ -94,6 +111,12 @@ class MultiLoRA:
             setattr(self.model.get_submodule(parent), name, layer)
         assert isinstance(layer, MultiLoRAEmbedding), f"{path} is a {type(layer).__name__}"
         return layer
+
+
+def prefix_slot(slot: int) -> int:
+    """Where the tokens before an adapter's activation are computed if it changes them, too: what it saved and the
+    biases hold everywhere, only its LoRA waits for the activation."""
+    return -2 - slot
 
 
 def path_of(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -1,0 +1,153 @@
+"""One classifier's part of a call: its sequences on the way in, its verdict on the way out."""
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from loraplex.backends.classifiers import LoadedClassifier
+from loraplex.classifier import DEFAULT_ROLES, conversation_text
+from loraplex.engine.block_pool import BASE_KV
+from loraplex.engine.sequence import NEXT_TOKEN, NO_ADAPTER, Outcome, Sampling, Sequence, SequenceOutput, Target
+from loraplex.engine.tokenizer import Conversations, Prompt, Template, Tokenizer, verbatim
+from loraplex.errors import LoraplexError
+from loraplex.model.multi_lora import prefix_slot
+from loraplex.types import ClassifyRequest, ErrorInfo, Message, Verdict
+
+
+@dataclass(slots=True, kw_only=True)
+class Question:
+    """`loaded` in `slot` is asked, unless an `error` says why not."""
+
+    name: str
+    loaded: LoadedClassifier | None = None
+    slot: int = NO_ADAPTER
+    prompt: Prompt | None = None
+    sequences: Seq[Sequence] = ()
+    outputs: Seq[SequenceOutput] = ()
+    error: LoraplexError | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt.token_ids) if self.prompt is not None else 0
+
+    def ask(
+        self, request: ClassifyRequest, tokenizer: Tokenizer, conversations: Conversations, max_model_len: int
+    ) -> None:
+        """Make the sequences, or note the error."""
+        assert self.loaded is not None
+        try:
+            self.prompt = render(self.loaded, request.input, tokenizer, conversations, max_model_len)
+            keep = request.conversation_id is not None
+            if self.loaded.template is None:
+                self.sequences = [make_sequence(self.prompt, self.loaded, self.slot, keep=keep)]
+            else:
+                self.sequences = _label_sequences(self.prompt, self.loaded, self.slot, self.loaded.template, keep=keep)
+        except LoraplexError as exc:
+            self.error = exc
+
+    def answer(self, outcomes: Seq[Outcome]) -> None:
+        """One outcome a sequence."""
+        self.error = self.error or next((outcome for outcome in outcomes if isinstance(outcome, LoraplexError)), None)
+        self.outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
+
+    def verdict(self, tokenizer: Tokenizer) -> Verdict:
+        ref = self.loaded.ref if self.loaded is not None else None
+        if self.error is not None:
+            return Verdict(classifier=self.name, adapter=ref, error=ErrorInfo.of(self.error))
+        assert self.loaded is not None and self.prompt is not None, "a question without an error was asked"
+        warnings = self.prompt.warnings or None
+        contract, labels = self.loaded.source.contract, self.loaded.labels
+        if contract is not None:
+            decision = contract.decide(_label_log_probs(self.outputs, self.loaded))
+            return Verdict(
+                classifier=self.name,
+                label=decision.label,
+                confidence=decision.confidence,
+                scores=decision.scores,
+                label_mass=decision.label_mass,
+                abstained=decision.abstained,
+                adapter=ref,
+                warnings=warnings,
+            )
+        [output] = self.outputs
+        if labels is None:
+            label, confidence, scores = tokenizer.decode(output.tokens[0].id), math.exp(output.tokens[0].log_prob), None
+        else:  # a score head without a contract
+            scores = dict(zip(labels, map(math.exp, output.log_probs), strict=True))
+            label = max(scores, key=scores.__getitem__)
+            confidence = scores[label]
+        return Verdict(
+            classifier=self.name, label=label, confidence=confidence, scores=scores, adapter=ref, warnings=warnings
+        )
+
+
+def render(
+    loaded: LoadedClassifier,
+    input: str | tuple[Message, ...],
+    tokenizer: Tokenizer,
+    conversations: Conversations,
+    max_model_len: int,
+) -> Prompt:
+    """Through the contract's template where there is one, else verbatim."""
+    contract = loaded.source.contract
+    if loaded.template is None or contract is None:
+        return verbatim(conversation_text(input, DEFAULT_ROLES), tokenizer, max_model_len, loaded.invocation_tokens)
+    return loaded.template.prompt(conversation_text(input, contract.roles), conversations)
+
+
+def make_sequence(
+    prompt: Prompt,
+    loaded: LoadedClassifier | None,
+    slot: int,
+    *,
+    keep: bool,
+    targets: tuple[Target, ...] = (),
+    continuation: tuple[int, ...] = (),
+    sampling: Sampling = NEXT_TOKEN,
+) -> Sequence:
+    """Under an adapter, or with None the bare base. What the base computed of a conversation is always worth keeping;
+    what an adapter computed only where `keep` says that the conversation goes on."""
+    shared = loaded is None or loaded.shares_prefix
+    has_own_prefix = loaded is not None and loaded.invocation_tokens is not None and not shared
+    sequence = Sequence(
+        token_ids=prompt.token_ids + continuation,
+        slot=slot,
+        kv_id=BASE_KV if loaded is None else bytes.fromhex(loaded.kv_id),
+        activation=prompt.activation,
+        prefix_slot=prefix_slot(slot) if has_own_prefix else NO_ADAPTER,
+        prefix_kv_id=loaded.prefix_kv_id if loaded is not None and has_own_prefix else BASE_KV,
+        num_kept=prompt.activation if shared else prompt.num_conversation if keep else 0,
+        targets=targets,
+        sampling=sampling,
+    )
+    if sequence.num_kept:
+        _ = sequence.hashes  # here and not on the event loop's thread
+    return sequence
+
+
+def _label_sequences(
+    prompt: Prompt, loaded: LoadedClassifier, slot: int, template: Template, *, keep: bool
+) -> list[Sequence]:
+    """One sequence reads all labels of one token; each longer label is a sequence of its own: the prompt and all of its
+    tokens but the last, each of which is a target where it is predicted. A score head needs the prompt only."""
+    if loaded.has_score:
+        return [make_sequence(prompt, loaded, slot, keep=keep)]
+    labels = template.label_ids.values()
+    single = tuple(Target(position=-1, token_id=ids[0]) for ids in labels if len(ids) == 1)
+    sequences = [make_sequence(prompt, loaded, slot, keep=keep, targets=single)] if single else []
+    for ids in labels:
+        if len(ids) > 1:
+            targets = tuple(Target(position=i - len(ids), token_id=token_id) for i, token_id in enumerate(ids))
+            sequences.append(make_sequence(prompt, loaded, slot, keep=keep, targets=targets, continuation=ids[:-1]))
+    return sequences
+
+
+def _label_log_probs(outputs: Seq[SequenceOutput], loaded: LoadedClassifier) -> Seq[float]:
+    """The inverse of `_label_sequences`: log probability of each label, in the contract's order."""
+    if loaded.has_score:
+        return outputs[0].log_probs
+    assert loaded.template is not None
+    labels = loaded.template.label_ids.values()
+    longer = iter(outputs[1:] if any(len(ids) == 1 for ids in labels) else outputs)
+    single = iter(outputs[0].log_probs)
+    return [next(single) if len(ids) == 1 else math.fsum(next(longer).log_probs) for ids in labels]
