@@ -1,5 +1,6 @@
 """Shared fixtures. Progress bars are off: they are noise in a log."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ import serving
 import tiny
 
 transformers_logging.disable_progress_bar()
+# The models are tiny: threads that wait for each other would take most of the time, here and in the servers.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -19,10 +18,8 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
 )
-from transformers.pytorch_utils import Conv1D
 
 import tiny
-from loraplex.adapters.checkpoint import BaseLayers
 
 TOKEN_IDS = [3, 8, 21, 13, 5, 34]
 COMMON: Mapping[str, Any] = {**tiny._COMMON, "num_hidden_layers": 2}
@@ -90,6 +87,7 @@ CASES: Mapping[str, Case] = {
     "conv1d-embedding": case(
         "gpt2", "modules embeddings output", target_modules=["c_attn", "wte", "lm_head"], copies="saved"
     ),
+    "embedding-of-places": case("gpt2", "modules embeddings", target_modules=["c_attn", "wpe"]),
     "embedding": case("llama", "modules embeddings", target_modules=EMBEDDING, copies="saved"),
     "embedding-dora": case(
         "llama", "modules embeddings magnitude", target_modules=EMBEDDING, use_dora=True, copies="saved"
@@ -123,6 +121,7 @@ CASES: Mapping[str, Case] = {
         copies="saved",
     ),
     "save-embedding": case("llama", "modules saved", modules_to_save=["embed_tokens"]),
+    "save-places": case("gpt2", "modules saved", target_modules=GPT2, modules_to_save=["wpe"]),
     "save-head": case("llama", "modules saved", modules_to_save=["lm_head"]),
     "save-head-bias": case("phi", "modules saved", modules_to_save=["lm_head"]),
     "save-both": case("llama", "modules saved", modules_to_save=["embed_tokens", "lm_head"]),
@@ -141,10 +140,14 @@ CASES: Mapping[str, Case] = {
     "copied-tokens": case(
         "llama", "modules token_rows", trainable_token_indices=[8], save=WITH_EMBEDDINGS, copies="saved"
     ),
+    "copied-tokens-tied": case(
+        "llama-tied", "modules token_rows", trainable_token_indices=[8], save=WITH_EMBEDDINGS, copies="saved"
+    ),
     "tokens": case("llama", "modules token_rows", trainable_token_indices=[21, 8]),
     "tokens-scaled": case("gemma3", "modules token_rows", trainable_token_indices=[21, 8]),
     "tokens-tied": case("llama-tied", "modules token_rows", trainable_token_indices=[21, 8]),
     "tokens-gpt2": case("gpt2", "modules token_rows", target_modules=GPT2, trainable_token_indices=[21, 8]),
+    "token-places": case("gpt2", "modules token_rows", target_modules=GPT2, trainable_token_indices={"wpe": [2, 1]}),
     "tokens-dict": case("llama", "modules token_rows", trainable_token_indices={"embed_tokens": [8], "lm_head": [5]}),
     "tokens-head-tied": case("llama-tied", "modules token_rows", trainable_token_indices={"lm_head": [21, 8]}),
     "tokens-dict-tied": case(
@@ -206,38 +209,6 @@ class Bases:
             model.config.pad_token_id = 2
             self._loaded[name, classify] = model
         return copy.deepcopy(self._loaded[name, classify])
-
-
-def layers_of(model: nn.Module) -> BaseLayers:
-    """As `model/loader.py` says it of a base."""
-    causal: Any = model
-    linear, embeddings = {}, {}
-    conv1d: set[str] = set()
-    biases: set[str] = set()
-    other: set[str] = set()
-    head = causal.get_output_embeddings()
-    output = next(path for path, layer in model.named_modules() if layer is head)
-    for path, layer in model.named_modules():
-        if isinstance(layer, Conv1D):
-            linear[path] = (layer.nf, layer.nx)
-            conv1d.add(path)
-        elif isinstance(layer, nn.Linear) and layer is not head:
-            linear[path] = (layer.out_features, layer.in_features)
-        elif layer is causal.get_input_embeddings():
-            embeddings[path] = (layer.num_embeddings, layer.embedding_dim)
-        if getattr(layer, "bias", None) is not None:
-            (biases if path in linear or layer is head else other).add(path)
-    return BaseLayers(
-        linear=linear,
-        embeddings=embeddings,
-        output=output,
-        output_shape=tuple(head.weight.shape),
-        tied=bool(causal.config.tie_word_embeddings),
-        biases=frozenset(biases),
-        other_biases=frozenset(other),
-        conv1d=frozenset(conv1d),
-        hidden_size=causal.config.hidden_size,
-    )
 
 
 def write(bases: Bases, folder: Path, case: Case) -> Path:

@@ -4,11 +4,14 @@ LoraplexError
 ├── BadInputError             400  bad_input            the body cannot be read
 │   └── InvalidRequestError   422  invalid_request      it can be read, but a field is wrong
 ├── UnknownClassifierError    404  unknown_classifier
+├── AdapterExistsError        409  adapter_exists
+├── RefusedError              422  (the cause's)        an adapter that a client named is not sound
 ├── InputTooLongError         413  input_too_long
 ├── QueueFullError            429  queue_full
 ├── NotReadyError             503  not_ready
 ├── DeadlineExceededError     504  deadline_exceeded
 ├── CancelledError            499  cancelled            the client left
+├── ServerError               —    (the server's)       another server's answer, for its clients
 ├── EngineError               500  engine_error         our fault, or the device's
 └── ConfigurationError        500  configuration_error  what is on disk, found before serving
     ├── BundleError                bundle_error
@@ -23,7 +26,7 @@ from typing import ClassVar
 class LoraplexError(Exception):
     """Base of all errors meant for users: `message` names the value at fault, `remedy` says what to do."""
 
-    code: ClassVar[str] = "error"
+    code: str = "error"
     status: ClassVar[int] = 500
 
     def __init__(self, message: str, *, remedy: str) -> None:
@@ -51,6 +54,16 @@ class UnknownClassifierError(LoraplexError):
 
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(f"no classifier named {name!r}", remedy=f"use one of: {', '.join(known) or '(none loaded)'}")
+
+
+class AdapterExistsError(LoraplexError):
+    code = "adapter_exists"
+    status = 409
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"there is an adapter named {name!r}", remedy=f"unload it first, or replace it: PUT /v1/adapters/{name}"
+        )
 
 
 class InputTooLongError(LoraplexError):
@@ -107,3 +120,21 @@ class AdapterError(ConfigurationError):
 
 class UnsupportedModelError(ConfigurationError):
     code = "unsupported_model"
+
+
+class RefusedError(LoraplexError):
+    """A ConfigurationError in what a client asked to load: it has that error's code."""
+
+    status = 422
+
+    def __init__(self, cause: ConfigurationError) -> None:
+        super().__init__(cause.message, remedy=cause.remedy)
+        self.code = cause.code
+
+
+class ServerError(LoraplexError):
+    """What a server that was asked over HTTP answered, or that it did not."""
+
+    def __init__(self, code: str, message: str, *, remedy: str) -> None:
+        super().__init__(message, remedy=remedy)
+        self.code = code

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import save_file
 
 from loraplex.adapters import checkpoint
-from loraplex.adapters.checkpoint import AdapterWeights, BaseLayers, LoRAWeights, SavedModule, read_adapter
+from loraplex.adapters.checkpoint import BaseLayers, read_adapter
 from loraplex.adapters.peft_config import MAX_CONFIG_BYTES, REFUSED_KEYS
 from loraplex.errors import AdapterError
 
 SHAPES = {f"model.layers.{i}.self_attn.{name}": (8, 6) for i in range(3) for name in ("q_proj", "v_proj")}
 BASE = BaseLayers(
     linear=SHAPES,
-    embeddings={"model.embed_tokens": (10, 6)},
+    embeddings={"model.embed_tokens": (10, 6), "model.wpe": (4, 6)},
     output="lm_head",
     output_shape=(10, 6),
     biases=frozenset({"model.layers.0.self_attn.q_proj"}),
@@ -84,12 +84,14 @@ def test_the_tensors_outlive_the_file_and_do_not_change_with_it(tmp_path: Path) 
     assert all(torch.equal(a, b) for a, b in zip(adapter.tensors(), before, strict=True))
 
 
-# ------------------------------------------------------------------------------- identity
-
-
 def test_the_hash_is_of_contents_and_of_what_changes_them(tmp_path: Path) -> None:
     first = read_adapter(save(tmp_path), SHAPES).kv_id
-    inert = {"lora_dropout": 0.5, "base_model_name_or_path": "x", "inference_mode": True, "peft_version": "1"}
+    inert: dict[str, Any] = {
+        "lora_dropout": 0.5,
+        "base_model_name_or_path": "x",
+        "inference_mode": True,
+        "peft_version": "1",
+    }
     assert read_adapter(save(tmp_path, **inert), SHAPES).kv_id == first
     assert read_adapter(save(tmp_path, alpha_pattern={"nothing": 3}, target_modules=".*_proj"), SHAPES).kv_id == first
     assert read_adapter(save(tmp_path, lora_alpha=8), SHAPES).kv_id != first
@@ -104,81 +106,6 @@ def test_the_hash_is_of_contents_and_of_what_changes_them(tmp_path: Path) -> Non
     assert dora.kv_id != first
     renamed = {f"{name}.weight": tensor for name, tensor in magnitudes.items()}
     assert read_adapter(save(tmp_path, tensors() | renamed, use_dora=True), SHAPES).kv_id == dora.kv_id
-
-
-def every_part() -> AdapterWeights:
-    lora = LoRAWeights(lora_A=torch.ones(1, 6), lora_B=torch.ones(8, 1), scaling=2.0)
-    return AdapterWeights(
-        modules={path: lora for path in SHAPES},
-        kv_id="",
-        invocation_tokens=(3, 4),
-        embeddings={"model.embed_tokens": lora},
-        output=dataclasses.replace(lora, lora_bias=torch.ones(8), magnitude=torch.ones(8)),
-        saved={"lm_head": SavedModule(weight=torch.ones(10, 6), bias=torch.ones(10))},
-        biases={"a": torch.ones(8), "b": torch.zeros(8)},
-        token_rows={"model.embed_tokens": ((1, 2), torch.ones(2, 6))},
-        score=SavedModule(weight=torch.ones(3, 6)),
-        output_path="lm_head",
-    )
-
-
-def test_the_hash_covers_every_part_and_no_order() -> None:
-    adapter = every_part()
-    first = adapter.with_content_id().kv_id
-    seen = {first}
-    lora, nothing = adapter.modules["model.layers.0.self_attn.q_proj"], torch.zeros(8)
-    assert adapter.output is not None
-    output = adapter.output
-    changes: list[dict[str, Any]] = [
-        {"invocation_tokens": (4, 3)},
-        {"invocation_tokens": None},
-        {"modules": {**adapter.modules, "model.layers.0.self_attn.q_proj": dataclasses.replace(lora, scaling=2.5)}},
-        {"modules": {**adapter.modules, "other": lora}},
-        {"embeddings": {}},
-        {"embeddings": {}, "modules": {**adapter.modules, "model.embed_tokens": lora}},
-        {"output": None},
-        {"output": dataclasses.replace(output, lora_bias=None)},
-        {"output": dataclasses.replace(output, lora_bias=nothing)},
-        {"output": dataclasses.replace(output, magnitude=nothing)},
-        {"output": dataclasses.replace(output, magnitude=None)},
-        {"saved": {"lm_head": SavedModule(weight=torch.ones(10, 6))}},
-        {"biases": {"a": torch.zeros(8), "b": torch.ones(8)}},
-        {"token_rows": {"model.embed_tokens": ((2, 1), torch.ones(2, 6))}},
-        {"token_rows": {"lm_head": ((1, 2), torch.ones(2, 6))}},
-        {"score": SavedModule(weight=torch.ones(6, 3))},
-    ]
-    for change in changes:
-        changed = dataclasses.replace(adapter, **change).with_content_id().kv_id
-        assert changed not in seen, change
-        seen.add(changed)
-    for part in ("modules", "biases"):
-        backwards: Any = dict(reversed(getattr(adapter, part).items()))
-        assert dataclasses.replace(adapter, **{part: backwards}).with_content_id().kv_id == first
-
-
-def test_what_changes_the_prefix_and_what_is_zero() -> None:
-    adapter, nothing = every_part(), AdapterWeights(modules={}, kv_id="", output_path="lm_head")
-    for part in ("embeddings", "biases", "token_rows"):
-        changed: Any = {part: getattr(adapter, part)}
-        assert dataclasses.replace(nothing, **changed).changes_prefix
-    after: Any = {part: getattr(adapter, part) for part in ("modules", "output", "saved", "score")}
-    assert not dataclasses.replace(nothing, **after).changes_prefix, "the head comes after all keys and values"
-    for part in ("modules", "output", "saved", "biases", "token_rows", "score"):
-        alone: Any = {part: getattr(adapter, part)}
-        assert not dataclasses.replace(nothing, **alone).is_zero, part
-    lora = adapter.modules["model.layers.0.self_attn.q_proj"]
-    for zero in ({"lora_A": torch.zeros(1, 6)}, {"lora_B": torch.zeros(8, 1)}):
-        still: Any = zero
-        made = dataclasses.replace(lora, **still)
-        assert dataclasses.replace(nothing, modules={"a": made}).is_zero
-        biased = dataclasses.replace(made, lora_bias=torch.ones(8))
-        assert not dataclasses.replace(nothing, modules={"a": biased}).is_zero
-
-
-def test_shared_tensors_count_once() -> None:
-    weight = SavedModule(weight=torch.ones(10, 6))
-    tied = AdapterWeights(modules={}, kv_id="", saved={"model.embed_tokens": weight, "lm_head": weight})
-    assert (tied.num_parameters, tied.num_bytes) == (60, 240)
 
 
 # ------------------------------------------------------------------------------- what is refused
@@ -227,7 +154,10 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path: Path, key: str) -> No
         ({"target_modules": ["k_proj"]}, "target_modules"),
         ({"modules_to_save": ["("]}, "modules_to_save"),
         ({"modules_to_save": [""]}, "modules_to_save"),
-        ({"modules_to_save": ["norm"]}, "'norm' is none of .*: model.embed_tokens, lm_head, score, classifier"),
+        (
+            {"modules_to_save": ["norm"]},
+            "'norm' is none of .*: model.embed_tokens, .*, lm_head, score, classifier",
+        ),
         ({"modules_to_save": ["v_proj", "head"]}, "'v_proj'"),
         ({"layers_to_transform": "x"}, "layers_to_transform"),
         ({"bias": "some"}, "bias"),
@@ -236,6 +166,7 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path: Path, key: str) -> No
         ({"trainable_token_indices": {"embed_tokens": [1], "tokens": [2]}}, "twice"),
         ({"trainable_token_indices": {"v_proj": [1]}}, "'v_proj' is not the name"),
         ({"trainable_token_indices": {}}, "trainable_token_indices"),
+        ({"alora_invocation_tokens": [3, 10]}, "has no token 10"),
     ],
 )
 def test_a_wrong_config_is_refused(tmp_path: Path, config: Mapping[str, Any], match: str) -> None:
@@ -310,6 +241,7 @@ def add(name: str, *shape: int) -> Callable[[Tensors], None]:
         (add("model.embed_tokens.token_adapter.trainable_tokens_delta", 2, 6), "in trainable_token_indices"),
         (add("model.layers.0.mlp.weight", 2, 6), "may be trained in full"),
         (add("score.weight", 2, 6), "may be trained in full"),
+        (add("model.wpe.weight", 4, 6), "may be trained in full"),
         (add("lm_head.weight", 12, 6), "was resized"),
         (add("lm_head.weight", 10, 5), r"expected \[10, 6\]"),
     ],

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 import tiny
 from loraplex.adapters.checkpoint import AdapterWeights, LoRAWeights, SavedModule, read_adapter
 from loraplex.errors import AdapterError
-from peft_cases import CASES, EMBEDDING, GPT2, HEAD, SEQ, Bases, Case, Q, layers_of, logits, write
+from loraplex.model.loader import base_layers
+from peft_cases import CASES, EMBEDDING, GPT2, HEAD, SEQ, Bases, Case, Q, logits, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of embeddings, ties and what else it thinks unwise
 
@@ -103,7 +104,7 @@ def test_an_adapter_merged_into_the_base_gives_pefts_logits(name: str, bases: Ba
     write(bases, tmp_path, case)
     expected = logits(PeftModel.from_pretrained(bases.load(case.base, case.is_classifier), tmp_path))
     causal = bases.load(case.base)
-    read = read_adapter(tmp_path, layers_of(causal))
+    read = read_adapter(tmp_path, base_layers(causal))
 
     def difference(adapter: AdapterWeights) -> float:
         return differ(logits(merge(bases.load(case.base, case.is_classifier), adapter)), expected)
@@ -185,7 +186,7 @@ def test_what_peft_rejects_is_refused(
     base: str, config: Mapping[str, Any], key: str, bases: Bases, plain: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterError, match=f"adapter_config.json.* key '{key}") as caught:
-        read_adapter(with_config(plain, tmp_path, **config), layers_of(bases.load(base)))
+        read_adapter(with_config(plain, tmp_path, **config), base_layers(bases.load(base)))
     assert caught.value.remedy
     with pytest.raises(Exception) as rejected:  # what it happens to run into
         given: dict[str, Any] = {"target_modules": Q, "task_type": "CAUSAL_LM", **config}
@@ -202,7 +203,7 @@ def test_activated_lora_that_peft_would_not_activate_is_refused(bases: Bases, tm
     base = merge(bases.load("llama", True), AdapterWeights(modules={}, kv_id="", score=saved))
     assert differ(logits(peft), logits(base)) <= TOLERANCE
     with pytest.raises(AdapterError, match="'task_type'"):
-        read_adapter(tmp_path, layers_of(bases.load("llama")))
+        read_adapter(tmp_path, base_layers(bases.load("llama")))
 
 
 def test_a_head_whose_bias_peft_drops_is_refused(bases: Bases, tmp_path: Path) -> None:
@@ -218,13 +219,13 @@ def test_a_head_whose_bias_peft_drops_is_refused(bases: Bases, tmp_path: Path) -
             lora_B=without_rows[f"base_model.model.{path}.lora_B.weight"],
             scaling=1.5,
         )
-        for path in layers_of(base).linear
+        for path in base_layers(base).linear
         if path.endswith("q_proj")
     }
     merged = logits(merge(bases.load("phi"), AdapterWeights(modules=modules, kv_id="")))[..., 4:]
     assert differ(merged - base.lm_head.bias[4:], untouched) <= TOLERANCE
     with pytest.raises(AdapterError, match="drops the bias of lm_head"):
-        read_adapter(tmp_path, layers_of(base))
+        read_adapter(tmp_path, base_layers(base))
 
 
 def test_a_trained_norm_is_refused(bases: Bases, tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_a_trained_norm_is_refused(bases: Bases, tmp_path: Path) -> None:
     for base, config, match in refused:
         write(bases, tmp_path, Case(base, frozenset(), config, {}))
         with pytest.raises(AdapterError, match=match):
-            read_adapter(tmp_path, layers_of(bases.load(base)))
+            read_adapter(tmp_path, base_layers(bases.load(base)))
 
 
 def test_a_resized_embedding_is_refused(bases: Bases, tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def test_a_resized_embedding_is_refused(bases: Bases, tmp_path: Path) -> None:
     peft.resize_token_embeddings(tiny.VOCAB_SIZE + 8)
     get_peft_model(peft, LoraConfig(target_modules=Q, modules_to_save=["embed_tokens"])).save_pretrained(str(tmp_path))
     with pytest.raises(AdapterError, match=r"has shape \[328, 32\], expected \[320, 32\]: the embedding was resized"):
-        read_adapter(tmp_path, layers_of(bases.load("llama")))
+        read_adapter(tmp_path, base_layers(bases.load("llama")))
 
 
 @pytest.mark.parametrize("name", ["head", "head-tied", "head-bias", "embedding", "embedding-tied", "copied-tied"])
@@ -260,7 +261,7 @@ def test_a_copy_that_is_not_the_bases_replaces_it(name: str, bases: Bases, tmp_p
         tensors[key] += 0.5
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     expected = logits(PeftModel.from_pretrained(bases.load(case.base), tmp_path))
-    adapter = read_adapter(tmp_path, layers_of(bases.load(case.base)))
+    adapter = read_adapter(tmp_path, base_layers(bases.load(case.base)))
     assert differ(logits(merge(bases.load(case.base), adapter)), expected) <= TOLERANCE
     without = dataclasses.replace(adapter, saved={}, biases={})
     assert differ(logits(merge(bases.load(case.base), without)), expected) > 100 * TOLERANCE
@@ -273,7 +274,7 @@ def test_a_tied_head_must_be_there_too(bases: Bases, tmp_path: Path) -> None:
         del tensors[f"base_model.model.{part}"]
         save_file(tensors, tmp_path / "adapter_model.safetensors")
         with pytest.raises(AdapterError, match=f"{part}' is missing"):
-            read_adapter(tmp_path, layers_of(bases.load("llama-tied")))
+            read_adapter(tmp_path, base_layers(bases.load("llama-tied")))
 
 
 @pytest.mark.parametrize(
@@ -286,7 +287,7 @@ def test_tied_tensors_that_differ_are_refused(name: str, tensor: str, bases: Bas
     tensors[f"base_model.model.{tensor or 'lm_head.weight'}"] += 1
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"model\.embed_tokens and lm_head are tied but differ"):
-        read_adapter(tmp_path, layers_of(bases.load("llama-tied")))
+        read_adapter(tmp_path, base_layers(bases.load("llama-tied")))
 
 
 def test_lora_that_peft_itself_does_not_read_back_is_refused(bases: Bases, tmp_path: Path) -> None:
@@ -294,13 +295,13 @@ def test_lora_that_peft_itself_does_not_read_back_is_refused(bases: Bases, tmp_p
     config = {"target_modules": ["c_attn", "lm_head"], "ensure_weight_tying": True}
     write(bases, tmp_path, Case("gpt2", frozenset(), config, {}))
     with pytest.raises(AdapterError, match=r"lm_head\.lora_A.*does not target that layer"):
-        read_adapter(tmp_path, layers_of(bases.load("gpt2")))
+        read_adapter(tmp_path, base_layers(bases.load("gpt2")))
 
 
 def test_untrained_adapters_are_zero(bases: Bases, tmp_path: Path) -> None:
     for init in (True, "mica"):
         config = LoraConfig(target_modules=HEAD, init_lora_weights=init)
         get_peft_model(bases.load("llama"), config).save_pretrained(str(tmp_path))
-        adapter = read_adapter(tmp_path, layers_of(bases.load("llama")))
+        adapter = read_adapter(tmp_path, base_layers(bases.load("llama")))
         assert not adapter.is_zero, "it replaces the head, for all that it says"
         assert adapter.without_base_copies(bases.load("llama").state_dict().get).is_zero

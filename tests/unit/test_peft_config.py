@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -34,6 +34,15 @@ keys = st.sampled_from([*ENDS, *REGEXES, "proj", r"\.q_proj", "layers", "q_proj|
     layers_pattern=st.none() | st.sampled_from(["", "layers", "h", "blocks", "(layers|h)"]) | st.just(["h", "layers"]),
     rank_pattern=st.dictionaries(keys, st.integers(1, 9), max_size=3),
     alpha_pattern=st.dictionaries(keys, st.integers(1, 9), max_size=3),
+)
+@example(  # the first number after a list's name is the layer's, not an expert's
+    target_modules=["up_proj"],
+    exclude_modules=None,
+    modules_to_save=None,
+    layers_to_transform=[1],
+    layers_pattern=None,
+    rank_pattern={},
+    alpha_pattern={},
 )
 @settings(max_examples=250, deadline=None)
 def test_layers_are_matched_as_peft_matches_them(

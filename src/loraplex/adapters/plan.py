@@ -104,6 +104,10 @@ def make_plan(folder: Path, config: PeftConfig, layers: BaseLayers, found: Mappi
         config.task_type is None and any(config.saves(head) for head in heads)
     )
     plan = Plan(folder=folder, config=config, layers=layers, is_classifier=is_classifier)
+    for num_embeddings, _ in list(layers.embeddings.values())[:1]:
+        for token in config.invocation_tokens or ():
+            if token >= num_embeddings:
+                raise plan.refuse("alora_invocation_tokens", f"the base has no token {token}", WRONG_BASE)
     _plan_saved(plan)
     _plan_lora(plan)
     _plan_biases(plan)
@@ -226,10 +230,15 @@ def _plan_token_rows(plan: Plan) -> None:
             raise plan.refuse(key, f"{embedding} and {output} are tied but name other tokens")
     for path, row_ids in plan.token_ids.items():
         _check_token_rows(plan, path)
-        if not (path == output and plan.shares_rows):
-            shape = (len(row_ids), plan.shapes[path][1])
+        shape = (len(row_ids), plan.shapes[path][1])
+        # With save_embedding_layers PEFT writes these too, and does not read them.
+        unused: dict[str, Shape] = {f"{path}.token_adapter.trainable_tokens_original": shape}
+        if path == output and plan.shares_rows:
+            unused[f"{path}.{ROWS}"] = shape
+        else:
             plan.require(f"{path}.{ROWS}", shape, f"{ADAPTER_CONFIG} names {path} in {key}")
-            plan.unused.add(f"{path}.token_adapter.trainable_tokens_original")  # beside save_embedding_layers
+        plan.optional |= unused
+        plan.unused |= set(unused)
 
 
 def _check_token_rows(plan: Plan, path: str) -> None:
@@ -246,8 +255,9 @@ def _check_token_rows(plan: Plan, path: str) -> None:
 def _plan_base_copies(plan: Plan) -> None:
     """PEFT stores the base's embedding and head beside LoRA on either, and with save_embedding_layers, and puts them
     in place of the base's when it loads."""
-    for path, shape in plan.shapes.items():
-        plan.optional.setdefault(plan.copy_name(path), shape)
+    for path in (plan.embedding, plan.output):
+        if path is not None:
+            plan.optional.setdefault(plan.copy_name(path), plan.shapes[path])
 
 
 def _plan_score(plan: Plan, heads: list[str], found: Mapping[str, Shape]) -> None:
@@ -308,10 +318,11 @@ def _lora(plan: Plan, path: str, tensors: Tensors) -> LoRAWeights:
 
 def _saved(plan: Plan, tensors: Tensors) -> dict[str, SavedModule]:
     """What is trained in full, and what the file has in place of the base's own weights."""
-    copies = {path: tensors[name] for path in plan.shapes if (name := plan.copy_name(path)) in tensors}
+    pair = [path for path in (plan.embedding, plan.output) if path is not None]
+    copies = {path: tensors[name] for path in pair if (name := plan.copy_name(path)) in tensors}
     if plan.is_tied and copies:  # one parameter in PEFT: whichever is replaced, both are
         _check_equal(plan, "copies", zip(list(copies.values())[:-1], list(copies.values())[1:], strict=True))
-        copies = dict.fromkeys((plan.embedding or "", plan.output or ""), next(iter(copies.values())))
+        copies = dict.fromkeys(pair, next(iter(copies.values())))
     saved = {path: SavedModule(weight=weight) for path, weight in copies.items()}
     saved |= {path: _module(path, tensors) for path in sorted(plan.saved)}
     if plan.is_tied and plan.config.ties_saved:
@@ -359,5 +370,5 @@ def explain(plan: Plan, name: str) -> str:
     if name.endswith(f".{ROWS}"):
         return f"{ADAPTER_CONFIG} does not name that layer in trainable_token_indices"
     if part == "weight":
-        return "only the token embedding, the output head and a classification head may be trained in full"
+        return "only an embedding, the output head and a classification head may be trained in full"
     return "it is not known, so it may change the answers"

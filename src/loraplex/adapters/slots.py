@@ -17,8 +17,9 @@ class _Place:
 class SlotTable:
     """Keys are adapter versions. A place that is leased or pinned is not given to another.
 
-    Where all places are leased, `reserve` chooses the one used least recently to leave: it takes no new leases, so that
-    adapters in constant use cannot keep the others out for ever.
+    Where too many places are leased, `reserve` chooses those used least recently to leave: they take no new leases, so
+    that adapters in constant use cannot keep the others out for ever. One key at a time waits so: until it has its
+    place, or gives up by `keep_all`.
     """
 
     def __init__(self, *, budget_bytes: int, max_slots: int) -> None:
@@ -54,6 +55,13 @@ class SlotTable:
         self._places.move_to_end(key)
         return place.slot
 
+    def share(self, key: str) -> int:
+        """One more lease for somebody who holds one: also of a place that is to leave."""
+        place = self._places[key]
+        assert place.num_leases > 0, f"nobody leases {key}"
+        place.num_leases += 1
+        return place.slot
+
     def release(self, key: str) -> None:
         place = self._places[key]
         assert place.num_leases > 0, f"{key} was released once too often"
@@ -76,7 +84,7 @@ class SlotTable:
         num_slots, room = len(self._places), self.budget_bytes - self.num_bytes
         while num_slots >= self.max_slots or room < num_bytes:
             if len(evicted) == len(idle):
-                self._make_leave(num_bytes - room)
+                self._make_leave(num_bytes)
                 return None
             other, place = idle[len(evicted)]
             evicted.append((other, place.slot))
@@ -89,7 +97,13 @@ class SlotTable:
             slot, self._num_slots = self._num_slots, self._num_slots + 1
         self._places[key] = _Place(slot, num_bytes, num_leases=1)
         self.num_bytes += num_bytes
+        self.keep_all()
         return slot, evicted
+
+    def keep_all(self) -> None:
+        """Nobody waits any more: those that were to leave stay."""
+        for place in self._places.values():
+            place.is_leaving = False
 
     def drop(self, key: str) -> int:
         """Take a place that nobody leases from its adapter; returns the slot."""
@@ -100,16 +114,16 @@ class SlotTable:
         return place.slot
 
     def _make_leave(self, num_bytes: int) -> None:
-        """Choose enough of the leased ones that are used least recently."""
-        leaving = [place for place in self._places.values() if place.is_leaving or not place.num_leases]
-        room = sum(place.num_bytes for place in leaving if not place.is_pinned)
-        for place in self._places.values():
-            if leaving and room >= num_bytes:
+        """Besides those that go already, choose enough of the leased ones that are used least recently."""
+        num_slots, room = len(self._places), self.budget_bytes - self.num_bytes
+        going = [place for place in self._places.values() if place.is_leaving or not place.num_leases]
+        staying = [place for place in self._places.values() if place.num_leases and not place.is_leaving]
+        for place in (*going, *staying):
+            if num_slots < self.max_slots and room >= num_bytes:
                 return
-            if place.num_leases and not place.is_pinned and not place.is_leaving:
-                place.is_leaving = True
-                leaving.append(place)
-                room += place.num_bytes
+            if not place.is_pinned:
+                place.is_leaving = place.num_leases > 0
+                num_slots, room = num_slots - 1, room + place.num_bytes
 
     def check(self) -> None:
         """Assert that every slot is free or has one owner, and the budgets hold."""

@@ -57,7 +57,7 @@ class AdapterWeights:
     invocation_tokens: tuple[int, ...] | None = None
     embeddings: Mapping[str, LoRAWeights] = field(default_factory=dict)
     output: LoRAWeights | None = None  # of the output head
-    saved: Mapping[str, SavedModule] = field(default_factory=dict)  # the token embedding and the output head
+    saved: Mapping[str, SavedModule] = field(default_factory=dict)  # embeddings and the output head
     biases: Mapping[str, torch.Tensor] = field(default_factory=dict)  # path of a linear layer or the head -> its bias
     # path of an embedding or the head -> (token ids, [len(ids), hidden_size] rows that replace the weight's)
     token_rows: Mapping[str, tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=dict)

@@ -127,6 +127,12 @@ class NativeBackend:
         await self._remember(name, str(entry.source.path.absolute()), is_pinned)
         return self._info(entry)
 
+    async def loaded(self, name: str) -> LoadedClassifier:
+        """The version that answers now, read if need be."""
+        lease = await self._ready_store().lease(name)
+        lease.release()
+        return lease.version
+
     def _info(self, entry: Entry[LoadedClassifier]) -> AdapterInfo:
         loaded, contract = entry.loaded, entry.source.contract
         assert self._store is not None
@@ -151,19 +157,13 @@ class NativeBackend:
         store = self._ready_store()
         bundled = {source.name: source for source in self._bundle.adapters}
         remembered = {} if self._state is None else {one.name: one for one in self._state.remembered()}
-        for name, source in bundled.items():
-            if name not in remembered:
-                store.register(source)
-        for name, one in remembered.items():
-            if one.source is None:
-                continue
-            try:
+        for name in {**bundled, **remembered}:
+            one = remembered.get(name)
+            if one is None:
+                store.register(bundled[name])
+            elif one.source is not None:
                 roots = [*self._adapter_roots(), *([bundled[name].path] if name in bundled else [])]
-                resolved = await asyncio.to_thread(resolve_source, one.source, roots=roots, cache_dir=self._cache_dir())
-                store.register(open_adapter(name, resolved.path))
-            except LoraplexError as exc:
-                logger.error("%s, which was loaded from %s, cannot be: %s", name, one.source, exc)
-                store.register(AdapterSource(name=name, path=Path(one.source), contract=None), exc)
+                await self._register_remembered(name, one.source, roots)
         for entry in store.entries():
             one_pinned = entry.name in remembered and remembered[entry.name].is_pinned
             is_named = preload is not None and entry.name in preload
@@ -175,6 +175,15 @@ class NativeBackend:
                 if entry.name not in remembered:
                     raise
                 logger.error("%s: %s", entry.name, exc)
+
+    async def _register_remembered(self, name: str, source: str, roots: list[Path]) -> None:
+        store = self._ready_store()
+        try:
+            resolved = await asyncio.to_thread(resolve_source, source, roots=roots, cache_dir=self._cache_dir())
+            store.register(open_adapter(name, resolved.path))
+        except LoraplexError as exc:
+            logger.error("%s, which was loaded from %s, cannot be: %s", name, source, exc)
+            store.register(AdapterSource(name=name, path=Path(source), contract=None), exc)
 
     async def _remember(self, name: str, source: str | None, is_pinned: bool) -> None:
         if self._state is not None:

@@ -3,7 +3,7 @@
 import typer
 
 import loraplex
-from loraplex.cli import classify, serve
+from loraplex.cli import adapters, classify, serve
 
 app = typer.Typer(
     help="Serve many fine-tuned LoRA classifiers from one base model.",
@@ -13,6 +13,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.command("classify")(classify.classify)
+app.add_typer(adapters.app, name="adapters")
 
 
 def _version(wanted: bool) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from loraplex.errors import LoraplexError
 
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 240)
 
 PathArgument = Annotated[
     str,

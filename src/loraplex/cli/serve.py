@@ -43,6 +43,42 @@ def serve(
             help="Memory for K/V that is kept between calls: a share of what is free (20%, the default), 2GiB, or 0.",
         ),
     ] = None,
+    preload: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORAPLEX_PRELOAD",
+            help="Read and proven at start: all (the default), none, or names with commas, which are pinned.",
+        ),
+    ] = None,
+    max_adapters: Annotated[
+        int | None,
+        typer.Option(envvar="LORAPLEX_MAX_ADAPTERS", help="Adapters on the device at once. Default 1024."),
+    ] = None,
+    adapter_memory: Annotated[
+        str | None,
+        typer.Option(envvar="LORAPLEX_ADAPTER_MEMORY", help="Memory for them: 20% of what is free (default), or 2GiB."),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORAPLEX_HOST_MEMORY", help="Host memory for adapters that wait there: 10% (default), or 2GiB."
+        ),
+    ] = None,
+    adapter_root: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter-root",
+            metavar="DIR",
+            envvar="LORAPLEX_ADAPTER_ROOT",
+            help="Adapters may be loaded at run time from below it, and from below the bundle. Repeatable.",
+        ),
+    ] = None,
+    state_dir: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORAPLEX_STATE_DIR", metavar="DIR", help="Remembers what was loaded, unloaded and pinned."
+        ),
+    ] = None,
     max_step_tokens: Annotated[
         int | None,
         typer.Option(
@@ -87,6 +123,12 @@ def serve(
                 "dtype": dtype,
                 "max_queue": max_queue,
                 "kv_cache": kv_cache,
+                "preload": preload,
+                "max_adapters": max_adapters,
+                "adapter_memory": adapter_memory,
+                "host_memory": host_memory,
+                "adapter_root": tuple(adapter_root) if adapter_root else None,
+                "state_dir": state_dir,
                 "max_step_tokens": max_step_tokens,
                 "max_step_sequences": max_step_sequences,
             },

@@ -24,7 +24,7 @@ class MultiLoRA:
         self._scores: dict[int, SavedModule] = {}
         self._hidden = torch.empty(0)  # [L, hidden] of the wanted rows, as the output head saw them
         head: Any = model.get_output_embeddings()
-        self._input_path, self._output_path = path_of(model, model.get_input_embeddings()), path_of(model, head)
+        self._output_path = path_of(model, head)
         head.register_forward_pre_hook(self._keep_hidden)
 
     def begin(self, segments: Segments, last_segments: Segments) -> None:
@@ -38,27 +38,27 @@ class MultiLoRA:
         self._set_slot(slot, adapter)
 
     def _set_slot(self, slot: int, adapter: AdapterWeights) -> None:
-        input_path, output_path = self._input_path, self._output_path
-        linears = {*adapter.modules, *adapter.biases}
+        head = self._output_path
+        linears = {*adapter.modules, *adapter.biases} - {head}
         self._layers |= wrap_linears(self.model, sorted(linears), self._segments)
         for path in linears:
             self._linear(path).set_slot(slot, adapter.modules.get(path), bias=adapter.biases.get(path))
         replaced = {*adapter.saved, *adapter.token_rows}
-        if adapter.embeddings or input_path in replaced:
-            embedding = self._wrapped_embedding(input_path)
-            embedding.set_slot(
+        for path in {*adapter.embeddings, *replaced} - {head}:
+            self._embedding(path).set_slot(
                 slot,
-                adapter.embeddings.get(input_path),
-                saved=adapter.saved.get(input_path),
-                rows=adapter.token_rows.get(input_path),
+                adapter.embeddings.get(path),
+                saved=adapter.saved.get(path),
+                rows=adapter.token_rows.get(path),
             )
-        if adapter.output is not None or output_path in replaced:
-            self._layers |= wrap_linears(self.model, [output_path], self._head_segments)
-            self._linear(output_path).set_slot(
+        if adapter.output is not None or head in replaced or head in adapter.biases:
+            self._layers |= wrap_linears(self.model, [head], self._head_segments)
+            self._linear(head).set_slot(
                 slot,
                 adapter.output,
-                saved=adapter.saved.get(output_path),
-                rows=adapter.token_rows.get(output_path),
+                bias=adapter.biases.get(head),
+                saved=adapter.saved.get(head),
+                rows=adapter.token_rows.get(head),
             )
         if adapter.score is not None:
             device, dtype = self.model.device, self.model.dtype
@@ -101,7 +101,7 @@ class MultiLoRA:
         assert isinstance(layer, MultiLoRALinear), f"{path} is a {type(layer).__name__}"
         return layer
 
-    def _wrapped_embedding(self, path: str) -> MultiLoRAEmbedding:
+    def _embedding(self, path: str) -> MultiLoRAEmbedding:
         layer = self._layers.get(path)
         if layer is None:
             embedding = self.model.get_submodule(path)

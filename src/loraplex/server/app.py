@@ -20,7 +20,7 @@ import loraplex
 from loraplex.backends.base import Backend
 from loraplex.config import ServerConfig, error_place
 from loraplex.errors import BadInputError, ConfigurationError, EngineError, InvalidRequestError, LoraplexError
-from loraplex.server import routes, sagemaker
+from loraplex.server import admin, routes, sagemaker
 from loraplex.server.schemas import error_json
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     app.state.created = int(time.time())
     app.include_router(routes.router)
     app.include_router(sagemaker.router)
+    app.include_router(admin.router)
     app.add_middleware(_BodyLimit, max_body_bytes=config.max_body_bytes)
     app.add_exception_handler(LoraplexError, _loraplex_error)
     app.add_exception_handler(RequestValidationError, _validation_error)

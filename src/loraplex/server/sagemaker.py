@@ -25,8 +25,7 @@ async def invocations(request: Request, body: SageMakerBody) -> Response | list[
 async def _invoke(request: Request, body: InvocationBody) -> InvocationResult:
     """Through the adapter's contract where it has one, else verbatim."""
     backend = backend_of(request)
-    has_contract = any(info.name == body.adapter_name and info.labels for info in backend.adapters())
-    if body.adapter_name is not None and has_contract and not body.raw:
+    if body.adapter_name is not None and not body.raw:
         result = await backend.classify(ClassifyRequest(input=body.input_text, classifiers=(body.adapter_name,)))
         verdict = result.verdicts[0]
         assert verdict.label is not None and verdict.confidence is not None, "a lone verdict's error is raised"

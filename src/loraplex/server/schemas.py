@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
-from loraplex.types import ClassifyRequest, ClassifyResult, ErrorInfo, Message, classifier_names
+from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, ErrorInfo, Message, classifier_names
 
 MAX_ITEMS = 10_000  # in a list of a body
 CLASSIFY_RESULT = TypeAdapter(ClassifyResult)
@@ -95,6 +95,36 @@ SageMakerBody = Annotated[
     Annotated[InvocationBody, Tag("article")] | Annotated[ClassifyBody, Tag("native")],
     Discriminator(_body_kind),
 ]
+
+
+class AdapterBody(_Body):
+    """Where an adapter comes from."""
+
+    source: str = Field(description="a path below an adapter root, hf://org/name@revision, or s3://bucket/prefix")
+    pinned: bool | None = Field(None, description="keep its place on the device; as it was, where not given")
+
+
+class VllmLoadBody(BaseModel):
+    """vLLM's body; other fields of it are ignored."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class VllmUnloadBody(BaseModel):
+    lora_name: str
+
+
+class SageMakerAdapterBody(_Body):
+    name: str
+    src: str
+    preload: bool = True
+    pin: bool = False
+
+
+class AdapterList(BaseModel):
+    adapters: list[AdapterInfo]
 
 
 class ErrorBody(BaseModel):

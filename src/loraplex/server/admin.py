@@ -1,0 +1,114 @@
+"""Adapters at run time: our routes, vLLM's names for them, and SageMaker's."""
+
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse
+
+from loraplex.errors import AdapterExistsError, ConfigurationError, RefusedError, UnknownClassifierError
+from loraplex.server.routes import backend_of
+from loraplex.server.schemas import (
+    AdapterBody,
+    AdapterList,
+    ErrorBody,
+    SageMakerAdapterBody,
+    VllmLoadBody,
+    VllmUnloadBody,
+)
+from loraplex.types import AdapterInfo
+
+Result = TypeVar("Result")
+
+router = APIRouter(tags=["adapters"])
+
+UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "no such adapter"}}
+LOADING: dict[int | str, dict[str, Any]] = {
+    409: {"model": ErrorBody, "description": "the name is taken, or being unloaded"},
+    422: {"model": ErrorBody, "description": "not sound, or not below an adapter root; what answered before goes on"},
+    503: {"model": ErrorBody, "description": "not ready, or stopping"},
+}
+
+
+async def _sound(loading: Awaitable[Result]) -> Result:
+    """What is wrong with an adapter that a client names is the client's to mend. The work goes on to its end though
+    the client may leave."""
+    try:
+        return await loading
+    except ConfigurationError as exc:
+        raise RefusedError(exc) from exc
+
+
+def _is_known(request: Request, name: str) -> bool:
+    try:
+        backend_of(request).adapter(name)
+    except UnknownClassifierError:
+        return False
+    return True
+
+
+@router.get("/v1/adapters")
+async def list_adapters(request: Request) -> AdapterList:
+    """All adapters with their states."""
+    return AdapterList(adapters=list(backend_of(request).adapters()))
+
+
+@router.get("/v1/adapters/{name}", responses=UNKNOWN)
+async def show_adapter(request: Request, name: str) -> AdapterInfo:
+    return backend_of(request).adapter(name)
+
+
+@router.put("/v1/adapters/{name}", responses=LOADING)
+async def put_adapter(request: Request, name: str, body: AdapterBody) -> AdapterInfo:
+    """Load it, or replace the one of that name: requests in flight finish on the old version, later ones get the new.
+    Answers when the new one has proven itself and is live; where it does not, the old one goes on."""
+    return await _sound(backend_of(request).load_adapter(name, body.source, pin=body.pinned))
+
+
+@router.delete("/v1/adapters/{name}", responses=UNKNOWN)
+async def delete_adapter(request: Request, name: str) -> dict[str, str]:
+    """Unload it. Answers when its last request is answered and its memory is free."""
+    await backend_of(request).unload_adapter(name)
+    return {"name": name, "state": "unloaded"}
+
+
+@router.put("/v1/adapters/{name}/pin", responses=UNKNOWN | LOADING)
+async def pin_adapter(request: Request, name: str) -> AdapterInfo:
+    """Keep its place on the device."""
+    return await _sound(backend_of(request).pin_adapter(name, True))
+
+
+@router.delete("/v1/adapters/{name}/pin", responses=UNKNOWN)
+async def unpin_adapter(request: Request, name: str) -> AdapterInfo:
+    return await _sound(backend_of(request).pin_adapter(name, False))
+
+
+@router.post("/v1/load_lora_adapter", responses=LOADING, response_class=PlainTextResponse)
+async def load_lora_adapter(request: Request, body: VllmLoadBody) -> str:
+    """vLLM's. A name that is taken is refused unless `load_inplace`."""
+    if not body.load_inplace and _is_known(request, body.lora_name):
+        raise AdapterExistsError(body.lora_name)
+    await _sound(backend_of(request).load_adapter(body.lora_name, body.lora_path))
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+
+@router.post("/v1/unload_lora_adapter", responses=UNKNOWN, response_class=PlainTextResponse)
+async def unload_lora_adapter(request: Request, body: VllmUnloadBody) -> str:
+    """vLLM's."""
+    await backend_of(request).unload_adapter(body.lora_name)
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+
+
+@router.post("/adapters", responses=LOADING, tags=["sagemaker"])
+async def sagemaker_load(request: Request, body: SageMakerAdapterBody) -> AdapterInfo:
+    """SageMaker's. A name that is taken is refused. `preload` changes nothing: an adapter is always read and proven
+    before it is live."""
+    if _is_known(request, body.name):
+        raise AdapterExistsError(body.name)
+    return await _sound(backend_of(request).load_adapter(body.name, body.src, pin=body.pin))
+
+
+@router.delete("/adapters/{name}", responses=UNKNOWN, tags=["sagemaker"])
+async def sagemaker_unload(request: Request, name: str) -> dict[str, str]:
+    """SageMaker's."""
+    return await delete_adapter(request, name)

@@ -1,0 +1,316 @@
+"""Adapters that come, change and go over HTTP while others are asked: nothing stale, nothing mixed, nothing lost."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import serving
+import tiny
+
+TEXT = "Customer: hello, I would like to book a table for two. Is it done?"
+INVOCATION = tiny.SPECIAL_TOKENS.index("<|ask|>")
+Answer = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with `one` (plain) and `two` (activated) in it, and two versions of each beside it."""
+    folder = tmp_path_factory.mktemp("adapters")
+    tiny.save_base(folder / "bundle", tiny.FAMILIES["mistral"])
+    for name, invocation in (("one", None), ("two", [INVOCATION])):
+        for seed in (1, 2):
+            where = folder / "versions" / f"{name}{seed}"
+            tiny.save_adapter(
+                folder / "bundle",
+                where,
+                contract=tiny.CONTRACT,
+                seed=10 * seed + len(name),
+                alora_invocation_tokens=invocation,
+            )
+        shutil.copytree(folder / "versions" / f"{name}1", folder / "bundle" / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Server]:
+    """One for all tests, each of which loads what it changes under a name of its own."""
+    with serving.serve(
+        made / "bundle", "--dtype", "float32", "--adapter-root", tmp_path_factory.getbasetemp()
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: serving.Server) -> Iterator[httpx.Client]:
+    with serving.client(server) as client:
+        yield client
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy, to be changed."""
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+def ask(http: httpx.Client, name: str, text: str = TEXT, **fields: object) -> Answer:
+    response = http.post("/v1/classify", json={"input": text, "classifiers": name, **fields})
+    assert response.status_code == 200, response.text
+    [verdict] = response.json()["verdicts"]
+    return dict(verdict)
+
+
+def put(http: httpx.Client, name: str, source: object, **fields: object) -> httpx.Response:
+    return http.put(f"/v1/adapters/{name}", json={"source": str(source), **fields})
+
+
+def overwrite(folder: Path, other: Path) -> None:
+    """The files under the same path become another adapter's."""
+    for file in other.iterdir():
+        shutil.copy(file, folder / file.name)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_no_answer_is_stale_or_mixed_while_versions_change_under_the_same_path(
+    folder: Path, server: serving.Server, http: httpx.Client, name: str
+) -> None:
+    place, versions = folder / "versions" / "place", [folder / "versions" / f"{name}{seed}" for seed in (1, 2)]
+    shutil.copytree(versions[0], place)
+    expected: dict[str, dict[str, float]] = {}
+    for version in versions:
+        overwrite(place, version)
+        info = put(http, "probe", place).json()
+        expected[info["version"]] = ask(http, "probe")["scores"]
+    assert len(expected) == 2
+    assert abs(next(iter(expected.values()))["yes"] - list(expected.values())[1]["yes"]) > 0.01
+
+    answers: list[Answer] = []
+    stopping = threading.Event()
+
+    def traffic(which: int) -> None:
+        with serving.client(server) as client:
+            while not stopping.is_set():
+                # One of them keeps its K/V from call to call.
+                answers.append(ask(client, "probe", **({"conversation_id": "same"} if which else {})))
+
+    threads = [threading.Thread(target=traffic, args=(which,)) for which in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for round_ in range(8):
+            overwrite(place, versions[round_ % 2])
+            info = put(http, "probe", place).json()
+            answer = ask(http, "probe", conversation_id="same")
+            assert answer["adapter"]["version"] == info["version"]
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join()
+    assert {answer["adapter"]["version"] for answer in answers} == set(expected)
+    for answer in answers:
+        assert answer["scores"] == pytest.approx(expected[answer["adapter"]["version"]], abs=1e-4)
+
+
+def test_a_contract_only_change_is_a_new_version_and_keeps_the_kv(folder: Path, http: httpx.Client) -> None:
+    place = folder / "versions" / "two1"
+    first = put(http, "contract", place).json()
+    text = TEXT + " really?"
+    ask(http, "contract", text)
+    contract = place / "classifier.yaml"
+    contract.write_text(contract.read_text() + "threshold: 0.0\n")
+    second = put(http, "contract", place).json()
+    assert second["version"] != first["version"]
+    response = http.post("/v1/classify", json={"input": text, "classifiers": "contract"}).json()
+    assert response["verdicts"][0]["label"] == "yes"
+    assert response["usage"]["cached_tokens"] >= 16
+
+
+def truncate(place: Path) -> None:
+    weights = place / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def change(place: Path, to: float) -> None:
+    weights = place / "adapter_model.safetensors"
+    save_file({key: torch.full_like(t, to) if "lora_B" in key else t for key, t in load_file(weights).items()}, weights)
+
+
+def other_shape(place: Path) -> None:
+    weights = place / "adapter_model.safetensors"
+    save_file({key: tensor[:, :-1].contiguous() for key, tensor in load_file(weights).items()}, weights)
+
+
+def wrong_golden(place: Path) -> None:
+    contract = place / "classifier.yaml"
+    golden = [{"text": "Customer: hello", "label": "yes"}, {"text": "Customer: hello", "label": "no"}]
+    contract.write_text(contract.read_text() + f"golden: {json.dumps(golden)}\n")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "code", "says"),
+    [
+        (truncate, "adapter_error", "safetensors"),
+        (other_shape, "adapter_error", "shape"),
+        (lambda place: change(place, float("nan")), "adapter_error", "NaN"),
+        (lambda place: change(place, 0.0), "adapter_error", "changes nothing"),
+        (wrong_golden, "contract_error", "golden"),
+        (lambda place: (place / "adapter_config.json").unlink(), "adapter_error", "adapter_config.json"),
+        (
+            lambda place: (place / "adapter_model.safetensors").rename(place / "adapter_model.bin"),
+            "adapter_error",
+            "bin",
+        ),
+    ],
+)
+def test_a_broken_adapter_never_replaces_a_working_one(
+    folder: Path, http: httpx.Client, break_it: Any, code: str, says: str
+) -> None:
+    assert put(http, "works", folder / "versions" / "one1").status_code == 200
+    before = ask(http, "works")
+    place = folder / "versions" / "one2"
+    break_it(place)
+    response = put(http, "works", place)
+    assert response.status_code == 422, response.text
+    error = response.json()["error"]
+    assert error["code"] == code and says in error["message"] + error["remedy"] and error["remedy"]
+    assert ask(http, "works") == before
+    if (place / "adapter_config.json").exists() and (place / "adapter_model.safetensors").exists():
+        info = http.get("/v1/adapters/works").json()
+        assert info["state"] == "ready" and info["error"]["code"] == code
+    assert put(http, "new", place).status_code == 422
+    assert http.get("/v1/adapters/new").status_code == 404
+
+
+def test_an_unloaded_adapter_is_unknown_and_can_come_back(folder: Path, http: httpx.Client) -> None:
+    assert put(http, "gone", folder / "versions" / "one2").status_code == 200
+    before = ask(http, "gone")
+    assert http.delete("/v1/adapters/gone").json() == {"name": "gone", "state": "unloaded"}
+    response = http.post("/v1/classify", json={"input": TEXT, "classifiers": "gone"})
+    assert response.status_code == 404 and response.json()["error"]["code"] == "unknown_classifier"
+    both = http.post("/v1/classify", json={"input": TEXT, "classifiers": ["gone", "two"]}).json()["verdicts"]
+    assert both[0]["error"]["code"] == "unknown_classifier" and both[1]["label"]
+    assert http.delete("/v1/adapters/gone").status_code == 404
+    assert put(http, "gone", folder / "versions" / "one2").status_code == 200
+    assert ask(http, "gone") == before
+
+
+def test_vllms_names(folder: Path, http: httpx.Client) -> None:
+    body = {"lora_name": "v", "lora_path": str(folder / "versions" / "one1")}
+    response = http.post("/v1/load_lora_adapter", json=body)
+    assert response.status_code == 200 and "Success" in response.text
+    first = ask(http, "v")
+    again = http.post("/v1/load_lora_adapter", json=body)
+    assert again.status_code == 409 and again.json()["error"]["code"] == "adapter_exists"
+    body["lora_path"] = str(folder / "versions" / "one2")
+    assert http.post("/v1/load_lora_adapter", json=body | {"load_inplace": True}).status_code == 200
+    assert ask(http, "v")["adapter"]["version"] != first["adapter"]["version"]
+    assert http.post("/v1/unload_lora_adapter", json={"lora_name": "v"}).status_code == 200
+    assert http.post("/v1/unload_lora_adapter", json={"lora_name": "v"}).status_code == 404
+
+
+def test_sagemakers_names(folder: Path, http: httpx.Client) -> None:
+    body = {"name": "s", "src": str(folder / "versions" / "one1"), "preload": True, "pin": True}
+    assert http.post("/adapters", json=body).json()["pinned"] is True
+    assert http.post("/adapters", json=body).status_code == 409
+    answer = http.post("/invocations", json={"input_text": TEXT, "adapter_name": "s"})
+    assert answer.json()[0]["predicted_text"] in ("yes", "no")
+    assert http.delete("/adapters/s").status_code == 200
+    assert http.post("/invocations", json={"input_text": TEXT, "adapter_name": "s"}).status_code == 404
+
+
+@pytest.mark.parametrize("source", ["/etc", "../..", "", "s3://", "ftp://x/y", "no/such/folder", "\0", "hf://x"])
+def test_what_lies_elsewhere_is_refused(http: httpx.Client, source: str) -> None:
+    response = put(http, "x", source)
+    assert response.status_code == 422, response.text
+    assert response.json()["error"]["remedy"]
+
+
+@pytest.mark.parametrize("name", ["*", "a%20b", "..", "%2e%2e%2fx", "x" * 129])
+def test_names_are_restricted(folder: Path, http: httpx.Client, name: str) -> None:
+    assert put(http, name, folder / "versions" / "one1").status_code in (404, 405, 422)
+
+
+def test_a_kill_forgets_nothing(folder: Path) -> None:
+    arguments = ["--dtype", "float32", "--adapter-root", folder / "versions", "--state-dir", folder / "state"]
+    with serving.serve(folder / "bundle", *arguments) as server, serving.client(server) as http:
+        assert put(http, "new", folder / "versions" / "one2", pinned=True).status_code == 200
+        assert put(http, "lost", folder / "versions" / "two2").status_code == 200
+        assert put(http, "two", folder / "versions" / "two2").status_code == 200
+        assert http.delete("/v1/adapters/one").status_code == 200
+        expected = {name: ask(http, name) for name in ("new", "two")}
+        server.process.kill()
+        server.process.wait(30)
+    shutil.copytree(folder / "versions" / "two2", folder / "bundle" / "kept")
+    shutil.rmtree(folder / "versions" / "two2")
+    with serving.serve(folder / "bundle", *arguments) as server, serving.client(server) as http:
+        adapters = {one["name"]: one for one in http.get("/v1/adapters").json()["adapters"]}
+        assert set(adapters) == {"new", "lost", "two", "kept"}
+        assert adapters["new"]["pinned"] and ask(http, "new") == expected["new"]
+        for name in ("lost", "two"):  # their folder is gone
+            assert adapters[name]["state"] == "failed" and adapters[name]["error"]["remedy"]
+            assert http.post("/v1/classify", json={"input": TEXT, "classifiers": name}).status_code >= 400
+        assert put(http, "two", folder / "bundle" / "kept").status_code == 200
+        assert ask(http, "two")["scores"] == expected["two"]["scores"]
+
+
+def test_lazy_adapters_are_read_when_they_are_asked(folder: Path) -> None:
+    (folder / "bundle" / "two" / "adapter_model.safetensors").write_bytes(b"broken")
+    with (
+        serving.serve(folder / "bundle", "--dtype", "float32", "--preload", "none") as server,
+        serving.client(server) as http,
+    ):
+        states = {one["name"]: one["state"] for one in http.get("/v1/adapters").json()["adapters"]}
+        assert states == {"one": "registered", "two": "registered"}
+        verdicts = http.post("/v1/classify", json={"input": TEXT, "classifiers": "*"}).json()["verdicts"]
+        assert verdicts[0]["label"] and verdicts[1]["error"]["code"] == "adapter_error"
+        states = {one["name"]: one["state"] for one in http.get("/v1/adapters").json()["adapters"]}
+        assert states == {"one": "ready", "two": "failed"}
+
+
+def test_more_adapters_than_places_take_turns(folder: Path) -> None:
+    for seed in range(6):
+        tiny.save_adapter(folder / "bundle", folder / "bundle" / f"more{seed}", contract=tiny.CONTRACT, seed=50 + seed)
+    with (
+        serving.serve(folder / "bundle", "--dtype", "float32", "--max-adapters", "2", "--host-memory", "0") as server,
+        serving.client(server) as http,
+    ):
+        every = http.post("/v1/classify", json={"input": TEXT, "classifiers": "*"}).json()["verdicts"]
+        assert len(every) == 8 and all("label" in verdict for verdict in every)
+        for verdict in every:
+            assert ask(http, verdict["classifier"])["scores"] == pytest.approx(verdict["scores"], abs=1e-4)
+        on_device = [one["name"] for one in http.get("/v1/adapters").json()["adapters"] if one["on_device"]]
+        assert len(on_device) <= 2
+
+
+def test_the_command_line(folder: Path, server: serving.Server) -> None:
+    def run(*arguments: object) -> Any:
+        return serving.loraplex("adapters", *arguments, "--url", server.url)
+
+    assert "one" in run("list").stdout
+    loaded = run("load", "cli", folder / "versions" / "one2", "--pin", "--json")
+    assert json.loads(loaded.stdout)["pinned"] is True
+    assert json.loads(run("pin", "cli", "--off", "--json").stdout)["pinned"] is False
+    assert "state: ready" in run("show", "cli").stdout
+    assert run("unload", "cli").returncode == 0
+    gone = run("show", "cli")
+    assert gone.returncode == 1 and "unknown_classifier" in gone.stderr and "remedy" in gone.stderr
+    nobody = serving.loraplex("adapters", "list", "--url", "http://127.0.0.1:9")
+    assert nobody.returncode == 1 and "unreachable" in nobody.stderr
+
+
+def test_verify_compares_with_peft(folder: Path) -> None:
+    for name in ("one", "two"):
+        run = serving.loraplex("adapters", "verify", folder / "bundle" / name, "--text", "Customer: is it?", "--json")
+        assert run.returncode == 0, run.stderr
+        proof = json.loads(run.stdout)
+        assert proof["num_compared"] == 1 and proof["difference"] <= 1e-4
+    truncate(folder / "bundle" / "one")
+    run = serving.loraplex("adapters", "verify", folder / "bundle" / "one")
+    assert run.returncode == 1 and "safetensors" in run.stderr

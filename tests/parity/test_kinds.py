@@ -1,0 +1,88 @@
+"""Every kind of adapter that PEFT writes, on every tiny base, all of a base's kinds in one step: PEFT's answers, one by
+one and in float32, within 1e-4 in probability and 1e-3 in log probability, which says more where the answers are flat."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+import tiny
+from loraplex.adapters.checkpoint import read_adapter
+from loraplex.adapters.weights import AdapterWeights
+from loraplex.engine.block_pool import BASE_KV
+from loraplex.engine.runner import ModelRunner
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, SequenceOutput, Target
+from loraplex.engine.step import Step
+from loraplex.engine.tokenizer import last_match
+from loraplex.model.loader import base_layers, build_skeleton, load_base, read_config
+from loraplex.model.multi_lora import prefix_slot
+from peft_cases import BASES, CASES, TOKEN_IDS, Bases, Case, logits, write
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of embeddings, ties and what else it thinks unwise
+
+TOLERANCE, LOG_TOLERANCE = 1e-4, 1e-3
+EVERY_TOKEN = tuple(Target(position=-1, token_id=i) for i in range(tiny.VOCAB_SIZE))
+
+
+def expect(bases: Bases, case: Case, folder: Path) -> torch.Tensor:
+    """PEFT's log probabilities of the next token, or of the labels."""
+    found = logits(PeftModel.from_pretrained(bases.load(case.base, case.is_classifier), folder))[0]
+    return (found if case.is_classifier else found[-1]).log_softmax(-1)
+
+
+def sequence_of(slot: int, adapter: AdapterWeights | None) -> Sequence:
+    if adapter is None:
+        return Sequence(token_ids=tuple(TOKEN_IDS), slot=NO_ADAPTER, targets=EVERY_TOKEN)
+    invocation = adapter.invocation_tokens
+    activation = 0 if invocation is None else last_match(TOKEN_IDS, invocation)
+    assert activation is not None
+    return Sequence(
+        token_ids=tuple(TOKEN_IDS),
+        slot=slot,
+        kv_id=bytes.fromhex(adapter.kv_id),
+        activation=activation,
+        prefix_slot=prefix_slot(slot) if adapter.changes_prefix else NO_ADAPTER,
+        prefix_kv_id=bytes([slot + 1] * 32) if adapter.changes_prefix else BASE_KV,
+        targets=EVERY_TOKEN if adapter.score is None else (),
+    )
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_all_kinds_in_one_step_equal_peft(base: str, tmp_path: Path) -> None:
+    bases = Bases(tmp_path / "bases")
+    folder = bases.folder(base)
+    config = read_config(folder)
+    layers = base_layers(build_skeleton(config, folder))
+    runner = ModelRunner(load_base(config, folder, torch.float32, torch.device("cpu")))
+    cases = {name: case for name, case in CASES.items() if case.base == base}
+    bare = logits(bases.load(base))[0, -1].log_softmax(-1)
+    expected: dict[str | None, torch.Tensor] = {None: bare}
+    adapters: dict[str | None, AdapterWeights | None] = {None: None}
+    for slot, (kind, case) in enumerate(cases.items()):
+        where = write(bases, tmp_path / kind, case)
+        expected[kind] = expect(bases, case, where)
+        assert case.is_classifier or (expected[kind] - bare).abs().max() > 100 * LOG_TOLERANCE, (
+            f"{kind} changes too little"
+        )
+        adapter = adapters[kind] = read_adapter(where, layers).without_base_copies(runner.parameter)
+        runner.set_slot(slot, adapter)
+    sequences = [sequence_of(slot - 1, adapter) for slot, adapter in enumerate(adapters.values())]
+    EngineRequest(sequences)
+    outputs = dict(runner.run(Step.of(sequences)))
+    for name, sequence in zip(adapters, sequences, strict=True):
+        output = outputs[sequence]
+        assert isinstance(output, SequenceOutput), name
+        found = torch.tensor(output.log_probs)
+        assert found.shape == expected[name].shape
+        assert (found - expected[name]).abs().max() <= LOG_TOLERANCE, name
+        assert (found.exp() - expected[name].exp()).abs().max() <= TOLERANCE, name
+        assert found.argmax() == expected[name].argmax(), name
+
+    for slot in range(len(cases)):
+        runner.clear_slot(slot)
+    again = Sequence(token_ids=tuple(TOKEN_IDS), slot=0, targets=EVERY_TOKEN)
+    EngineRequest([again])
+    [(_, output)] = runner.run(Step.of([again]))
+    assert isinstance(output, SequenceOutput)
+    assert (torch.tensor(output.log_probs) - bare).abs().max() <= LOG_TOLERANCE, "something stayed behind"
