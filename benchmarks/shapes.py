@@ -20,6 +20,14 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         num_key_value_heads=2,
         vocab_size=64,
     ),
+    "6M": dict(
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=4096,
+    ),
     "116M": dict(
         hidden_size=768,
         intermediate_size=2304,

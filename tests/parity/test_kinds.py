@@ -1,5 +1,5 @@
 """Every kind of adapter that PEFT writes, on every tiny base, all of a base's kinds in one step: PEFT's answers, one by
-one and in float32, within 1e-4 in probability and 1e-3 in log probability, which says more where the answers are flat."""
+one and in float32, within 1e-4 in probability, and 1e-3 in log probability, which says more of flat answers."""
 
 from pathlib import Path
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import random
 import threading
 import weakref
@@ -11,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from loraplex.adapters.slots import SlotTable
 from loraplex.adapters.store import AdapterStore, HostTier, Lease
@@ -30,6 +29,10 @@ from loraplex.errors import (
 
 def broken() -> LoraplexError:
     return AdapterError("there", "is broken", remedy="mend it")
+
+
+def out_of_memory() -> Exception:
+    return MemoryError("out of memory")
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Simulated:
         self.read_gate.set()
         self.place_gate.set()
         self.prove_gate.set()
-        self.place_error: Exception | None = None
+        self.place_error: Callable[[], Exception] | None = None
         self.prove_errors: dict[str, Exception] = {}  # by version
         self.faults: list[str] = []  # what came up in other threads
         self.weights: weakref.WeakSet[Weights] = weakref.WeakSet()
@@ -114,7 +117,7 @@ class Simulated:
         self._expect(weights.kv_id not in self.slots.values(), f"{weights.kv_id} is placed twice")
         self.slots[slot] = weights.kv_id
         if self.place_error is not None:
-            raise self.place_error
+            raise self.place_error()
 
     def clear(self, slot: int) -> None:
         self._expect(all(lease.slot != slot for lease in self.leased), f"slot {slot} is leased")
@@ -270,7 +273,7 @@ def test_an_adapter_on_its_way_into_its_slot_is_not_leased() -> None:
         await a_while()
         assert not second.done()
         sim.place_gate.set()
-        assert await asyncio.gather(first, second) == ["w1/", "w1/"]
+        assert list(await asyncio.gather(first, second)) == ["w1/", "w1/"]
         await sim.quiet()
 
     run(main())
@@ -287,7 +290,7 @@ def break_prove(sim: Simulated) -> None:
 
 def break_place(sim: Simulated) -> None:
     sim.write("a", "w2")
-    sim.place_error = MemoryError("out of memory")
+    sim.place_error = out_of_memory
 
 
 def break_size(sim: Simulated) -> None:
@@ -309,8 +312,10 @@ def break_read_unforeseen(sim: Simulated) -> None:
     ],
 )
 def test_a_failing_load_leaves_the_old_version(
-    break_it: Callable[[Simulated], None], kind: type[LoraplexError]
+    break_it: Callable[[Simulated], None], kind: type[LoraplexError], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.CRITICAL, "loraplex.adapters.store")  # pytest keeps what is logged, frames and all
+
     async def main() -> None:
         sim = Simulated()
         a = sim.write("a", "w1")
@@ -324,6 +329,7 @@ def test_a_failing_load_leaves_the_old_version(
         assert await sim.ask("a") == "w1/" and list(sim.slots.values()) == ["w1"]
         await sim.quiet()
         del raised
+        await a_while()  # the thread lets go of it, too
         gc.collect()
         assert [one.kv_id for one in sim.weights] == ["w1"], "the error holds the frames that hold the weights"
         sim.write("a", "w3")
@@ -398,7 +404,7 @@ def test_a_lazy_load_that_failed_for_the_moment_is_tried_again() -> None:
             await sim.ask("a")
         assert sim.store.entry("a").state == "failed"
         sim.prove_errors.clear()
-        sim.place_error = MemoryError("out of memory")
+        sim.place_error = out_of_memory
         with pytest.raises(EngineError, match="out of memory"):
             await sim.ask("a")
         sim.place_error = None
@@ -464,9 +470,8 @@ def test_unloading_waits_for_the_last_request_and_frees_everything() -> None:
         unload = asyncio.create_task(sim.store.unload("a"))
         await a_while()
         assert entry.state == "draining" and not unload.done() and sim.slots
-        for ask in (sim.store.try_lease, sim.store.entry):
-            with pytest.raises(UnknownClassifierError):
-                ask("a")
+        with pytest.raises(UnknownClassifierError):
+            sim.store.try_lease("a")
         with pytest.raises(UnknownClassifierError):
             await sim.store.lease("a")
         with pytest.raises(UnknownClassifierError):
@@ -750,16 +755,16 @@ def test_whoever_waits_hears_that_the_last_place_was_pinned() -> None:
         sim = Simulated(max_slots=1)
         for name in "ab":
             await sim.store.load(sim.write(name, name))
-        held = await sim.lease("b")
+        sim.prove_gate.clear()
+        load = asyncio.create_task(sim.store.load(sim.write("b", Files("b", "new")), pin=True))
+        await a_while()
         waits = asyncio.create_task(sim.ask("a"))
         await a_while()
-        await sim.store.load(sim.write("b", "b"), pin=None)  # the same weights prove themselves where they are
-        await a_while()
-        sim.store._pin(sim.store.entry("b"), True)
+        sim.prove_gate.set()
+        await load
         with pytest.raises(NotReadyError, match="unpin"):
             await waits
-        assert await sim.ask("b") == "b/"
-        sim.give_back(held)
+        assert await sim.ask("b") == "b/new"
         await sim.quiet()
 
     run(main())
@@ -814,7 +819,7 @@ def test_a_cold_one_needs_the_places_of_an_idle_and_a_hot_one() -> None:
         later = asyncio.create_task(sim.ask("hot"))
         assert sim.store.try_lease("hot") is None
         sim.give_back(lease)
-        assert await asyncio.gather(cold, later) == ["cold/", "hot/"]
+        assert list(await asyncio.gather(cold, later)) == ["cold/", "hot/"]
         await sim.quiet()
 
     run(main())
@@ -892,9 +897,10 @@ def test_a_waiter_that_leaves_as_its_lease_comes_gives_it_back() -> None:
         task = asyncio.create_task(sim.store.lease("a"))
         await asyncio.sleep(0)
         [(_, future)] = sim.store._waiting["a"]
-        future.add_done_callback(lambda _: task.cancel())  # after it is resolved, before the task runs on
-        await asyncio.wait([task])
-        assert task.cancelled()
+        while not future.done():
+            await asyncio.sleep(0)
+        assert not task.done(), "its next step is to take the lease"
+        await cancel(task)
         await sim.quiet()
 
     run(main())
@@ -927,7 +933,7 @@ def test_a_place_that_fails_loses_nothing() -> None:
         sim = Simulated(max_slots=1)
         for name in "ab":
             await sim.store.load(sim.write(name, name))
-        sim.place_error = MemoryError("out of memory")
+        sim.place_error = out_of_memory
         asked = await asyncio.gather(*(sim.ask("a") for _ in range(3)), return_exceptions=True)
         assert all(isinstance(one, EngineError) and "out of memory" in one.message for one in asked)
         assert not sim.slots and len({id(one) for one in asked}) == 3
@@ -1086,7 +1092,7 @@ class Actors:
                 await sim.store.pin(name, self.random.random() < 0.3)
             case 4:
                 self.rewrite(name)
-                sim.place_error = MemoryError("no room") if self.random.random() < 0.2 else None
+                sim.place_error = out_of_memory if self.random.random() < 0.2 else None
             case 5:
                 number = f"w{self.random.randrange(6)}/{self.random.randrange(2)}"
                 sim.prove_errors = {number: broken()} if self.random.random() < 0.5 else {}
@@ -1154,9 +1160,10 @@ class InTurns:
         return work(*args)
 
 
-@settings(max_examples=150, deadline=None)
-@given(seed=st.integers(0, 2**32))
-def test_anything_in_any_order(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(60))
+def test_anything_in_any_order(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "loraplex.adapters.store")
+
     async def main() -> None:
         actors = Actors(seed)
         sim, store = actors.sim, actors.sim.store
@@ -1176,5 +1183,28 @@ def test_anything_in_any_order(seed: int) -> None:
             patch.setattr(store, "_on_placer", on_placer)
             patch.setattr("loraplex.adapters.store.asyncio.to_thread", in_turns.to_thread)
             await actors.main()
+
+    run(main())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_anything_in_any_order_in_threads(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "loraplex.adapters.store")
+    run(Actors(seed).main())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_closing_at_any_time(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "loraplex.adapters.store")
+
+    async def main() -> None:
+        actors = Actors(seed)
+        tasks = [asyncio.create_task(actors.actor(100)) for _ in range(6)]
+        for _ in range(random.Random(seed).randrange(300)):
+            await asyncio.sleep(0)
+        await actors.sim.store.close()
+        _, hanging = await asyncio.wait(tasks, timeout=5)
+        assert not hanging and not any(task.exception() for task in tasks)
+        assert not actors.sim.faults and not actors.sim.store._tasks and not actors.sim.store._num_leases
 
     run(main())

@@ -83,6 +83,12 @@ class Entry(Generic[Version]):
         return self.loaded is None and isinstance(self.error, ConfigurationError)
 
     @property
+    def is_wanted(self) -> bool:
+        """Else it is a new name whose load failed: it is not known."""
+        is_busy = self.num_loading > 0 or self.first_load is not None or self.is_leaving
+        return self.is_registered or self.loaded is not None or is_busy
+
+    @property
     def state(self) -> State:
         if self.is_leaving:
             return "draining"
@@ -300,8 +306,7 @@ class AdapterStore(Generic[Version]):
             entry.num_loading -= 1
             if is_first:
                 entry.first_load = None
-            is_live = entry.loaded is not None or entry.num_loading or entry.is_leaving
-            if not is_live and not entry.is_registered and self._entries.get(entry.name) is entry:
+            if not entry.is_wanted and self._entries.get(entry.name) is entry:
                 del self._entries[entry.name]
 
     async def _read(self, source: AdapterSource) -> tuple[Version, Any]:

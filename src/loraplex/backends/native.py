@@ -37,7 +37,6 @@ from loraplex.errors import (
     LoraplexError,
     NotReadyError,
 )
-from loraplex.model.kv_cache import budget_bytes
 from loraplex.model.loader import (
     base_layers,
     build_skeleton,
@@ -49,6 +48,7 @@ from loraplex.model.loader import (
     resolve_dtype,
     stop_token_ids,
 )
+from loraplex.model.memory import budget_bytes, give_back
 from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, ErrorInfo, Timings, Usage
 
 logger = logging.getLogger(__name__)
@@ -121,6 +121,8 @@ class NativeBackend:
         store.entry(name)
         await self._remember(name, None, False)
         await store.unload(name)
+        if self._runner is not None:
+            await asyncio.to_thread(give_back, self._runner.device)
 
     async def pin_adapter(self, name: str, is_pinned: bool) -> AdapterInfo:
         entry = await self._ready_store().pin(name, is_pinned)

@@ -1,7 +1,6 @@
 """Keys and values of the blocks, one pair of tensors a layer. Which block holds what is the block pool's matter."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -32,20 +31,3 @@ class KVCache:
 def slot_bytes(shapes: Mapping[int, tuple[int, int]], dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values over all layers."""
     return sum(2 * heads * head_dim * dtype.itemsize for heads, head_dim in shapes.values())
-
-
-def budget_bytes(budget: str, device: torch.device) -> int:
-    """ "20%" of the memory that is free now, or "2GiB"."""
-    if budget.endswith("%"):
-        return int(float(budget[:-1]) / 100 * _free_bytes(device))
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(budget[-3:-2], 1)
-    return int(float(budget.removesuffix("iB").rstrip("KMG")) * unit)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0

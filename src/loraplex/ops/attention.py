@@ -25,16 +25,8 @@ def packed_attention(
         )
     if window is not None and window < layout.num_positions:
         return _windowed(query, key, value, layout, cache=cache, scaling=scaling, window=window)
-    output = torch.empty_like(query)
-    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if layout.contexts else None
-    for span in layout.spans:
-        rows, keys = slice(*span.queries), slice(span.start, span.end)
-        is_causal = span.row is None  # else a single query, which sees all of them
-        output[rows], own = _attend(query[rows], key[keys], value[keys], is_causal=is_causal, scaling=scaling)
-        if lse is not None:
-            lse[rows] = own
+    output, lse = _attend_to_own(query, key, value, layout, scaling=scaling)
     for context in layout.contexts:
-        assert lse is not None
         if context.cached is None:
             k, v = key[context.start : context.end], value[context.start : context.end]
         else:
@@ -43,6 +35,22 @@ def packed_attention(
         attended, theirs = _attend(query[context.rows], k, v, is_causal=False, scaling=scaling)
         _merge(output, lse, context.rows, attended, theirs)
     return output
+
+
+def _attend_to_own(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, *, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:  # [T, H, D], [T, H] float32
+    """Each span to itself, causally."""
+    if query.is_cuda and query.dtype != torch.float32 and layout.cu_seqlens is not None:
+        longest = max(span.end - span.start for span in layout.spans)
+        return _attend_varlen(query, key, value, layout.cu_seqlens, longest, scaling=scaling)
+    output = torch.empty_like(query)
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    for span in layout.spans:
+        rows, keys = slice(*span.queries), slice(span.start, span.end)
+        is_causal = span.row is None  # else a single query, which sees all of them
+        output[rows], lse[rows] = _attend(query[rows], key[keys], value[keys], is_causal=is_causal, scaling=scaling)
+    return output, lse
 
 
 def _attend(
@@ -66,20 +74,45 @@ def _attend(
 def _attend_cuda(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if is_causal:
+        ends = torch.tensor([0, len(query)], dtype=torch.int32).to(query.device, non_blocking=True)
+        return _attend_varlen(query, key, value, ends, len(query), scaling=scaling)
+    ends = torch.tensor([[0, len(query)], [0, len(key)]], dtype=torch.int32).to(query.device, non_blocking=True)
+    return _varlen(query, key, value, ends[0], ends[1], len(query), len(key), window=(-1, -1), scaling=scaling)
+
+
+def _attend_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, longest: int, *, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each of the consecutive spans to itself, causally, in one call."""
+    return _varlen(query, key, value, ends, ends, longest, longest, window=(-1, 0), scaling=scaling)
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_ends: torch.Tensor,
+    key_ends: torch.Tensor,
+    most_queries: int,
+    most_keys: int,
+    *,
+    window: tuple[int, int],
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    ends = torch.tensor([[0, len(query)], [0, len(key)]], dtype=torch.int32).to(query.device, non_blocking=True)
     output, lse = varlen_attn(
         query,
         key,
         value,
-        ends[0],
-        ends[1],
-        len(query),
-        len(key),
+        query_ends,
+        key_ends,
+        most_queries,
+        most_keys,
         return_aux=AuxRequest(lse=True),
         scale=scaling,
-        window_size=(-1, 0) if is_causal else (-1, -1),
+        window_size=window,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     # Documented as [n, H]; the kernels that PyTorch 2.11 and 2.13 call say [H, n].

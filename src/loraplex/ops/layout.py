@@ -37,8 +37,11 @@ class Context:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
+    """cu_seqlens: where the spans end, for kernels that take all of them in one call; None where a span has `row`."""
+
     spans: tuple[Span, ...]
     contexts: tuple[Context, ...] = ()
+    cu_seqlens: torch.Tensor | None = None  # [num_spans + 1] int32
 
     @property
     def num_positions(self) -> int:
@@ -66,4 +69,7 @@ def layout_of(spans: tuple[Span, ...], device: torch.device) -> Layout:
             contexts.append(Context(rows=which, start=seen[0], end=seen[1]))
         else:
             contexts.append(Context(rows=which, cached=cached[seen]))
-    return Layout(spans=spans, contexts=tuple(contexts))
+    ends = None
+    if all(span.row is None for span in spans):
+        ends = torch.tensor([0, *(span.end for span in spans)], dtype=torch.int32).to(device, non_blocking=True)
+    return Layout(spans=spans, contexts=tuple(contexts), cu_seqlens=ends)

@@ -1,0 +1,32 @@
+"""How much memory there is, and giving back what is not used."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+
+def budget_bytes(budget: str, device: torch.device) -> int:
+    """ "20%" of the memory that is free now, or "2GiB"."""
+    if budget.endswith("%"):
+        return int(float(budget[:-1]) / 100 * _free_bytes(device))
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(budget[-3:-2], 1)
+    return int(float(budget.removesuffix("iB").rstrip("KMG")) * unit)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def give_back(device: torch.device) -> None:
+    """What was freed goes back to the machine, as far as the allocators let it: they keep it for themselves."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
