@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import httpx
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file, save_file
 
 import serving
@@ -287,6 +289,44 @@ def test_more_adapters_than_places_take_turns(folder: Path) -> None:
             assert ask(http, verdict["classifier"])["scores"] == pytest.approx(verdict["scores"], abs=1e-4)
         on_device = [one["name"] for one in http.get("/v1/adapters").json()["adapters"] if one["on_device"]]
         assert len(on_device) <= 2
+
+
+def test_from_s3_and_again_when_it_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """moto's server over real HTTP, and the real boto3 in ours."""
+    storage = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    storage.start()
+    try:
+        host, port = storage.get_host_and_port()
+        environment = {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "XDG_CACHE_HOME": str(folder / "cache"),
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        s3 = boto3.client("s3")
+        s3.create_bucket(Bucket="models")
+
+        def upload(version: str) -> None:
+            for file in (folder / "versions" / version).iterdir():
+                s3.upload_file(str(file), "models", f"one/{file.name}")
+
+        with (
+            serving.serve(folder / "bundle", "--dtype", "float32", **environment) as server,
+            serving.client(server) as http,
+        ):
+            upload("one1")
+            first = put(http, "far", "s3://models/one").json()
+            assert ask(http, "far")["scores"] == ask(http, "one")["scores"]
+            upload("one2")
+            assert put(http, "far", "s3://models/one").json()["version"] != first["version"]
+            missing = put(http, "far", "s3://models/nothing")
+            assert missing.status_code == 422 and missing.json()["error"]["remedy"]
+            assert ask(http, "far")["label"]
+    finally:
+        storage.stop()
 
 
 def test_the_command_line(folder: Path, server: serving.Server) -> None:

@@ -28,6 +28,7 @@ ONLY_IN = {
         "ops",
         "model",
         "adapters/checkpoint",
+        "backends/oracle",
         "adapters/plan",
         "adapters/weights",
         "engine/batch",

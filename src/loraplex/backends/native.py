@@ -48,7 +48,7 @@ from loraplex.model.loader import (
     resolve_dtype,
     stop_token_ids,
 )
-from loraplex.model.memory import budget_bytes, give_back
+from loraplex.model.machine import budget_bytes, choose_threads, give_back
 from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, ErrorInfo, Timings, Usage
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class NativeBackend:
 
     async def load_adapter(self, name: str, source: str, *, pin: bool | None = None) -> AdapterInfo:
         resolved = await asyncio.to_thread(
-            resolve_source, source, roots=self._adapter_roots(), cache_dir=self._cache_dir()
+            resolve_source, source, roots=self._adapter_roots(), cache_dir=self._cache_dir(), progress=_progress(name)
         )
         opened = await asyncio.to_thread(open_adapter, name, resolved.path)
         entry = await self._ready_store().load(opened, pin=pin)
@@ -474,6 +474,7 @@ class NativeBackend:
         """Everything cheap is checked before the base's weights are read."""
         bundle, config = self._bundle, self._config
         device = resolve_device(config.device)
+        choose_threads()
         model_config = read_config(bundle.base)
         skeleton = build_skeleton(model_config, bundle.base)
         tokenizer = Tokenizer(bundle.base, num_embedded_tokens(skeleton))
@@ -531,6 +532,19 @@ def _timings(started: float, tokenized: float, outputs: Seq[SequenceOutput]) -> 
         compute_ms=max((output.computed_s for output in outputs), default=0.0) * 1000,
         total_ms=(time.monotonic() - started) * 1000,
     )
+
+
+def _progress(name: str) -> Callable[[int, int | None], None]:
+    """Logs a download every few seconds."""
+    logged = time.monotonic()
+
+    def log(num_bytes: int, total: int | None) -> None:
+        nonlocal logged
+        if time.monotonic() - logged > 5:
+            logged = time.monotonic()
+            logger.warning("%s: %d of %s MiB", name, num_bytes >> 20, "?" if total is None else total >> 20)
+
+    return log
 
 
 def _preloaded(preload: str, known: Iterable[str]) -> frozenset[str] | None:

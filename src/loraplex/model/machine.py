@@ -1,6 +1,8 @@
-"""How much memory there is, and giving back what is not used."""
+"""What the machine has to give: memory, and threads."""
 
 import ctypes
+import math
+import os
 from pathlib import Path
 
 import torch
@@ -30,3 +32,22 @@ def give_back(device: torch.device) -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
+
+
+def choose_threads() -> None:
+    """As many as this process may use at once, unless OMP_NUM_THREADS says otherwise: PyTorch counts the cores
+    of the machine and does not know that a container's share may be smaller."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    num_threads = min(len(os.sched_getaffinity(0)), math.ceil(_cpu_quota()))
+    if num_threads < torch.get_num_threads():
+        torch.set_num_threads(num_threads)
+
+
+def _cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+    """Cores' worth of time that cgroup v2 gives the process; infinity's stand-in is the number of cores."""
+    try:
+        quota, period = path.read_text().split()
+        return max(1.0, int(quota) / int(period))
+    except (OSError, ValueError):  # no such file, or "max"
+        return float(os.cpu_count() or 1)
