@@ -137,3 +137,22 @@ class AdapterInfo:
     pinned: bool = False
     on_device: bool = True
     error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """A backend now. adapters: name -> state. active: have requests; placing: have requests that wait for a place on
+    the device. num_reads: adapters read from disk so far."""
+
+    num_waiting: int
+    num_running: int
+    num_blocks: int
+    num_available_blocks: int
+    adapters: Mapping[str, str]
+    active: tuple[str, ...]
+    placing: tuple[str, ...]
+    num_slots: int
+    max_slots: int
+    device_bytes: int
+    host_bytes: int
+    num_reads: int

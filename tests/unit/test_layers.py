@@ -11,7 +11,7 @@ import loraplex
 ROOT = Path(loraplex.__file__).parent
 # From the bottom up. A module may import its own layer and those before it.
 LAYERS = [
-    {"types", "errors", "config"},
+    {"types", "errors", "config", "metrics"},
     {"classifier"},
     {"bundle"},
     {"ops"},
@@ -44,6 +44,7 @@ ONLY_IN = {
     "peft": {"backends/oracle"},
     "huggingface_hub": {"bundle", "adapters/source"},
     "boto3": {"adapters/source"},
+    "prometheus_client": {"metrics"},
     "yaml": {"config"},
 }
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from loraplex.adapters.host import HostTier
 from loraplex.adapters.slots import SlotTable
-from loraplex.adapters.store import AdapterStore, HostTier, Lease
+from loraplex.adapters.store import AdapterStore
+from loraplex.adapters.version import Lease
 from loraplex.bundle import AdapterSource
 from loraplex.errors import (
     AdapterError,
@@ -53,6 +55,10 @@ class Version:
     version: str
     kv_id: str
     num_bytes: int
+
+    @property
+    def host_bytes(self) -> int:
+        return self.num_bytes
 
 
 class Weights:
@@ -693,12 +699,15 @@ def test_pinning_follows_a_replacement_that_came_between() -> None:
         for name in "bc":
             await sim.store.load(sim.write(name, name))
         held = [await sim.lease(name) for name in "bc"]
-        pin = asyncio.create_task(sim.store.pin("a", True))
         load = asyncio.create_task(sim.store.load(sim.write("a", "w2")))
         await a_while()
-        for lease in held:
-            sim.give_back(lease)
-        await asyncio.gather(pin, load)
+        pin = asyncio.create_task(sim.store.pin("a", True))
+        await a_while()
+        sim.give_back(held[0])
+        await load
+        assert not pin.done(), "it waits for the old version's place"
+        sim.give_back(held[1])
+        await pin
         assert sim.store.entry("a").is_pinned and sim.store.slots.is_pinned("w2")
         await sim.quiet()
 
@@ -765,6 +774,29 @@ def test_whoever_waits_hears_that_the_last_place_was_pinned() -> None:
         with pytest.raises(NotReadyError, match="unpin"):
             await waits
         assert await sim.ask("b") == "b/new"
+        await sim.quiet()
+
+    run(main())
+
+
+def test_those_that_were_to_leave_stay_where_whoever_waited_gives_up() -> None:
+    async def main() -> None:
+        sim = Simulated(max_slots=3, budget=30)
+        for name, num_bytes in (("big", 30), ("b", 10), ("c", 10)):
+            await sim.store.load(sim.write(name, Files(name, num_bytes=num_bytes)))
+        held = await sim.lease("b")
+        sim.prove_gate.clear()
+        load = asyncio.create_task(sim.store.load(sim.write("c", Files("c", "new")), pin=True))
+        await a_while()
+        waits = asyncio.create_task(sim.ask("big"))
+        await a_while()
+        assert sim.store.try_lease("b") is None
+        sim.prove_gate.set()
+        await load
+        with pytest.raises(NotReadyError, match="unpin"):
+            await waits
+        assert await sim.ask("b") == "b/"
+        sim.give_back(held)
         await sim.quiet()
 
     run(main())

@@ -3,13 +3,15 @@ device. Runs on one event loop; what blocks runs in threads. Knows no tensors: t
 
 import asyncio
 import logging
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal
 
+from loraplex.adapters.host import HostTier
 from loraplex.adapters.slots import SlotTable
+from loraplex.adapters.version import Lease, Loader, Version
 from loraplex.bundle import AdapterSource
 from loraplex.errors import (
     AdapterError,
@@ -23,41 +25,6 @@ from loraplex.errors import (
 logger = logging.getLogger(__name__)
 
 State = Literal["registered", "loading", "ready", "failed", "draining"]
-
-
-class Loaded(Protocol):
-    """What the store needs to know of a version."""
-
-    @property
-    def source(self) -> AdapterSource: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def kv_id(self) -> str:
-        """Of its weights: versions that differ in their contract only share host memory and slot."""
-        ...
-
-    @property
-    def num_bytes(self) -> int: ...
-
-
-Version = TypeVar("Version", bound=Loaded)
-
-
-class Loader(Protocol[Version]):
-    """Does the work. `read` may run in several threads at once; `place` and `clear` run in one, in order."""
-
-    def read(self, source: AdapterSource) -> tuple[Version, Any]:
-        """A version and its weights, from disk. LoraplexError says what is wrong with it."""
-        ...
-
-    def place(self, slot: int, weights: Any) -> None: ...
-
-    def clear(self, slot: int) -> None: ...
-
-    async def prove(self, version: Version, slot: int) -> None:
-        """LoraplexError where it must not go live."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -97,50 +64,6 @@ class Entry(Generic[Version]):
         if self.loaded is not None:
             return "ready"
         return "registered" if self.error is None else "failed"
-
-
-class Lease(Generic[Version]):
-    """A version in its slot, until `release`, which may be called twice."""
-
-    def __init__(self, version: Version, slot: int, release: Callable[[Version], None]) -> None:
-        self.version, self.slot, self._release = version, slot, release
-        self._is_open = True
-
-    def release(self) -> None:
-        if self._is_open:
-            self._is_open = False
-            self._release(self.version)
-
-
-class HostTier:
-    """Weights by their identity in host memory, up to a budget, least recently used first out."""
-
-    def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes, self.num_bytes = budget_bytes, 0
-        self._held: OrderedDict[str, tuple[Any, int]] = OrderedDict()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._held
-
-    def get(self, key: str) -> Any | None:
-        if key not in self._held:
-            return None
-        self._held.move_to_end(key)
-        return self._held[key][0]
-
-    def put(self, key: str, weights: Any, num_bytes: int) -> None:
-        """What is larger than the budget is not held."""
-        self.drop(key)
-        if num_bytes > self.budget_bytes:
-            return
-        self._held[key] = (weights, num_bytes)
-        self.num_bytes += num_bytes
-        while self.num_bytes > self.budget_bytes:
-            self.drop(next(iter(self._held)))
-
-    def drop(self, key: str) -> None:
-        _, num_bytes = self._held.pop(key, (None, 0))
-        self.num_bytes -= num_bytes
 
 
 class AdapterStore(Generic[Version]):
@@ -232,6 +155,10 @@ class AdapterStore(Generic[Version]):
         loaded = self.entry(name).loaded
         return None if loaded is None else self._try_lease(loaded)
 
+    def is_awaited(self, version: Version) -> bool:
+        """Whether its weights are on their way to the device."""
+        return version.kv_id in self._waiting
+
     async def lease(self, name: str) -> Lease[Version]:
         """The name's version, loaded and placed if need be. However many wait for it, it is loaded once."""
         while True:
@@ -246,7 +173,7 @@ class AdapterStore(Generic[Version]):
 
     def _try_lease(self, version: Version) -> Lease[Version] | None:
         """None also while its weights are on their way into the slot, which is its own from the start."""
-        slot = None if version.kv_id in self._waiting else self.slots.lease(version.kv_id)
+        slot = None if self.is_awaited(version) else self.slots.lease(version.kv_id)
         return None if slot is None else self._new_lease(version, slot)
 
     def _new_lease(self, version: Version, slot: int) -> Lease[Version]:
@@ -314,7 +241,7 @@ class AdapterStore(Generic[Version]):
         version, weights = await asyncio.to_thread(self._loader.read, source)
         self._check_open()
         self._versions[version.kv_id].append(version)
-        self.host.put(version.kv_id, weights, version.num_bytes)
+        self.host.put(version.kv_id, weights, version.host_bytes)
         return version, weights
 
     async def _go_live(self, entry: Entry[Version], version: Version, weights: Any, pin: bool | None) -> None:
@@ -467,7 +394,7 @@ class AdapterStore(Generic[Version]):
                 f"changed on disk since version {version.version} was loaded from it",
                 remedy="load it again, or put the old files back",
             )
-        self.host.put(found.kv_id, weights, found.num_bytes)
+        self.host.put(found.kv_id, weights, found.host_bytes)
         return weights
 
     def _pin(self, entry: Entry[Version], is_pinned: bool) -> Entry[Version]:
@@ -486,8 +413,11 @@ class AdapterStore(Generic[Version]):
     # ------------------------------------------------------------------------------------------- tasks
 
     async def _on_placer(self, work: Callable[..., None], *args: int) -> None:
+        """Once begun it is done, in order, also where whoever began it is cancelled."""
         self._check_open()
-        await asyncio.get_running_loop().run_in_executor(self._placer, work, *args)
+        done = asyncio.get_running_loop().run_in_executor(self._placer, work, *args)
+        done.add_done_callback(lambda _: done.cancelled() or done.exception())  # nobody may be left to hear of it
+        await asyncio.shield(done)
 
     async def _next_change(self) -> None:
         self._check_open()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from loraplex.types import AdapterInfo, AdapterRef, ClassifyRequest, ClassifyResult, Timings, Usage
+from loraplex.types import AdapterInfo, AdapterRef, ClassifyRequest, ClassifyResult, Stats, Timings, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,10 @@ class Backend(Protocol):
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """The tokens that follow. InvalidRequestError names a parameter out of its range; UnknownClassifierError for an
         adapter that is not loaded; never the base instead."""
+        ...
+
+    def stats(self) -> Stats:
+        """Cheap: asked at every scrape and every answer."""
         ...
 
     def adapters(self) -> tuple[AdapterInfo, ...]:

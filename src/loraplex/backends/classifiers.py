@@ -30,6 +30,7 @@ class LoadedClassifier:
     rank: int
     num_parameters: int
     num_bytes: int
+    host_bytes: int
 
     @property
     def ref(self) -> AdapterRef:
@@ -100,6 +101,7 @@ class ClassifierReader:
             rank=weights.rank,
             num_parameters=weights.num_parameters,
             num_bytes=weights.num_bytes if self.runner is None else weights.num_parameters * self.runner.item_bytes,
+            host_bytes=weights.num_bytes,
         )
         return version, weights
 

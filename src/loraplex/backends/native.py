@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
+from loraplex.adapters.host import HostTier
 from loraplex.adapters.slots import SlotTable
 from loraplex.adapters.source import resolve_source
 from loraplex.adapters.state import AdapterState
-from loraplex.adapters.store import AdapterStore, Entry, HostTier, Lease
+from loraplex.adapters.store import AdapterStore, Entry
+from loraplex.adapters.version import Lease
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult
 from loraplex.backends.classifiers import ClassifierReader, LoadedClassifier
@@ -30,9 +32,11 @@ from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Samplin
 from loraplex.engine.tokenizer import Conversations, Tokenizer, verbatim
 from loraplex.errors import (
     AdapterError,
+    BadInputError,
     ConfigurationError,
     ContractError,
     DeadlineExceededError,
+    InputTooLongError,
     InvalidRequestError,
     LoraplexError,
     NotReadyError,
@@ -49,7 +53,7 @@ from loraplex.model.loader import (
     stop_token_ids,
 )
 from loraplex.model.machine import budget_bytes, choose_threads, give_back
-from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, ErrorInfo, Timings, Usage
+from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, ErrorInfo, Stats, Timings, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,8 @@ class NativeBackend:
         self._bundle = bundle
         self._config = config or resolve(EngineConfig, bundle.settings.engine, {})
         self._state = None if self._config.state_dir is None else AdapterState(Path(self._config.state_dir))
+        self._remembering = asyncio.Lock()
+        self._sources: dict[Path, str] = {}  # folder -> what it was resolved from, to be resolved again
         self._store: AdapterStore[LoadedClassifier] | None = None
         self._reader: ClassifierReader | None = None
         self._tokenizer: Tokenizer | None = None
@@ -107,26 +113,45 @@ class NativeBackend:
     def adapter(self, name: str) -> AdapterInfo:
         return self._info(self._ready_store().entry(name))
 
+    def stats(self) -> Stats:
+        store, engine = self._ready_store(), self._engine
+        num_waiting, num_running, num_blocks, num_available = (0, 0, 0, 0) if engine is None else engine.load
+        entries = store.entries()
+        return Stats(
+            num_waiting=num_waiting,
+            num_running=num_running,
+            num_blocks=num_blocks,
+            num_available_blocks=num_available,
+            adapters={entry.name: entry.state for entry in entries},
+            active=tuple(one.name for one in entries if one.loaded and store.slots.num_leases(one.loaded.kv_id)),
+            placing=tuple(one.name for one in entries if one.loaded and store.is_awaited(one.loaded)),
+            num_slots=len(store.slots),
+            max_slots=store.slots.max_slots,
+            device_bytes=store.slots.num_bytes,
+            host_bytes=store.host.num_bytes,
+            num_reads=store.num_loads,
+        )
+
     async def load_adapter(self, name: str, source: str, *, pin: bool | None = None) -> AdapterInfo:
         resolved = await asyncio.to_thread(
             resolve_source, source, roots=self._adapter_roots(), cache_dir=self._cache_dir(), progress=_progress(name)
         )
         opened = await asyncio.to_thread(open_adapter, name, resolved.path)
         entry = await self._ready_store().load(opened, pin=pin)
-        await self._remember(name, resolved.source, entry.is_pinned)
+        self._sources[resolved.path] = resolved.source
+        await self._remember(name)
         return self._info(entry)
 
     async def unload_adapter(self, name: str) -> None:
         store = self._ready_store()
-        store.entry(name)
-        await self._remember(name, None, False)
         await store.unload(name)
+        await self._remember(name)
         if self._runner is not None:
             await asyncio.to_thread(give_back, self._runner.device)
 
     async def pin_adapter(self, name: str, is_pinned: bool) -> AdapterInfo:
         entry = await self._ready_store().pin(name, is_pinned)
-        await self._remember(name, str(entry.source.path.absolute()), is_pinned)
+        await self._remember(name)
         return self._info(entry)
 
     async def loaded(self, name: str) -> LoadedClassifier:
@@ -183,12 +208,19 @@ class NativeBackend:
         try:
             resolved = await asyncio.to_thread(resolve_source, source, roots=roots, cache_dir=self._cache_dir())
             store.register(open_adapter(name, resolved.path))
+            self._sources[resolved.path] = resolved.source
         except LoraplexError as exc:
             logger.error("%s, which was loaded from %s, cannot be: %s", name, source, exc)
             store.register(AdapterSource(name=name, path=Path(source), contract=None), exc)
 
-    async def _remember(self, name: str, source: str | None, is_pinned: bool) -> None:
-        if self._state is not None:
+    async def _remember(self, name: str) -> None:
+        """What is now; in order, so that the last to change a name has the last word."""
+        if self._state is None or self._store is None:
+            return
+        async with self._remembering:
+            entry = next((one for one in self._store.entries() if one.name == name and not one.is_leaving), None)
+            source = None if entry is None else self._sources.get(entry.source.path, str(entry.source.path.absolute()))
+            is_pinned = entry is not None and entry.is_pinned
             await asyncio.to_thread(self._state.remember, name=name, source=source, is_pinned=is_pinned)
 
     def _adapter_roots(self) -> list[Path]:
@@ -222,6 +254,8 @@ class NativeBackend:
             await self._answer(ClassifyRequest(input=golden.text), [question], None)
             verdict = question.verdict(self._ready_tokenizer())
             if question.error is not None:
+                if not isinstance(question.error, BadInputError | InputTooLongError):
+                    raise question.error  # the queue is full, or the engine gone: nothing is known of the adapter
                 raise ContractError(key, f"{golden.text!r}: {question.error.message}", remedy=question.error.remedy)
             if verdict.label != golden.label:
                 raise ContractError(

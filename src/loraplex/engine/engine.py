@@ -41,6 +41,12 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive() and self._failure is None
 
+    @property
+    def load(self) -> tuple[int, int, int, int]:
+        """Sequences that wait and that run; blocks, and those of them that are free or could be."""
+        pool = self._scheduler.pool
+        return len(self._scheduler), len(self._step_taken), pool.num_blocks, pool.num_available
+
     def start(self) -> None:
         self._thread.start()
 

@@ -20,6 +20,7 @@ import loraplex
 from loraplex.backends.base import Backend
 from loraplex.config import ServerConfig, error_place
 from loraplex.errors import BadInputError, ConfigurationError, EngineError, InvalidRequestError, LoraplexError
+from loraplex.metrics import Metrics
 from loraplex.server import admin, routes, sagemaker
 from loraplex.server.schemas import error_json
 
@@ -35,6 +36,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.backend = backend
+    app.state.metrics = Metrics(backend.stats)
     app.state.created = int(time.time())
     app.include_router(routes.router)
     app.include_router(sagemaker.router)
@@ -135,6 +137,7 @@ def _answer(error: LoraplexError) -> JSONResponse:
 
 def _loraplex_error(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, LoraplexError)
+    request.app.state.metrics.fail(exc.code)
     return _answer(exc)
 
 

@@ -5,15 +5,18 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from loraplex.backends.base import Backend
 from loraplex.errors import CancelledError, NotReadyError
+from loraplex.metrics import Metrics
 from loraplex.server.schemas import ClassifyBody, ErrorBody, ModelCard, ModelList, result_json
 from loraplex.types import ClassifyResult
 
 Result = TypeVar("Result")
 
 router = APIRouter()
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "the body is not JSON in UTF-8"},
@@ -32,6 +35,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def backend_of(request: Request) -> Backend:
     backend: Backend = request.app.state.backend
     return backend
+
+
+def metrics_of(request: Request) -> Metrics:
+    metrics: Metrics = request.app.state.metrics
+    return metrics
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -56,6 +64,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 async def classify(request: Request, body: ClassifyBody) -> Response:
     """Judge one conversation by any number of classifiers, in one forward pass where they fit."""
     result = await while_connected(request, backend_of(request).classify(body.to_request()))
+    metrics_of(request).observe(result)
     return Response(result_json(result), media_type="application/json")
 
 
@@ -66,6 +75,12 @@ async def models(request: Request) -> ModelList:
     cards = [ModelCard(id=backend.base_name, created=created)]
     cards += [ModelCard(id=info.name, created=created, parent=backend.base_name) for info in backend.adapters()]
     return ModelList(data=cards)
+
+
+@router.get("/metrics", tags=["health"], response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    return Response(metrics_of(request).render(), media_type=CONTENT_TYPE)
 
 
 @router.head("/health", include_in_schema=False)

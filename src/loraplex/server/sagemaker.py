@@ -5,7 +5,7 @@ import math
 from fastapi import APIRouter, Request, Response
 
 from loraplex.backends.base import GenerateRequest
-from loraplex.server.routes import ERRORS, backend_of, while_connected
+from loraplex.server.routes import ERRORS, backend_of, metrics_of, while_connected
 from loraplex.server.schemas import ClassifyBody, InvocationBody, InvocationResult, SageMakerBody, result_json
 from loraplex.types import ClassifyRequest, ClassifyResult
 
@@ -18,6 +18,7 @@ async def invocations(request: Request, body: SageMakerBody) -> Response | list[
     answered as there."""
     if isinstance(body, ClassifyBody):
         result = await while_connected(request, backend_of(request).classify(body.to_request()))
+        metrics_of(request).observe(result)
         return Response(result_json(result), media_type="application/json")
     return [await while_connected(request, _invoke(request, body))]
 
@@ -27,9 +28,11 @@ async def _invoke(request: Request, body: InvocationBody) -> InvocationResult:
     backend = backend_of(request)
     if body.adapter_name is not None and not body.raw:
         result = await backend.classify(ClassifyRequest(input=body.input_text, classifiers=(body.adapter_name,)))
+        metrics_of(request).observe(result)
         verdict = result.verdicts[0]
         assert verdict.label is not None and verdict.confidence is not None, "a lone verdict's error is raised"
         return InvocationResult(confidence_score=verdict.confidence, predicted_text=verdict.label)
     generated = await backend.generate(GenerateRequest(prompt=body.input_text, adapter=body.adapter_name))
+    metrics_of(request).observe_work(generated.usage, generated.timings)
     [token] = generated.tokens
     return InvocationResult(confidence_score=math.exp(token.log_prob), predicted_text=token.text)

@@ -1,0 +1,105 @@
+"""What Prometheus sees. Labels are names of known adapters, stable codes and fixed words, nothing a client sends."""
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from loraplex.types import ClassifyResult, Stats, Timings, Usage
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+UNKNOWN = "(unknown)"
+
+
+class Metrics:
+    """Counts answers as they are given, and asks `stats` for everything else when it is scraped."""
+
+    def __init__(self, stats: Callable[[], Stats]) -> None:
+        self._stats = stats
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "loraplex_classifications",
+            "Verdicts by classifier and outcome: ok, abstained, or an error's code",
+            ["classifier", "outcome"],
+            registry=self._registry,
+        )
+        self._labels = Counter(
+            "loraplex_labels", "Verdicts by classifier and label", ["classifier", "label"], registry=self._registry
+        )
+        self._failures = Counter(
+            "loraplex_request_failures", "Requests that were answered by an error", ["code"], registry=self._registry
+        )
+        self._seconds = Histogram(
+            "loraplex_request_seconds",
+            "Where a request's time went: tokenize, queue, compute, total",
+            ["phase"],
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._tokens = Counter(
+            "loraplex_tokens", "Prompt tokens: computed, or cached", ["kind"], registry=self._registry
+        )
+        self._registry.register(_StatsCollector(stats))
+
+    def observe(self, result: ClassifyResult) -> None:
+        """A request that was answered."""
+        known = set(self._stats().adapters)
+        for verdict in result.verdicts:
+            name = verdict.classifier if verdict.classifier in known else UNKNOWN
+            outcome = verdict.error.code if verdict.error is not None else "abstained" if verdict.abstained else "ok"
+            self._requests.labels(name, outcome).inc()
+            if verdict.label is not None and verdict.scores is not None:  # the labels of a contract are few
+                self._labels.labels(name, verdict.label).inc()
+        self.observe_work(result.usage, result.timings)
+
+    def observe_work(self, usage: Usage, timings: Timings) -> None:
+        self._tokens.labels("computed").inc(usage.computed_tokens)
+        self._tokens.labels("cached").inc(usage.cached_tokens)
+        for phase in ("tokenize", "queue", "compute", "total"):
+            self._seconds.labels(phase).observe(getattr(timings, f"{phase}_ms") / 1000)
+
+    def fail(self, code: str) -> None:
+        """A request that was answered by an error."""
+        self._failures.labels(code).inc()
+
+    def render(self) -> bytes:
+        """In Prometheus' text format. Adapters that nobody has asked count 0, instead of being absent."""
+        for name in self._stats().adapters:
+            self._requests.labels(name, "ok")
+        return generate_latest(self._registry)
+
+
+class _StatsCollector(Collector):
+    def __init__(self, stats: Callable[[], Stats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+
+        def gauge(name: str, what: str, value: float) -> Metric:
+            return GaugeMetricFamily(name, what, value=value)
+
+        yield gauge("loraplex_sequences_waiting", "Sequences in the queue", stats.num_waiting)
+        yield gauge("loraplex_sequences_running", "Sequences in the step that runs now", stats.num_running)
+        yield gauge("loraplex_kv_blocks", "Blocks of K/V", stats.num_blocks)
+        yield gauge("loraplex_kv_blocks_free", "Blocks that are free or could be evicted", stats.num_available_blocks)
+        yield gauge("loraplex_adapters_on_device", "Adapters in slots", stats.num_slots)
+        yield gauge("loraplex_adapter_device_bytes", "What they take there", stats.device_bytes)
+        yield gauge("loraplex_adapter_host_bytes", "What adapters take in host memory", stats.host_bytes)
+        yield gauge("loraplex_adapter_reads", "Adapters read from disk so far", stats.num_reads)
+        states = GaugeMetricFamily("loraplex_adapter_state", "1 for the state it is in", labels=["adapter", "state"])
+        for name, state in stats.adapters.items():
+            states.add_metric([name, state], 1.0)
+        yield states
+        # What routers that know LoRA read of vLLM.
+        yield gauge("vllm:num_requests_waiting", "As loraplex_sequences_waiting", stats.num_waiting)
+        yield gauge("vllm:num_requests_running", "As loraplex_sequences_running", stats.num_running)
+        lora = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters with requests on the device, and those whose requests wait for a place there; value: now",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        lora.add_metric([str(stats.max_slots), ",".join(stats.active), ",".join(stats.placing)], time.time())
+        yield lora

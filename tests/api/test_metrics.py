@@ -1,0 +1,71 @@
+"""What a scrape shows of the traffic before it, read by Prometheus' own parser."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import serving
+
+TEXT = "Customer: hello, is it done?"
+
+
+@pytest.fixture(scope="module")
+def http(tiny_bundle: Path) -> Iterator[httpx.Client]:
+    with serving.serve(tiny_bundle, "--dtype", "float32", "--preload", "task0") as server:
+        with serving.client(server) as client:
+            yield client
+
+
+def scrape(http: httpx.Client) -> dict[tuple[str, tuple[str, ...]], float]:
+    """(sample, label values) -> value."""
+    response = http.get("/metrics")
+    assert response.status_code == 200
+    return {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+def test_before_any_traffic_every_adapter_is_there(http: httpx.Client) -> None:
+    found = scrape(http)
+    assert found["loraplex_classifications_total", ("task1", "ok")] == 0
+    assert found["loraplex_adapter_state", ("task0", "ready")] == 1
+    assert found["loraplex_adapter_state", ("task1", "registered")] == 1
+    assert found["loraplex_adapters_on_device", ()] == 1 and found["loraplex_adapter_device_bytes", ()] > 0
+
+
+def test_answers_are_counted_by_classifier_outcome_and_label(http: httpx.Client) -> None:
+    before = scrape(http)
+    names = ["task0", "task1", "no such thing"]
+    answer = http.post("/v1/classify", json={"input": TEXT, "classifiers": names, "conversation_id": "x"}).json()
+    again = http.post("/v1/classify", json={"input": TEXT, "classifiers": names, "conversation_id": "x"}).json()
+    assert http.post("/v1/classify", json={"input": TEXT, "classifiers": "unheard of"}).status_code == 404
+    assert http.post("/invocations", json={"input_text": TEXT, "adapter_name": "task0"}).status_code == 200
+    found = scrape(http)
+
+    def grown(name: str, *labels: str) -> float:
+        return found[name, labels] - before.get((name, labels), 0.0)
+
+    assert grown("loraplex_classifications_total", "task0", "ok") == 3
+    assert grown("loraplex_classifications_total", "task1", "ok") == 2
+    assert grown("loraplex_classifications_total", "(unknown)", "unknown_classifier") == 2
+    assert grown("loraplex_request_failures_total", "unknown_classifier") == 1
+    label = answer["verdicts"][0]["label"]
+    assert grown("loraplex_labels_total", "task0", label) == 3
+    cached = answer["usage"]["cached_tokens"] + again["usage"]["cached_tokens"]
+    assert cached > 0 and grown("loraplex_tokens_total", "cached") == cached
+    assert grown("loraplex_request_seconds_count", "compute") == 3
+    assert 0 < grown("loraplex_request_seconds_sum", "compute") <= grown("loraplex_request_seconds_sum", "total")
+    assert found["loraplex_adapter_state", ("task1", "ready")] == 1
+    assert not [labels for name, labels in found if "unheard of" in labels or "no such thing" in labels]
+
+
+def test_what_lora_aware_routers_read(http: httpx.Client) -> None:
+    found = scrape(http)
+    assert found["vllm:num_requests_waiting", ()] == 0 and found["vllm:num_requests_running", ()] == 0
+    [labels] = [labels for name, labels in found if name == "vllm:lora_requests_info"]
+    assert labels == ("1024", "", "")
