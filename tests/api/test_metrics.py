@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import serving
 
-TEXT = "Customer: hello, is it done?"
+TEXT = "Customer: hello, I would like to book a table for two, is it done?"
 
 
 @pytest.fixture(scope="module")

@@ -4,24 +4,23 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
 from loraplex.adapters.host import HostTier
 from loraplex.adapters.slots import SlotTable
-from loraplex.adapters.source import resolve_source
 from loraplex.adapters.state import AdapterState
-from loraplex.adapters.store import AdapterStore, Entry
+from loraplex.adapters.store import AdapterStore
 from loraplex.adapters.version import Lease
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult
 from loraplex.backends.classifiers import ClassifierReader, LoadedClassifier
 from loraplex.backends.question import Question, make_sequence, render
-from loraplex.bundle import AdapterSource, Bundle, open_adapter
+from loraplex.backends.registry import AdapterRegistry, preloaded
+from loraplex.bundle import AdapterSource, Bundle
 from loraplex.classifier import valid_unicode
 from loraplex.config import EngineConfig, resolve
 from loraplex.engine.block_pool import BlockPool
@@ -33,7 +32,6 @@ from loraplex.engine.tokenizer import Conversations, Tokenizer, verbatim
 from loraplex.errors import (
     AdapterError,
     BadInputError,
-    ConfigurationError,
     ContractError,
     DeadlineExceededError,
     InputTooLongError,
@@ -53,7 +51,7 @@ from loraplex.model.loader import (
     stop_token_ids,
 )
 from loraplex.model.machine import budget_bytes, choose_threads, give_back
-from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, ErrorInfo, Stats, Timings, Usage
+from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Stats, Timings, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +67,7 @@ class NativeBackend:
         self._bundle = bundle
         self._config = config or resolve(EngineConfig, bundle.settings.engine, {})
         self._state = None if self._config.state_dir is None else AdapterState(Path(self._config.state_dir))
-        self._remembering = asyncio.Lock()
-        self._sources: dict[Path, str] = {}  # folder -> what it was resolved from, to be resolved again
+        self._registry: AdapterRegistry | None = None
         self._store: AdapterStore[LoadedClassifier] | None = None
         self._reader: ClassifierReader | None = None
         self._tokenizer: Tokenizer | None = None
@@ -88,12 +85,10 @@ class NativeBackend:
         return self._engine is not None and self._engine.alive
 
     async def start(self) -> None:
-        remembered = () if self._state is None else self._state.remembered()
-        known = [source.name for source in self._bundle.adapters] + [one.name for one in remembered]
-        preload = _preloaded(self._config.preload, known)
+        preload = preloaded(self._config.preload, self._bundle, self._state)
         await asyncio.to_thread(self._load)
         try:
-            await self._register(preload)
+            await self._ready_registry().start(preload)
         except BaseException:
             await self.close()
             raise
@@ -103,15 +98,15 @@ class NativeBackend:
             await asyncio.to_thread(self._engine.close)
         if self._store is not None:
             await self._store.close()
-        self._engine = self._store = self._runner = None
+        self._engine = self._store = self._registry = self._runner = None
 
     # ------------------------------------------------------------------------------------------- adapters
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
-        return () if self._store is None else tuple(map(self._info, self._store.entries()))
+        return () if self._registry is None else self._registry.adapters()
 
     def adapter(self, name: str) -> AdapterInfo:
-        return self._info(self._ready_store().entry(name))
+        return self._ready_registry().adapter(name)
 
     def stats(self) -> Stats:
         store, engine = self._ready_store(), self._engine
@@ -133,103 +128,21 @@ class NativeBackend:
         )
 
     async def load_adapter(self, name: str, source: str, *, pin: bool | None = None) -> AdapterInfo:
-        resolved = await asyncio.to_thread(
-            resolve_source, source, roots=self._adapter_roots(), cache_dir=self._cache_dir(), progress=_progress(name)
-        )
-        opened = await asyncio.to_thread(open_adapter, name, resolved.path)
-        entry = await self._ready_store().load(opened, pin=pin)
-        self._sources[resolved.path] = resolved.source
-        await self._remember(name)
-        return self._info(entry)
+        return await self._ready_registry().load(name, source, pin)
 
     async def unload_adapter(self, name: str) -> None:
-        store = self._ready_store()
-        await store.unload(name)
-        await self._remember(name)
+        await self._ready_registry().unload(name)
         if self._runner is not None:
             await asyncio.to_thread(give_back, self._runner.device)
 
     async def pin_adapter(self, name: str, is_pinned: bool) -> AdapterInfo:
-        entry = await self._ready_store().pin(name, is_pinned)
-        await self._remember(name)
-        return self._info(entry)
+        return await self._ready_registry().pin(name, is_pinned)
 
     async def loaded(self, name: str) -> LoadedClassifier:
         """The version that answers now, read if need be."""
         lease = await self._ready_store().lease(name)
         lease.release()
         return lease.version
-
-    def _info(self, entry: Entry[LoadedClassifier]) -> AdapterInfo:
-        loaded, contract = entry.loaded, entry.source.contract
-        assert self._store is not None
-        return AdapterInfo(
-            name=entry.name,
-            state=entry.state,
-            version=None if loaded is None else loaded.version,
-            rank=None if loaded is None else loaded.rank,
-            num_parameters=None if loaded is None else loaded.num_parameters,
-            num_bytes=None if loaded is None else loaded.num_bytes,
-            labels=loaded.labels if loaded is not None else contract.labels if contract is not None else None,
-            question=contract.question if contract is not None else None,
-            path=str(entry.source.path),
-            pinned=entry.is_pinned,
-            on_device=loaded is not None and loaded.kv_id in self._store.slots,
-            error=None if entry.error is None else ErrorInfo.of(entry.error),
-        )
-
-    async def _register(self, preload: Iterable[str] | None) -> None:
-        """The bundle's adapters, changed by what the state remembers. A bundle's adapter that is broken stops the
-        start; one that was loaded at run time does not: its entry says what is wrong."""
-        store = self._ready_store()
-        bundled = {source.name: source for source in self._bundle.adapters}
-        remembered = {} if self._state is None else {one.name: one for one in self._state.remembered()}
-        for name in {**bundled, **remembered}:
-            one = remembered.get(name)
-            if one is None:
-                store.register(bundled[name])
-            elif one.source is not None:
-                roots = [*self._adapter_roots(), *([bundled[name].path] if name in bundled else [])]
-                await self._register_remembered(name, one.source, roots)
-        for entry in store.entries():
-            one_pinned = entry.name in remembered and remembered[entry.name].is_pinned
-            is_named = preload is not None and entry.name in preload
-            if entry.error is not None or not (preload is None or is_named or one_pinned):
-                continue
-            try:
-                await store.load(entry.source, pin=one_pinned or is_named)
-            except LoraplexError as exc:
-                if entry.name not in remembered:
-                    raise
-                logger.error("%s: %s", entry.name, exc)
-
-    async def _register_remembered(self, name: str, source: str, roots: list[Path]) -> None:
-        store = self._ready_store()
-        try:
-            resolved = await asyncio.to_thread(resolve_source, source, roots=roots, cache_dir=self._cache_dir())
-            store.register(open_adapter(name, resolved.path))
-            self._sources[resolved.path] = resolved.source
-        except LoraplexError as exc:
-            logger.error("%s, which was loaded from %s, cannot be: %s", name, source, exc)
-            store.register(AdapterSource(name=name, path=Path(source), contract=None), exc)
-
-    async def _remember(self, name: str) -> None:
-        """What is now; in order, so that the last to change a name has the last word."""
-        if self._state is None or self._store is None:
-            return
-        async with self._remembering:
-            entry = next((one for one in self._store.entries() if one.name == name and not one.is_leaving), None)
-            source = None if entry is None else self._sources.get(entry.source.path, str(entry.source.path.absolute()))
-            is_pinned = entry is not None and entry.is_pinned
-            await asyncio.to_thread(self._state.remember, name=name, source=source, is_pinned=is_pinned)
-
-    def _adapter_roots(self) -> list[Path]:
-        return [*map(Path, self._config.adapter_root), *([self._bundle.root] if self._bundle.root is not None else [])]
-
-    def _cache_dir(self) -> Path:
-        if self._config.state_dir is not None:
-            return Path(self._config.state_dir) / "adapters"
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex"
 
     # ------------------------------------------------------------------------------------------- the store's loader
 
@@ -479,6 +392,11 @@ class NativeBackend:
             raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
         return self._store
 
+    def _ready_registry(self) -> "AdapterRegistry":
+        if self._registry is None:
+            raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
+        return self._registry
+
     async def _compute(
         self, sequences: Seq[Sequence], deadline_s: float | None, release: Callable[[], None] = lambda: None
     ) -> Seq[Outcome]:
@@ -530,6 +448,7 @@ class NativeBackend:
         )
         slots = SlotTable(budget_bytes=budget_bytes(config.adapter_memory, device), max_slots=config.max_adapters)
         self._store = AdapterStore(self, slots, HostTier(budget_bytes(config.host_memory, resolve_device("cpu"))))
+        self._registry = AdapterRegistry(bundle, config, self._store, self._state)
         self._tokenizer, self._max_model_len, self._reader, self._runner = tokenizer, max_model_len, reader, runner
         self._stop_ids = stop_token_ids(runner.model)
         self._engine = Engine(runner, scheduler)
@@ -566,29 +485,3 @@ def _timings(started: float, tokenized: float, outputs: Seq[SequenceOutput]) -> 
         compute_ms=max((output.computed_s for output in outputs), default=0.0) * 1000,
         total_ms=(time.monotonic() - started) * 1000,
     )
-
-
-def _progress(name: str) -> Callable[[int, int | None], None]:
-    """Logs a download every few seconds."""
-    logged = time.monotonic()
-
-    def log(num_bytes: int, total: int | None) -> None:
-        nonlocal logged
-        if time.monotonic() - logged > 5:
-            logged = time.monotonic()
-            logger.warning("%s: %d of %s MiB", name, num_bytes >> 20, "?" if total is None else total >> 20)
-
-    return log
-
-
-def _preloaded(preload: str, known: Iterable[str]) -> frozenset[str] | None:
-    """The names to read at start; None for all."""
-    if preload in ("all", "none"):
-        return None if preload == "all" else frozenset()
-    names = frozenset(name.strip() for name in preload.split(",") if name.strip())
-    unknown = sorted(names - set(known))
-    if unknown:
-        raise ConfigurationError(
-            "--preload", f"there is no classifier {unknown[0]!r}", remedy="give all, none, or names that the bundle has"
-        )
-    return names

@@ -1,0 +1,151 @@
+"""A bundle's adapters and those that come at run time: where they are from, and what a restart must know of them."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from loraplex.adapters.source import resolve_source
+from loraplex.adapters.state import AdapterState
+from loraplex.adapters.store import AdapterStore, Entry
+from loraplex.backends.classifiers import LoadedClassifier
+from loraplex.bundle import AdapterSource, Bundle, open_adapter
+from loraplex.config import EngineConfig
+from loraplex.errors import ConfigurationError, LoraplexError
+from loraplex.types import AdapterInfo, ErrorInfo
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterRegistry:
+    """Names and sources; which version answers, and where it is, is the store's matter."""
+
+    def __init__(
+        self, bundle: Bundle, config: EngineConfig, store: AdapterStore[LoadedClassifier], state: AdapterState | None
+    ) -> None:
+        self._bundle, self._config, self._store, self._state = bundle, config, store, state
+        self._remembering = asyncio.Lock()
+        self._sources: dict[Path, str] = {}  # folder -> what it was resolved from, to be resolved again
+
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        return tuple(map(self._info, self._store.entries()))
+
+    def adapter(self, name: str) -> AdapterInfo:
+        return self._info(self._store.entry(name))
+
+    async def load(self, name: str, source: str, pin: bool | None) -> AdapterInfo:
+        resolved = await asyncio.to_thread(
+            resolve_source, source, roots=self._adapter_roots(), cache_dir=self._cache_dir(), progress=_progress(name)
+        )
+        opened = await asyncio.to_thread(open_adapter, name, resolved.path)
+        entry = await self._store.load(opened, pin=pin)
+        self._sources[resolved.path] = resolved.source
+        await self._remember(name)
+        return self._info(entry)
+
+    async def unload(self, name: str) -> None:
+        await self._store.unload(name)
+        await self._remember(name)
+
+    async def pin(self, name: str, is_pinned: bool) -> AdapterInfo:
+        entry = await self._store.pin(name, is_pinned)
+        await self._remember(name)
+        return self._info(entry)
+
+    async def start(self, preload: frozenset[str] | None) -> None:
+        """The bundle's adapters, changed by what the state remembers. A bundle's adapter that is broken stops the
+        start; one that was loaded at run time does not: its entry says what is wrong."""
+        bundled = {source.name: source for source in self._bundle.adapters}
+        remembered = {} if self._state is None else {one.name: one for one in self._state.remembered()}
+        for name in {**bundled, **remembered}:
+            one = remembered.get(name)
+            if one is None:
+                self._store.register(bundled[name])
+            elif one.source is not None:
+                roots = [*self._adapter_roots(), *([bundled[name].path] if name in bundled else [])]
+                await self._register_remembered(name, one.source, roots)
+        for entry in self._store.entries():
+            one_pinned = entry.name in remembered and remembered[entry.name].is_pinned
+            is_named = preload is not None and entry.name in preload
+            if entry.error is not None or not (preload is None or is_named or one_pinned):
+                continue
+            try:
+                await self._store.load(entry.source, pin=one_pinned or is_named)
+            except LoraplexError as exc:
+                if entry.name not in remembered:
+                    raise
+                logger.error("%s: %s", entry.name, exc)
+
+    async def _register_remembered(self, name: str, source: str, roots: list[Path]) -> None:
+        try:
+            resolved = await asyncio.to_thread(resolve_source, source, roots=roots, cache_dir=self._cache_dir())
+            self._store.register(open_adapter(name, resolved.path))
+            self._sources[resolved.path] = resolved.source
+        except LoraplexError as exc:
+            logger.error("%s, which was loaded from %s, cannot be: %s", name, source, exc)
+            self._store.register(AdapterSource(name=name, path=Path(source), contract=None), exc)
+
+    async def _remember(self, name: str) -> None:
+        """What is now; in order, so that the last to change a name has the last word."""
+        if self._state is None:
+            return
+        async with self._remembering:
+            entry = next((one for one in self._store.entries() if one.name == name and not one.is_leaving), None)
+            source = None if entry is None else self._sources.get(entry.source.path, str(entry.source.path.absolute()))
+            is_pinned = entry is not None and entry.is_pinned
+            await asyncio.to_thread(self._state.remember, name=name, source=source, is_pinned=is_pinned)
+
+    def _adapter_roots(self) -> list[Path]:
+        return [*map(Path, self._config.adapter_root), *([self._bundle.root] if self._bundle.root is not None else [])]
+
+    def _cache_dir(self) -> Path:
+        if self._config.state_dir is not None:
+            return Path(self._config.state_dir) / "adapters"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex"
+
+    def _info(self, entry: Entry[LoadedClassifier]) -> AdapterInfo:
+        loaded, contract = entry.loaded, entry.source.contract
+        return AdapterInfo(
+            name=entry.name,
+            state=entry.state,
+            version=None if loaded is None else loaded.version,
+            rank=None if loaded is None else loaded.rank,
+            num_parameters=None if loaded is None else loaded.num_parameters,
+            num_bytes=None if loaded is None else loaded.num_bytes,
+            labels=loaded.labels if loaded is not None else contract.labels if contract is not None else None,
+            question=contract.question if contract is not None else None,
+            path=str(entry.source.path),
+            pinned=entry.is_pinned,
+            on_device=loaded is not None and loaded.kv_id in self._store.slots,
+            error=None if entry.error is None else ErrorInfo.of(entry.error),
+        )
+
+
+def _progress(name: str) -> Callable[[int, int | None], None]:
+    """Logs a download every few seconds."""
+    logged = time.monotonic()
+
+    def log(num_bytes: int, total: int | None) -> None:
+        nonlocal logged
+        if time.monotonic() - logged > 5:
+            logged = time.monotonic()
+            logger.warning("%s: %d of %s MiB", name, num_bytes >> 20, "?" if total is None else total >> 20)
+
+    return log
+
+
+def preloaded(preload: str, bundle: Bundle, state: AdapterState | None) -> frozenset[str] | None:
+    """The names to read at start; None for all."""
+    if preload in ("all", "none"):
+        return None if preload == "all" else frozenset()
+    remembered = () if state is None else state.remembered()
+    known = {source.name for source in bundle.adapters} | {one.name for one in remembered}
+    names = frozenset(name.strip() for name in preload.split(",") if name.strip())
+    unknown = sorted(names - known)
+    if unknown:
+        raise ConfigurationError(
+            "--preload", f"there is no classifier {unknown[0]!r}", remedy="give all, none, or names that the bundle has"
+        )
+    return names
