@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import serving
 import tiny
+from loraplex import Loraplex
 
 TEXT = "Customer: hello, I would like to book a table for two. Is it done?"
 INVOCATION = tiny.SPECIAL_TOKENS.index("<|ask|>")
@@ -354,3 +355,16 @@ def test_verify_compares_with_peft(folder: Path) -> None:
     truncate(folder / "bundle" / "one")
     run = serving.loraplex("adapters", "verify", folder / "bundle" / "one")
     assert run.returncode == 1 and "safetensors" in run.stderr
+
+
+def test_what_is_remembered_of_a_bundle_moves_with_it(folder: Path) -> None:
+    with Loraplex.load(folder / "bundle", dtype="float32", state_dir=str(folder / "state")) as loraplex:
+        loraplex.pin_adapter("one")
+        loraplex.unload_adapter("two")
+    shutil.move(folder / "bundle", folder / "moved")
+    with Loraplex.load(folder / "moved", dtype="float32", state_dir=str(folder / "state")) as loraplex:
+        [info] = loraplex.adapters()
+        assert (info.name, info.state, info.pinned) == ("one", "ready", True)
+        loraplex.load_adapter("two", folder / "moved" / "two")
+    with Loraplex.load(folder / "moved", dtype="float32", state_dir=str(folder / "state")) as loraplex:
+        assert [info.name for info in loraplex.adapters()] == ["one", "two"]

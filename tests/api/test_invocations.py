@@ -60,7 +60,7 @@ def test_an_unknown_adapter_is_never_answered_by_the_base(http: httpx.Client, ra
     ("body", "status"),
     [
         ({}, 422),
-        ({"input_text": "x", "adapter_name": "\ud800"}, 404),
+        ({"input_text": "x", "adapter_name": "\ud800"}, 422),
         ({"input": "x", "classifiers": "\ud800"}, 422),
         ({"input": 3}, 422),
         ({"input_text": ""}, 422),

@@ -18,6 +18,8 @@ from loraplex.types import AdapterInfo, ErrorInfo
 
 logger = logging.getLogger(__name__)
 
+BUNDLE = "bundle:"  # as a source that is remembered: the bundle's own folder, wherever the bundle is
+
 
 class AdapterRegistry:
     """Names and sources; which version answers, and where it is, is the store's matter."""
@@ -59,13 +61,14 @@ class AdapterRegistry:
         start; one that was loaded at run time does not: its entry says what is wrong."""
         bundled = {source.name: source for source in self._bundle.adapters}
         remembered = {} if self._state is None else {one.name: one for one in self._state.remembered()}
+        its_own: set[str] = set()
         for name in {**bundled, **remembered}:
             one = remembered.get(name)
-            if one is None:
+            if name in bundled and (one is None or one.source == BUNDLE):
                 self._store.register(bundled[name])
-            elif one.source is not None:
-                roots = [*self._adapter_roots(), *([bundled[name].path] if name in bundled else [])]
-                await self._register_remembered(name, one.source, roots)
+                its_own.add(name)
+            elif one is not None and one.source not in (None, BUNDLE):
+                await self._register_remembered(name, one.source)
         for entry in self._store.entries():
             one_pinned = entry.name in remembered and remembered[entry.name].is_pinned
             is_named = preload is not None and entry.name in preload
@@ -74,13 +77,15 @@ class AdapterRegistry:
             try:
                 await self._store.load(entry.source, pin=one_pinned or is_named)
             except LoraplexError as exc:
-                if entry.name not in remembered:
+                if entry.name in its_own:
                     raise
                 logger.error("%s: %s", entry.name, exc)
 
-    async def _register_remembered(self, name: str, source: str, roots: list[Path]) -> None:
+    async def _register_remembered(self, name: str, source: str) -> None:
         try:
-            resolved = await asyncio.to_thread(resolve_source, source, roots=roots, cache_dir=self._cache_dir())
+            resolved = await asyncio.to_thread(
+                resolve_source, source, roots=self._adapter_roots(), cache_dir=self._cache_dir()
+            )
             self._store.register(open_adapter(name, resolved.path))
             self._sources[resolved.path] = resolved.source
         except LoraplexError as exc:
@@ -93,7 +98,11 @@ class AdapterRegistry:
             return
         async with self._remembering:
             entry = next((one for one in self._store.entries() if one.name == name and not one.is_leaving), None)
-            source = None if entry is None else self._sources.get(entry.source.path, str(entry.source.path.absolute()))
+            source = None
+            if entry is not None:
+                path = entry.source.path
+                is_bundled = any(one.name == name and one.path == path for one in self._bundle.adapters)
+                source = BUNDLE if is_bundled else self._sources.get(path, str(path.absolute()))
             is_pinned = entry is not None and entry.is_pinned
             await asyncio.to_thread(self._state.remember, name=name, source=source, is_pinned=is_pinned)
 
