@@ -54,14 +54,25 @@ def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = No
     return Bundle(base=base, root=root if root.is_dir() else None, adapters=tuple(sources.values()), settings=settings)
 
 
-def open_adapter(name: str, folder: Path) -> AdapterSource:
-    """Check that `folder` looks like a PEFT adapter and read its contract."""
+def check_name(name: str, source: object = "adapter") -> None:
+    """BundleError for what cannot name a classifier."""
     if not NAME.fullmatch(name):
         raise BundleError(
-            folder,
-            f"{name!r} cannot name a classifier",
-            remedy="use letters, digits, '.', '_' and '-', 128 at most",
+            source, f"{name!r} cannot name a classifier", remedy="use letters, digits, '.', '_' and '-', 128 at most"
         )
+
+
+def open_base(path: str) -> Bundle:
+    """The base at `path` (or where its `loraplex.yaml` says), whatever adapters lie around it."""
+    root = Path(path)
+    settings_path = root / SETTINGS
+    settings = read_bundle_settings(settings_path) if settings_path.is_file() else BundleSettings()
+    return Bundle(base=_resolve_base(path, root, settings.base), adapters=(), settings=settings)
+
+
+def open_adapter(name: str, folder: Path) -> AdapterSource:
+    """Check that `folder` looks like a PEFT adapter and read its contract."""
+    check_name(name, folder)
     if not folder.is_dir():
         raise BundleError(folder, f"no such folder (adapter {name!r})", remedy="give the folder that PEFT saved")
     if not (folder / ADAPTER_CONFIG).is_file():

@@ -12,6 +12,7 @@ LoraplexError
 ├── DeadlineExceededError     504  deadline_exceeded
 ├── CancelledError            499  cancelled            the client left
 ├── ServerError               —    (the server's)       another server's answer, for its clients
+├── StateError                500  state_error          in effect, but not written down
 ├── EngineError               500  engine_error         our fault, or the device's
 └── ConfigurationError        500  configuration_error  what is on disk, found before serving
     ├── BundleError                bundle_error
@@ -21,6 +22,8 @@ LoraplexError
 """
 
 from typing import ClassVar
+
+MOST_SHOWN = 20  # names in a message, which may be one of thousands in an answer
 
 
 class LoraplexError(Exception):
@@ -53,7 +56,9 @@ class UnknownClassifierError(LoraplexError):
     status = 404
 
     def __init__(self, name: str, known: list[str]) -> None:
-        super().__init__(f"no classifier named {name!r}", remedy=f"use one of: {', '.join(known) or '(none loaded)'}")
+        some = ", ".join(known[:MOST_SHOWN]) or "(none loaded)"
+        rest = f", … ({len(known)} in all: GET /v1/adapters)" if len(known) > MOST_SHOWN else ""
+        super().__init__(f"no classifier named {name!r}", remedy=f"use one of: {some}{rest}")
 
 
 class AdapterExistsError(LoraplexError):
@@ -94,6 +99,17 @@ class CancelledError(LoraplexError):
 class EngineError(LoraplexError):
     code = "engine_error"
     status = 500
+
+
+class StateError(LoraplexError):
+    code = "state_error"
+    status = 500
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"what became of {name!r} is in effect, but could not be written down and will not survive a restart",
+            remedy="see the server's log; mend the --state-dir and send it again",
+        )
 
 
 class ConfigurationError(LoraplexError):

@@ -1,7 +1,7 @@
 """What Prometheus sees. Labels are names of known adapters, stable codes and fixed words, nothing a client sends."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -16,8 +16,8 @@ UNKNOWN = "(unknown)"
 class Metrics:
     """Counts answers as they are given, and asks `stats` for everything else when it is scraped."""
 
-    def __init__(self, stats: Callable[[], Stats]) -> None:
-        self._stats = stats
+    def __init__(self, stats: Callable[[], Stats], is_known: Callable[[str], bool]) -> None:
+        self._stats, self._is_known = stats, is_known
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "loraplex_classifications",
@@ -45,9 +45,8 @@ class Metrics:
 
     def observe(self, result: ClassifyResult) -> None:
         """A request that was answered."""
-        known = set(self._stats().adapters)
         for verdict in result.verdicts:
-            name = verdict.classifier if verdict.classifier in known else UNKNOWN
+            name = self._known(verdict.classifier)
             outcome = verdict.error.code if verdict.error is not None else "abstained" if verdict.abstained else "ok"
             self._requests.labels(name, outcome).inc()
             if verdict.label is not None and verdict.scores is not None:  # the labels of a contract are few
@@ -63,6 +62,14 @@ class Metrics:
     def fail(self, code: str) -> None:
         """A request that was answered by an error."""
         self._failures.labels(code).inc()
+
+    def observe_failure(self, names: Iterable[str], code: str) -> None:
+        """The classifiers that such a request named."""
+        for name in names:
+            self._requests.labels(self._known(name), code).inc()
+
+    def _known(self, name: str) -> str:
+        return name if self._is_known(name) else UNKNOWN
 
     def render(self) -> bytes:
         """In Prometheus' text format. Adapters that nobody has asked count 0, instead of being absent."""

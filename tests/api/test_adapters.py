@@ -3,7 +3,10 @@
 import json
 import shutil
 import threading
+import time
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,15 @@ import httpx
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import serving
 import tiny
 from loraplex import Loraplex
+from loraplex.backends import registry
+from loraplex.errors import BundleError, NotReadyError, StateError, UnknownClassifierError
 
 TEXT = "Customer: hello, I would like to book a table for two. Is it done?"
 INVOCATION = tiny.SPECIAL_TOKENS.index("<|ask|>")
@@ -368,3 +375,114 @@ def test_what_is_remembered_of_a_bundle_moves_with_it(folder: Path) -> None:
         loraplex.load_adapter("two", folder / "moved" / "two")
     with Loraplex.load(folder / "moved", dtype="float32", state_dir=str(folder / "state")) as loraplex:
         assert [info.name for info in loraplex.adapters()] == ["one", "two"]
+
+
+def test_an_untrained_adapter_of_the_head_or_the_embedding_is_refused(folder: Path, http: httpx.Client) -> None:
+    """PEFT stores a copy of the base's embedding beside it, which hides that nothing changes."""
+    for layer in ("lm_head", "embed_tokens"):
+        model = AutoModelForCausalLM.from_pretrained(folder / "bundle")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft = get_peft_model(model, LoraConfig(r=2, target_modules=[layer], task_type="CAUSAL_LM"))
+            peft.save_pretrained(str(folder / layer))
+        response = put(http, layer, folder / layer)
+        assert response.status_code == 422 and "changes nothing" in response.json()["error"]["message"]
+
+
+def test_two_loads_of_one_new_name_do_not_both_succeed(folder: Path, server: serving.Server) -> None:
+    def load(version: str) -> int:
+        with serving.client(server) as client:
+            path = str(folder / "versions" / version)
+            return client.post("/v1/load_lora_adapter", json={"lora_name": "race", "lora_path": path}).status_code
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(load, ["one1", "one2"])) == [200, 409]
+
+
+def test_downloads_that_hang_hold_up_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived = threading.Event()
+
+    def hang(*args: Any, **kwargs: Any) -> Any:
+        arrived.wait(30)
+        raise BundleError("far", "is gone", remedy="none")
+
+    monkeypatch.setattr(registry, "resolve_source", hang)
+    with Loraplex.load(folder / "bundle", dtype="float32") as loraplex, ThreadPoolExecutor(20) as pool:
+        loads = [pool.submit(loraplex.load_adapter, f"far{i}", "s3://far/away") for i in range(20)]
+        try:
+            assert loraplex.classify(TEXT, "one", deadline_ms=10_000)["one"].label
+        finally:
+            arrived.set()
+        assert all(isinstance(load.exception(), BundleError) for load in loads)
+
+
+def test_all_means_those_that_are_live(folder: Path) -> None:
+    roots = (str(folder / "versions"),)
+    with (
+        Loraplex.load(folder / "bundle", dtype="float32", adapter_root=roots) as loraplex,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        place = folder / "versions" / "one2"
+        golden = [{"text": f"Customer: hello {i}", "label": "yes"} for i in range(300)]
+        contract = place / "classifier.yaml"
+        contract.write_text(contract.read_text() + f"threshold: 0.0\ngolden: {json.dumps(golden)}\n")
+        load = pool.submit(loraplex.load_adapter, "new", place)
+        while "new" not in [info.name for info in loraplex.adapters()] and not load.done():
+            time.sleep(0.001)
+        names = [verdict.classifier for verdict in loraplex.classify(TEXT).verdicts]
+        assert load.done() or names == ["one", "two"]
+        assert load.result().state == "ready"
+        assert len(loraplex.classify(TEXT).verdicts) == 3
+
+
+def test_pins_that_leave_no_room_do_not_stop_a_start(folder: Path) -> None:
+    state: dict[str, Any] = {"dtype": "float32", "state_dir": str(folder / "state"), "max_adapters": 2}
+    shutil.copytree(folder / "versions" / "one2", folder / "bundle" / "three")
+    with Loraplex.load(folder / "bundle", **state) as loraplex:
+        loraplex.pin_adapter("one")
+        loraplex.pin_adapter("two")
+    with Loraplex.load(folder / "bundle", **state) as loraplex:
+        assert {info.name for info in loraplex.adapters()} == {"one", "two", "three"}
+        assert loraplex.classify(TEXT, "one")["one"].label
+        with pytest.raises(NotReadyError, match="pinned"):
+            loraplex.classify(TEXT, "three")
+
+
+def test_an_unloaded_adapter_may_be_broken(folder: Path) -> None:
+    state: dict[str, Any] = {"dtype": "float32", "state_dir": str(folder / "state")}
+    with Loraplex.load(folder / "bundle", **state) as loraplex:
+        loraplex.unload_adapter("one")
+    truncate(folder / "bundle" / "one")
+    with Loraplex.load(folder / "bundle", **state) as loraplex:
+        assert [info.name for info in loraplex.adapters()] == ["two"]
+
+
+def test_a_state_directory_has_one_server(folder: Path) -> None:
+    state: dict[str, Any] = {"dtype": "float32", "state_dir": str(folder / "state")}
+    with Loraplex.load(folder / "bundle", **state):
+        with pytest.raises(BundleError, match="another server"):
+            Loraplex.load(folder / "bundle", **state)
+    with Loraplex.load(folder / "bundle", **state) as loraplex:
+        (folder / "state" / "loraplex.sqlite").write_bytes(b"no database" * 1000)
+        with pytest.raises(StateError, match="is in effect"):
+            loraplex.load_adapter("one", folder / "bundle" / "two")
+        expected = loraplex.classify(TEXT, "two")["two"].scores
+        assert loraplex.classify(TEXT, "one")["one"].scores == pytest.approx(expected, abs=1e-4)
+
+
+def test_names_in_a_message_are_few(http: httpx.Client) -> None:
+    known = [f"adapter{i}" for i in range(5000)]
+    assert len(str(UnknownClassifierError("x", known))) < 1000
+    names = [f"nobody{i}" for i in range(2000)]
+    response = http.post("/v1/classify", json={"input": TEXT, "classifiers": [*names, "one"]})
+    assert response.status_code == 200 and len(response.content) < 2000 * 1000
+
+
+def test_verify_takes_an_activated_adapter_without_a_contract_in_any_folder(folder: Path) -> None:
+    place = folder / "bundle" / "_checkpoint 5"
+    shutil.copytree(folder / "versions" / "two1", place)
+    (place / "classifier.yaml").unlink()
+    (folder / "bundle" / "one" / "classifier.yaml").write_text("nonsense: 1")
+    run = serving.loraplex("adapters", "verify", place, "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["difference"] <= 1e-4

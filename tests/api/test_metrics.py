@@ -52,7 +52,7 @@ def test_answers_are_counted_by_classifier_outcome_and_label(http: httpx.Client)
 
     assert grown("loraplex_classifications_total", "task0", "ok") == 3
     assert grown("loraplex_classifications_total", "task1", "ok") == 2
-    assert grown("loraplex_classifications_total", "(unknown)", "unknown_classifier") == 2
+    assert grown("loraplex_classifications_total", "(unknown)", "unknown_classifier") == 3
     assert grown("loraplex_request_failures_total", "unknown_classifier") == 1
     label = answer["verdicts"][0]["label"]
     assert grown("loraplex_labels_total", "task0", label) == 3

@@ -11,15 +11,17 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
 from loraplex import Loraplex
-from loraplex.errors import ContractError, InvalidRequestError
+from loraplex.errors import AdapterError, ContractError, InvalidRequestError
 
 TEXT = "Customer: hello, I would like to book a table"
 LABELS = ["open", "closed", "it depends"]
 
 
-def save_classifier(base: Path, folder: Path, seed: int, contract: dict[str, Any] | None = None) -> None:
+def save_classifier(
+    base: Path, folder: Path, seed: int, contract: dict[str, Any] | None = None, num_labels: int = 3
+) -> None:
     torch.manual_seed(seed)
-    model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(LABELS), pad_token_id=2)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=num_labels, pad_token_id=2)
     config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="SEQ_CLS")
     peft = get_peft_model(model, config)
     for parameter in peft.parameters():
@@ -73,3 +75,17 @@ def test_labels_are_as_many_as_the_head_has(bundle: Path, tmp_path: Path) -> Non
 def test_a_score_head_generates_no_text(bundle: Path) -> None:
     with Loraplex.load(bundle, dtype="float32") as loraplex, pytest.raises(InvalidRequestError, match="score head"):
         loraplex.generate(TEXT, "bare")
+
+
+def test_padding_at_the_end_is_not_looked_at_as_in_transformers(bundle: Path) -> None:
+    with Loraplex.load(bundle, dtype="float32") as loraplex:
+        result = loraplex.classify(TEXT + "<pad><pad>", "bare")["bare"]
+    expected = ask_peft(bundle, "bare", TEXT + "<pad><pad>").softmax(-1).tolist()
+    assert result.scores is not None
+    assert list(result.scores.values()) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_head_with_one_output_is_no_classifier(bundle: Path, tmp_path: Path) -> None:
+    save_classifier(bundle, tmp_path / "number", 8, num_labels=1)
+    with pytest.raises(AdapterError, match="one output"):
+        Loraplex.load(bundle, adapters={"number": tmp_path / "number"})

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tiny
+from loraplex.model import fuse as fuse_module
 from loraplex.model.fuse import PackedLinear, can_pack, fuse
+from loraplex.model.multi_lora import MultiLoRA
 
 packs = pytest.mark.skipif(
     not can_pack(nn.Linear(2, 2, dtype=torch.bfloat16)), reason="this CPU does not compute in bfloat16"
@@ -75,6 +77,15 @@ def test_packing_leaves_the_head_and_no_second_copy() -> None:
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     assert linears == [model.lm_head]
     assert not [path for path, _ in model.named_parameters() if "_proj" in path]
+
+
+def test_the_last_layer_is_pruned_whether_it_is_packed_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN packs float32 too, which stands for the bfloat16 of CPUs that compute in it."""
+    monkeypatch.setattr(fuse_module, "can_pack", lambda layer: type(layer) is nn.Linear)
+    model = random_model("mistral", torch.float32)
+    fuse(model)
+    assert isinstance(model.model.layers[-1].self_attn.q_proj, PackedLinear)
+    assert MultiLoRA(model).is_pruned
 
 
 def test_float32_is_not_packed() -> None:

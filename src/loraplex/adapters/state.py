@@ -7,6 +7,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from loraplex.errors import BundleError
 
 FORMAT = 1
@@ -27,6 +29,7 @@ class AdapterState:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "loraplex.sqlite"
+        self._held = FileLock(folder / "loraplex.lock", thread_local=False)
         self._lock = threading.Lock()  # SQLite's own makes its waiters sleep and ask again
         with self._database() as database:
             # Of every file, also a new one. Written each time, so that a place that takes no writes is found at once.
@@ -53,6 +56,18 @@ class AdapterState:
                 " ON CONFLICT (name) DO UPDATE SET source = excluded.source, is_pinned = excluded.is_pinned",
                 (name, source, int(is_pinned)),
             )
+
+    def acquire(self) -> None:
+        """For this process alone, until `release` or its end: of two servers each would forget what the other did."""
+        try:
+            self._held.acquire(timeout=0)
+        except (Timeout, OSError):
+            raise BundleError(
+                self._path.parent, "another server uses it", remedy="stop that one, or give another --state-dir"
+            ) from None
+
+    def release(self) -> None:
+        self._held.release()
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:

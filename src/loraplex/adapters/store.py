@@ -15,6 +15,7 @@ from loraplex.adapters.version import Lease, Loader, Version
 from loraplex.bundle import AdapterSource
 from loraplex.errors import (
     AdapterError,
+    AdapterExistsError,
     ConfigurationError,
     EngineError,
     LoraplexError,
@@ -82,6 +83,7 @@ class AdapterStore(Generic[Version]):
         self._changed = asyncio.Event()  # a lease, a place or a pin was given up
         self._tasks: set[asyncio.Task[None]] = set()
         self._placer = ThreadPoolExecutor(1, "loraplex-placer")
+        self._readers = ThreadPoolExecutor(4, "loraplex-reader")  # of their own: requests are tokenized in others
         self._is_closed = False
         self.num_loads = 0  # reads from disk so far
 
@@ -89,6 +91,9 @@ class AdapterStore(Generic[Version]):
 
     def entries(self) -> tuple[Entry[Version], ...]:
         return tuple(self._entries.values())
+
+    def knows(self, name: str) -> bool:
+        return name in self._entries
 
     def entry(self, name: str) -> Entry[Version]:
         self._check_open()
@@ -103,12 +108,14 @@ class AdapterStore(Generic[Version]):
         error = None if error is None else _fresh(error)
         self._entries[source.name] = Entry(source.name, source, error=error, is_registered=True)
 
-    async def load(self, source: AdapterSource, *, pin: bool | None = None) -> Entry[Version]:
+    async def load(self, source: AdapterSource, *, pin: bool | None = None, replace: bool = True) -> Entry[Version]:
         """Read, place and prove what `source` holds now, then let it answer instead of what did, which is forgotten
         once its requests are answered. Where anything fails, or the caller leaves, the old version goes on, and the
-        error is raised."""
+        error is raised. AdapterExistsError where there is one that must not be replaced."""
         self._check_open()
         entry = self._entries.get(source.name)
+        if not replace and entry is not None and not entry.is_leaving:
+            raise AdapterExistsError(source.name)
         if entry is None or entry.is_leaving:
             entry = self._entries[source.name] = Entry(source.name, source)
         await self._load(entry, source, pin)
@@ -146,6 +153,7 @@ class AdapterStore(Generic[Version]):
                 task.cancel()
             await asyncio.wait(self._tasks)
         await asyncio.to_thread(self._placer.shutdown)
+        self._readers.shutdown(wait=False)
         self._entries.clear()
 
     # ------------------------------------------------------------------------------------------- leases
@@ -238,7 +246,7 @@ class AdapterStore(Generic[Version]):
 
     async def _read(self, source: AdapterSource) -> tuple[Version, Any]:
         self.num_loads += 1
-        version, weights = await asyncio.to_thread(self._loader.read, source)
+        version, weights = await self._in_reader(source)
         self._check_open()
         self._versions[version.kv_id].append(version)
         self.host.put(version.kv_id, weights, version.host_bytes)
@@ -387,7 +395,7 @@ class AdapterStore(Generic[Version]):
     async def _read_again(self, version: Version) -> Any:
         """What had to leave host memory, if the files still hold it."""
         self.num_loads += 1
-        found, weights = await asyncio.to_thread(self._loader.read, version.source)
+        found, weights = await self._in_reader(version.source)
         if found.kv_id != version.kv_id:
             raise AdapterError(
                 version.source.path,
@@ -411,6 +419,10 @@ class AdapterStore(Generic[Version]):
             self._changed.set()
 
     # ------------------------------------------------------------------------------------------- tasks
+
+    async def _in_reader(self, source: AdapterSource) -> tuple[Version, Any]:
+        self._check_open()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._loader.read, source)
 
     async def _on_placer(self, work: Callable[..., None], *args: int) -> None:
         """Once begun it is done, in order, also where whoever began it is cancelled."""

@@ -93,10 +93,17 @@ class Backend(Protocol):
         """UnknownClassifierError where there is none."""
         ...
 
-    async def load_adapter(self, name: str, source: str, *, pin: bool | None = None) -> AdapterInfo:
+    def knows(self, name: str) -> bool:
+        """Whether there is an adapter of that name, in any state."""
+        ...
+
+    async def load_adapter(
+        self, name: str, source: str, *, pin: bool | None = None, replace: bool = True
+    ) -> AdapterInfo:
         """Load what `source` (a path below an adapter root, hf://…, s3://…) holds now as `name`, in place of what has
         the name: requests in flight finish on the old version, later ones get the new. Returns when it answers.
-        Where it is not sound, AdapterError or ContractError says why, and the old version goes on answering."""
+        Where it is not sound, AdapterError or ContractError says why, and the old version goes on answering.
+        AdapterExistsError where there is one and `replace` is False."""
         ...
 
     async def unload_adapter(self, name: str) -> None:

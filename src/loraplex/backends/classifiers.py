@@ -31,6 +31,7 @@ class LoadedClassifier:
     num_parameters: int
     num_bytes: int
     host_bytes: int
+    pad_token_id: int | None = None
 
     @property
     def ref(self) -> AdapterRef:
@@ -49,8 +50,11 @@ class LoadedClassifier:
 class ClassifierReader:
     """Folders -> versions and their weights, for one base. Any thread may call."""
 
-    def __init__(self, layers: BaseLayers, tokenizer: Tokenizer, max_model_len: int) -> None:
+    def __init__(
+        self, layers: BaseLayers, tokenizer: Tokenizer, max_model_len: int, pad_token_id: int | None = None
+    ) -> None:
         self._layers, self._tokenizer, self._max_model_len = layers, tokenizer, max_model_len
+        self._pad_token_id = pad_token_id
         self.runner: ModelRunner | None = (
             None  # once the base is loaded: compares with its weights, and knows its dtype
         )
@@ -59,18 +63,24 @@ class ClassifierReader:
         """AdapterError, ContractError: what is wrong, with a remedy. The contract is read again, too."""
         source = open_adapter(source.name, source.path)
         weights = read_adapter(source.path, self._layers)
+        if self.runner is not None:
+            weights = weights.without_base_copies(self.runner.parameter)
         if weights.is_zero:
             raise AdapterError(
                 source.path,
                 "changes nothing: all of its lora_B are zero, so every answer would be the base's",
                 remedy="save the adapter after its training",
             )
-        if self.runner is not None:
-            weights = weights.without_base_copies(self.runner.parameter)
         contract, path = source.contract, source.path / CONTRACT
         labels = None if contract is None else contract.labels
         if weights.score is not None:
             num_labels = len(weights.score.weight)
+            if num_labels < 2:
+                raise AdapterError(
+                    source.path,
+                    "its score head has one output, a number and no choice between labels",
+                    remedy="train it as a classifier, with two labels or more",
+                )
             if labels is not None and len(labels) != num_labels:
                 raise ContractError(
                     f"{path}, key 'labels'",
@@ -100,10 +110,27 @@ class ClassifierReader:
             changes_layers=bool(weights.modules),
             rank=weights.rank,
             num_parameters=weights.num_parameters,
-            num_bytes=weights.num_bytes if self.runner is None else weights.num_parameters * self.runner.item_bytes,
+            num_bytes=_num_placed(weights) * (4 if self.runner is None else self.runner.item_bytes),
+            pad_token_id=self._pad_token_id,
             host_bytes=weights.num_bytes,
         )
         return version, weights
+
+
+def _num_placed(weights: AdapterWeights) -> int:
+    """Numbers that its slot holds: what two layers share is there twice, and so is what a prefix of its own needs."""
+    loras = [*weights.modules.values(), *weights.embeddings.values(), *([weights.output] if weights.output else [])]
+    num_lora = sum(
+        part.numel()
+        for one in loras
+        for part in (one.lora_A, one.lora_B, one.lora_bias, one.magnitude)
+        if part is not None
+    )
+    saved = [*weights.saved.values(), *([weights.score] if weights.score else [])]
+    others = [one.weight for one in saved] + [one.bias for one in saved if one.bias is not None]
+    others += [*weights.biases.values(), *(rows for _, rows in weights.token_rows.values())]
+    is_twice = weights.invocation_tokens is not None and weights.changes_prefix
+    return num_lora + sum(one.numel() for one in others) * (2 if is_twice else 1)
 
 
 def _version(kv_id: str, source: AdapterSource) -> str:

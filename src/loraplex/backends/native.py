@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from loraplex.adapters.weights import AdapterWeights
 from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult
 from loraplex.backends.classifiers import ClassifierReader, LoadedClassifier
 from loraplex.backends.question import Question, make_sequence, render
-from loraplex.backends.registry import AdapterRegistry, preloaded
+from loraplex.backends.registry import BUNDLE, AdapterRegistry, preloaded
 from loraplex.bundle import AdapterSource, Bundle
 from loraplex.classifier import valid_unicode
 from loraplex.config import EngineConfig, resolve
@@ -98,6 +98,8 @@ class NativeBackend:
             await asyncio.to_thread(self._engine.close)
         if self._store is not None:
             await self._store.close()
+        if self._registry is not None:
+            self._registry.close()
         self._engine = self._store = self._registry = self._runner = None
 
     # ------------------------------------------------------------------------------------------- adapters
@@ -107,6 +109,9 @@ class NativeBackend:
 
     def adapter(self, name: str) -> AdapterInfo:
         return self._ready_registry().adapter(name)
+
+    def knows(self, name: str) -> bool:
+        return self._store is not None and self._store.knows(name)
 
     def stats(self) -> Stats:
         store, engine = self._ready_store(), self._engine
@@ -127,8 +132,10 @@ class NativeBackend:
             num_reads=store.num_loads,
         )
 
-    async def load_adapter(self, name: str, source: str, *, pin: bool | None = None) -> AdapterInfo:
-        return await self._ready_registry().load(name, source, pin)
+    async def load_adapter(
+        self, name: str, source: str, *, pin: bool | None = None, replace: bool = True
+    ) -> AdapterInfo:
+        return await self._ready_registry().load(name, source, pin, replace)
 
     async def unload_adapter(self, name: str) -> None:
         await self._ready_registry().unload(name)
@@ -137,6 +144,9 @@ class NativeBackend:
 
     async def pin_adapter(self, name: str, is_pinned: bool) -> AdapterInfo:
         return await self._ready_registry().pin(name, is_pinned)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        return self._ready_tokenizer().decode(*token_ids)
 
     async def loaded(self, name: str) -> LoadedClassifier:
         """The version that answers now, read if need be."""
@@ -248,18 +258,21 @@ class NativeBackend:
     async def _answer_late(self, request: ClassifyRequest, question: Question, deadline_s: float | None) -> float:
         """Load and place it first, as far as the deadline allows."""
         try:
-            async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
-                lease = await self._ready_store().lease(question.name)
-        except TimeoutError:
-            question.error = DeadlineExceededError(
-                f"{question.name!r} was not on the device before the deadline",
-                remedy="allow more time, or preload and pin it",
-            )
+            lease = await self._lease(question.name, deadline_s)
         except LoraplexError as exc:
             question.error = exc
         else:
             return await self._answer_leased(request, [(question, lease)], deadline_s)
         return time.monotonic()
+
+    async def _lease(self, name: str, deadline_s: float | None) -> Lease[LoadedClassifier]:
+        try:
+            async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
+                return await self._ready_store().lease(name)
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"{name!r} was not on the device before the deadline", remedy="allow more time, or preload and pin it"
+            ) from None
 
     async def _answer_leased(
         self,
@@ -314,7 +327,7 @@ class NativeBackend:
         deadline_s = _deadline(started, request.deadline_ms)
         lease = None
         if request.adapter is not None:
-            lease = self._ready_store().try_lease(request.adapter) or await self._ready_store().lease(request.adapter)
+            lease = self._ready_store().try_lease(request.adapter) or await self._lease(request.adapter, deadline_s)
         release: Callable[[], None] = lease.release if lease is not None else lambda: None
         loaded = None if lease is None else lease.version
         try:
@@ -374,7 +387,8 @@ class NativeBackend:
         return tuple(shown)
 
     def _names(self, request: ClassifyRequest) -> tuple[str, ...]:
-        every = (entry.name for entry in self._ready_store().entries() if not entry.is_leaving)
+        entries = self._ready_store().entries()
+        every = (one.name for one in entries if not one.is_leaving and (one.loaded is not None or one.is_registered))
         names = tuple(dict.fromkeys(every if request.classifiers == "*" else map(valid_unicode, request.classifiers)))
         if not names:
             raise InvalidRequestError(
@@ -431,10 +445,14 @@ class NativeBackend:
         skeleton = build_skeleton(model_config, bundle.base)
         tokenizer = Tokenizer(bundle.base, num_embedded_tokens(skeleton))
         max_model_len = int(model_config.max_position_embeddings)
-        reader = ClassifierReader(base_layers(skeleton), tokenizer, max_model_len)
+        pad = getattr(model_config, "pad_token_id", None)
+        reader = ClassifierReader(base_layers(skeleton), tokenizer, max_model_len, pad)
         if config.preload == "all":
+            remembered = () if self._state is None else self._state.remembered()
+            others = {one.name for one in remembered if one.source != BUNDLE}  # unloaded since, or replaced
             for source in bundle.adapters:
-                reader.read(source)
+                if source.name not in others:
+                    reader.read(source)
         runner = ModelRunner(load_base(model_config, bundle.base, resolve_dtype(config.dtype, device), device))
         runner.verify_packing()
         reader.runner = runner

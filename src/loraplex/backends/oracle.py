@@ -1,6 +1,7 @@
 """What PEFT answers, one prompt after the other: the oracle that an adapter can be compared with where PEFT is
 installed."""
 
+import importlib.util
 import warnings
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -8,20 +9,13 @@ from typing import Any
 
 import torch
 
-from loraplex.errors import ConfigurationError
-
 
 class PeftOracle:
     """One base and one adapter, in float32 on the CPU."""
 
     def __init__(self, base: Path, adapter: Path, *, num_labels: int | None) -> None:
         """num_labels: of a score head; None for a causal language model."""
-        try:
-            from peft import PeftModel
-        except ImportError:
-            raise ConfigurationError(
-                "PEFT", "is not installed, so there is nothing to compare with", remedy="pip install 'loraplex[train]'"
-            ) from None
+        from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         options: dict[str, Any] = dict(dtype=torch.float32, local_files_only=True, use_safetensors=True)
@@ -34,6 +28,10 @@ class PeftOracle:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about its own use of transformers
             self._model: Any = PeftModel.from_pretrained(model, adapter).eval()
+
+    @staticmethod
+    def is_installed() -> bool:
+        return importlib.util.find_spec("peft") is not None
 
     @torch.inference_mode()
     def label_log_probs(self, prompt: Seq[int], labels: Seq[Seq[int]]) -> list[float]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraplex.backends.classifiers import LoadedClassifier
 from loraplex.classifier import DEFAULT_ROLES, conversation_text
@@ -37,6 +37,8 @@ class Question:
         assert self.loaded is not None
         try:
             self.prompt = render(self.loaded, request.input, tokenizer, conversations, max_model_len)
+            if self.loaded.has_score:
+                self.prompt = _without_padding(self.prompt, self.loaded.pad_token_id)
             keep = request.conversation_id is not None
             if self.loaded.template is None:
                 self.sequences = [make_sequence(self.prompt, self.loaded, self.slot, keep=keep)]
@@ -79,6 +81,14 @@ class Question:
         return Verdict(
             classifier=self.name, label=label, confidence=confidence, scores=scores, adapter=ref, warnings=warnings
         )
+
+
+def _without_padding(prompt: Prompt, pad_token_id: int | None) -> Prompt:
+    """Transformers' classifiers look at the last token that is no padding, wherever that came from."""
+    end = len(prompt.token_ids)
+    while end > 1 and prompt.token_ids[end - 1] == pad_token_id:
+        end -= 1
+    return replace(prompt, token_ids=prompt.token_ids[:end], num_conversation=min(end, prompt.num_conversation))
 
 
 def render(

@@ -5,15 +5,16 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from loraplex.adapters.source import resolve_source
+from loraplex.adapters.source import Progress, ResolvedSource, resolve_source
 from loraplex.adapters.state import AdapterState
 from loraplex.adapters.store import AdapterStore, Entry
 from loraplex.backends.classifiers import LoadedClassifier
-from loraplex.bundle import AdapterSource, Bundle, open_adapter
+from loraplex.bundle import AdapterSource, Bundle, check_name, open_adapter
 from loraplex.config import EngineConfig
-from loraplex.errors import ConfigurationError, LoraplexError
+from loraplex.errors import ConfigurationError, LoraplexError, StateError
 from loraplex.types import AdapterInfo, ErrorInfo
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ class AdapterRegistry:
     ) -> None:
         self._bundle, self._config, self._store, self._state = bundle, config, store, state
         self._remembering = asyncio.Lock()
-        self._sources: dict[Path, str] = {}  # folder -> what it was resolved from, to be resolved again
+        self._sources: dict[str, tuple[Path, str]] = {}  # name -> folder, and what it was resolved from
+        self._resolvers = ThreadPoolExecutor(4, "loraplex-source")  # of their own: a download may hang
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
         return tuple(map(self._info, self._store.entries()))
@@ -37,13 +39,17 @@ class AdapterRegistry:
     def adapter(self, name: str) -> AdapterInfo:
         return self._info(self._store.entry(name))
 
-    async def load(self, name: str, source: str, pin: bool | None) -> AdapterInfo:
-        resolved = await asyncio.to_thread(
-            resolve_source, source, roots=self._adapter_roots(), cache_dir=self._cache_dir(), progress=_progress(name)
-        )
+    def close(self) -> None:
+        self._resolvers.shutdown(wait=False, cancel_futures=True)
+        if self._state is not None:
+            self._state.release()
+
+    async def load(self, name: str, source: str, pin: bool | None, replace: bool) -> AdapterInfo:
+        check_name(name)
+        resolved = await self._resolve(source, _progress(name))
         opened = await asyncio.to_thread(open_adapter, name, resolved.path)
-        entry = await self._store.load(opened, pin=pin)
-        self._sources[resolved.path] = resolved.source
+        entry = await self._store.load(opened, pin=pin, replace=replace)
+        self._sources[name] = resolved.path, resolved.source
         await self._remember(name)
         return self._info(entry)
 
@@ -61,6 +67,8 @@ class AdapterRegistry:
         start; one that was loaded at run time does not: its entry says what is wrong."""
         bundled = {source.name: source for source in self._bundle.adapters}
         remembered = {} if self._state is None else {one.name: one for one in self._state.remembered()}
+        if self._state is not None:
+            self._state.acquire()
         its_own: set[str] = set()
         for name in {**bundled, **remembered}:
             one = remembered.get(name)
@@ -77,17 +85,16 @@ class AdapterRegistry:
             try:
                 await self._store.load(entry.source, pin=one_pinned or is_named)
             except LoraplexError as exc:
-                if entry.name in its_own:
+                # Its own files are wrong, and not that others take its place.
+                if entry.name in its_own and isinstance(exc, ConfigurationError):
                     raise
                 logger.error("%s: %s", entry.name, exc)
 
     async def _register_remembered(self, name: str, source: str) -> None:
         try:
-            resolved = await asyncio.to_thread(
-                resolve_source, source, roots=self._adapter_roots(), cache_dir=self._cache_dir()
-            )
+            resolved = await self._resolve(source)
             self._store.register(open_adapter(name, resolved.path))
-            self._sources[resolved.path] = resolved.source
+            self._sources[name] = resolved.path, resolved.source
         except LoraplexError as exc:
             logger.error("%s, which was loaded from %s, cannot be: %s", name, source, exc)
             self._store.register(AdapterSource(name=name, path=Path(source), contract=None), exc)
@@ -96,15 +103,26 @@ class AdapterRegistry:
         """What is now; in order, so that the last to change a name has the last word."""
         if self._state is None:
             return
-        async with self._remembering:
-            entry = next((one for one in self._store.entries() if one.name == name and not one.is_leaving), None)
-            source = None
-            if entry is not None:
-                path = entry.source.path
-                is_bundled = any(one.name == name and one.path == path for one in self._bundle.adapters)
-                source = BUNDLE if is_bundled else self._sources.get(path, str(path.absolute()))
-            is_pinned = entry is not None and entry.is_pinned
-            await asyncio.to_thread(self._state.remember, name=name, source=source, is_pinned=is_pinned)
+        entry = next((one for one in self._store.entries() if one.name == name and not one.is_leaving), None)
+        source = None
+        if entry is not None:
+            path = entry.source.path
+            is_bundled = any(one.name == name and one.path.resolve() == path.resolve() for one in self._bundle.adapters)
+            resolved_path, resolved = self._sources.get(name, (path, str(path.absolute())))
+            source = BUNDLE if is_bundled else resolved if resolved_path == path else str(path.absolute())
+        is_pinned = entry is not None and entry.is_pinned
+        async with self._remembering:  # first come, first served
+            try:
+                await asyncio.to_thread(self._state.remember, name=name, source=source, is_pinned=is_pinned)
+            except ConfigurationError as exc:
+                logger.error("%s", exc)
+                raise StateError(name) from None
+
+    async def _resolve(self, source: str, progress: Progress | None = None) -> ResolvedSource:
+        def resolve() -> ResolvedSource:
+            return resolve_source(source, roots=self._adapter_roots(), cache_dir=self._cache_dir(), progress=progress)
+
+        return await asyncio.get_running_loop().run_in_executor(self._resolvers, resolve)
 
     def _adapter_roots(self) -> list[Path]:
         return [*map(Path, self._config.adapter_root), *([self._bundle.root] if self._bundle.root is not None else [])]

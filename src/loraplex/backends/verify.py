@@ -9,12 +9,13 @@ from pathlib import Path
 from loraplex.backends.base import GenerateRequest
 from loraplex.backends.native import PROBE, NativeBackend
 from loraplex.backends.oracle import PeftOracle
-from loraplex.bundle import open_adapter, open_bundle
+from loraplex.bundle import open_adapter, open_base
 from loraplex.config import EngineConfig
 from loraplex.errors import AdapterError
 from loraplex.types import AdapterInfo, ClassifyRequest
 
 TOLERANCE = 1e-4
+NAME = "adapter"  # whatever its folder is called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +30,14 @@ class Proof:
 
 async def verify(folder: Path, base: str, *, texts: Iterable[str] = (), with_peft: bool = True) -> Proof:
     """ConfigurationError says what is wrong: with the files, a golden example, or against PEFT (1e-4)."""
-    opened = open_adapter(folder.resolve().name, folder)
-    bundle = replace(open_bundle(base), adapters=(opened,))
+    opened = open_adapter(NAME, folder)
+    bundle = replace(open_base(base), adapters=(opened,))
     backend = NativeBackend(bundle, EngineConfig(dtype="float32", device="cpu", kv_cache="0"))
     await backend.start()
     try:
         [info] = backend.adapters()
         golden = () if opened.contract is None else opened.contract.golden
-        if not with_peft:
+        if not (with_peft and PeftOracle.is_installed()):
             return Proof(adapter=info, num_golden=len(golden))
         prompts = [one.text for one in golden] + list(texts) or [PROBE]
         difference = await _difference(backend, bundle.base, folder, info.name, prompts)
@@ -56,6 +57,8 @@ async def _difference(backend: NativeBackend, base: Path, folder: Path, name: st
     num_labels = len(loaded.labels or ()) if loaded.has_score else None
     oracle = await asyncio.to_thread(PeftOracle, base, folder, num_labels=num_labels)
     contract, largest = loaded.source.contract, 0.0
+    if loaded.template is None and loaded.invocation_tokens is not None:
+        texts = [text + backend.decode(loaded.invocation_tokens) for text in texts]
     for text in texts:
         request = ClassifyRequest(input=text, classifiers=(name,))
         [(_, _, prompt)] = await backend.show_prompt(request)

@@ -36,11 +36,12 @@ def _ask(url: str, method: str, path: str, body: dict[str, Any] | None = None) -
         raise ServerError("unreachable", f"{url} does not answer: {exc}", remedy="check --url, or start it") from None
     try:
         answer = response.json()
-        error = answer.get("error") if response.is_error else None
-    except (ValueError, AttributeError):
-        answer, error = None, None
-    if error is not None:
-        raise ServerError(error["code"], error["message"], remedy=error["remedy"])
+        error = answer["error"] if response.is_error else None
+        known = None if error is None else ServerError(error["code"], error["message"], remedy=error["remedy"])
+    except (ValueError, KeyError, TypeError):
+        answer, known = None, None
+    if known is not None:
+        raise known
     if answer is None or response.is_error:
         raise ServerError(
             "not_loraplex", f"{url} answers {response.status_code}, no JSON of ours", remedy="check --url"
@@ -171,5 +172,7 @@ def verify(
         f"{info.name}: rank {info.rank}, {info.num_parameters:,} parameters, version {info.version}", markup=False
     )
     stdout.print(f"golden examples: {proof.num_golden} right" if proof.num_golden else "golden examples: none given")
-    if proof.difference is not None:
+    if proof.difference is None:
+        stdout.print("PEFT: not compared" + (" (pip install 'loraplex\\[train]')" if peft else ""))
+    else:
         stdout.print(f"PEFT: probabilities differ by at most {proof.difference:.1e} on {proof.num_compared} texts")

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import os
 import shlex
+import sys
 from typing import Annotated
 
 import typer
@@ -154,3 +156,6 @@ def serve(
 
             asyncio.run(app.serve(NativeBackend(bundle, engine_config), server_config, sock, announce))
             stderr.print("stopped")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)  # all is answered and closed; a download that hangs in a thread must not keep the process

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from loraplex.model.attention import CapturedKV, PackedTokens
+from loraplex.model.fuse import PackedLinear
 from loraplex.model.lora_linear import ActiveSegments, Segments, wrap_linears
 from loraplex.ops.layout import Layout
 
@@ -39,7 +40,7 @@ def prune_last_layer(model: nn.Module, segments: ActiveSegments) -> bool:
     if not hasattr(layer, "input_layernorm") or not hasattr(attention, "o_proj"):
         return False
     prefix = f"{path}.{len(layers) - 1}"
-    linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear | PackedLinear)]
     main = [name for name in linears if name.rpartition(".")[2] in ("k_proj", "v_proj", "qkv_proj")]
     if not main:
         return False

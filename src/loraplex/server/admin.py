@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
-from loraplex.errors import AdapterExistsError, ConfigurationError, RefusedError, UnknownClassifierError
+from loraplex.errors import ConfigurationError, RefusedError
 from loraplex.server.routes import backend_of
 from loraplex.server.schemas import (
     AdapterBody,
@@ -24,9 +24,12 @@ router = APIRouter(tags=["adapters"])
 
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "no such adapter"}}
 LOADING: dict[int | str, dict[str, Any]] = {
-    409: {"model": ErrorBody, "description": "the name is taken, or being unloaded"},
+    409: {"model": ErrorBody, "description": "the name is taken"},
     422: {"model": ErrorBody, "description": "not sound, or not below an adapter root; what answered before goes on"},
-    503: {"model": ErrorBody, "description": "not ready, or stopping"},
+    503: {
+        "model": ErrorBody,
+        "description": "not ready, stopping, the name is being unloaded, or pinned adapters leave no room",
+    },
 }
 
 
@@ -37,14 +40,6 @@ async def _sound(loading: Awaitable[Result]) -> Result:
         return await loading
     except ConfigurationError as exc:
         raise RefusedError(exc) from exc
-
-
-def _is_known(request: Request, name: str) -> bool:
-    try:
-        backend_of(request).adapter(name)
-    except UnknownClassifierError:
-        return False
-    return True
 
 
 @router.get("/v1/adapters")
@@ -86,9 +81,7 @@ async def unpin_adapter(request: Request, name: str) -> AdapterInfo:
 @router.post("/v1/load_lora_adapter", responses=LOADING, response_class=PlainTextResponse)
 async def load_lora_adapter(request: Request, body: VllmLoadBody) -> str:
     """vLLM's. A name that is taken is refused unless `load_inplace`."""
-    if not body.load_inplace and _is_known(request, body.lora_name):
-        raise AdapterExistsError(body.lora_name)
-    await _sound(backend_of(request).load_adapter(body.lora_name, body.lora_path))
+    await _sound(backend_of(request).load_adapter(body.lora_name, body.lora_path, replace=body.load_inplace))
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
@@ -103,9 +96,7 @@ async def unload_lora_adapter(request: Request, body: VllmUnloadBody) -> str:
 async def sagemaker_load(request: Request, body: SageMakerAdapterBody) -> AdapterInfo:
     """SageMaker's. A name that is taken is refused. `preload` changes nothing: an adapter is always read and proven
     before it is live."""
-    if _is_known(request, body.name):
-        raise AdapterExistsError(body.name)
-    return await _sound(backend_of(request).load_adapter(body.name, body.src, pin=body.pin))
+    return await _sound(backend_of(request).load_adapter(body.name, body.src, pin=body.pin, replace=False))
 
 
 @router.delete("/adapters/{name}", responses=UNKNOWN, tags=["sagemaker"])

@@ -36,7 +36,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.backend = backend
-    app.state.metrics = Metrics(backend.stats)
+    app.state.metrics = Metrics(backend.stats, backend.knows)
     app.state.created = int(time.time())
     app.include_router(routes.router)
     app.include_router(sagemaker.router)
@@ -130,15 +130,15 @@ class _BodyLimit:
         await self.app(scope, limited, send)
 
 
-def _answer(error: LoraplexError) -> JSONResponse:
+def _answer(request: Request, error: LoraplexError) -> JSONResponse:
+    request.app.state.metrics.fail(error.code)
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
     return JSONResponse(error_json(error.code, error.message, error.remedy), status_code=error.status, headers=headers)
 
 
 def _loraplex_error(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, LoraplexError)
-    request.app.state.metrics.fail(exc.code)
-    return _answer(exc)
+    return _answer(request, exc)
 
 
 def _validation_error(request: Request, exc: Exception) -> JSONResponse:
@@ -147,15 +147,17 @@ def _validation_error(request: Request, exc: Exception) -> JSONResponse:
     first = exc.errors()[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
-        return _answer(BadInputError(f"the body is not JSON: {reason}", remedy="send one JSON object in UTF-8"))
+        return _answer(
+            request, BadInputError(f"the body is not JSON: {reason}", remedy="send one JSON object in UTF-8")
+        )
     if exc.body is None:
-        return _answer(BadInputError("the body is empty", remedy="send one JSON object in UTF-8"))
+        return _answer(request, BadInputError("the body is empty", remedy="send one JSON object in UTF-8"))
     if not isinstance(exc.body, dict):
         remedy = "send a JSON object with Content-Type: application/json"
-        return _answer(InvalidRequestError("the body is not a JSON object", remedy=remedy))
+        return _answer(request, InvalidRequestError("the body is not a JSON object", remedy=remedy))
     place = error_place(first, exc.body)
     message = f"{place}: {first['msg']}" if place else first["msg"]
-    return _answer(InvalidRequestError(message, remedy="see /docs for the fields and their types"))
+    return _answer(request, InvalidRequestError(message, remedy="see /docs for the fields and their types"))
 
 
 def _http_error(request: Request, exc: Exception) -> JSONResponse:
@@ -169,11 +171,12 @@ def _http_error(request: Request, exc: Exception) -> JSONResponse:
         413: ("body_too_large", str(exc.detail), "send less at once, or raise --max-body-bytes"),
     }
     code, message, remedy = known.get(exc.status_code, ("http_error", str(exc.detail), "see /docs for the routes"))
+    request.app.state.metrics.fail(code)
     return JSONResponse(error_json(code, message, remedy), status_code=exc.status_code, headers=exc.headers)
 
 
 def _unexpected_error(request: Request, exc: Exception) -> JSONResponse:
     logger.error("unexpected error on %s", request.url.path, exc_info=exc)
     return _answer(
-        EngineError(f"unexpected {type(exc).__name__}", remedy="report it; the server's log has the details")
+        request, EngineError(f"unexpected {type(exc).__name__}", remedy="report it; the server's log has the details")
     )

@@ -8,10 +8,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from loraplex.backends.base import Backend
-from loraplex.errors import CancelledError, NotReadyError
+from loraplex.errors import CancelledError, LoraplexError, NotReadyError
 from loraplex.metrics import Metrics
 from loraplex.server.schemas import ClassifyBody, ErrorBody, ModelCard, ModelList, result_json
-from loraplex.types import ClassifyResult
+from loraplex.types import ClassifyRequest, ClassifyResult
 
 Result = TypeVar("Result")
 
@@ -60,12 +60,21 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
         task.cancel()
 
 
+async def answered(request: Request, asked: ClassifyRequest) -> ClassifyResult:
+    """By the backend, for as long as the client stays; counted."""
+    try:
+        result = await while_connected(request, backend_of(request).classify(asked))
+    except LoraplexError as exc:
+        metrics_of(request).observe_failure(() if asked.classifiers == "*" else asked.classifiers, exc.code)
+        raise
+    metrics_of(request).observe(result)
+    return result
+
+
 @router.post("/v1/classify", response_model=ClassifyResult, responses=ERRORS, tags=["classify"])
 async def classify(request: Request, body: ClassifyBody) -> Response:
     """Judge one conversation by any number of classifiers, in one forward pass where they fit."""
-    result = await while_connected(request, backend_of(request).classify(body.to_request()))
-    metrics_of(request).observe(result)
-    return Response(result_json(result), media_type="application/json")
+    return Response(result_json(await answered(request, body.to_request())), media_type="application/json")
 
 
 @router.get("/v1/models", tags=["adapters"])

@@ -5,7 +5,7 @@ import math
 from fastapi import APIRouter, Request, Response
 
 from loraplex.backends.base import GenerateRequest
-from loraplex.server.routes import ERRORS, backend_of, metrics_of, while_connected
+from loraplex.server.routes import ERRORS, answered, backend_of, metrics_of, while_connected
 from loraplex.server.schemas import ClassifyBody, InvocationBody, InvocationResult, SageMakerBody, result_json
 from loraplex.types import ClassifyRequest, ClassifyResult
 
@@ -17,22 +17,20 @@ async def invocations(request: Request, body: SageMakerBody) -> Response | list[
     """`{"input_text", "adapter_name"?}` -> `[{"confidence_score", "predicted_text"}]`; the body of /v1/classify is
     answered as there."""
     if isinstance(body, ClassifyBody):
-        result = await while_connected(request, backend_of(request).classify(body.to_request()))
-        metrics_of(request).observe(result)
+        result = await answered(request, body.to_request())
         return Response(result_json(result), media_type="application/json")
-    return [await while_connected(request, _invoke(request, body))]
+    return [await _invoke(request, body)]
 
 
 async def _invoke(request: Request, body: InvocationBody) -> InvocationResult:
     """Through the adapter's contract where it has one, else verbatim."""
-    backend = backend_of(request)
     if body.adapter_name is not None and not body.raw:
-        result = await backend.classify(ClassifyRequest(input=body.input_text, classifiers=(body.adapter_name,)))
-        metrics_of(request).observe(result)
+        result = await answered(request, ClassifyRequest(input=body.input_text, classifiers=(body.adapter_name,)))
         verdict = result.verdicts[0]
         assert verdict.label is not None and verdict.confidence is not None, "a lone verdict's error is raised"
         return InvocationResult(confidence_score=verdict.confidence, predicted_text=verdict.label)
-    generated = await backend.generate(GenerateRequest(prompt=body.input_text, adapter=body.adapter_name))
+    asked = GenerateRequest(prompt=body.input_text, adapter=body.adapter_name)
+    generated = await while_connected(request, backend_of(request).generate(asked))
     metrics_of(request).observe_work(generated.usage, generated.timings)
     [token] = generated.tokens
     return InvocationResult(confidence_score=math.exp(token.log_prob), predicted_text=token.text)
