@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import threading
 import time
 import warnings
@@ -486,3 +487,26 @@ def test_verify_takes_an_activated_adapter_without_a_contract_in_any_folder(fold
     run = serving.loraplex("adapters", "verify", place, "--json")
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["difference"] <= 1e-4
+
+
+def test_a_stop_does_not_wait_for_a_download_that_hangs(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(8) as pool:  # accepts, answers nothing
+        environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        with (
+            serving.serve(folder / "bundle", "--dtype", "float32", "--drain-timeout", 1, **environment) as server,
+            serving.client(server) as http,
+        ):
+            loads = [pool.submit(put, http, f"far{i}", "s3://bucket/far") for i in range(8)]
+            time.sleep(1)
+            assert ask(http, "one", deadline_ms=10_000)["label"]
+            started = time.monotonic()
+            assert server.stop() == 0
+            assert time.monotonic() - started < 15
+            for load in loads:
+                error = load.exception()
+                assert load.result().status_code == 503 if error is None else isinstance(error, httpx.HTTPError)

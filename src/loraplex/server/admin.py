@@ -1,5 +1,6 @@
 """Adapters at run time: our routes, vLLM's names for them, and SageMaker's."""
 
+import asyncio
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
@@ -7,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
 from loraplex.errors import ConfigurationError, RefusedError
-from loraplex.server.routes import backend_of
+from loraplex.server.routes import backend_of, stopping
 from loraplex.server.schemas import (
     AdapterBody,
     AdapterList,
@@ -40,6 +41,8 @@ async def _sound(loading: Awaitable[Result]) -> Result:
         return await loading
     except ConfigurationError as exc:
         raise RefusedError(exc) from exc
+    except asyncio.CancelledError:
+        raise stopping() from None
 
 
 @router.get("/v1/adapters")

@@ -136,12 +136,12 @@ def _answer(request: Request, error: LoraplexError) -> JSONResponse:
     return JSONResponse(error_json(error.code, error.message, error.remedy), status_code=error.status, headers=headers)
 
 
-def _loraplex_error(request: Request, exc: Exception) -> JSONResponse:
+async def _loraplex_error(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, LoraplexError)
     return _answer(request, exc)
 
 
-def _validation_error(request: Request, exc: Exception) -> JSONResponse:
+async def _validation_error(request: Request, exc: Exception) -> JSONResponse:
     """The first thing wrong, with its place in the body."""
     assert isinstance(exc, RequestValidationError)
     first = exc.errors()[0]
@@ -160,7 +160,7 @@ def _validation_error(request: Request, exc: Exception) -> JSONResponse:
     return _answer(request, InvalidRequestError(message, remedy="see /docs for the fields and their types"))
 
 
-def _http_error(request: Request, exc: Exception) -> JSONResponse:
+async def _http_error(request: Request, exc: Exception) -> JSONResponse:
     """What the framework itself refuses: unknown paths and methods, bodies that cannot be decoded or are too large."""
     assert isinstance(exc, HTTPException)
     path = request.url.path
@@ -175,7 +175,7 @@ def _http_error(request: Request, exc: Exception) -> JSONResponse:
     return JSONResponse(error_json(code, message, remedy), status_code=exc.status_code, headers=exc.headers)
 
 
-def _unexpected_error(request: Request, exc: Exception) -> JSONResponse:
+async def _unexpected_error(request: Request, exc: Exception) -> JSONResponse:
     logger.error("unexpected error on %s", request.url.path, exc_info=exc)
     return _answer(
         request, EngineError(f"unexpected {type(exc).__name__}", remedy="report it; the server's log has the details")

@@ -42,6 +42,10 @@ def metrics_of(request: Request) -> Metrics:
     return metrics
 
 
+def stopping() -> NotReadyError:
+    return NotReadyError("the server is stopping", remedy="send it to another server, or again when it is back")
+
+
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Run `work`, or cancel it when the client leaves: what it queued is dropped at the engine's next step."""
 
@@ -51,7 +55,10 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # the time to drain is over
+            raise stopping() from None
         if not task.done():
             raise CancelledError("the client left", remedy="none is needed")
         return task.result()
