@@ -196,7 +196,7 @@ class Bases:
     def folder(self, name: str) -> Path:
         folder = self.root / name
         if not folder.exists():
-            tiny.save_base(folder, BASES[name])
+            tiny.save_base(folder, BASES[name] if name in BASES else tiny.FAMILIES[name])
         return folder
 
     def load(self, name: str, classify: bool = False) -> Any:

@@ -1,7 +1,9 @@
 """Every kind of adapter that PEFT writes, on every tiny base, all of a base's kinds in one step: PEFT's answers, one by
 one and in float32, within 1e-4 in probability, and 1e-3 in log probability, which says more of flat answers."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from loraplex.engine.step import Step
 from loraplex.engine.tokenizer import last_match
 from loraplex.model.loader import base_layers, build_skeleton, load_base, read_config
 from loraplex.model.multi_lora import prefix_slot
-from peft_cases import BASES, CASES, TOKEN_IDS, Bases, Case, logits, write
+from peft_cases import BASES, CASES, TOKEN_IDS, Bases, Case, case, logits, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of embeddings, ties and what else it thinks unwise
 
@@ -50,19 +52,50 @@ def sequence_of(slot: int, adapter: AdapterWeights | None) -> Sequence:
 
 @pytest.mark.parametrize("base", BASES)
 def test_all_kinds_in_one_step_equal_peft(base: str, tmp_path: Path) -> None:
+    check(base, {name: case for name, case in CASES.items() if case.base == base}, tmp_path)
+
+
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "alora": {"alora_invocation_tokens": [3]},
+    "lora-bias": {"lora_bias": True},
+    "bias": {"bias": "lora_only"},
+    "pattern": {"rank_pattern": {"o_proj": 5}, "alpha_pattern": {"down_proj": 9}},
+    "layers": {"target_modules": ["o_proj", "down_proj"], "layers_to_transform": [0, 2]},
+    "embedding": {"target_modules": ["o_proj", "embed_tokens"]},
+    "head": {"target_modules": ["o_proj", "lm_head"]},
+    "save-head": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": [21, 8]},
+    "seq": {"task_type": "SEQ_CLS"},
+}
+
+
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in BASES])
+def test_kinds_at_two_ranks_each_equal_peft_on_every_family(family: str, tmp_path: Path) -> None:
+    cases = {}
+    for number, (kind, config) in enumerate(KINDS.items()):
+        parts = "modules score" if kind == "seq" else "modules"
+        for rank in (1 + number % 3, 4 + number % 5):
+            settings: dict[str, Any] = {"target_modules": "all-linear", "r": rank} | dict(config)
+            cases[f"{kind}-r{rank}"] = case(family, parts, **settings)
+    check(family, cases, tmp_path)
+
+
+def check(base: str, cases: Mapping[str, Case], tmp_path: Path) -> None:
     bases = Bases(tmp_path / "bases")
     folder = bases.folder(base)
     config = read_config(folder)
     layers = base_layers(build_skeleton(config, folder))
     runner = ModelRunner(load_base(config, folder, torch.float32, torch.device("cpu")))
-    cases = {name: case for name, case in CASES.items() if case.base == base}
     bare = logits(bases.load(base))[0, -1].log_softmax(-1)
     expected: dict[str | None, torch.Tensor] = {None: bare}
     adapters: dict[str | None, AdapterWeights | None] = {None: None}
-    for slot, (kind, case) in enumerate(cases.items()):
-        where = write(bases, tmp_path / kind, case)
-        expected[kind] = expect(bases, case, where)
-        assert case.is_classifier or (expected[kind] - bare).abs().max() > 100 * LOG_TOLERANCE, (
+    for slot, (kind, one) in enumerate(cases.items()):
+        where = write(bases, tmp_path / kind, one)
+        expected[kind] = expect(bases, one, where)
+        assert one.is_classifier or (expected[kind] - bare).abs().max() > 100 * LOG_TOLERANCE, (
             f"{kind} changes too little"
         )
         adapter = adapters[kind] = read_adapter(where, layers).without_base_copies(runner.parameter)
