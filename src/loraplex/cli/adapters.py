@@ -168,9 +168,7 @@ def verify(
         typer.echo(json.dumps(asdict(proof)))
         return
     info = proof.adapter
-    stdout.print(
-        f"{info.name}: rank {info.rank}, {info.num_parameters:,} parameters, version {info.version}", markup=False
-    )
+    stdout.print(f"{path}: rank {info.rank}, {info.num_parameters:,} parameters, version {info.version}", markup=False)
     stdout.print(f"golden examples: {proof.num_golden} right" if proof.num_golden else "golden examples: none given")
     if proof.difference is None:
         stdout.print("PEFT: not compared" + (" (pip install 'loraplex\\[train]')" if peft else ""))
