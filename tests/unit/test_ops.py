@@ -129,4 +129,4 @@ def test_short_segments_are_computed_together_and_give_the_same(conv1d: bool) ->
             lora = adapters[slot]
             expected[start:end] += reference.lora_delta(x[0, start:end], lora.lora_A, lora.lora_B, lora.scaling)
     torch.testing.assert_close(layer(x)[0], expected)
-    assert segments.current.padded.cache_info().misses == 1, "nothing was computed together"
+    assert len(segments.current._padded) == 1, "nothing was computed together"

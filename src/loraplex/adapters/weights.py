@@ -78,6 +78,14 @@ class AdapterWeights:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     @property
+    def num_placed(self) -> int:
+        """Numbers that a slot holds: what two layers share is there twice, and so is what a prefix of its own needs."""
+        tensors = [(name, part) for name, part in self._parts() if isinstance(part, torch.Tensor)]
+        is_twice = self.invocation_tokens is not None and self.changes_prefix
+        prefix = ("saved ", "biases ", "token_rows ")
+        return sum(part.numel() * (2 if is_twice and name.startswith(prefix) else 1) for name, part in tensors)
+
+    @property
     def changes_prefix(self) -> bool:
         """Whether K/V in front of an aLoRA activation differ from the base's, so that they cannot be shared."""
         changed = {*self.embeddings, *self.saved, *self.biases, *self.token_rows} - {self.output_path}

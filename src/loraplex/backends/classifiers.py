@@ -55,9 +55,8 @@ class ClassifierReader:
     ) -> None:
         self._layers, self._tokenizer, self._max_model_len = layers, tokenizer, max_model_len
         self._pad_token_id = pad_token_id
-        self.runner: ModelRunner | None = (
-            None  # once the base is loaded: compares with its weights, and knows its dtype
-        )
+        # Once the base is loaded: compares with its weights, and knows its dtype.
+        self.runner: ModelRunner | None = None
 
     def read(self, source: AdapterSource) -> tuple[LoadedClassifier, AdapterWeights]:
         """AdapterError, ContractError: what is wrong, with a remedy. The contract is read again, too."""
@@ -110,27 +109,11 @@ class ClassifierReader:
             changes_layers=bool(weights.modules),
             rank=weights.rank,
             num_parameters=weights.num_parameters,
-            num_bytes=_num_placed(weights) * (4 if self.runner is None else self.runner.item_bytes),
+            num_bytes=weights.num_placed * (4 if self.runner is None else self.runner.item_bytes),
             pad_token_id=self._pad_token_id,
             host_bytes=weights.num_bytes,
         )
         return version, weights
-
-
-def _num_placed(weights: AdapterWeights) -> int:
-    """Numbers that its slot holds: what two layers share is there twice, and so is what a prefix of its own needs."""
-    loras = [*weights.modules.values(), *weights.embeddings.values(), *([weights.output] if weights.output else [])]
-    num_lora = sum(
-        part.numel()
-        for one in loras
-        for part in (one.lora_A, one.lora_B, one.lora_bias, one.magnitude)
-        if part is not None
-    )
-    saved = [*weights.saved.values(), *([weights.score] if weights.score else [])]
-    others = [one.weight for one in saved] + [one.bias for one in saved if one.bias is not None]
-    others += [*weights.biases.values(), *(rows for _, rows in weights.token_rows.values())]
-    is_twice = weights.invocation_tokens is not None and weights.changes_prefix
-    return num_lora + sum(one.numel() for one in others) * (2 if is_twice else 1)
 
 
 def _version(kv_id: str, source: AdapterSource) -> str:

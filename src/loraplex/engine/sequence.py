@@ -47,9 +47,8 @@ class Token(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceOutput:
     """log_probs: one for each target, natural logarithm, over the whole vocabulary; of an adapter with a score head one
-    for each of its labels. tokens: what follows the sequence,
-    one or as many as its sampling asks for. num_computed_tokens: run through the model for this sequence and not
-    counted for another that shares them."""
+    for each of its labels. tokens: what follows the sequence, one or as many as its sampling asks for.
+    num_computed_tokens: run through the model for this sequence and not counted for another that shares them."""
 
     log_probs: tuple[float, ...]
     tokens: tuple[Token, ...]

@@ -1,8 +1,7 @@
 """A linear layer with one update a slot, each at its own rank, for packed tokens sorted by slot."""
 
-import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from loraplex.adapters.weights import LoRAWeights, SavedModule
 from loraplex.model.fuse import PackedLinear
 
 # Segments of at most so many tokens are computed together, if there are so many of one rank: then the calls cost more
-# than the arithmetic. Measured on a CPU: 3x faster at 12 tokens, even at 40, slower at 128 (docs/performance.md).
+# than the arithmetic. On a CPU it pays up to about 40 tokens and is slower at 128.
 SHORT, FEW = 32, 4
 
 
@@ -23,10 +22,6 @@ class Segment(NamedTuple):
     slot: int
     start: int
     end: int
-
-    @property
-    def is_short(self) -> bool:
-        return self.end - self.start <= SHORT
 
 
 class Padded(NamedTuple):
@@ -42,10 +37,17 @@ class Segments:
 
     def __init__(self, segments: Iterable[Segment], device: torch.device) -> None:
         self.all = tuple(segments)
+        self.are_short = tuple(end - start <= SHORT for _, start, end in self.all)
         self._device = device
-        self.padded = functools.cache(self._padded)
+        self._padded: dict[tuple[int, ...], Padded] = {}
 
-    def _padded(self, which: tuple[int, ...]) -> Padded:
+    def padded(self, which: tuple[int, ...]) -> Padded:
+        """Made once a step, whichever layer asks first."""
+        if which not in self._padded:
+            self._padded[which] = self._pad(which)
+        return self._padded[which]
+
+    def _pad(self, which: tuple[int, ...]) -> Padded:
         n = max(self.all[i].end - self.all[i].start for i in which)
         tokens: list[int] = []
         real: list[int] = []
@@ -79,11 +81,11 @@ class Update:
     saved: SavedModule | None = None
     row_ids: torch.Tensor | None = None  # [n]
     rows: torch.Tensor | None = None  # [n, in]
+    plain_rank: int | None = field(init=False)  # where it is nothing but lora_A and lora_B; asked by every step
 
-    @property
-    def is_plain(self) -> bool:
-        others = (self.gain, self.shift, self.saved, self.rows)
-        return self.lora_A is not None and all(other is None for other in others)
+    def __post_init__(self) -> None:
+        is_plain = all(other is None for other in (self.gain, self.shift, self.saved, self.rows))
+        object.__setattr__(self, "plain_rank", len(self.lora_A) if is_plain and self.lora_A is not None else None)
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> None:  # [n, in], [n, out], changed in place
         if self.saved is not None:
@@ -157,15 +159,14 @@ class MultiLoRALinear(nn.Module):
         output: torch.Tensor = self.base_layer(x)
         tokens, out = x[0], output[0]
         short: dict[int, list[int]] = {}  # rank -> segments
-        for i, segment in enumerate(segments.all):
-            update = self.slots.get(segment.slot)
+        for i, (slot, start, end) in enumerate(segments.all):
+            update = self.slots.get(slot)
             if update is None:
                 continue
-            if segment.is_short and update.is_plain:
-                assert update.lora_A is not None
-                short.setdefault(len(update.lora_A), []).append(i)
+            if segments.are_short[i] and update.plain_rank is not None:
+                short.setdefault(update.plain_rank, []).append(i)
             else:
-                update.apply(tokens[segment.start : segment.end], out[segment.start : segment.end])
+                update.apply(tokens[start:end], out[start:end])
         for which in short.values():
             if len(which) >= FEW:
                 self._apply_together(segments, tuple(which), tokens, out)

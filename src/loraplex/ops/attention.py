@@ -27,6 +27,7 @@ def packed_attention(
         return _windowed(query, key, value, layout, cache=cache, scaling=scaling, window=window)
     output, lse = _attend_to_own(query, key, value, layout, scaling=scaling)
     for context in layout.contexts:
+        assert lse is not None
         if context.cached is None:
             k, v = key[context.start : context.end], value[context.start : context.end]
         else:
@@ -39,17 +40,19 @@ def packed_attention(
 
 def _attend_to_own(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, *, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:  # [T, H, D], [T, H] float32
-    """Each span to itself, causally."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, H, D], [T, H] float32
+    """Each span to itself, causally, and the log-sum-exps where contexts are to be merged in."""
     if query.is_cuda and query.dtype != torch.float32 and layout.cu_seqlens is not None:
         longest = max(span.end - span.start for span in layout.spans)
         return _attend_varlen(query, key, value, layout.cu_seqlens, longest, scaling=scaling)
     output = torch.empty_like(query)
-    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if layout.contexts else None
     for span in layout.spans:
         rows, keys = slice(*span.queries), slice(span.start, span.end)
         is_causal = span.row is None  # else a single query, which sees all of them
-        output[rows], lse[rows] = _attend(query[rows], key[keys], value[keys], is_causal=is_causal, scaling=scaling)
+        output[rows], own = _attend(query[rows], key[keys], value[keys], is_causal=is_causal, scaling=scaling)
+        if lse is not None:
+            lse[rows] = own
     return output, lse
 
 
