@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from loraplex.adapters import checkpoint
-from loraplex.adapters.checkpoint import BaseLayers, read_adapter
+from loraplex.adapters.checkpoint import read_adapter
 from loraplex.adapters.peft_config import MAX_CONFIG_BYTES, REFUSED_KEYS
+from loraplex.adapters.weights import BaseLayers
 from loraplex.errors import AdapterError
 
 SHAPES = {f"model.layers.{i}.self_attn.{name}": (8, 6) for i in range(3) for name in ("q_proj", "v_proj")}

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from loraplex.adapters.checkpoint import AdapterWeights, BaseLayers, read_adapter
+from loraplex.adapters.checkpoint import read_adapter
 from loraplex.adapters.peft_config import INERT_KEYS, REFUSED_KEYS, PeftConfig
+from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.errors import ConfigurationError
 
 BASE = BaseLayers(

@@ -10,11 +10,9 @@ from safetensors import SafetensorError, safe_open
 
 from loraplex.adapters.peft_config import read_peft_config, short
 from loraplex.adapters.plan import MAGNITUDE, SAVE_AGAIN, TRAIN_PLAINER, WRONG_BASE, Plan, assemble, explain, make_plan
-from loraplex.adapters.weights import AdapterWeights, BaseLayers, LoRAWeights, SavedModule
+from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loraplex.errors import AdapterError
-
-__all__ = ["AdapterWeights", "BaseLayers", "LoRAWeights", "SavedModule", "read_adapter"]
 
 logger = logging.getLogger(__name__)
 

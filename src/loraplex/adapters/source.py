@@ -1,38 +1,36 @@
 """What a user names (a folder, an archive, `hf://…`, `s3://…`) -> a verified local folder with a PEFT adapter's files.
 Knows where the bytes come from and which of them are let in, not what they mean."""
 
-import gzip
 import hashlib
 import os
 import re
-import shlex
 import shutil
-import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock
 
+from loraplex.adapters.archive import unpack
+from loraplex.adapters.files import (
+    ARCHIVE,
+    CHUNK,
+    FILES,
+    LIMITS,
+    PICKLE,
+    SourceLimits,
+    check,
+    check_size,
+    reason_of,
+    sizes_of,
+)
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT
 from loraplex.errors import AdapterError
 
-FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT)  # all that is ever read, fetched or unpacked
-PICKLE = "adapter_model.bin"
-ARCHIVE = ".tar.gz"
-CHUNK = 2**20
-HEADERS = 4 * 2**20  # bytes that tarfile may read of an archive; a thousand members need one or two thousand each
 ATTEMPTS = 5  # at taking up a download that was cut, and at one whose object changes meanwhile
 LONGEST = 4096  # characters that name a source
-CONVERT = "python -c " + shlex.quote(
-    "import torch, safetensors.torch as s; "
-    f'tensors = torch.load("{PICKLE}", map_location="cpu", weights_only=True); '
-    # save_file takes neither views nor tensors that share memory, which pickles may hold
-    "tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}; "
-    f's.save_file(tensors, "{ADAPTER_WEIGHTS}", metadata={{"format": "pt"}})'
-)
 FORMS = {
     "hf": re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<folder>[\w./-]+?))?/?(@(?P<revision>[\w./-]+))?", re.ASCII),
     "s3": re.compile(r"(?P<bucket>[A-Za-z0-9._-]{3,63})(/(?P<key>[^?#]*?))?/?"),
@@ -40,15 +38,6 @@ FORMS = {
 SHAPES = "hf://org/name[/folder][@revision], s3://bucket/folder or s3://bucket/name.tar.gz"
 
 Progress = Callable[[int, int | None], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceLimits:
-    """What an adapter from anywhere may weigh; an archive may neither hold nor unpack to more."""
-
-    max_bytes: int = 8 * 2**30
-    max_text_bytes: int = 4 * 2**20  # for its config and its contract, which are parsed in memory
-    max_members: int = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +57,7 @@ def resolve_source(
     *,
     roots: Sequence[Path],
     cache_dir: Path,
-    limits: SourceLimits = SourceLimits(),
+    limits: SourceLimits = LIMITS,
     progress: Progress | None = None,
 ) -> ResolvedSource:
     """The adapter that `source` names, as a verified local folder.
@@ -100,7 +89,7 @@ def resolve_source(
         return _from_s3(named["bucket"], named.get("key", ""), cache_dir, limits, progress)
     except OSError as exc:  # unreadable, or no room in the cache
         raise AdapterError(
-            given, f"cannot be read or kept: {_reason(exc)}", remedy="check permissions and disk space"
+            given, f"cannot be read or kept: {reason_of(exc)}", remedy="check permissions and disk space"
         ) from None
 
 
@@ -127,7 +116,7 @@ def _from_roots(given: str, roots: Sequence[Path], cache_dir: Path, limits: Sour
     if path.is_file() and given.endswith(ARCHIVE):
         archive, stat = path, path.stat()
         version = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-        path = _cached(cache_dir, str(archive), version, lambda work: _unpack(archive, work, given, limits))
+        path = _cached(cache_dir, str(archive), version, lambda work: unpack(archive, work, given, limits))
     elif not path.is_dir():
         raise AdapterError(given, f"neither a folder nor a {ARCHIVE}", remedy="give the folder that PEFT saved")
     else:
@@ -138,7 +127,7 @@ def _from_roots(given: str, roots: Sequence[Path], cache_dir: Path, limits: Sour
                     f"its {name} is a link that leads out of the adapter roots",
                     remedy="copy the file there, or start with --adapter-root DIR, a folder that holds it too",
                 )
-    _check(given, _sizes(path), limits)
+    check(given, sizes_of(path), limits)
     return ResolvedSource(path=path, source=str(named), remote=False)
 
 
@@ -175,7 +164,7 @@ def _from_hub(
     try:
         with suppress(DryRunError):  # no hub: the next call takes what is cached, or says why it cannot be had
             listed = snapshot_download(repo, revision=revision, allow_patterns=wanted, dry_run=True, tqdm_class=Bar)
-            _check(source, {PurePosixPath(file.filename).name: file.file_size or 0 for file in listed}, limits)
+            check(source, {PurePosixPath(file.filename).name: file.file_size or 0 for file in listed}, limits)
             total = sum(file.file_size or 0 for file in listed if file.will_download and file.filename != wanted[-1])
             revision = listed[0].commit_hash  # so that what comes is what was checked
         snapshot = snapshot_download(repo, revision=revision, allow_patterns=wanted[:-1], tqdm_class=Bar)
@@ -191,9 +180,9 @@ def _from_hub(
             Exception: "check the id, the network and HF_ENDPOINT; then try again",
         }
         remedy = next(text for kind, text in remedies.items() if isinstance(exc, kind))
-        raise AdapterError(source, f"the hub did not give it: {_reason(exc)}", remedy=remedy) from None
+        raise AdapterError(source, f"the hub did not give it: {reason_of(exc)}", remedy=remedy) from None
     path = Path(snapshot, folder or "")
-    _check(source, _sizes(path), limits)
+    check(source, sizes_of(path), limits)
     return ResolvedSource(path=path, source=source, remote=True)
 
 
@@ -222,7 +211,7 @@ def _from_s3(bucket: str, key: str, cache_dir: Path, limits: SourceLimits, progr
 
     def build(work: Path) -> Path:
         _download(client, objects, work, progress)
-        return _unpack(work / objects[0].name, work, source, limits) if key.endswith(ARCHIVE) else work
+        return unpack(work / objects[0].name, work, source, limits) if key.endswith(ARCHIVE) else work
 
     try:
         # A session of its own: boto3's default one may not be shared by threads.
@@ -231,9 +220,9 @@ def _from_s3(bucket: str, key: str, cache_dir: Path, limits: SourceLimits, progr
             objects = _list(client, bucket, key)
             sizes = {one.name: one.size for one in objects}
             if key.endswith(ARCHIVE):
-                _check_size(source, objects[0].name, objects[0].size, limits.max_bytes)
+                check_size(source, objects[0].name, objects[0].size, limits.max_bytes)
             else:
-                _check(source, sizes, limits)
+                check(source, sizes, limits)
                 objects = [one for one in objects if one.name in FILES]
             version = " ".join(f"{one.key} {one.etag} {one.size}" for one in objects)
             try:
@@ -242,7 +231,7 @@ def _from_s3(bucket: str, key: str, cache_dir: Path, limits: SourceLimits, progr
                 if exc.response["ResponseMetadata"]["HTTPStatusCode"] != 412:
                     raise
                 continue  # it changed since it was listed
-            _check(source, _sizes(path), limits)
+            check(source, sizes_of(path), limits)
             return ResolvedSource(path=path, source=source, remote=True)
     except (AdapterError, OSError):
         raise
@@ -254,7 +243,7 @@ def _from_s3(bucket: str, key: str, cache_dir: Path, limits: SourceLimits, progr
             remedy = "check AWS_PROFILE or the AWS keys; they need s3:GetObject and s3:ListBucket"
         else:
             remedy = "check the network, AWS_REGION and AWS_ENDPOINT_URL; then try again, it goes on where it was cut"
-        raise AdapterError(source, f"S3 did not give it: {_reason(exc)}", remedy=remedy) from None
+        raise AdapterError(source, f"S3 did not give it: {reason_of(exc)}", remedy=remedy) from None
     raise AdapterError(source, "changes faster than it can be fetched", remedy="try again when it is written")
 
 
@@ -343,131 +332,8 @@ def _cached(cache_dir: Path, source: str, version: str, build: Callable[[Path], 
 
 
 def _whole(path: Path) -> bool:
-    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(_sizes(path))
-
-
-class _Unzipped:
-    """The file that tarfile reads: an archive unzipped, forward only, `limit` bytes of it.
-
-    tarfile believes headers: names of gigabytes would be read whole, and a size below zero leads in circles."""
-
-    def __init__(self, file: BinaryIO, source: str, limit: int) -> None:
-        self._file = gzip.GzipFile(fileobj=file)
-        self._source, self._limit, self._position, self._headers = source, limit, 0, HEADERS
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, position: int) -> None:
-        if position < self._position:
-            raise tarfile.ReadError("a header leads backwards")
-        while self._position < position and self.take(position - self._position):
-            pass
-
-    def read(self, size: int) -> bytes:
-        """For headers only, by tarfile."""
-        self._headers -= size
-        if self._headers < 0:
-            raise tarfile.ReadError("its headers are too long")
-        return self.take(size)
-
-    def take(self, size: int) -> bytes:
-        """The next bytes, `size` or CHUNK at most; none at the end."""
-        data = self._file.read(min(size, CHUNK))
-        self._position += len(data)
-        _check_size(self._source, "the archive, unpacked,", self._position, self._limit)
-        return data
-
-
-def _unpack(archive: Path, work: Path, source: str, limits: SourceLimits) -> Path:
-    """The adapter at `archive`'s root or in its one folder with an adapter, unpacked to a folder in `work`."""
-    found: dict[str, dict[str, int]] = {}  # folder -> file -> bytes
-    targets: dict[str, Path] = {}
-    remedy = f"pack the folder that PEFT saved again: tar czhf NAME{ARCHIVE} -C FOLDER ."
-    try:
-        with archive.open("rb") as file:
-            unzipped: Any = _Unzipped(file, source, limits.max_bytes)
-            for number, member in enumerate(tarfile.TarFile(fileobj=unzipped), start=1):
-                path = PurePosixPath(member.name)
-                if number > limits.max_members:
-                    raise AdapterError(source, f"holds more than {limits.max_members} members", remedy=remedy)
-                if path.is_absolute() or ".." in path.parts:
-                    raise AdapterError(source, f"member {member.name!r} leads out of the archive", remedy=remedy)
-                if not (member.isreg() or member.isdir()) or member.issparse():
-                    raise AdapterError(source, f"member {member.name!r} is a link, a device or sparse", remedy=remedy)
-                if member.isdir() or len(path.parts) > 2 or path.name not in (*FILES, PICKLE):
-                    continue
-                top = str(path.parent)
-                files = found.setdefault(top, {})
-                if path.name in files:
-                    raise AdapterError(source, f"holds {member.name!r} twice", remedy=remedy)
-                files[path.name] = member.size
-                if path.name != PICKLE:
-                    _check_size(source, path.name, member.size, _limit(path.name, limits))
-                    target = targets.setdefault(top, work / f"unpacked-{len(targets)}")
-                    target.mkdir(exist_ok=True)
-                    _copy(unzipped, member, target / path.name)
-            while unzipped.take(CHUNK):  # the checksum stands at the end
-                pass
-    except AdapterError:
-        raise
-    except Exception as exc:  # besides TarError: OSError, EOFError, zlib.error, and what headers full of nonsense cause
-        raise AdapterError(source, f"cannot be unpacked: {_reason(exc)}", remedy=remedy) from None
-    tops = [top for top, files in found.items() if ADAPTER_CONFIG in files] or list(found) or ["."]
-    if len(tops) > 1 and "." not in tops:
-        raise AdapterError(source, f"holds several adapters: {', '.join(map(repr, sorted(tops)))}", remedy=remedy)
-    top = "." if "." in tops else tops[0]
-    _check(source, found.get(top, {}), limits)
-    return targets[top]
-
-
-def _copy(unzipped: _Unzipped, member: tarfile.TarInfo, target: Path) -> None:
-    unzipped.seek(member.offset_data)
-    remaining = member.size
-    with target.open("xb") as file:
-        while remaining > 0:
-            data = unzipped.take(remaining)
-            if not data:
-                raise EOFError("it ends within a file")
-            remaining -= file.write(data)
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """The bytes of the files that count, of those that are there and regular."""
-    return {name: (folder / name).stat().st_size for name in (*FILES, PICKLE) if os.path.isfile(folder / name)}
-
-
-def _check(source: str, sizes: Mapping[str, int], limits: SourceLimits) -> None:
-    """Refuse what is no adapter or too large, of the files `sizes` (name -> bytes)."""
-    if PICKLE in sizes and ADAPTER_WEIGHTS not in sizes:
-        raise AdapterError(
-            source,
-            f"holds {PICKLE}, a pickle, which can run code and is never loaded",
-            remedy=f"convert it in its folder, which runs none: {CONVERT}",
-        )
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if name not in sizes:
-            raise AdapterError(source, f"no {name} in it", remedy="give the folder that PEFT's save_pretrained wrote")
-    for name in FILES:
-        _check_size(source, name, sizes.get(name, 0), _limit(name, limits))
-
-
-def _check_size(source: str, what: str, size: int, limit: int) -> None:
-    if size > limit:
-        raise AdapterError(
-            source,
-            f"{what} has {size:,} bytes or more, and {limit:,} are allowed",
-            remedy="save the adapter alone, without the base, or raise the limit",
-        )
-
-
-def _limit(name: str, limits: SourceLimits) -> int:
-    return limits.max_bytes if name == ADAPTER_WEIGHTS else limits.max_text_bytes
+    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(sizes_of(path))
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _reason(exc: Exception) -> str:
-    return " ".join(str(exc).split())[:500] or type(exc).__name__

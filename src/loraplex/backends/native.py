@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from loraplex.adapters.version import Lease
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult
 from loraplex.backends.classifiers import ClassifierReader, LoadedClassifier
+from loraplex.backends.proof import prove
 from loraplex.backends.question import Question, make_sequence, render
 from loraplex.backends.registry import BUNDLE, AdapterRegistry, preloaded
 from loraplex.bundle import AdapterSource, Bundle
@@ -27,14 +28,10 @@ from loraplex.engine.block_pool import BlockPool
 from loraplex.engine.engine import Engine
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sampling, Sequence, SequenceOutput, Target
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sampling, Sequence, SequenceOutput
 from loraplex.engine.tokenizer import Conversations, Tokenizer, verbatim
 from loraplex.errors import (
-    AdapterError,
-    BadInputError,
-    ContractError,
     DeadlineExceededError,
-    InputTooLongError,
     InvalidRequestError,
     LoraplexError,
     NotReadyError,
@@ -54,8 +51,6 @@ from loraplex.model.machine import budget_bytes, choose_threads, give_back
 from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Stats, Timings, Usage
 
 logger = logging.getLogger(__name__)
-
-PROBE = "Customer: hello, is it done?"
 
 
 class NativeBackend:
@@ -145,7 +140,7 @@ class NativeBackend:
     async def pin_adapter(self, name: str, is_pinned: bool) -> AdapterInfo:
         return await self._ready_registry().pin(name, is_pinned)
 
-    def decode(self, token_ids: Iterable[int]) -> str:
+    def decode(self, *token_ids: int) -> str:
         return self._ready_tokenizer().decode(*token_ids)
 
     async def loaded(self, name: str) -> LoadedClassifier:
@@ -169,51 +164,10 @@ class NativeBackend:
             self._runner.clear_slot(slot)
 
     async def prove(self, version: LoadedClassifier, slot: int) -> None:
-        """The golden examples come out right, and the adapter changes what the base says."""
-        contract = version.source.contract
-        for golden in contract.golden if contract is not None else ():
-            key = f"{version.contract_path}, key 'golden'"
-            question = Question(name=version.source.name, loaded=version, slot=slot)
-            await self._answer(ClassifyRequest(input=golden.text), [question], None)
-            verdict = question.verdict(self._ready_tokenizer())
-            if question.error is not None:
-                if not isinstance(question.error, BadInputError | InputTooLongError):
-                    raise question.error  # the queue is full, or the engine gone: nothing is known of the adapter
-                raise ContractError(key, f"{golden.text!r}: {question.error.message}", remedy=question.error.remedy)
-            if verdict.label != golden.label:
-                raise ContractError(
-                    key,
-                    f"{golden.text!r} is answered {verdict.label!r}, not {golden.label!r}",
-                    remedy="correct the example, or the adapter is not the one that the contract is for",
-                )
-        if version.changes_layers and not version.has_score and not await self._changes_answers(version, slot):
-            raise AdapterError(
-                version.source.path,
-                "changes nothing: on a probe its answers are exactly the base's",
-                remedy="check that it was trained, and with this base",
-            )
+        async def compute(sequences: Seq[Sequence]) -> Seq[Outcome]:
+            return await self._compute(sequences, None)
 
-    async def _changes_answers(self, version: LoadedClassifier, slot: int) -> bool:
-        tokenizer, targets = self._ready_tokenizer(), tuple(Target(position=-1, token_id=i) for i in range(16))
-        text = PROBE
-        if version.template is None and version.invocation_tokens is not None:
-            text += tokenizer.decode(*version.invocation_tokens)
-        try:
-            prompt = await asyncio.to_thread(
-                render, version, text, tokenizer, Conversations(tokenizer), self._max_model_len
-            )
-        except LoraplexError:
-            return True  # the probe's text does not go through the adapter's template; nothing is known
-        sequences = [
-            make_sequence(prompt, loaded, at, keep=False, targets=targets)
-            for loaded, at in ((version, slot), (None, NO_ADAPTER))
-        ]
-        answers = await self._compute(sequences, None)
-        for answer in answers:
-            if isinstance(answer, LoraplexError):
-                raise answer
-        ours, bases = ([*one.log_probs, one.tokens[0].log_prob] for one in answers if isinstance(one, SequenceOutput))
-        return any(abs(one - other) > 1e-6 for one, other in zip(ours, bases, strict=True))
+        await prove(version, slot, self._ready_tokenizer(), self._max_model_len, compute)
 
     # ------------------------------------------------------------------------------------------- requests
 
@@ -280,31 +234,23 @@ class NativeBackend:
         leased: Seq[tuple[Question, Lease[LoadedClassifier]]],
         deadline_s: float | None,
     ) -> float:
+        """Answer them together. Returns when they were tokenized. The leases are given back once the engine needs the
+        slots no more, whatever happens here."""
+
         def release() -> None:
             for _, lease in leased:
                 lease.release()
 
-        for question, lease in leased:
-            question.loaded, question.slot = lease.version, lease.slot
-        return await self._answer(request, [question for question, _ in leased], deadline_s, release)
-
-    async def _answer(
-        self,
-        request: ClassifyRequest,
-        questions: Seq[Question],
-        deadline_s: float | None,
-        release: Callable[[], None] = lambda: None,
-    ) -> float:
-        """Answer them together. Returns when they were tokenized; `release` is called once the engine needs their
-        slots no more, whatever happens here."""
-        tokenizer = self._ready_tokenizer()
-
         def ask() -> None:
+            tokenizer = self._ready_tokenizer()
             conversations = Conversations(tokenizer)
             for question in questions:
                 question.ask(request, tokenizer, conversations, self._max_model_len)
 
+        questions = [question for question, _ in leased]
         try:
+            for question, lease in leased:
+                question.loaded, question.slot = lease.version, lease.slot
             await asyncio.to_thread(ask)
         except BaseException:
             release()

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraplex.backends.base import GenerateRequest
-from loraplex.backends.native import PROBE, NativeBackend
+from loraplex.backends.native import NativeBackend
 from loraplex.backends.oracle import PeftOracle
+from loraplex.backends.proof import PROBE, activated
 from loraplex.bundle import open_adapter, open_base
 from loraplex.config import EngineConfig
 from loraplex.errors import AdapterError
@@ -57,9 +58,7 @@ async def _difference(backend: NativeBackend, base: Path, folder: Path, name: st
     num_labels = len(loaded.labels or ()) if loaded.has_score else None
     oracle = await asyncio.to_thread(PeftOracle, base, folder, num_labels=num_labels)
     contract, largest = loaded.source.contract, 0.0
-    if loaded.template is None and loaded.invocation_tokens is not None:
-        texts = [text + backend.decode(loaded.invocation_tokens) for text in texts]
-    for text in texts:
+    for text in (activated(loaded, text, backend.decode) for text in texts):
         request = ClassifyRequest(input=text, classifiers=(name,))
         [(_, _, prompt)] = await backend.show_prompt(request)
         if loaded.template is None and not loaded.has_score:

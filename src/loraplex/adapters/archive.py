@@ -1,0 +1,108 @@
+"""A `.tar.gz` -> the adapter in it, whatever else it holds or claims to hold. Trusts nothing that it says of itself."""
+
+import gzip
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from loraplex.adapters.files import (
+    ARCHIVE,
+    CHUNK,
+    FILES,
+    PICKLE,
+    SourceLimits,
+    check,
+    check_size,
+    limit_of,
+    reason_of,
+)
+from loraplex.bundle import ADAPTER_CONFIG
+from loraplex.errors import AdapterError
+
+HEADERS = 4 * 2**20  # bytes that tarfile may read of an archive; a thousand members need one or two thousand each
+
+
+class _Unzipped:
+    """The file that tarfile reads: an archive unzipped, forward only, `limit` bytes of it.
+
+    tarfile believes headers: names of gigabytes would be read whole, and a size below zero leads in circles."""
+
+    def __init__(self, file: BinaryIO, source: str, limit: int) -> None:
+        self._file = gzip.GzipFile(fileobj=file)
+        self._source, self._limit, self._position, self._headers = source, limit, 0, HEADERS
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> None:
+        if position < self._position:
+            raise tarfile.ReadError("a header leads backwards")
+        while self._position < position and self.take(position - self._position):
+            pass
+
+    def read(self, size: int) -> bytes:
+        """For headers only, by tarfile."""
+        self._headers -= size
+        if self._headers < 0:
+            raise tarfile.ReadError("its headers are too long")
+        return self.take(size)
+
+    def take(self, size: int) -> bytes:
+        """The next bytes, `size` or CHUNK at most; none at the end."""
+        data = self._file.read(min(size, CHUNK))
+        self._position += len(data)
+        check_size(self._source, "the archive, unpacked,", self._position, self._limit)
+        return data
+
+
+def unpack(archive: Path, work: Path, source: str, limits: SourceLimits) -> Path:
+    """The adapter at `archive`'s root or in its one folder with an adapter, unpacked to a folder in `work`."""
+    found: dict[str, dict[str, int]] = {}  # folder -> file -> bytes
+    targets: dict[str, Path] = {}
+    remedy = f"pack the folder that PEFT saved again: tar czhf NAME{ARCHIVE} -C FOLDER ."
+    try:
+        with archive.open("rb") as file:
+            unzipped: Any = _Unzipped(file, source, limits.max_bytes)
+            for number, member in enumerate(tarfile.TarFile(fileobj=unzipped), start=1):
+                path = PurePosixPath(member.name)
+                if number > limits.max_members:
+                    raise AdapterError(source, f"holds more than {limits.max_members} members", remedy=remedy)
+                if path.is_absolute() or ".." in path.parts:
+                    raise AdapterError(source, f"member {member.name!r} leads out of the archive", remedy=remedy)
+                if not (member.isreg() or member.isdir()) or member.issparse():
+                    raise AdapterError(source, f"member {member.name!r} is a link, a device or sparse", remedy=remedy)
+                if member.isdir() or len(path.parts) > 2 or path.name not in (*FILES, PICKLE):
+                    continue
+                top = str(path.parent)
+                files = found.setdefault(top, {})
+                if path.name in files:
+                    raise AdapterError(source, f"holds {member.name!r} twice", remedy=remedy)
+                files[path.name] = member.size
+                if path.name != PICKLE:
+                    check_size(source, path.name, member.size, limit_of(path.name, limits))
+                    target = targets.setdefault(top, work / f"unpacked-{len(targets)}")
+                    target.mkdir(exist_ok=True)
+                    _copy(unzipped, member, target / path.name)
+            while unzipped.take(CHUNK):  # the checksum stands at the end
+                pass
+    except AdapterError:
+        raise
+    except Exception as exc:  # besides TarError: OSError, EOFError, zlib.error, and what headers full of nonsense cause
+        raise AdapterError(source, f"cannot be unpacked: {reason_of(exc)}", remedy=remedy) from None
+    tops = [top for top, files in found.items() if ADAPTER_CONFIG in files] or list(found) or ["."]
+    if len(tops) > 1 and "." not in tops:
+        raise AdapterError(source, f"holds several adapters: {', '.join(map(repr, sorted(tops)))}", remedy=remedy)
+    top = "." if "." in tops else tops[0]
+    check(source, found.get(top, {}), limits)
+    return targets[top]
+
+
+def _copy(unzipped: _Unzipped, member: tarfile.TarInfo, target: Path) -> None:
+    unzipped.seek(member.offset_data)
+    remaining = member.size
+    with target.open("xb") as file:
+        while remaining > 0:
+            data = unzipped.take(remaining)
+            if not data:
+                raise EOFError("it ends within a file")
+            remaining -= file.write(data)

@@ -1,0 +1,82 @@
+"""What a version must show before it goes live: its golden examples come out right, and it changes the answers."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from collections.abc import Sequence as Seq
+
+from loraplex.backends.classifiers import LoadedClassifier
+from loraplex.backends.question import Question, make_sequence, render
+from loraplex.engine.sequence import NO_ADAPTER, Outcome, Sequence, SequenceOutput, Target
+from loraplex.engine.tokenizer import Conversations, Tokenizer
+from loraplex.errors import AdapterError, BadInputError, ContractError, InputTooLongError, LoraplexError
+from loraplex.types import ClassifyRequest
+
+PROBE = "Customer: hello, is it done?"
+
+Compute = Callable[[Seq[Sequence]], Awaitable[Seq[Outcome]]]
+
+
+async def prove(
+    version: LoadedClassifier, slot: int, tokenizer: Tokenizer, max_model_len: int, compute: Compute
+) -> None:
+    """ContractError, AdapterError: what it fails at. Other errors, the engine's, say nothing of the adapter."""
+    await _check_golden(version, slot, tokenizer, max_model_len, compute)
+    if not version.changes_layers or version.has_score:
+        return
+    if not await _changes_answers(version, slot, tokenizer, max_model_len, compute):
+        raise AdapterError(
+            version.source.path,
+            "changes nothing: on a probe its answers are exactly the base's",
+            remedy="check that it was trained, and with this base",
+        )
+
+
+def activated(version: LoadedClassifier, text: str, decode: Callable[..., str]) -> str:
+    """`text` such that the adapter acts on it, where no template sees to that."""
+    if version.template is not None or version.invocation_tokens is None:
+        return text
+    return text + decode(*version.invocation_tokens)
+
+
+async def _check_golden(
+    version: LoadedClassifier, slot: int, tokenizer: Tokenizer, max_model_len: int, compute: Compute
+) -> None:
+    contract = version.source.contract
+    for golden in contract.golden if contract is not None else ():
+        key = f"{version.contract_path}, key 'golden'"
+        question = Question(name=version.source.name, loaded=version, slot=slot)
+        request = ClassifyRequest(input=golden.text)
+        await asyncio.to_thread(question.ask, request, tokenizer, Conversations(tokenizer), max_model_len)
+        question.answer(await compute(question.sequences))
+        verdict = question.verdict(tokenizer)
+        if question.error is not None:
+            if not isinstance(question.error, BadInputError | InputTooLongError):
+                raise question.error
+            raise ContractError(key, f"{golden.text!r}: {question.error.message}", remedy=question.error.remedy)
+        if verdict.label != golden.label:
+            raise ContractError(
+                key,
+                f"{golden.text!r} is answered {verdict.label!r}, not {golden.label!r}",
+                remedy="correct the example, or the adapter is not the one that the contract is for",
+            )
+
+
+async def _changes_answers(
+    version: LoadedClassifier, slot: int, tokenizer: Tokenizer, max_model_len: int, compute: Compute
+) -> bool:
+    targets = tuple(Target(position=-1, token_id=i) for i in range(16))
+    text = activated(version, PROBE, tokenizer.decode)
+    try:
+        prompt = await asyncio.to_thread(render, version, text, tokenizer, Conversations(tokenizer), max_model_len)
+    except LoraplexError:
+        return True  # the probe's text does not go through the adapter's template; nothing is known
+    sequences = [
+        make_sequence(prompt, loaded, at, keep=False, targets=targets)
+        for loaded, at in ((version, slot), (None, NO_ADAPTER))
+    ]
+    answers = await compute(sequences)
+    for answer in answers:
+        if isinstance(answer, LoraplexError):
+            raise answer
+    ours, bases = ([*one.log_probs, one.tokens[0].log_prob] for one in answers if isinstance(one, SequenceOutput))
+    return any(abs(one - other) > 1e-6 for one, other in zip(ours, bases, strict=True))
