@@ -20,40 +20,62 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backend: Literal["native"] = "native"
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    backend: Literal["native"] = Field("native", description="what computes: native")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto, float32 or bfloat16")
     kv_cache: str = Field(
         "20%",
         pattern=BUDGET,
-        description="K/V kept: a share of free memory, or bytes",
+        description="memory for K/V that is kept between calls: a share of what is free, or 2GiB, or 0",
     )
     max_step_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens in one forward pass; default 8192 on CUDA; on a CPU 2048 in bfloat16, 1024 in float32",
+        description="tokens in one forward pass; 8192 on CUDA, on a CPU 2048 in bfloat16 and 1024 in float32",
     )
     max_step_sequences: int = Field(512, ge=1, description="sequences in one forward pass")
-    max_queue: int = Field(4096, ge=1, description="sequences that may wait; over it: 429")
+    max_queue: int = Field(4096, ge=1, description="classifier evaluations that may wait; over it 429")
+    max_queue_tokens: int | None = Field(
+        None, ge=1, description="tokens to compute that may wait; over it 429; 64 steps' worth"
+    )
     preload: str = Field(
         "all", description="read and proven at start: all, none, or names with commas, which are pinned"
     )
     max_adapters: int = Field(1024, ge=1, description="adapters on the device at once")
-    adapter_memory: str = Field("20%", pattern=BUDGET, description="for them: a share of free memory, or bytes")
-    host_memory: str = Field("10%", pattern=BUDGET, description="for weights that wait in host memory")
-    adapter_root: tuple[str, ...] = Field((), description="folders below which adapters may be loaded from")
-    state_dir: str | None = Field(None, description="remembers what was loaded, unloaded and pinned at run time")
+    adapter_memory: str = Field("20%", pattern=BUDGET, description="memory for them: a share of what is free, or 2GiB")
+    host_memory: str = Field(
+        "10%", pattern=BUDGET, description="host memory for adapters that wait there: a share of what is free, or 2GiB"
+    )
+    adapter_root: tuple[str, ...] = Field(
+        (), description="adapters may be loaded at run time from below this folder, and from below the bundle"
+    )
+    state_dir: str | None = Field(
+        None, description="folder that remembers adapters, routes and verdicts across restarts"
+    )
 
 
 class ServerConfig(BaseModel):
-    """Where the server listens."""
+    """Where the server listens, to whom it answers, and what it takes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
+    host: str = Field("127.0.0.1", description="address to listen on; keys are needed for others than loopback")
+    port: int = Field(8000, ge=0, le=65535, description="0 takes a free one")
+    api_key_file: str | None = Field(
+        None, description="hashes of the keys, as `loraplex keys new` prints them; or give keys in LORAPLEX_API_KEYS"
+    )
+    insecure: bool = Field(False, description="listen beyond loopback without keys")
+    public: tuple[Literal["metrics", "docs"], ...] = Field((), description="needs no key: metrics, docs")
+    key_concurrency: int | None = Field(None, ge=1, description="requests in flight for one key; over it 429")
     max_body_bytes: int = Field(2 * 2**20, ge=1024, description="a larger request is refused with 413")
+    body_timeout: float = Field(30, gt=0, description="seconds in which a request must have come whole; over it 408")
+    idle_timeout: float = Field(65, gt=0, description="seconds after which a connection without a request is closed")
     drain_timeout: int = Field(25, ge=0, description="seconds that requests in flight get at SIGTERM")
+    log_format: Literal["text", "json"] = Field("text", description="text or json")
+    log_inputs: bool = Field(False, description="log the conversations, too")
+    keep_verdicts: int = Field(
+        200_000, ge=0, description="newest verdicts that statistics and feedback know; 0 keeps none"
+    )
 
 
 class BundleSettings(BaseModel):
@@ -64,6 +86,7 @@ class BundleSettings(BaseModel):
     base: str | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
     server: dict[str, Any] = Field(default_factory=dict)
+    routes: dict[str, Any] = Field(default_factory=dict)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

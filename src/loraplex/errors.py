@@ -3,11 +3,20 @@
 LoraplexError
 ├── BadInputError             400  bad_input            the body cannot be read
 │   └── InvalidRequestError   422  invalid_request      it can be read, but a field is wrong
+├── UnauthorizedError         401  unauthorized         no key, or not one of ours
+├── ForbiddenError            403  forbidden            a key, but not for this
 ├── UnknownClassifierError    404  unknown_classifier
+├── UnknownRouteError         404  unknown_route
+├── UnknownVerdictError       404  unknown_verdict
+├── RequestTimeoutError       408  request_timeout      the body did not come in time
 ├── AdapterExistsError        409  adapter_exists
-├── RefusedError              422  (the cause's)        an adapter that a client named is not sound
+├── AdapterInUseError         409  adapter_in_use       a route leads to it
+├── RefusedError              422  (the cause's)        what a client named is not sound
 ├── InputTooLongError         413  input_too_long
-├── QueueFullError            429  queue_full
+├── BodyTooLargeError         413  body_too_large
+├── OverloadedError           429                       later, or elsewhere
+│   ├── QueueFullError             queue_full
+│   └── KeyBusyError               key_busy             too many requests in flight for one key
 ├── NotReadyError             503  not_ready
 ├── DeadlineExceededError     504  deadline_exceeded
 ├── CancelledError            499  cancelled            the client left
@@ -61,6 +70,40 @@ class UnknownClassifierError(LoraplexError):
         super().__init__(f"no classifier named {name!r}", remedy=f"use one of: {some}{rest}")
 
 
+class UnauthorizedError(LoraplexError):
+    code = "unauthorized"
+    status = 401
+
+
+class ForbiddenError(LoraplexError):
+    code = "forbidden"
+    status = 403
+
+
+class UnknownRouteError(LoraplexError):
+    code = "unknown_route"
+    status = 404
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no route named {name!r}", remedy="GET /v1/routes lists them")
+
+
+class UnknownVerdictError(LoraplexError):
+    code = "unknown_verdict"
+    status = 404
+
+    def __init__(self, verdict_id: str) -> None:
+        super().__init__(
+            f"no verdict {verdict_id!r} is remembered",
+            remedy="send the id of a verdict, sooner, or raise --keep-verdicts",
+        )
+
+
+class RequestTimeoutError(LoraplexError):
+    code = "request_timeout"
+    status = 408
+
+
 class AdapterExistsError(LoraplexError):
     code = "adapter_exists"
     status = 409
@@ -71,14 +114,43 @@ class AdapterExistsError(LoraplexError):
         )
 
 
+class AdapterInUseError(LoraplexError):
+    code = "adapter_in_use"
+    status = 409
+
+    def __init__(self, name: str, routes: list[str]) -> None:
+        super().__init__(
+            f"{name!r} is a target of the routes {', '.join(map(repr, routes[:MOST_SHOWN]))}",
+            remedy="change or delete them first",
+        )
+
+
 class InputTooLongError(LoraplexError):
     code = "input_too_long"
     status = 413
 
 
-class QueueFullError(LoraplexError):
-    code = "queue_full"
+class BodyTooLargeError(LoraplexError):
+    code = "body_too_large"
+    status = 413
+
+
+class OverloadedError(LoraplexError):
+    """retry_after_s: when it is worth asking again."""
+
     status = 429
+
+    def __init__(self, message: str, *, remedy: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, remedy=remedy)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFullError(OverloadedError):
+    code = "queue_full"
+
+
+class KeyBusyError(OverloadedError):
+    code = "key_busy"
 
 
 class NotReadyError(LoraplexError):

@@ -63,6 +63,8 @@ class ErrorInfo:
 class Verdict:
     """One classifier's answer: either `label` and what belongs to it, or `error`.
 
+    id:          of this verdict, for feedback.
+    classifier:  as it was asked: a classifier's name or a route's. `adapter` is who answered.
     confidence:  the returned label's score.
     scores:      label -> calibrated probability, summing to 1.
     label_mass:  the labels' share of the whole vocabulary, before calibration.
@@ -70,6 +72,7 @@ class Verdict:
     Without a contract `label` is the decoded top token and `confidence` its probability.
     """
 
+    id: str | None = None
     classifier: str
     label: str | None = None
     confidence: float | None = None

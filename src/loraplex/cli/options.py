@@ -1,15 +1,21 @@
 """Options and error handling that the commands share."""
 
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 
+from loraplex.config import EngineConfig
 from loraplex.errors import LoraplexError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 240)
@@ -22,8 +28,51 @@ AdapterOption = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="NAME=FOLDER", help="Serve this adapter too. Repeatable."),
 ]
-DeviceOption = Annotated[str | None, typer.Option(envvar="LORAPLEX_DEVICE", help="auto, cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[str | None, typer.Option(envvar="LORAPLEX_DTYPE", help="auto, float32 or bfloat16.")]
+
+
+def _setting(name: str, model: type[BaseModel]) -> Any:
+    """The option for a field of `model`: its type or None for "not given", its description and default as help."""
+    field = model.model_fields[name]
+    kind: Any = field.annotation
+    if get_origin(kind) is tuple:
+        kind = list[str]
+    elif get_origin(kind) is Literal:
+        kind = str
+    elif get_origin(kind) is UnionType:
+        [kind] = [one for one in get_args(kind) if one is not NoneType]
+    default = "" if field.default in (None, (), False) else f" (default: {field.default})"
+    what = field.description or ""
+    repeatable = " Repeatable." if kind == list[str] else ""
+    return Annotated[
+        kind | None,
+        typer.Option(
+            f"--{name.replace('_', '-')}",
+            envvar=f"LORAPLEX_{name.upper()}",
+            help=f"{what[:1].upper()}{what[1:]}{default}.{repeatable}",
+            show_default=False,
+        ),
+    ]
+
+
+DeviceOption = _setting("device", EngineConfig)
+DtypeOption = _setting("dtype", EngineConfig)
+
+
+def settings_options(*models: type[BaseModel]) -> Callable[[Command], Command]:
+    """Give a command, which takes them as `**settings`, an option for each field of `models`."""
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_setting(name, model))
+            for model in models
+            for name in model.model_fields
+        ]
+        command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
 @contextmanager
