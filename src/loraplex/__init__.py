@@ -1,16 +1,20 @@
 """Loraplex: many fine-tuned LoRA classifiers from one base model, in one call."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 from loraplex.errors import ConfigurationError, LoraplexError, UnknownClassifierError
 from loraplex.types import ClassifyRequest, ClassifyResult, Message, Verdict
 
 if TYPE_CHECKING:
+    from loraplex.client import AsyncClient, Client
     from loraplex.inprocess import Loraplex
 
 __all__ = [
+    "AsyncClient",
     "ClassifyRequest",
     "ClassifyResult",
+    "Client",
     "ConfigurationError",
     "Loraplex",
     "LoraplexError",
@@ -20,11 +24,11 @@ __all__ = [
     "__version__",
 ]
 __version__ = "0.1.0"
+# They import torch and httpx, which `loraplex --help` and the types do without.
+_LATE = {"AsyncClient": "loraplex.client", "Client": "loraplex.client", "Loraplex": "loraplex.inprocess"}
 
 
 def __getattr__(name: str) -> object:
-    if name == "Loraplex":  # imports torch, which `loraplex --help` and the types do without
-        from loraplex.inprocess import Loraplex
-
-        return Loraplex
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

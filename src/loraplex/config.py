@@ -1,11 +1,12 @@
 """Settings: frozen, validated once, unknown keys refused. Flags win over environment, environment over file."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loraplex.errors import BundleError, ConfigurationError
 
@@ -34,7 +35,7 @@ class EngineConfig(BaseModel):
         description="tokens in one forward pass; 8192 on CUDA, on a CPU 2048 in bfloat16 and 1024 in float32",
     )
     max_step_sequences: int = Field(512, ge=1, description="sequences in one forward pass")
-    max_queue: int = Field(4096, ge=1, description="classifier evaluations that may wait; over it 429")
+    max_queue: int = Field(4096, ge=1, description="classifier evaluations that wait or run; over it 429")
     max_queue_tokens: int | None = Field(
         None, ge=1, description="tokens to compute that may wait; over it 429; 64 steps' worth"
     )
@@ -78,6 +79,28 @@ class ServerConfig(BaseModel):
     )
 
 
+class RouteSettings(BaseModel):
+    """Where a route leads: to one of its targets by weight, and to all of its shadows, whose answers are recorded and
+    never returned. In `loraplex.yaml` an adapter's name alone is an alias for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    targets: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(min_length=1, max_length=100)
+    shadows: tuple[str, ...] = Field((), max_length=10)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alias(cls, value: Any) -> Any:
+        return {"targets": {value: 1}} if isinstance(value, str) else value
+
+    @field_validator("targets")
+    @classmethod
+    def _has_weight(cls, targets: dict[str, float]) -> dict[str, float]:
+        if not 0 < sum(targets.values()) < math.inf:
+            raise ValueError("the weights add up to nothing, or to more than there is")
+        return targets
+
+
 class BundleSettings(BaseModel):
     """`loraplex.yaml`."""
 
@@ -86,7 +109,7 @@ class BundleSettings(BaseModel):
     base: str | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
     server: dict[str, Any] = Field(default_factory=dict)
-    routes: dict[str, Any] = Field(default_factory=dict)
+    routes: dict[str, RouteSettings] = Field(default_factory=dict)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

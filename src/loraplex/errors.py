@@ -11,6 +11,7 @@ LoraplexError
 ├── RequestTimeoutError       408  request_timeout      the body did not come in time
 ├── AdapterExistsError        409  adapter_exists
 ├── AdapterInUseError         409  adapter_in_use       a route leads to it
+├── NoRevisionError           409  no_revision          nothing to roll back
 ├── RefusedError              422  (the cause's)        what a client named is not sound
 ├── InputTooLongError         413  input_too_long
 ├── BodyTooLargeError         413  body_too_large
@@ -20,7 +21,7 @@ LoraplexError
 ├── NotReadyError             503  not_ready
 ├── DeadlineExceededError     504  deadline_exceeded
 ├── CancelledError            499  cancelled            the client left
-├── ServerError               —    (the server's)       another server's answer, for its clients
+├── ServerError               —    (the server's)       for a server's clients: none of these codes, or no answer
 ├── StateError                500  state_error          in effect, but not written down
 ├── EngineError               500  engine_error         our fault, or the device's
 └── ConfigurationError        500  configuration_error  what is on disk, found before serving
@@ -30,7 +31,8 @@ LoraplexError
     └── UnsupportedModelError      unsupported_model
 """
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Self
 
 MOST_SHOWN = 20  # names in a message, which may be one of thousands in an answer
 
@@ -39,12 +41,20 @@ class LoraplexError(Exception):
     """Base of all errors meant for users: `message` names the value at fault, `remedy` says what to do."""
 
     code: str = "error"
-    status: ClassVar[int] = 500
+    status: int = 500
 
     def __init__(self, message: str, *, remedy: str) -> None:
         super().__init__(message)
         self.message = message
         self.remedy = remedy
+
+    @classmethod
+    def answered(cls, message: str, *, remedy: str, status: int) -> Self:
+        """As a server answered it: its message is made, so a subclass's `__init__`, which makes one, is not called."""
+        error = cls.__new__(cls)
+        LoraplexError.__init__(error, message, remedy=remedy)
+        error.status = status
+        return error
 
     def __str__(self) -> str:
         return f"{self.message} ({self.remedy})"
@@ -125,6 +135,14 @@ class AdapterInUseError(LoraplexError):
         )
 
 
+class NoRevisionError(LoraplexError):
+    code = "no_revision"
+    status = 409
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no change to the route {name!r} can be rolled back", remedy=f"PUT /v1/routes/{name} sets it")
+
+
 class InputTooLongError(LoraplexError):
     code = "input_too_long"
     status = 413
@@ -139,6 +157,7 @@ class OverloadedError(LoraplexError):
     """retry_after_s: when it is worth asking again."""
 
     status = 429
+    retry_after_s = 1.0
 
     def __init__(self, message: str, *, remedy: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message, remedy=remedy)
@@ -185,9 +204,11 @@ class StateError(LoraplexError):
 
 
 class ConfigurationError(LoraplexError):
-    """Something on disk or on the command line is wrong. `source` is the file (and key) at fault."""
+    """Something on disk or on the command line is wrong. `source` is the file (and key) at fault; empty in a server's
+    answer, whose message begins with it."""
 
     code = "configuration_error"
+    source = ""
 
     def __init__(self, source: object, message: str, *, remedy: str) -> None:
         super().__init__(f"{source}: {message}", remedy=remedy)
@@ -211,18 +232,39 @@ class UnsupportedModelError(ConfigurationError):
 
 
 class RefusedError(LoraplexError):
-    """A ConfigurationError in what a client asked to load: it has that error's code."""
+    """What a client named is not sound: it has the code of what is wrong with it."""
 
     status = 422
 
-    def __init__(self, cause: ConfigurationError) -> None:
+    def __init__(self, cause: LoraplexError) -> None:
         super().__init__(cause.message, remedy=cause.remedy)
         self.code = cause.code
 
 
 class ServerError(LoraplexError):
-    """What a server that was asked over HTTP answered, or that it did not."""
+    """A server that was asked over HTTP answered something else than the above, or nothing (status 0).
 
-    def __init__(self, code: str, message: str, *, remedy: str) -> None:
+    code:  its own, or `unreachable` (no answer came), or `not_loraplex` (an answer, but not one of ours).
+    """
+
+    def __init__(self, code: str, message: str, *, remedy: str, status: int = 0) -> None:
         super().__init__(message, remedy=remedy)
         self.code = code
+        self.status = status
+
+
+def _with_codes(kind: type[LoraplexError]) -> Iterator[tuple[str, type[LoraplexError]]]:
+    for one in kind.__subclasses__():
+        if "code" in vars(one):
+            yield one.code, one
+        yield from _with_codes(one)
+
+
+_BY_CODE = dict(_with_codes(LoraplexError))
+
+
+def error_answered(code: str, message: str, *, remedy: str, status: int) -> LoraplexError:
+    """What a server answered, as the class that has this code, so that it is caught as in the server's own process."""
+    if kind := _BY_CODE.get(code):
+        return kind.answered(message, remedy=remedy, status=status)
+    return ServerError(code, message, remedy=remedy, status=status)

@@ -9,9 +9,10 @@ from typing import Any, Self, TypeVar
 
 from loraplex.backends.base import Backend, GenerateRequest, GenerateResult
 from loraplex.bundle import open_bundle
-from loraplex.config import EngineConfig, resolve
-from loraplex.errors import InvalidRequestError, NotReadyError
-from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Message, classifier_names
+from loraplex.config import EngineConfig, RouteSettings, resolve
+from loraplex.errors import NotReadyError
+from loraplex.routing.router import Router
+from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Input, classifier_names, conversation_of
 
 Result = TypeVar("Result")
 
@@ -25,16 +26,17 @@ class Loraplex:
     Calls may come from several threads; they share the engine's batches.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, routes: Mapping[str, RouteSettings] | None = None) -> None:
         """`backend` is started; it belongs to this object from now on."""
         self.backend = backend
+        self._router = Router(backend, routes or {})
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="loraplex-loop", daemon=True)
         self._thread.start()
         self._closed = False
         self._closing = threading.Lock()  # held to look at `_closed` and act on it
         try:
-            self._call(backend.start())
+            self._call(self._router.start())
         except BaseException:
             self.close()
             raise
@@ -46,11 +48,12 @@ class Loraplex:
         from loraplex.backends.native import NativeBackend
 
         bundle = open_bundle(path, adapters)
-        return cls(NativeBackend(bundle, resolve(EngineConfig, bundle.settings.engine, engine)))
+        backend = NativeBackend(bundle, resolve(EngineConfig, bundle.settings.engine, engine))
+        return cls(backend, bundle.settings.routes)
 
     def classify(
         self,
-        input: str | Iterable[Message | Mapping[str, str]],
+        input: Input,
         classifiers: str | Iterable[str] = "*",
         *,
         deadline_ms: float | None = None,
@@ -60,9 +63,9 @@ class Loraplex:
         "*" for all. conversation_id: keeps what was computed for the conversation's next turn.
         UnknownClassifierError, InvalidRequestError, InputTooLongError, … where nothing can be answered."""
         return self._call(
-            self.backend.classify(
+            self._router.classify(
                 ClassifyRequest(
-                    input=input if isinstance(input, str) else tuple(_message(message) for message in input),
+                    input=conversation_of(input),
                     classifiers=classifier_names(classifiers),
                     deadline_ms=deadline_ms,
                     conversation_id=conversation_id,
@@ -93,7 +96,7 @@ class Loraplex:
 
     def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """(classifier, prompt, token ids) for each classifier of the request."""
-        return self._call(self.backend.show_prompt(request))
+        return self._call(self._router.show_prompt(request))
 
     def close(self) -> None:
         """Answer what other threads asked by now, then free the model. Safe to call twice."""
@@ -117,7 +120,7 @@ class Loraplex:
         self.close()
 
     async def _drain(self) -> None:
-        await self.backend.close()
+        await self._router.close()
         calls = asyncio.all_tasks() - {asyncio.current_task()}
         if calls:
             await asyncio.wait(calls)
@@ -134,14 +137,3 @@ class Loraplex:
         except BaseException:
             future.cancel()  # the caller was interrupted: nobody waits for the answer
             raise
-
-
-def _message(message: Message | Mapping[str, str]) -> Message:
-    if isinstance(message, Message):
-        return message
-    try:
-        return Message(role=message["role"], content=message["content"])
-    except (KeyError, TypeError):
-        raise InvalidRequestError(
-            f"no message: {message!r}", remedy="give text, or messages with 'role' and 'content'"
-        ) from None

@@ -1,10 +1,10 @@
 """What crosses the seams: a request to classify and its answer. Plain frozen data, the same in Python and JSON."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from loraplex.errors import LoraplexError
+from loraplex.errors import InvalidRequestError, LoraplexError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,6 +13,29 @@ class Message:
 
     role: str
     content: str
+
+
+Input = str | Iterable[Message | Mapping[str, str]]  # text, or messages with `role` and `content`
+
+
+def conversation_of(given: Input) -> str | tuple[Message, ...]:
+    """As a request has it. InvalidRequestError: neither text nor messages."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, Iterable):
+        raise InvalidRequestError(f"no conversation: {given!r}", remedy="give text, or messages")
+    return tuple(_message(one) for one in given)
+
+
+def _message(given: Message | Mapping[str, str]) -> Message:
+    if isinstance(given, Message):
+        return given
+    try:
+        return Message(role=given["role"], content=given["content"])
+    except (KeyError, TypeError):
+        raise InvalidRequestError(
+            f"no message: {given!r}", remedy="give text, or messages with 'role' and 'content'"
+        ) from None
 
 
 Names = tuple[str, ...] | Literal["*"]
@@ -120,6 +143,23 @@ class ClassifyResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """In the place of an answer."""
+
+    error: ErrorInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchResult:
+    """results: an answer or a failure for each conversation, in order. usage: of all. timings: each phase's longest;
+    total: of the whole call."""
+
+    results: tuple[ClassifyResult | Failure, ...]
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
     """An adapter as the API lists it. What is None is not known before it has been read.
 
@@ -130,16 +170,24 @@ class AdapterInfo:
 
     name: str
     state: Literal["registered", "loading", "ready", "failed", "draining"] = "ready"
-    version: str | None
-    rank: int | None
-    num_parameters: int | None
+    version: str | None = None
+    rank: int | None = None
+    num_parameters: int | None = None
     num_bytes: int | None = None
-    labels: tuple[str, ...] | None
-    question: str | None
+    labels: tuple[str, ...] | None = None
+    question: str | None = None
     path: str
     pinned: bool = False
     on_device: bool = True
     error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What can be named as a model. `parent` is the base; None for the base itself."""
+
+    id: str
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,3 +207,72 @@ class Stats:
     device_bytes: int
     host_bytes: int
     num_reads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A name that leads to one of its adapters by weight.
+
+    targets:   adapter -> weight; a target's share is its weight over all weights.
+    shadows:   adapters that judge too; their answers are recorded and never returned.
+    revision:  counts the changes of the route, from 1.
+    """
+
+    name: str
+    targets: Mapping[str, float]
+    shadows: tuple[str, ...] = ()
+    revision: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Milliseconds."""
+
+    mean: float
+    p50: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """share: of the `num_compared` conversations that a shadow and a primary judged, those with the same label."""
+
+    num_compared: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """share: of the `num_labelled` verdicts that feedback named a label for, those that are right; its 95 % interval is
+    low to high."""
+
+    num_labelled: int
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetStats:
+    """How a route's target answered since it was first asked through the route. What is None has not been observed.
+
+    label_shares:     label -> its share of the verdicts.
+    mean_confidence:  of the returned labels.
+    """
+
+    target: str
+    version: str | None = None
+    role: Literal["primary", "shadow"] = "primary"
+    num_verdicts: int = 0
+    num_errors: int = 0
+    label_shares: Mapping[str, float] = field(default_factory=dict)
+    mean_confidence: float | None = None
+    latency_ms: Latency | None = None
+    agreement: Agreement | None = None
+    accuracy: Accuracy | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteStats:
+    name: str
+    targets: tuple[TargetStats, ...]

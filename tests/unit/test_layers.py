@@ -11,13 +11,14 @@ import loraplex
 ROOT = Path(loraplex.__file__).parent
 # From the bottom up. A module may import its own layer and those before it.
 LAYERS = [
-    {"types", "errors", "config", "metrics"},
-    {"classifier"},
+    {"types", "errors", "config", "metrics", "database"},
+    {"classifier", "client"},
     {"bundle"},
     {"ops"},
     {"model", "adapters"},
     {"engine"},
     {"backends"},
+    {"routing"},
     {"inprocess", "server"},
     {"cli"},
 ]
@@ -40,12 +41,13 @@ ONLY_IN = {
     "starlette": {"server"},
     "uvicorn": {"server"},
     "typer": {"cli"},
-    "rich": {"cli"},
+    "rich": {"cli", "client"},
     "peft": {"backends/oracle"},
     "huggingface_hub": {"bundle", "adapters/source"},
     "boto3": {"adapters/source"},
     "prometheus_client": {"metrics"},
     "yaml": {"config"},
+    "sqlite3": {"database", "routing/route_store", "routing/verdict_log"},
 }
 
 

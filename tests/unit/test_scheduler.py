@@ -43,8 +43,16 @@ def request(*num_tokens: int, slot: int = NO_ADAPTER, deadline_s: float | None =
     return EngineRequest([sequence(text, slot) for text in texts], deadline_s=deadline_s)
 
 
-def scheduler(*, tokens: int = 100, sequences: int = 10, queue: int = 100, blocks: int = 0) -> Scheduler:
-    return Scheduler(max_step_tokens=tokens, max_step_sequences=sequences, max_queue=queue, pool=BlockPool(blocks))
+def scheduler(
+    *, tokens: int = 100, sequences: int = 10, queue: int = 100, queue_tokens: int = 10**9, blocks: int = 0
+) -> Scheduler:
+    return Scheduler(
+        max_step_tokens=tokens,
+        max_step_sequences=sequences,
+        max_queue=queue,
+        max_queue_tokens=queue_tokens,
+        pool=BlockPool(blocks),
+    )
 
 
 class SimulatedModel:
@@ -74,7 +82,7 @@ class SimulatedModel:
         answered = [placed.sequence for placed in step.placed if not (placed.is_chunk and computed)]
         generating = {one for one in answered if one.append(Token(7 + one.num_tokens % 5, 0.0))}
         self.finished |= {one: self.now for one in answered if one not in generating}
-        self.policy.finish(step, computed=computed, generating=generating)
+        self.policy.finish(step, computed=computed, generating=generating, seconds=step.num_tokens / 1000)
         self.policy.pool.check()
         return True
 
@@ -141,9 +149,40 @@ def test_is_bounded_and_takes_a_request_whole_or_not_at_all() -> None:
 
 
 def test_a_request_larger_than_the_queue_gets_in_when_nothing_waits() -> None:
-    policy = scheduler(queue=2)
+    policy = scheduler(queue=2, queue_tokens=2)
     policy.add(request(1, 1, 1), 0.0)
     assert len(policy) == 3
+
+
+def test_bounds_the_tokens_to_compute_and_says_when_to_come_back() -> None:
+    model = SimulatedModel(scheduler(queue_tokens=250, sequences=1))
+    model.policy.add(request(100), 0.0)
+    model.step()
+    texts = [[next(UNIQUE), *range(99)] for _ in range(2)]
+    shared = EngineRequest([sequence(texts[0], 0, targets=1), sequence(texts[0], 0, targets=2)])
+    model.policy.add(shared, 0.0)  # 100 tokens, which two sequences share
+    model.policy.add(request(60, 40), 0.0)
+    with pytest.raises(QueueFullError, match="200 tokens wait") as caught:
+        model.policy.add(request(51), 0.0)
+    assert caught.value.retry_after_s == pytest.approx(0.2)  # at 1,000 tokens a second
+    model.policy.add(request(50), 0.0)
+    model.run()
+    assert model.policy.wait_s == 0
+    model.policy.add(request(250), 0.0)
+
+
+def test_what_is_dropped_or_cleared_waits_no_more() -> None:
+    model = SimulatedModel(scheduler(queue_tokens=1000))
+    model.policy.add(request(10), 0.0)
+    model.run()
+    model.policy.add(request(40, 33, deadline_s=model.now + 1), model.now)
+    model.policy.add(request(200, 11), model.now)
+    assert model.policy.wait_s == pytest.approx(0.284)
+    model.now += 2
+    model.policy.next_step(model.now)  # drops the late ones and takes the 11
+    assert model.policy.wait_s == pytest.approx(0.106)  # half of 211 was counted to it
+    model.policy.clear()
+    assert model.policy.wait_s == 0
 
 
 def test_drops_what_is_late_or_abandoned() -> None:

@@ -93,6 +93,15 @@ class Backend(Protocol):
         """UnknownClassifierError where there is none."""
         ...
 
+    @property
+    def num_waiting(self) -> int:
+        """Evaluations that were accepted and do not run yet. Cheap."""
+        ...
+
+    def names(self) -> tuple[str, ...]:
+        """What `"*"` asks."""
+        ...
+
     def knows(self, name: str) -> bool:
         """Whether there is an adapter of that name, in any state."""
         ...

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from loraplex.errors import (
     InvalidRequestError,
     LoraplexError,
     NotReadyError,
+    QueueFullError,
 )
 from loraplex.model.loader import (
     base_layers,
@@ -69,6 +70,7 @@ class NativeBackend:
         self._runner: ModelRunner | None = None
         self._engine: Engine | None = None
         self._max_model_len = 0
+        self._num_accepted = 0  # evaluations that are not answered yet
         self._stop_ids: frozenset[int] = frozenset()
 
     @property
@@ -105,15 +107,26 @@ class NativeBackend:
     def adapter(self, name: str) -> AdapterInfo:
         return self._ready_registry().adapter(name)
 
+    @property
+    def num_waiting(self) -> int:
+        num_queued, num_running = (0, 0) if self._engine is None else self._engine.load[:2]
+        return max(num_queued, self._num_accepted - num_running)
+
+    def names(self) -> tuple[str, ...]:
+        entries = self._ready_store().entries()
+        return tuple(
+            one.name for one in entries if not one.is_leaving and (one.loaded is not None or one.is_registered)
+        )
+
     def knows(self, name: str) -> bool:
         return self._store is not None and self._store.knows(name)
 
     def stats(self) -> Stats:
         store, engine = self._ready_store(), self._engine
-        num_waiting, num_running, num_blocks, num_available = (0, 0, 0, 0) if engine is None else engine.load
+        _, num_running, num_blocks, num_available = (0, 0, 0, 0) if engine is None else engine.load
         entries = store.entries()
         return Stats(
-            num_waiting=num_waiting,
+            num_waiting=self.num_waiting,
             num_running=num_running,
             num_blocks=num_blocks,
             num_available_blocks=num_available,
@@ -173,12 +186,35 @@ class NativeBackend:
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResult:
         started = time.monotonic()
+        self._ready_store()
+        names = self._names(request)
+        with self._accepted(len(names)):
+            return await self._classify(request, names, started)
+
+    @contextlib.contextmanager
+    def _accepted(self, num_evaluations: int) -> Iterator[None]:
+        """Counts what is in the house, from before it is tokenized until it is answered; refuses at once what would be
+        too much, but for a request that is too large alone."""
+        if self._engine is not None and self._num_accepted:
+            if self._num_accepted + num_evaluations > self._config.max_queue:
+                raise QueueFullError(
+                    f"{self._num_accepted} evaluations are being answered, of {self._config.max_queue} at most",
+                    remedy="send it again later, or raise --max-queue",
+                    retry_after_s=self._engine.wait_s,
+                )
+        self._num_accepted += num_evaluations
+        try:
+            yield
+        finally:
+            self._num_accepted -= num_evaluations
+
+    async def _classify(self, request: ClassifyRequest, names: Seq[str], started: float) -> ClassifyResult:
         deadline_s = _deadline(started, request.deadline_ms)
         store = self._ready_store()
         questions: dict[str, Question] = {}
         at_hand: list[tuple[Question, Lease[LoadedClassifier]]] = []
         late = []
-        for name in self._names(request):
+        for name in names:
             question = questions[name] = Question(name=name)
             try:
                 lease = store.try_lease(name)
@@ -333,9 +369,8 @@ class NativeBackend:
         return tuple(shown)
 
     def _names(self, request: ClassifyRequest) -> tuple[str, ...]:
-        entries = self._ready_store().entries()
-        every = (one.name for one in entries if not one.is_leaving and (one.loaded is not None or one.is_registered))
-        names = tuple(dict.fromkeys(every if request.classifiers == "*" else map(valid_unicode, request.classifiers)))
+        every = self.names() if request.classifiers == "*" else map(valid_unicode, request.classifiers)
+        names = tuple(dict.fromkeys(every))
         if not names:
             raise InvalidRequestError(
                 "no classifier is asked", remedy='name at least one, or "*" for all that are loaded'
@@ -409,6 +444,7 @@ class NativeBackend:
             max_step_tokens=config.max_step_tokens or default_step_tokens(device, runner.model.dtype),
             max_step_sequences=config.max_step_sequences,
             max_queue=config.max_queue,
+            max_queue_tokens=config.max_queue_tokens,
         )
         slots = SlotTable(budget_bytes=budget_bytes(config.adapter_memory, device), max_slots=config.max_adapters)
         self._store = AdapterStore(self, slots, HostTier(budget_bytes(config.host_memory, resolve_device("cpu"))))

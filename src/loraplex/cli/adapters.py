@@ -3,63 +3,20 @@
 import asyncio
 import json
 from pathlib import Path
-from typing import Annotated, Any
-from urllib.parse import quote
+from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from loraplex.cli.options import errors_to_exit, quiet_libraries, stderr, stdout
+from loraplex.cli.remote import URL, JsonOption, NameArgument, UrlOption, asking, print_fields, print_json
 
 app = typer.Typer(
     help="List, load, replace, unload, pin and verify adapters.\n\nExample: [bold]loraplex adapters list[/]",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-
-UrlOption = Annotated[str, typer.Option(envvar="LORAPLEX_URL", help="The server.")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="For machines.")]
-URL = "http://127.0.0.1:8000"
-
-
-def _ask(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """The answer's JSON; an error becomes what it would be here."""
-    import httpx
-
-    from loraplex.errors import ServerError
-
-    try:
-        # Loading from afar and draining take their time; only the connection must come at once.
-        response = httpx.request(method, url.rstrip("/") + path, json=body, timeout=httpx.Timeout(None, connect=10))
-    except (httpx.HTTPError, httpx.InvalidURL) as exc:
-        raise ServerError("unreachable", f"{url} does not answer: {exc}", remedy="check --url, or start it") from None
-    try:
-        answer = response.json()
-        error = answer["error"] if response.is_error else None
-        known = None if error is None else ServerError(error["code"], error["message"], remedy=error["remedy"])
-    except (ValueError, KeyError, TypeError):
-        answer, known = None, None
-    if known is not None:
-        raise known
-    if answer is None or response.is_error:
-        raise ServerError(
-            "not_loraplex", f"{url} answers {response.status_code}, no JSON of ours", remedy="check --url"
-        )
-    return answer
-
-
-def _path(name: str) -> str:
-    return f"/v1/adapters/{quote(name, safe='')}"
-
-
-def _show(info: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(info))
-        return
-    for key, value in info.items():
-        if value is not None:
-            stdout.print(f"{key}: {json.dumps(value) if isinstance(value, list | dict) else value}", markup=False)
 
 
 @app.command("list")
@@ -68,21 +25,21 @@ def list_adapters(url: UrlOption = URL, as_json: JsonOption = False) -> None:
 
     Example: [bold]loraplex adapters list --url http://127.0.0.1:8000[/]
     """
-    with errors_to_exit():
-        adapters = _ask(url, "GET", "/v1/adapters")["adapters"]
+    with asking(url) as client:
+        adapters = client.adapters()
     if as_json:
-        typer.echo(json.dumps(adapters))
+        print_json(adapters)
         return
     table = Table("name", "state", "version", "rank", "on device", "pinned", "error", box=None)
     for one in adapters:
         table.add_row(
-            one["name"],
-            one["state"],
-            one["version"] or "",
-            str(one["rank"] or ""),
-            "yes" if one["on_device"] else "",
-            "yes" if one["pinned"] else "",
-            one["error"]["message"] if one["error"] else "",
+            one.name,
+            one.state,
+            one.version or "",
+            str(one.rank or ""),
+            "yes" if one.on_device else "",
+            "yes" if one.pinned else "",
+            escape(one.error.message) if one.error else "",
         )
     stdout.print(table)
 
@@ -93,8 +50,8 @@ def show(name: NameArgument, url: UrlOption = URL, as_json: JsonOption = False) 
 
     Example: [bold]loraplex adapters show issueResolved[/]
     """
-    with errors_to_exit():
-        _show(_ask(url, "GET", _path(name)), as_json)
+    with asking(url) as client:
+        print_fields(client.adapter(name), as_json)
 
 
 @app.command()
@@ -112,8 +69,8 @@ def load(
 
     Example: [bold]loraplex adapters load issueResolved s3://models/issueResolved/v2[/]
     """
-    with errors_to_exit(), stderr.status(f"loading {name} …"):
-        _show(_ask(url, "PUT", _path(name), {"source": source, "pinned": pin}), as_json)
+    with asking(url) as client, stderr.status(f"loading {name} …"):
+        print_fields(client.load_adapter(name, source, pin=pin), as_json)
 
 
 @app.command()
@@ -122,8 +79,8 @@ def unload(name: NameArgument, url: UrlOption = URL) -> None:
 
     Example: [bold]loraplex adapters unload issueResolved[/]
     """
-    with errors_to_exit(), stderr.status(f"unloading {name} …"):
-        _ask(url, "DELETE", _path(name))
+    with asking(url) as client, stderr.status(f"unloading {name} …"):
+        client.unload_adapter(name)
     stderr.print(f"unloaded {name}", markup=False)
 
 
@@ -138,8 +95,8 @@ def pin(
 
     Example: [bold]loraplex adapters pin issueResolved[/]
     """
-    with errors_to_exit():
-        _show(_ask(url, "DELETE" if off else "PUT", _path(name) + "/pin"), as_json)
+    with asking(url) as client:
+        print_fields(client.pin_adapter(name, not off), as_json)
 
 
 @app.command()

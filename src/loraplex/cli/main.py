@@ -3,7 +3,7 @@
 import typer
 
 import loraplex
-from loraplex.cli import adapters, classify, serve
+from loraplex.cli import adapters, classify, routes, serve
 
 app = typer.Typer(
     help="Serve many fine-tuned LoRA classifiers from one base model.",
@@ -14,6 +14,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("classify")(classify.classify)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(routes.app, name="routes")
 
 
 def _version(wanted: bool) -> None:

@@ -46,6 +46,7 @@ def serve(path: PathArgument, adapter: AdapterOption = None, **settings: Any) ->
         engine_config = resolve(EngineConfig, bundle.settings.engine, _of(EngineConfig, settings))
         server_config = resolve(ServerConfig, bundle.settings.server, _of(ServerConfig, settings))
         from loraplex.backends.native import NativeBackend
+        from loraplex.routing.router import open_router
         from loraplex.server import app
 
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
@@ -59,7 +60,14 @@ def serve(path: PathArgument, adapter: AdapterOption = None, **settings: Any) ->
                 stderr.print(f"ready: {url} (docs: {url}/docs). Try:", markup=False)
                 typer.echo(f"curl -s {url}/v1/classify -H 'Content-Type: application/json' -d {shlex.quote(EXAMPLE)}")
 
-            asyncio.run(app.serve(NativeBackend(bundle, engine_config), server_config, sock, announce))
+            backend = NativeBackend(bundle, engine_config)
+            router = open_router(
+                backend,
+                bundle.settings.routes,
+                state_dir=engine_config.state_dir,
+                num_kept=server_config.keep_verdicts,
+            )
+            asyncio.run(app.serve(router, server_config, sock, announce))
             stderr.print("stopped")
             sys.stdout.flush()
             sys.stderr.flush()

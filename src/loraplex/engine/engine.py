@@ -47,6 +47,11 @@ class Engine:
         pool = self._scheduler.pool
         return len(self._scheduler), len(self._step_taken), pool.num_blocks, pool.num_available
 
+    @property
+    def wait_s(self) -> float:
+        """How long what waits now will take."""
+        return self._scheduler.wait_s
+
     def start(self) -> None:
         self._thread.start()
 
@@ -88,14 +93,12 @@ class Engine:
             sequence.request.resolve(sequence, error)
         if step is not None:
             self._step_taken = [placed.sequence for placed in step.placed]
+            started = time.monotonic()
             outcomes, computed = self._run(step)
-            generating = {
-                sequence
-                for sequence, outcome in outcomes
-                if not isinstance(outcome, LoraplexError) and sequence.append(outcome.tokens[-1])
-            }
+            seconds = time.monotonic() - started
+            outcomes, generating = _append_tokens(outcomes)
             with self._changed:
-                self._scheduler.finish(step, computed=computed, generating=generating)
+                self._scheduler.finish(step, computed=computed, generating=generating, seconds=seconds)
             for sequence, outcome in outcomes:
                 if sequence not in generating:
                     sequence.request.resolve(sequence, outcome)
@@ -124,6 +127,20 @@ class Engine:
     def _fail(sequences: Seq[Sequence], exc: BaseException) -> None:
         for sequence in sequences:
             sequence.request.resolve(sequence, _engine_error(exc))
+
+
+def _append_tokens(outcomes: Seq[tuple[Sequence, Outcome]]) -> tuple[list[tuple[Sequence, Outcome]], set[Sequence]]:
+    """Each sequence takes its token. Returns what came of it, and those that want another."""
+    taken, generating = [], set()
+    for sequence, outcome in outcomes:
+        try:
+            if not isinstance(outcome, LoraplexError) and sequence.append(outcome.tokens[-1]):
+                generating.add(sequence)
+        except Exception as exc:  # of the sequence's own callback: it is no reason to stop the others
+            logger.exception("a token was not taken")
+            outcome = _engine_error(exc)
+        taken.append((sequence, outcome))
+    return taken, generating
 
 
 def _engine_error(exc: BaseException) -> EngineError:

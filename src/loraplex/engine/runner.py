@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence as Seq
 from itertools import islice
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -83,18 +84,23 @@ class ModelRunner:
         self._kv_shapes = batch.kv_shapes
         if not batch.sequences:
             return []
-        target_log_probs, next_ids, next_log_probs = read_heads(
-            logits, batch.target_rows, batch.target_ids, batch.last_rows, _drawing(batch.sequences, self.device)
+        heads = read_heads(
+            logits, batch.target_rows, batch.target_ids, batch.last_rows, **_sampling(batch.sequences, self.device)
         )  # waits for the device
         ended = time.monotonic()
         outcomes: list[tuple[Sequence, Outcome]] = []
-        remaining = iter(target_log_probs)
+        remaining = iter(heads.target_log_probs)
+        top = iter(zip(heads.top_ids, heads.top_log_probs, strict=True))
         scored = self._scored(batch)
-        for sequence, next_id, next_log_prob in zip(batch.sequences, next_ids, next_log_probs, strict=True):
+        for sequence, next_id, next_log_prob in zip(
+            batch.sequences, heads.next_ids, heads.next_log_probs, strict=True
+        ):
+            num_top = sequence.sampling.num_top
+            token = Token(next_id, next_log_prob, tuple(zip(*next(top), strict=True))[:num_top] if num_top else ())
             assert sequence.started_s is not None
             output = SequenceOutput(
                 log_probs=scored.get(sequence) or tuple(islice(remaining, len(sequence.targets))),
-                tokens=(*sequence.tokens, Token(next_id, next_log_prob)),
+                tokens=(*sequence.tokens, token),
                 num_computed_tokens=sequence.num_computed_tokens,
                 queued_s=sequence.started_s - sequence.arrived_s,
                 computed_s=ended - sequence.started_s,
@@ -158,14 +164,24 @@ def _is_finite(output: SequenceOutput) -> bool:
     return math.isfinite(output.tokens[-1].log_prob) and all(map(math.isfinite, output.log_probs))
 
 
-def _drawing(sequences: Seq[Sequence], device: torch.device) -> torch.Tensor | None:
-    """See `read_heads`."""
-    columns = [
-        (index, sequence.sampling.temperature, sequence.sampling.top_p, sequence.draw())
-        for index, sequence in enumerate(sequences)
-        if sequence.sampling.temperature > 0
-    ]
-    return torch.tensor(columns, dtype=torch.float64).T.to(device) if columns else None
+def _sampling(sequences: Seq[Sequence], device: torch.device) -> dict[str, Any]:
+    """What `read_heads` is told of how tokens are chosen; of what nobody asks for nothing."""
+    asked = [(index, sequence.sampling, sequence) for index, sequence in enumerate(sequences)]
+    drawing = [(i, one.temperature, one.top_p, sequence.draw()) for i, one, sequence in asked if one.temperature > 0]
+    biases = [(i, token_id, bias) for i, one, _ in asked for token_id, bias in one.biases]
+    allowed = [(i, token_id) for i, one, _ in asked for token_id in one.allowed_ids]
+    top = [i for i, one, _ in asked if one.num_top]
+    told: dict[str, Any] = {}
+    if drawing:
+        told["drawing"] = torch.tensor(drawing, dtype=torch.float64).T.to(device)
+    if biases:
+        told["biases"] = torch.tensor(biases, dtype=torch.float64).T.to(device)
+    if allowed:
+        told["allowed"] = torch.tensor(allowed).T.to(device)
+    if top:
+        told["top"] = torch.tensor(top, device=device)
+        told["num_top"] = max(sequence.sampling.num_top for sequence in sequences)
+    return told
 
 
 def _not_a_number() -> EngineError:

@@ -3,7 +3,7 @@ the clock is an argument."""
 
 import heapq
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -26,6 +26,14 @@ class _Waiting:
     request: EngineRequest
     pending: deque[Sequence]
     key: float
+    num_tokens: int  # to compute for what is pending
+
+    def pop(self) -> int:
+        """Take the first sequence; the tokens that are counted to it: of those that all share, as much as to any."""
+        num_tokens = self.num_tokens // len(self.pending)
+        self.pending.popleft()
+        self.num_tokens -= num_tokens
+        return num_tokens
 
     def __lt__(self, other: "_Waiting") -> bool:
         return self.key < other.key
@@ -36,16 +44,27 @@ class Scheduler:
     next, and within it the shortest work; a flow that comes back starts level with the others."""
 
     def __init__(
-        self, *, max_step_tokens: int, max_step_sequences: int, max_queue: int, pool: BlockPool | None = None
+        self,
+        *,
+        max_step_tokens: int,
+        max_step_sequences: int,
+        max_queue: int,
+        max_queue_tokens: int | None = None,
+        pool: BlockPool | None = None,
     ) -> None:
+        """max_queue, max_queue_tokens: sequences, and tokens to compute for them, that may wait; by default 64 steps'
+        worth, which is seconds on any device that the steps are sized for."""
         self.max_step_tokens = max_step_tokens
         self.max_step_sequences = max_step_sequences
         self.max_queue = max_queue
+        self.max_queue_tokens = max_queue_tokens or 64 * max_step_tokens
         self.pool = pool or BlockPool(0)
         self._flows: dict[Flow, list[_Waiting]] = {}  # heaps
         self._served: dict[Flow, float] = {}  # tokens, for the flows that wait
         self._level = 0.0  # of the flow that was served last
         self._num_waiting = 0
+        self._num_waiting_tokens = 0
+        self._tokens_per_s: float | None = None  # of late
         self._pinned: dict[Sequence, tuple[int, tuple[int, ...]]] = {}  # of sequences between steps: tokens, blocks
 
     def __len__(self) -> int:
@@ -54,16 +73,27 @@ class Scheduler:
     def add(self, request: EngineRequest, now: float) -> None:
         """Queue all of a request's sequences, or QueueFullError and none of them. A request larger than the whole
         queue is let in when nothing waits, else it could never run."""
-        if self._num_waiting and self._num_waiting + len(request.sequences) > self.max_queue:
-            raise QueueFullError(
-                f"{self._num_waiting} sequences wait already, of {self.max_queue} at most",
-                remedy="send it again later, or raise --max-queue",
-            )
+        self._check_room("sequences", self._num_waiting, len(request.sequences), self.max_queue, "--max-queue")
         alone = Step()
         for sequence in request.sequences:
             sequence.arrived_s = now
             alone.add(self._place(sequence))
-        self._push(_Waiting(request, deque(request.sequences), alone.num_tokens + WAITING_BONUS * now))
+        num_tokens = alone.num_tokens
+        self._check_room("tokens", self._num_waiting_tokens, num_tokens, self.max_queue_tokens, "--max-queue-tokens")
+        self._push(_Waiting(request, deque(request.sequences), num_tokens + WAITING_BONUS * now, num_tokens))
+
+    @property
+    def wait_s(self) -> float:
+        """How long what waits now will take, as far as the last steps tell."""
+        return 1.0 if self._tokens_per_s is None else self._num_waiting_tokens / self._tokens_per_s
+
+    def _check_room(self, what: str, num_waiting: int, num: int, limit: int, option: str) -> None:
+        if self._num_waiting and num_waiting + num > limit:
+            raise QueueFullError(
+                f"{num_waiting} {what} wait already, of {limit} at most",
+                remedy=f"send it again later, or raise {option}",
+                retry_after_s=self.wait_s,
+            )
 
     def next_step(self, now: float) -> tuple[Step | None, list[tuple[Sequence, LoraplexError]]]:
         """Take the sequences of the next step, and those to be refused with why. The step is over with `finish`."""
@@ -82,7 +112,7 @@ class Scheduler:
             num_tokens = step.num_tokens
             self._reserve(placed, written)
             step.add(placed)
-            waiting.pending.popleft()
+            self._num_waiting_tokens -= waiting.pop()
             self._num_waiting -= 1
             self._served[flow] = served + step.num_tokens - num_tokens
             if not waiting.pending:
@@ -93,10 +123,15 @@ class Scheduler:
                 del self._flows[flow], self._served[flow]
         return (step if len(step) else None), dropped
 
-    def finish(self, step: Step, *, computed: bool, generating: Collection[Sequence] = ()) -> None:
+    def finish(
+        self, step: Step, *, computed: bool, generating: Collection[Sequence] = (), seconds: float | None = None
+    ) -> None:
         """Give the step's blocks back; what it computed can be found from now on. Chunks queue for their next one, and
         so do the sequences that took a token and want another. Not computed: the step was run in other pieces, whole
-        sequences without blocks."""
+        sequences without blocks. seconds: that it took."""
+        if seconds:
+            rate = step.num_tokens / seconds
+            self._tokens_per_s = rate if self._tokens_per_s is None else 0.9 * self._tokens_per_s + 0.1 * rate
         for placed in step.placed:
             sequence, pinned = placed.sequence, None
             if computed:
@@ -112,10 +147,11 @@ class Scheduler:
             if pinned is not None:
                 self._pinned[sequence] = pinned
             if is_chunk:  # ahead of its flow, for nobody else may use what it holds
-                self._push(_Waiting(sequence.request, deque([sequence]), float("-inf")))
+                rest = sequence.num_tokens - placed.end
+                self._push(_Waiting(sequence.request, deque([sequence]), float("-inf"), rest))
             elif sequence in generating:
                 key = 1 + WAITING_BONUS * sequence.arrived_s
-                self._push(_Waiting(sequence.request, deque([sequence]), key))
+                self._push(_Waiting(sequence.request, deque([sequence]), key, 1))
 
     def clear(self) -> Seq[Sequence]:
         """Take everything that waits."""
@@ -130,6 +166,7 @@ class Scheduler:
             self._flows[flow], self._served[flow] = [], self._level
         heapq.heappush(self._flows[flow], waiting)
         self._num_waiting += len(waiting.pending)
+        self._num_waiting_tokens += waiting.num_tokens
 
     def _place(self, sequence: Sequence) -> Placed:
         """All of it that is not cached."""
@@ -203,9 +240,10 @@ class Scheduler:
                 del self._flows[flow], self._served[flow]
         return dropped
 
-    def _take(self, waiting: Iterable[_Waiting]) -> list[Sequence]:
+    def _take(self, waiting: Seq[_Waiting]) -> list[Sequence]:
         sequences = [sequence for one in waiting for sequence in one.pending]
         self._num_waiting -= len(sequences)
+        self._num_waiting_tokens -= sum(one.num_tokens for one in waiting)
         for sequence in sequences:
             self._unpin(sequence)
         return sequences

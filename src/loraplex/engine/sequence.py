@@ -25,23 +25,33 @@ class Target:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How many tokens follow, and how each is chosen: the likeliest at temperature 0, else drawn from the smallest set
-    of likeliest tokens whose probabilities add up to `top_p`. A token of `stop_ids` is the last one."""
+    of likeliest tokens whose probabilities add up to `top_p`. A token of `stop_ids` is the last one.
+
+    biases:       (token id, what is added to its logit before a token is chosen).
+    allowed_ids:  where there are any, no other token is chosen.
+    num_top:      likeliest tokens that each token comes with.
+    """
 
     max_tokens: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     stop_ids: frozenset[int] = frozenset()
+    biases: tuple[tuple[int, float], ...] = ()
+    allowed_ids: tuple[int, ...] = ()
+    num_top: int = 0
 
 
 NEXT_TOKEN = Sampling()
 
 
 class Token(NamedTuple):
-    """A token and its log probability in the model's distribution, before temperature and `top_p`."""
+    """A token and its log probability in the model's distribution, before anything of Sampling changes it. top: the
+    likeliest tokens in its place with theirs, likeliest first."""
 
     id: int
     log_prob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +76,7 @@ class Sequence:
                  K/V are known as `prefix_kv_id`: the bare base's, unless the adapter changes more than it activates.
     num_kept:    leading tokens whose K/V is worth keeping for later requests, and is looked up in turn; where more than
                  one token is generated, all.
+    on_token:    asked after each token, on the engine's thread, whether to go on; where it raises, that is the outcome.
     """
 
     token_ids: tuple[int, ...]
@@ -77,6 +88,7 @@ class Sequence:
     num_kept: int = 0
     targets: tuple[Target, ...] = ()
     sampling: Sampling = NEXT_TOKEN
+    on_token: Callable[[Token], bool] | None = None
     arrived_s: float = 0.0
     started_s: float | None = field(init=False, default=None)
     request: "EngineRequest" = field(init=False, repr=False)
@@ -101,7 +113,8 @@ class Sequence:
     def append(self, token: Token) -> bool:
         """Take the token that came next. False where it was the last one."""
         self.tokens += (token,)
-        if len(self.tokens) >= self.sampling.max_tokens or token.id in self.sampling.stop_ids:
+        goes_on = self.on_token is None or self.on_token(token)
+        if not goes_on or len(self.tokens) >= self.sampling.max_tokens or token.id in self.sampling.stop_ids:
             return False
         self.token_ids += (token.id,)
         self.num_kept = len(self.token_ids)

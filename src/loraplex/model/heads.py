@@ -1,9 +1,21 @@
 """Logits of the wanted rows -> log probabilities of the targets and the next token of each sequence.
 
-Shapes: L rows, N targets, S sequences, D of which draw their token.
+Shapes: L rows, N targets, S sequences; D of these draw their token, W want the likeliest ones besides.
 """
 
+from typing import NamedTuple
+
 import torch
+
+
+class Heads(NamedTuple):
+    """Natural logarithms over the whole vocabulary, of the logits as they are. top: likeliest first."""
+
+    target_log_probs: list[float]  # [N]
+    next_ids: list[int]  # [S]
+    next_log_probs: list[float]  # [S]
+    top_ids: list[list[int]]  # [W][num_top]
+    top_log_probs: list[list[float]]  # [W][num_top]
 
 
 def read_heads(
@@ -11,21 +23,38 @@ def read_heads(
     target_rows: torch.Tensor,  # [N] indices into the rows
     target_ids: torch.Tensor,  # [N] token ids
     last_rows: torch.Tensor,  # [S] indices into the rows
+    *,
     drawing: torch.Tensor | None = None,  # [4, D] float64: index into last_rows, temperature, top_p, number in [0, 1)
-) -> tuple[list[float], list[int], list[float]]:
-    """N target log probabilities, S next token ids and their S log probabilities, over the whole vocabulary, in fp32.
-    The likeliest token is next, but for the sequences that draw it."""
+    biases: torch.Tensor | None = None,  # [3, B] float64: index into last_rows, token id, what is added to its logit
+    allowed: torch.Tensor | None = None,  # [2, A]: index into last_rows, a token id; one named here takes no other
+    top: torch.Tensor | None = None,  # [W] indices into last_rows
+    num_top: int = 0,
+) -> Heads:
+    """All in fp32. The likeliest token is next, of those that are allowed and with the biases, but for the sequences
+    that draw it."""
     logits = logits.float()
     normalizer = logits.logsumexp(dim=-1)  # [L]
     target_log_probs = logits[target_rows, target_ids] - normalizer[target_rows]
-    next_logits, next_ids = logits[last_rows].max(dim=-1)
+    chosen_from = logits[last_rows]  # [S, vocab], a copy
+    if biases is not None:
+        index = (biases[0].long(), biases[1].long())
+        chosen_from.index_put_(index, biases[2].float(), accumulate=True)
+    if allowed is not None:
+        kept = chosen_from[allowed[0], allowed[1]]
+        chosen_from[allowed[0]] = -torch.inf
+        chosen_from[allowed[0], allowed[1]] = kept
+    next_ids = chosen_from.argmax(dim=-1)
     if drawing is not None:
         which = drawing[0].long()
-        rows = last_rows[which]
-        ids = draw(logits[rows], *drawing[1:].float())
-        next_ids[which], next_logits[which] = ids, logits[rows, ids]
-    next_log_probs = next_logits - normalizer[last_rows]
-    return target_log_probs.tolist(), next_ids.tolist(), next_log_probs.tolist()
+        next_ids[which] = draw(chosen_from[which], *drawing[1:].float())
+    next_log_probs = logits[last_rows, next_ids] - normalizer[last_rows]
+    top_ids: list[list[int]] = []
+    top_log_probs: list[list[float]] = []
+    if top is not None:
+        rows = last_rows[top]
+        values, ids = logits[rows].topk(min(num_top, logits.shape[-1]), dim=-1)
+        top_ids, top_log_probs = ids.tolist(), (values - normalizer[rows, None]).tolist()
+    return Heads(target_log_probs.tolist(), next_ids.tolist(), next_log_probs.tolist(), top_ids, top_log_probs)
 
 
 def draw(

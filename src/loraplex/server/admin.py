@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
-from loraplex.errors import ConfigurationError, RefusedError
-from loraplex.server.routes import backend_of, stopping
+from loraplex.errors import AdapterInUseError, ConfigurationError, RefusedError
+from loraplex.server.routes import backend_of, router_of, stopping
 from loraplex.server.schemas import (
     AdapterBody,
     AdapterList,
@@ -23,6 +23,10 @@ Result = TypeVar("Result")
 
 router = APIRouter(tags=["adapters"])
 
+UNLOADING: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorBody, "description": "no such adapter"},
+    409: {"model": ErrorBody, "description": "a route leads to it"},
+}
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "no such adapter"}}
 LOADING: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "the name is taken"},
@@ -45,6 +49,13 @@ async def _sound(loading: Awaitable[Result]) -> Result:
         raise stopping() from None
 
 
+async def _unload(request: Request, name: str) -> None:
+    """A route must not lead nowhere."""
+    if routes := router_of(request).routes_to(name):
+        raise AdapterInUseError(name, routes)
+    await backend_of(request).unload_adapter(name)
+
+
 @router.get("/v1/adapters")
 async def list_adapters(request: Request) -> AdapterList:
     """All adapters with their states."""
@@ -63,10 +74,10 @@ async def put_adapter(request: Request, name: str, body: AdapterBody) -> Adapter
     return await _sound(backend_of(request).load_adapter(name, body.source, pin=body.pinned))
 
 
-@router.delete("/v1/adapters/{name}", responses=UNKNOWN)
+@router.delete("/v1/adapters/{name}", responses=UNLOADING)
 async def delete_adapter(request: Request, name: str) -> dict[str, str]:
     """Unload it. Answers when its last request is answered and its memory is free."""
-    await backend_of(request).unload_adapter(name)
+    await _unload(request, name)
     return {"name": name, "state": "unloaded"}
 
 
@@ -88,10 +99,10 @@ async def load_lora_adapter(request: Request, body: VllmLoadBody) -> str:
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
-@router.post("/v1/unload_lora_adapter", responses=UNKNOWN, response_class=PlainTextResponse)
+@router.post("/v1/unload_lora_adapter", responses=UNLOADING, response_class=PlainTextResponse)
 async def unload_lora_adapter(request: Request, body: VllmUnloadBody) -> str:
     """vLLM's."""
-    await backend_of(request).unload_adapter(body.lora_name)
+    await _unload(request, body.lora_name)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
@@ -102,7 +113,7 @@ async def sagemaker_load(request: Request, body: SageMakerAdapterBody) -> Adapte
     return await _sound(backend_of(request).load_adapter(body.name, body.src, pin=body.pin, replace=False))
 
 
-@router.delete("/adapters/{name}", responses=UNKNOWN, tags=["sagemaker"])
+@router.delete("/adapters/{name}", responses=UNLOADING, tags=["sagemaker"])
 async def sagemaker_unload(request: Request, name: str) -> dict[str, str]:
     """SageMaker's."""
     return await delete_adapter(request, name)

@@ -17,30 +17,32 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as ASGIMessage
 
 import loraplex
-from loraplex.backends.base import Backend
 from loraplex.config import ServerConfig, error_place
 from loraplex.errors import BadInputError, ConfigurationError, EngineError, InvalidRequestError, LoraplexError
 from loraplex.metrics import Metrics
-from loraplex.server import admin, routes, sagemaker
+from loraplex.routing.router import Router
+from loraplex.server import admin, routes, routing, sagemaker
 from loraplex.server.schemas import error_json
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
-    """An ASGI app over `backend`, which the caller starts and closes."""
+def create_app(router: Router, config: ServerConfig) -> FastAPI:
+    """An ASGI app over `router` and its backend, which the caller starts and closes."""
     app = FastAPI(
         title="Loraplex",
         summary="Many LoRA classifiers from one base model, in one call",
         version=loraplex.__version__,
         redirect_slashes=False,
     )
-    app.state.backend = backend
-    app.state.metrics = Metrics(backend.stats, backend.knows)
+    app.state.router = router
+    app.state.backend = router.backend
+    app.state.metrics = Metrics(router.backend.stats, router.knows)
     app.state.created = int(time.time())
     app.include_router(routes.router)
     app.include_router(sagemaker.router)
     app.include_router(admin.router)
+    app.include_router(routing.router)
     app.add_middleware(_BodyLimit, max_body_bytes=config.max_body_bytes)
     app.add_exception_handler(LoraplexError, _loraplex_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -75,9 +77,9 @@ def _cannot_bind(config: ServerConfig, exc: OSError) -> ConfigurationError:
     )
 
 
-async def serve(backend: Backend, config: ServerConfig, sock: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Start `backend`, then listen on `sock` and call `on_ready`; return after SIGTERM or SIGINT, when the requests in
-    flight are answered (`drain_timeout` seconds at most). ConfigurationError: the backend did not start."""
+async def serve(router: Router, config: ServerConfig, sock: socket.socket, on_ready: Callable[[], None]) -> None:
+    """Start `router` and its backend, then listen on `sock` and call `on_ready`; return after SIGTERM or SIGINT, when
+    the requests in flight are answered (`drain_timeout` seconds at most). ConfigurationError: it did not start."""
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -89,20 +91,20 @@ async def serve(backend: Backend, config: ServerConfig, sock: socket.socket, on_
             if self.started:
                 on_ready()
 
-    await backend.start()
+    await router.start()
     try:
         # uvicorn raises the signal that stopped it once more for whoever handled it before us.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         settings = uvicorn.Config(
-            create_app(backend, config),
+            create_app(router, config),
             log_level="warning",
             timeout_graceful_shutdown=config.drain_timeout,
             lifespan="off",
         )
         await Server(settings).serve(sockets=[sock])
     finally:
-        await backend.close()
+        await router.close()
 
 
 class _BodyLimit:

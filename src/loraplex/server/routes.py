@@ -10,8 +10,10 @@ from fastapi.responses import PlainTextResponse
 from loraplex.backends.base import Backend
 from loraplex.errors import CancelledError, LoraplexError, NotReadyError
 from loraplex.metrics import Metrics
+from loraplex.routing.batch import classify_batch
+from loraplex.routing.router import Router
 from loraplex.server.schemas import ClassifyBody, ErrorBody, ModelCard, ModelList, result_json
-from loraplex.types import ClassifyRequest, ClassifyResult
+from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult
 
 Result = TypeVar("Result")
 
@@ -35,6 +37,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def backend_of(request: Request) -> Backend:
     backend: Backend = request.app.state.backend
     return backend
+
+
+def router_of(request: Request) -> Router:
+    router: Router = request.app.state.router
+    return router
 
 
 def metrics_of(request: Request) -> Metrics:
@@ -67,30 +74,40 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
         task.cancel()
 
 
-async def answered(request: Request, asked: ClassifyRequest) -> ClassifyResult:
-    """By the backend, for as long as the client stays; counted."""
+async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = False) -> ClassifyResult | BatchResult:
+    """For as long as the client stays; counted."""
+    router = router_of(request)
+    work = classify_batch(router, asked) if is_batch else router.classify(*asked)
     try:
-        result = await while_connected(request, backend_of(request).classify(asked))
+        result: ClassifyResult | BatchResult = await while_connected(request, work)
     except LoraplexError as exc:
-        metrics_of(request).observe_failure(() if asked.classifiers == "*" else asked.classifiers, exc.code)
+        names = asked[0].classifiers
+        metrics_of(request).observe_failure(() if names == "*" else names, exc.code)
         raise
-    metrics_of(request).observe(result)
+    for one in (result,) if isinstance(result, ClassifyResult) else result.results:
+        if isinstance(one, ClassifyResult):
+            metrics_of(request).observe(one)
     return result
 
 
-@router.post("/v1/classify", response_model=ClassifyResult, responses=ERRORS, tags=["classify"])
+async def answer(request: Request, body: ClassifyBody) -> Response:
+    result = await answered(request, *body.to_requests(), is_batch=body.inputs is not None)
+    return Response(result_json(result), media_type="application/json")
+
+
+@router.post("/v1/classify", response_model=ClassifyResult | BatchResult, responses=ERRORS, tags=["classify"])
 async def classify(request: Request, body: ClassifyBody) -> Response:
-    """Judge one conversation by any number of classifiers, in one forward pass where they fit."""
-    return Response(result_json(await answered(request, body.to_request())), media_type="application/json")
+    """Judge one conversation, or each of several, by any number of classifiers, in one forward pass where they fit."""
+    return await answer(request, body)
 
 
 @router.get("/v1/models", tags=["adapters"])
 async def models(request: Request) -> ModelList:
-    """The base, then every adapter."""
+    """The base, then every route and every adapter."""
     backend, created = backend_of(request), request.app.state.created
-    cards = [ModelCard(id=backend.base_name, created=created)]
-    cards += [ModelCard(id=info.name, created=created, parent=backend.base_name) for info in backend.adapters()]
-    return ModelList(data=cards)
+    names = (*(route.name for route in router_of(request).routes()), *(info.name for info in backend.adapters()))
+    cards = [ModelCard(id=name, created=created, parent=backend.base_name) for name in dict.fromkeys(names)]
+    return ModelList(data=[ModelCard(id=backend.base_name, created=created), *cards])
 
 
 @router.get("/metrics", tags=["health"], response_class=PlainTextResponse)

@@ -5,20 +5,19 @@ import math
 from fastapi import APIRouter, Request, Response
 
 from loraplex.backends.base import GenerateRequest
-from loraplex.server.routes import ERRORS, answered, backend_of, metrics_of, while_connected
-from loraplex.server.schemas import ClassifyBody, InvocationBody, InvocationResult, SageMakerBody, result_json
-from loraplex.types import ClassifyRequest, ClassifyResult
+from loraplex.server.routes import ERRORS, answer, answered, backend_of, metrics_of, while_connected
+from loraplex.server.schemas import ClassifyBody, InvocationBody, InvocationResult, SageMakerBody
+from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult
 
 router = APIRouter(tags=["sagemaker"])
 
 
-@router.post("/invocations", response_model=list[InvocationResult] | ClassifyResult, responses=ERRORS)
+@router.post("/invocations", response_model=list[InvocationResult] | ClassifyResult | BatchResult, responses=ERRORS)
 async def invocations(request: Request, body: SageMakerBody) -> Response | list[InvocationResult]:
     """`{"input_text", "adapter_name"?}` -> `[{"confidence_score", "predicted_text"}]`; the body of /v1/classify is
     answered as there."""
     if isinstance(body, ClassifyBody):
-        result = await answered(request, body.to_request())
-        return Response(result_json(result), media_type="application/json")
+        return await answer(request, body)
     return [await _invoke(request, body)]
 
 
@@ -26,6 +25,7 @@ async def _invoke(request: Request, body: InvocationBody) -> InvocationResult:
     """Through the adapter's contract where it has one, else verbatim."""
     if body.adapter_name is not None and not body.raw:
         result = await answered(request, ClassifyRequest(input=body.input_text, classifiers=(body.adapter_name,)))
+        assert isinstance(result, ClassifyResult)
         verdict = result.verdicts[0]
         assert verdict.label is not None and verdict.confidence is not None, "a lone verdict's error is raised"
         return InvocationResult(confidence_score=verdict.confidence, predicted_text=verdict.label)

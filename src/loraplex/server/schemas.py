@@ -1,33 +1,45 @@
 """Bodies of the HTTP API. What they mean is in `loraplex.types`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
 
-from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, ErrorInfo, Message, classifier_names
+from loraplex.types import (
+    AdapterInfo,
+    BatchResult,
+    ClassifyRequest,
+    ClassifyResult,
+    ErrorInfo,
+    Message,
+    Names,
+    Route,
+    classifier_names,
+)
 
 MAX_ITEMS = 10_000  # in a list of a body
-CLASSIFY_RESULT = TypeAdapter(ClassifyResult)
+RESULT: TypeAdapter[ClassifyResult | BatchResult] = TypeAdapter(ClassifyResult | BatchResult)
 
 
-def result_json(result: ClassifyResult) -> bytes:
+def result_json(result: ClassifyResult | BatchResult) -> bytes:
     """The answer as the API and `loraplex classify --json` give it; what does not apply is left out."""
-    return CLASSIFY_RESULT.dump_json(result, exclude_none=True)
+    return RESULT.dump_json(result, exclude_none=True)
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _text_or_list(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "text"
-    return "list" if isinstance(value, list) else None
+def _kind(value: Any) -> str | None:
+    kinds = {str: "text", list: "list", dict: "object"}
+    return next((kind for type_, kind in kinds.items() if isinstance(value, type_)), None)
 
 
 def _either(what: str) -> Discriminator:
-    """Text or a list, told apart by type: one error, that of the one given, and not one for each that it is not."""
-    return Discriminator(_text_or_list, custom_error_type="text_or_list", custom_error_message=f"should be {what}")
+    """Text, a list or an object, told apart by type: one error, that of the one given, and not one for each that it is
+    not."""
+    return Discriminator(_kind, custom_error_type="either", custom_error_message=f"should be {what}")
 
 
 class MessageBody(_Body):
@@ -35,8 +47,28 @@ class MessageBody(_Body):
     content: str
 
 
+TextOrMessages = (
+    Annotated[str, Tag("text")] | Annotated[list[MessageBody], Tag("list"), Field(max_length=MAX_ITEMS, fail_fast=True)]
+)
+
+
+class ConversationBody(_Body):
+    input: Annotated[TextOrMessages, _either("text, or a list of messages")]
+    conversation_id: str | None = None
+
+    def to_request(self, classifiers: Names, deadline_ms: float | None) -> ClassifyRequest:
+        return ClassifyRequest(
+            input=self.input
+            if isinstance(self.input, str)
+            else tuple(Message(role=message.role, content=message.content) for message in self.input),
+            classifiers=classifiers,
+            deadline_ms=deadline_ms,
+            conversation_id=self.conversation_id,
+        )
+
+
 class ClassifyBody(_Body):
-    """One conversation, any number of classifiers."""
+    """One conversation (`input`) or several (`inputs`), any number of classifiers."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -44,33 +76,56 @@ class ClassifyBody(_Body):
             "example": {
                 "input": "Customer: My order never came.\nAgent: I have sent a new one.\nCustomer: Thanks, that's all!",
                 "classifiers": "*",
-            }
+            },
+            "oneOf": [{"required": ["input"]}, {"required": ["inputs"]}],
         },
     )
 
-    input: Annotated[
-        Annotated[str, Tag("text")]
-        | Annotated[list[MessageBody], Tag("list"), Field(max_length=MAX_ITEMS, fail_fast=True)],
-        _either("text, or a list of messages"),
-    ] = Field(description="text, or the turns in order")
+    input: Annotated[TextOrMessages, _either("text, or a list of messages")] | SkipJsonSchema[None] = Field(
+        None, description="text, or the turns in order"
+    )
+    inputs: (
+        Annotated[
+            list[
+                Annotated[
+                    TextOrMessages | Annotated[ConversationBody, Tag("object")],
+                    _either("text, a list of messages, or an object with `input` and `conversation_id`"),
+                ]
+            ],
+            Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True),
+        ]
+        | SkipJsonSchema[None]
+    ) = Field(None, description="several conversations, answered in order under `results`")
     classifiers: Annotated[
         Annotated[str, Tag("text")] | Annotated[list[str], Tag("list"), Field(max_length=MAX_ITEMS, fail_fast=True)],
         _either("a name, or a list of names"),
-    ] = Field("*", description='a name, names, or "*" for every classifier')
+    ] = Field("*", description='names of classifiers or routes, or "*" for all')
     conversation_id: str | None = Field(
-        None, description="the same for every turn of a conversation: what was computed is kept for the next turn"
+        None,
+        description="the same for every turn of a conversation: what was computed is kept for the next turn, and a "
+        "route leads to the same target",
     )
     deadline_ms: float | None = Field(None, gt=0, description="a classifier not computed by then answers with an error")
 
-    def to_request(self) -> ClassifyRequest:
-        return ClassifyRequest(
-            input=self.input
-            if isinstance(self.input, str)
-            else tuple(Message(role=message.role, content=message.content) for message in self.input),
-            classifiers=classifier_names(self.classifiers),
-            deadline_ms=self.deadline_ms,
-            conversation_id=self.conversation_id,
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if (self.input is None) == (self.inputs is None):
+            raise PydanticCustomError("input_or_inputs", "give either `input` or `inputs`")
+        if self.inputs is not None and self.conversation_id is not None:
+            raise PydanticCustomError("conversation_id", "`conversation_id` of `inputs` belongs into each of them")
+        return self
+
+    def to_requests(self) -> list[ClassifyRequest]:
+        """One for `input`, or one for each of `inputs`."""
+        given = self.inputs if self.input is None else [self.input]
+        classifiers = classifier_names(self.classifiers)
+        conversations = (
+            one
+            if isinstance(one, ConversationBody)
+            else ConversationBody.model_construct(input=one, conversation_id=self.conversation_id)
+            for one in given or ()
         )
+        return [one.to_request(classifiers, self.deadline_ms) for one in conversations]
 
 
 class InvocationBody(_Body):
@@ -88,7 +143,7 @@ class InvocationResult(BaseModel):
 
 def _body_kind(body: Any) -> Literal["article", "native"]:
     given = body if isinstance(body, dict) else {}
-    return "native" if "input" in given and "input_text" not in given else "article"
+    return "native" if given.keys() & {"input", "inputs"} and "input_text" not in given else "article"
 
 
 SageMakerBody = Annotated[
@@ -125,6 +180,20 @@ class SageMakerAdapterBody(_Body):
 
 class AdapterList(BaseModel):
     adapters: list[AdapterInfo]
+
+
+class RouteList(BaseModel):
+    routes: list[Route]
+
+
+class FeedbackBody(_Body):
+    verdict_id: str = Field(description="the `id` of a verdict")
+    label: str = Field(description="what it should have been")
+
+
+class FeedbackResult(BaseModel):
+    verdict_id: str
+    num_answers: int = Field(description="answers that it judges: the returned one and its shadows'")
 
 
 class ErrorBody(BaseModel):

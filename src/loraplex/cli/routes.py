@@ -1,0 +1,171 @@
+"""`loraplex routes …`: names that lead to adapters by weight, and how their targets answer."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from loraplex.cli.options import stderr, stdout
+from loraplex.cli.remote import URL, JsonOption, NameArgument, UrlOption, asking, print_fields, print_json
+from loraplex.types import TargetStats
+
+app = typer.Typer(
+    help="Names that lead to adapters by weight: canaries, A/B tests, shadows.\n\n"
+    "Example: [bold]loraplex routes set issueResolved issueResolved-v1=95 issueResolved-v2=5[/]",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+
+def _weights(given: list[str]) -> dict[str, float]:
+    """TARGET or TARGET=WEIGHT; usage error where one is neither or a target comes twice."""
+    weights: dict[str, float] = {}
+    for item in given:
+        target, separator, text = item.rpartition("=")
+        target = target if separator else item
+        try:
+            weight = float(text) if separator else 1.0
+        except ValueError:
+            weight = math.nan
+        if not target or not 0 <= weight < math.inf:
+            raise typer.BadParameter(f"{item!r} is not TARGET=WEIGHT", param_hint="TARGET")
+        if target in weights:
+            raise typer.BadParameter(f"{target!r} is given twice", param_hint="TARGET")
+        weights[target] = weight
+    return weights
+
+
+def _shares(weights: Mapping[str, float]) -> str:
+    total = sum(weights.values()) or 1.0
+    return ", ".join(f"{name} {100 * weight / total:.4g} %" for name, weight in weights.items())
+
+
+@app.command("list")
+def list_routes(url: UrlOption = URL, as_json: JsonOption = False) -> None:
+    """All routes: where they lead, and by which share.
+
+    Example: [bold]loraplex routes list[/]
+    """
+    with asking(url) as client:
+        routes = client.routes()
+    if as_json:
+        print_json(routes)
+        return
+    table = Table("name", "targets", "shadows", "revision", box=None)
+    for one in routes:
+        table.add_row(escape(one.name), escape(_shares(one.targets)), escape(", ".join(one.shadows)), str(one.revision))
+    stdout.print(table)
+
+
+@app.command()
+def show(name: NameArgument, url: UrlOption = URL, as_json: JsonOption = False) -> None:
+    """One route.
+
+    Example: [bold]loraplex routes show issueResolved[/]
+    """
+    with asking(url) as client:
+        print_fields(client.route(name), as_json)
+
+
+@app.command("set")
+def set_route(
+    name: NameArgument,
+    target: Annotated[
+        list[str], typer.Argument(metavar="TARGET[=WEIGHT]", help="Adapters; a weight is 1 unless given.")
+    ],
+    shadow: Annotated[
+        list[str] | None,
+        typer.Option(help="This adapter judges too; its verdicts are counted, not returned. Repeatable."),
+    ] = None,
+    url: UrlOption = URL,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a route, or replace what it was.
+
+    Example: [bold]loraplex routes set issueResolved issueResolved-v1=95 issueResolved-v2=5[/]
+
+    Example: [bold]loraplex routes set issueResolved issueResolved-v1 --shadow issueResolved-v2[/]
+    """
+    weights = _weights(target)
+    with asking(url) as client:
+        print_fields(client.set_route(name, weights, shadow or ()), as_json)
+
+
+@app.command()
+def delete(name: NameArgument, url: UrlOption = URL) -> None:
+    """Delete a route; its adapters stay.
+
+    Example: [bold]loraplex routes delete issueResolved[/]
+    """
+    with asking(url) as client:
+        client.delete_route(name)
+    stderr.print(f"deleted {name}", markup=False)
+
+
+@app.command()
+def rollback(name: NameArgument, url: UrlOption = URL, as_json: JsonOption = False) -> None:
+    """Bring back what the route was before its last change.
+
+    Example: [bold]loraplex routes rollback issueResolved[/]
+    """
+    with asking(url) as client:
+        print_fields(client.rollback_route(name), as_json)
+
+
+@app.command()
+def stats(name: NameArgument, url: UrlOption = URL, as_json: JsonOption = False) -> None:
+    """How each target and shadow answers: labels, confidence, latency, agreement, and accuracy by feedback.
+
+    Example: [bold]loraplex routes stats issueResolved[/]
+    """
+    with asking(url) as client:
+        found = client.route_stats(name)
+    if as_json:
+        print_json(found)
+        return
+    columns = ("target", "version", "role", "verdicts", "errors", "labels", "confidence", "p50/p99 ms")
+    table = Table(*columns, "agreement", "accuracy (95 %)", box=None)
+    for one in found.targets:
+        table.add_row(*map(escape, _row(one)))
+    stdout.print(table)
+
+
+def _row(stats: TargetStats) -> tuple[str, ...]:
+    latency, agreement, accuracy = stats.latency_ms, stats.agreement, stats.accuracy
+    return (
+        stats.target,
+        stats.version or "",
+        stats.role,
+        str(stats.num_verdicts),
+        str(stats.num_errors),
+        ", ".join(f"{label} {share:.1%}" for label, share in stats.label_shares.items()),
+        "" if stats.mean_confidence is None else f"{stats.mean_confidence:.3f}",
+        "" if latency is None else f"{latency.p50:.1f}/{latency.p99:.1f}",
+        "" if agreement is None else f"{agreement.share:.1%} of {agreement.num_compared}",
+        ""
+        if accuracy is None
+        else f"{accuracy.share:.1%} ({accuracy.low:.1%} to {accuracy.high:.1%}) of {accuracy.num_labelled}",
+    )
+
+
+@app.command()
+def feedback(
+    verdict_id: Annotated[str, typer.Argument(metavar="VERDICT_ID", help="The `id` of a verdict.")],
+    label: Annotated[str, typer.Argument(metavar="LABEL", help="What it should have been.")],
+    url: UrlOption = URL,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what the right label of a verdict is: `stats` counts its accuracy by that.
+
+    Example: [bold]loraplex routes feedback cls-5f0c7d2e-0 yes[/]
+    """
+    with asking(url) as client:
+        num_answers = client.feedback(verdict_id, label)
+    if as_json:
+        typer.echo(json.dumps({"verdict_id": verdict_id, "num_answers": num_answers}))
+    else:
+        stderr.print(f"judges {num_answers} answers")

@@ -1,0 +1,145 @@
+"""The API's calls: what is sent, what type comes back, and what may be sent twice."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+from loraplex.types import (
+    AdapterInfo,
+    ClassifyRequest,
+    ClassifyResult,
+    Input,
+    ModelInfo,
+    Route,
+    RouteStats,
+    classifier_names,
+    conversation_of,
+)
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[Answer]):
+    """One request.
+
+    answer:       the type of its JSON.
+    is_safe:      it changes nothing, so it may be sent again although it may have been carried out.
+    is_slow:      loads or drains, and so takes as long as it takes.
+    is_probe:     asked once and briefly: "no" is an answer.
+    deadline_ms:  for all attempts together.
+    """
+
+    method: str
+    path: str
+    answer: type[Answer]
+    body: Mapping[str, Any] | None = None
+    is_safe: bool = False
+    is_slow: bool = False
+    is_probe: bool = False
+    deadline_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    adapters: tuple[AdapterInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    data: tuple[ModelInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    routes: tuple[Route, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    num_answers: int
+
+
+Done = dict[str, Any]  # that it came says all
+
+
+def _path(kind: str, name: str, *rest: str) -> str:
+    return "/".join(("/v1", kind, quote(name, safe=""), *rest))
+
+
+def _get(path: str, answer: type[Answer]) -> Call[Answer]:
+    return Call(method="GET", path=path, answer=answer, is_safe=True)
+
+
+def classify(
+    input: Input, classifiers: str | Iterable[str], conversation_id: str | None, deadline_ms: float | None
+) -> Call[ClassifyResult]:
+    request = ClassifyRequest(
+        input=conversation_of(input),
+        classifiers=classifier_names(classifiers),
+        deadline_ms=deadline_ms,
+        conversation_id=conversation_id,
+    )
+    body = {name: value for name, value in asdict(request).items() if value is not None}
+    return Call(
+        method="POST",
+        path="/v1/classify",
+        answer=ClassifyResult,
+        body=body,
+        is_safe=True,
+        deadline_ms=deadline_ms,
+    )
+
+
+def feedback(verdict_id: str, label: str) -> Call[Feedback]:
+    return Call(method="POST", path="/v1/feedback", answer=Feedback, body={"verdict_id": verdict_id, "label": label})
+
+
+MODELS = _get("/v1/models", Models)
+READY = Call(method="GET", path="/ready", answer=Done, is_probe=True)
+
+ADAPTERS = _get("/v1/adapters", Adapters)
+
+
+def adapter(name: str) -> Call[AdapterInfo]:
+    return _get(_path("adapters", name), AdapterInfo)
+
+
+def load_adapter(name: str, source: str | PathLike[str], pin: bool | None) -> Call[AdapterInfo]:
+    body = {"source": str(source), "pinned": pin}
+    return Call(method="PUT", path=_path("adapters", name), answer=AdapterInfo, body=body, is_slow=True)
+
+
+def unload_adapter(name: str) -> Call[Done]:
+    return Call(method="DELETE", path=_path("adapters", name), answer=Done, is_slow=True)
+
+
+def pin_adapter(name: str, is_pinned: bool) -> Call[AdapterInfo]:
+    method = "PUT" if is_pinned else "DELETE"
+    return Call(method=method, path=_path("adapters", name, "pin"), answer=AdapterInfo, is_slow=True)
+
+
+ROUTES = _get("/v1/routes", Routes)
+
+
+def route(name: str) -> Call[Route]:
+    return _get(_path("routes", name), Route)
+
+
+def set_route(name: str, targets: Mapping[str, float], shadows: Iterable[str]) -> Call[Route]:
+    body = {"targets": dict(targets), "shadows": list(shadows)}
+    return Call(method="PUT", path=_path("routes", name), answer=Route, body=body)
+
+
+def delete_route(name: str) -> Call[Done]:
+    return Call(method="DELETE", path=_path("routes", name), answer=Done)
+
+
+def rollback_route(name: str) -> Call[Route]:
+    return Call(method="POST", path=_path("routes", name, "rollback"), answer=Route)
+
+
+def route_stats(name: str) -> Call[RouteStats]:
+    return _get(_path("routes", name, "stats"), RouteStats)

@@ -1,0 +1,49 @@
+"""SQLite for what must outlive the process, or, without a file, for what need not."""
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from loraplex.errors import BundleError
+
+
+class Database:
+    """Each transaction is on disk when it ends. Any thread may call, and raises BundleError where the file cannot be
+    read or written."""
+
+    def __init__(self, path: Path | None, *, format: int, schema: Iterable[str]) -> None:
+        """path: None keeps it in memory. format: of the schema, whose statements hold on a file that has it."""
+        self._path = path
+        self._lock = threading.Lock()  # SQLite's own makes its waiters sleep and ask again
+        self._memory = sqlite3.connect(":memory:", check_same_thread=False) if path is None else None
+        with self.transaction() as database:
+            # Of every file, also a new one. Written each time, so that a place that takes no writes is found at once.
+            [(found,)] = database.execute("PRAGMA user_version")
+            if found not in (0, format):
+                raise sqlite3.DatabaseError(f"it has format {found}, this version knows {format}")
+            database.execute(f"PRAGMA user_version = {format}")
+            for statement in schema:
+                database.execute(statement)
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of it or nothing."""
+        try:
+            with self._lock:
+                if self._memory is not None:
+                    with self._memory:
+                        yield self._memory
+                    return
+                assert self._path is not None
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with closing(sqlite3.connect(self._path, timeout=10)) as database, database:
+                    database.execute("PRAGMA synchronous = EXTRA")  # FULL may lose the last change when the power fails
+                    yield database
+        except (OSError, sqlite3.Error) as exc:
+            raise BundleError(
+                self._path or "memory",
+                f"cannot be read or written: {exc}",
+                remedy="give another --state-dir, or move the file away",
+            ) from None

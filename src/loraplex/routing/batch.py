@@ -1,0 +1,59 @@
+"""Many conversations in one call."""
+
+import asyncio
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+from loraplex.errors import DeadlineExceededError, LoraplexError
+from loraplex.routing.router import Router
+from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, ErrorInfo, Failure, Timings, Usage
+
+MAX_CONCURRENT = 32  # of one call, so that a long one leaves room for others
+
+
+async def classify_batch(router: Router, requests: Seq[ClassifyRequest]) -> BatchResult:
+    """An answer or a failure for each, in order. A request's deadline counts from this call. Where all fail the first
+    one's error is raised."""
+    started = time.monotonic()
+    turns = asyncio.Semaphore(MAX_CONCURRENT)
+
+    async def ask(request: ClassifyRequest) -> ClassifyResult | LoraplexError:
+        async with turns:
+            try:
+                if request.deadline_ms is not None:
+                    left_ms = request.deadline_ms - (time.monotonic() - started) * 1000
+                    if left_ms <= 0:
+                        raise DeadlineExceededError(
+                            "not computed before the deadline", remedy="allow more time or send less at once"
+                        )
+                    request = replace(request, deadline_ms=left_ms)
+                return await router.classify(request)
+            except LoraplexError as exc:
+                return exc
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(ask(request)) for request in requests]
+    outcomes = [task.result() for task in tasks]
+    answers = [outcome for outcome in outcomes if isinstance(outcome, ClassifyResult)]
+    if not answers:
+        for outcome in outcomes:
+            assert isinstance(outcome, LoraplexError), "what is no answer is an error"
+            raise outcome
+    return BatchResult(
+        results=tuple(
+            outcome if isinstance(outcome, ClassifyResult) else Failure(error=ErrorInfo.of(outcome))
+            for outcome in outcomes
+        ),
+        usage=Usage(
+            prompt_tokens=sum(answer.usage.prompt_tokens for answer in answers),
+            computed_tokens=sum(answer.usage.computed_tokens for answer in answers),
+            cached_tokens=sum(answer.usage.cached_tokens for answer in answers),
+        ),
+        timings=Timings(
+            tokenize_ms=max(answer.timings.tokenize_ms for answer in answers),
+            queue_ms=max(answer.timings.queue_ms for answer in answers),
+            compute_ms=max(answer.timings.compute_ms for answer in answers),
+            total_ms=(time.monotonic() - started) * 1000,
+        ),
+    )

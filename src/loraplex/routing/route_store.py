@@ -1,0 +1,105 @@
+"""Every revision of every route; the newest that was not rolled back is in effect."""
+
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+
+from loraplex.config import RouteSettings
+from loraplex.database import Database
+from loraplex.errors import NoRevisionError, UnknownRouteError
+from loraplex.types import Route
+
+FORMAT = 1
+SCHEMA = (
+    """
+    CREATE TABLE IF NOT EXISTS revisions (
+        revision INTEGER PRIMARY KEY AUTOINCREMENT,
+        name TEXT NOT NULL,
+        settings TEXT,  -- JSON; NULL: deleted
+        is_from_file INTEGER NOT NULL,
+        is_undone INTEGER NOT NULL DEFAULT 0
+    ) STRICT
+    """,
+)
+IN_EFFECT = "SELECT max(revision) FROM revisions WHERE NOT is_undone GROUP BY name"
+
+
+class RouteStore:
+    """Written before it takes effect. Any thread may call; BundleError where the file cannot be read or written."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """path: a SQLite file; None forgets all with the process."""
+        self._database = Database(path, format=FORMAT, schema=SCHEMA)
+
+    def routes(self) -> dict[str, Route]:
+        """Those in effect, in the order in which they took it."""
+        with self._database.transaction() as database:
+            return {route.name: route for route in _in_effect(database)}
+
+    def put(self, name: str, settings: RouteSettings) -> Route:
+        with self._database.transaction() as database:
+            return _append(database, name, settings)
+
+    def delete(self, name: str) -> None:
+        """UnknownRouteError where there is none."""
+        with self._database.transaction() as database:
+            if not any(route.name == name for route in _in_effect(database)):
+                raise UnknownRouteError(name)
+            _append(database, name, None)
+
+    def rollback(self, name: str) -> Route:
+        """Undo the last change to a route. NoRevisionError where there was none before it."""
+        with self._database.transaction() as database:
+            database.execute(
+                "UPDATE revisions SET is_undone = 1 WHERE revision ="
+                " (SELECT max(revision) FROM revisions WHERE name = ? AND NOT is_undone)",
+                (name,),
+            )
+            for route in _in_effect(database):
+                if route.name == name:
+                    return route
+            raise NoRevisionError(name)  # and nothing is undone
+
+    def read_file(self, routes: Mapping[str, RouteSettings]) -> None:
+        """What `loraplex.yaml` says now. Only what changed in it since it was last read is news: what was set at run
+        time after that stands, and is not undone by every restart."""
+        with self._database.transaction() as database:
+            last = dict(
+                database.execute(
+                    "SELECT name, settings FROM revisions WHERE revision IN"
+                    " (SELECT max(revision) FROM revisions WHERE is_from_file GROUP BY name)"
+                ).fetchall()
+            )
+            for name, settings in routes.items():
+                if last.get(name) != _json(settings):
+                    _append(database, name, settings, is_from_file=True)
+            for name, settings in last.items():
+                if settings is not None and name not in routes:
+                    _append(database, name, None, is_from_file=True)
+
+
+def _append(
+    database: sqlite3.Connection, name: str, settings: RouteSettings | None, *, is_from_file: bool = False
+) -> Route:
+    added = database.execute(
+        "INSERT INTO revisions (name, settings, is_from_file) VALUES (?, ?, ?)",
+        (name, None if settings is None else _json(settings), is_from_file),
+    )
+    assert added.lastrowid is not None
+    return _route(name, added.lastrowid, settings or RouteSettings(targets={name: 1}))
+
+
+def _in_effect(database: sqlite3.Connection) -> list[Route]:
+    rows = database.execute(
+        f"SELECT name, revision, settings FROM revisions WHERE revision IN ({IN_EFFECT}) AND settings IS NOT NULL"
+        " ORDER BY revision"
+    )
+    return [_route(name, revision, RouteSettings.model_validate_json(settings)) for name, revision, settings in rows]
+
+
+def _route(name: str, revision: int, settings: RouteSettings) -> Route:
+    return Route(name=name, targets=settings.targets, shadows=settings.shadows, revision=revision)
+
+
+def _json(settings: RouteSettings) -> str:
+    return settings.model_dump_json()

@@ -1,0 +1,304 @@
+"""Stands before a backend: resolves names to adapters, asks shadows, and logs who answered what."""
+
+import asyncio
+import logging
+import math
+import random
+import uuid
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+from loraplex.backends.base import Backend
+from loraplex.bundle import check_name
+from loraplex.config import RouteSettings
+from loraplex.errors import (
+    BundleError,
+    ConfigurationError,
+    InvalidRequestError,
+    LoraplexError,
+    RefusedError,
+    UnknownClassifierError,
+    UnknownRouteError,
+)
+from loraplex.routing.route_store import RouteStore
+from loraplex.routing.shadows import Shadow, Shadows
+from loraplex.routing.verdict_log import LoggedVerdict, VerdictLog
+from loraplex.types import ClassifyRequest, ClassifyResult, ErrorInfo, Route, RouteStats, Verdict
+
+logger = logging.getLogger(__name__)
+
+FLUSH_EVERY_S = 1.0
+
+
+class Router:
+    """Starts and closes the backend with itself. A route's name goes before an adapter's of the same name; targets are
+    always adapters. All methods are called from one event loop."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        from_file: Mapping[str, RouteSettings],
+        store: RouteStore | None = None,
+        log: VerdictLog | None = None,
+    ) -> None:
+        """from_file: the bundle's own routes. log: None keeps no verdicts."""
+        self.backend, self._from_file, self._store, self._log = backend, from_file, store or RouteStore(), log
+        self._routes: dict[str, Route] = {}
+        self._targeted: frozenset[str] = frozenset()  # routes, and adapters that some route leads to
+        self._shadows = Shadows(backend, self._log_shadows)
+        self._flusher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Returns when requests are answered. BundleError where a route in the bundle's settings leads nowhere."""
+        await self.backend.start()
+        try:
+            await self._start()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _start(self) -> None:
+        for name, settings in self._from_file.items():
+            source = f"loraplex.yaml, routes.{name}"
+            check_name(name, source)
+            for target in (*settings.targets, *settings.shadows):
+                if not self.backend.knows(target):
+                    raise BundleError(source, f"there is no classifier {target!r}", remedy="name one of the bundle's")
+        await asyncio.to_thread(self._store.read_file, self._from_file)
+        await self._reload()
+        for route in self._routes.values():
+            for target in (*route.targets, *route.shadows):
+                if not self.backend.knows(target):
+                    logger.error("the route %s leads to %s, which is not there", route.name, target)
+        self._shadows.start()
+        if self._log is not None:
+            self._flusher = asyncio.create_task(self._flush_for_ever())
+
+    async def close(self) -> None:
+        """Finish what was accepted, but for shadows. Safe to call twice."""
+        await self._shadows.close()
+        if self._flusher is not None:
+            self._flusher.cancel()
+            self._flusher = None
+        await self.backend.close()
+        if self._log is not None:
+            await self._flush()
+
+    # ------------------------------------------------------------------------------------------- routes
+
+    def routes(self) -> tuple[Route, ...]:
+        return tuple(self._routes.values())
+
+    def route(self, name: str) -> Route:
+        """UnknownRouteError"""
+        if name not in self._routes:
+            raise UnknownRouteError(name)
+        return self._routes[name]
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a route or an adapter of that name."""
+        return name in self._routes or self.backend.knows(name)
+
+    def routes_to(self, adapter: str) -> list[str]:
+        """Names of the routes that lead to it."""
+        return [one.name for one in self._routes.values() if adapter in one.targets or adapter in one.shadows]
+
+    async def set_route(self, name: str, settings: RouteSettings) -> Route:
+        """In effect, and written down, when it returns. RefusedError: the name or a target is not sound."""
+        try:
+            check_name(name, "route")
+        except ConfigurationError as exc:
+            raise RefusedError(exc) from None
+        if name == self.backend.base_name:
+            raise InvalidRequestError(f"{name!r} is the base's name", remedy="choose another for the route")
+        for target in (*settings.targets, *settings.shadows):
+            if not self.backend.knows(target):
+                raise RefusedError(UnknownClassifierError(target, list(self.backend.names())))
+        route = await asyncio.to_thread(self._store.put, name, settings)
+        await self._reload()
+        return route
+
+    async def delete_route(self, name: str) -> None:
+        """UnknownRouteError"""
+        await asyncio.to_thread(self._store.delete, name)
+        await self._reload()
+
+    async def rollback_route(self, name: str) -> Route:
+        """Undo its last change. NoRevisionError where it was its making."""
+        route = await asyncio.to_thread(self._store.rollback, name)
+        await self._reload()
+        return route
+
+    # ------------------------------------------------------------------------------------------- requests
+
+    def resolve(self, name: str, conversation_id: str | None = None) -> str:
+        """The adapter that answers for `name`: the same for all turns of a conversation."""
+        route = self._routes.get(name)
+        return name if route is None else choose(route, conversation_id)
+
+    async def classify(self, request: ClassifyRequest) -> ClassifyResult:
+        """As the backend does, with verdicts named as they were asked, and ids for feedback."""
+        adapters = self._adapters(request)
+        try:
+            result = await self.backend.classify(replace(request, classifiers=tuple(adapters.values())))
+        except LoraplexError as exc:
+            self._log_failure(adapters, exc)
+            raise
+        verdicts = {verdict.classifier: verdict for verdict in result.verdicts}
+        named = tuple(
+            replace(verdicts[adapter], id=f"{result.id}-{index}", classifier=name)
+            for index, (name, adapter) in enumerate(adapters.items())
+        )
+        if self._log is not None:
+            total_ms = result.timings.total_ms
+            self._log.add(
+                _logged(verdict, verdict.id or "", verdict.classifier, adapter, total_ms)
+                for verdict, adapter in zip(named, adapters.values(), strict=True)
+            )
+            self._ask_shadows(request, named, adapters)
+        return replace(result, verdicts=named)
+
+    async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """As the backend does, for each name as it was asked."""
+        adapters = self._adapters(request)
+        shown = await self.backend.show_prompt(replace(request, classifiers=tuple(adapters.values())))
+        prompts = {adapter: (text, token_ids) for adapter, text, token_ids in shown}
+        return tuple((name, *prompts[adapter]) for name, adapter in adapters.items())
+
+    def _adapters(self, request: ClassifyRequest) -> dict[str, str]:
+        """As it was asked -> who answers. `"*"` is every route once, and every classifier that no route leads to."""
+        names: Iterable[str] = request.classifiers
+        if request.classifiers == "*":
+            names = [*self._routes, *(name for name in self.backend.names() if name not in self._targeted)]
+        return {name: self.resolve(name, request.conversation_id) for name in names}
+
+    def _ask_shadows(self, request: ClassifyRequest, verdicts: Seq[Verdict], adapters: Mapping[str, str]) -> None:
+        """Later, in one request for all of them."""
+        of: dict[str, tuple[tuple[str, str], ...]] = {}
+        for verdict in verdicts:
+            name = verdict.classifier
+            for shadow in self._routes[name].shadows if name in self._routes else ():
+                if shadow != adapters[name]:
+                    of[shadow] = (*of.get(shadow, ()), (verdict.id or "", name))
+        if of:
+            self._shadows.add(Shadow(request=replace(request, classifiers=tuple(of), deadline_ms=None), of=of))
+
+    # ------------------------------------------------------------------------------------------- verdicts
+
+    async def stats(self, name: str) -> RouteStats:
+        """Of a route, or of a classifier by itself. UnknownRouteError; InvalidRequestError where none are kept."""
+        if not self.knows(name):
+            raise UnknownRouteError(name)
+        return await asyncio.to_thread(self._kept().stats, name)
+
+    async def set_truth(self, verdict_id: str, label: str) -> int:
+        """What a verdict should have been; the last word counts. Returns how many targets' answers it judges.
+        UnknownVerdictError; InvalidRequestError where it is no label of the classifier."""
+        log = self._kept()
+        for target, version in await asyncio.to_thread(log.targets_of, verdict_id):
+            info = self.backend.adapter(target) if self.backend.knows(target) else None
+            if info is not None and info.version == version and info.labels and label not in info.labels:
+                raise InvalidRequestError(
+                    f"{label!r} is no label of {target!r}", remedy=f"use one of: {', '.join(info.labels)}"
+                )
+        return await asyncio.to_thread(log.set_truth, verdict_id, label)
+
+    @property
+    def num_shadows_shed(self) -> int:
+        return self._shadows.num_shed
+
+    def _kept(self) -> VerdictLog:
+        if self._log is None:
+            raise InvalidRequestError("no verdicts are kept", remedy="start the server with --keep-verdicts above 0")
+        return self._log
+
+    def _log_failure(self, adapters: Mapping[str, str], error: LoraplexError) -> None:
+        """A request that had no answer at all: the targets' failures count all the same."""
+        if self._log is not None:
+            known = {name: adapter for name, adapter in adapters.items() if self.backend.knows(adapter)}
+            failed = Verdict(classifier="", error=ErrorInfo.of(error))
+            self._log.add(_logged(failed, uuid.uuid4().hex, name, adapter, None) for name, adapter in known.items())
+
+    def _log_shadows(self, shadow: Shadow, answer: ClassifyResult | LoraplexError) -> None:
+        assert self._log is not None, "shadows are asked to be logged"
+        if isinstance(answer, LoraplexError):
+            failed = Verdict(classifier="", error=ErrorInfo.of(answer))
+            verdicts, total_ms = dict.fromkeys(shadow.of, failed), None
+        else:
+            verdicts = {verdict.classifier: verdict for verdict in answer.verdicts}
+            total_ms = answer.timings.total_ms
+        self._log.add(
+            _logged(verdicts[adapter], verdict_id, route, adapter, total_ms, is_shadow=True)
+            for adapter, shadowed in shadow.of.items()
+            for verdict_id, route in shadowed
+        )
+
+    # ------------------------------------------------------------------------------------------- state
+
+    async def _reload(self) -> None:
+        self._routes = await asyncio.to_thread(self._store.routes)
+        targeted = (adapter for one in self._routes.values() for adapter in (*one.targets, *one.shadows))
+        self._targeted = frozenset((*self._routes, *targeted))
+
+    async def _flush(self) -> None:
+        """A disk that is full or gone costs verdicts, and no answer."""
+        assert self._log is not None
+        try:
+            await asyncio.to_thread(self._log.flush)
+        except ConfigurationError as exc:
+            logger.error("verdicts are lost: %s", exc)
+
+    async def _flush_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_EVERY_S)
+            await self._flush()
+
+
+def open_router(
+    backend: Backend, from_file: Mapping[str, RouteSettings], state_dir: str | None, num_kept: int
+) -> Router:
+    """With what `state_dir` remembers. num_kept: verdicts."""
+    folder = None if state_dir is None else Path(state_dir)
+    return Router(
+        backend,
+        from_file,
+        RouteStore(None if folder is None else folder / "routes.sqlite"),
+        VerdictLog(None if folder is None else folder / "verdicts.sqlite", max_verdicts=num_kept) if num_kept else None,
+    )
+
+
+def choose(route: Route, conversation_id: str | None) -> str:
+    """A target by weight: by rendezvous hashing, so that where weights change only those conversations move that must;
+    at random without an id."""
+    if len(route.targets) == 1:
+        return next(iter(route.targets))
+    targets = {target: weight for target, weight in route.targets.items() if weight}
+    if conversation_id is None:
+        return random.choices(list(targets), list(targets.values()))[0]
+
+    def distance(target: str) -> float:
+        digest = sha256(f"{route.name}\0{target}\0{conversation_id}".encode(errors="surrogatepass")).digest()
+        uniform = (int.from_bytes(digest[:7]) + 1) / (1 << 56)  # in (0, 1]
+        return -math.log(uniform) / targets[target]  # exponential: target is nearest with probability weight / weights
+
+    return min(targets, key=distance)
+
+
+def _logged(
+    verdict: Verdict, verdict_id: str, route: str, target: str, total_ms: float | None, *, is_shadow: bool = False
+) -> LoggedVerdict:
+    is_answer = verdict.error is None
+    return LoggedVerdict(
+        id=verdict_id,
+        route=route,
+        target=target,
+        version=None if verdict.adapter is None else verdict.adapter.version,
+        is_shadow=is_shadow,
+        label=verdict.label,
+        confidence=verdict.confidence,
+        latency_ms=total_ms if is_answer else None,
+        error=None if verdict.error is None else verdict.error.code,
+    )

@@ -1,0 +1,68 @@
+"""Shadow requests: asked when nobody else waits, and the first to be given up."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loraplex.backends.base import Backend
+from loraplex.errors import LoraplexError
+from loraplex.types import ClassifyRequest, ClassifyResult
+
+logger = logging.getLogger(__name__)
+MAX_WAITING = 256  # each holds its conversation
+MAX_RUNNING = 4
+LOOK_EVERY_S = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shadow:
+    """of: adapter -> (verdict id, route) of each verdict that it shadows."""
+
+    request: ClassifyRequest
+    of: dict[str, tuple[tuple[str, str], ...]]
+
+
+class Shadows:
+    """A bounded queue whose oldest are shed where it is full, as happens when the backend is always busy."""
+
+    def __init__(self, backend: Backend, answered: Callable[[Shadow, ClassifyResult | LoraplexError], None]) -> None:
+        self._backend, self._answered = backend, answered
+        self._waiting: deque[Shadow] = deque()
+        self._come = asyncio.Event()
+        self._workers: list[asyncio.Task[None]] = []
+        self.num_shed = 0
+
+    def start(self) -> None:
+        self._workers = [asyncio.create_task(self._work()) for _ in range(MAX_RUNNING)]
+
+    async def close(self) -> None:
+        """What waits, and what runs, is given up."""
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+
+    def add(self, shadow: Shadow) -> None:
+        if len(self._waiting) == MAX_WAITING:
+            self._waiting.popleft()
+            self.num_shed += 1
+        self._waiting.append(shadow)
+        self._come.set()
+
+    async def _work(self) -> None:
+        while True:
+            await self._come.wait()
+            if self._backend.num_waiting:
+                await asyncio.sleep(LOOK_EVERY_S)
+                continue
+            if not self._waiting:
+                self._come.clear()
+                continue
+            shadow = self._waiting.popleft()
+            try:
+                self._answered(shadow, await self._backend.classify(shadow.request))
+            except LoraplexError as exc:
+                self._answered(shadow, exc)
+            except Exception:  # the next ones shall be asked all the same
+                logger.exception("a shadow request failed")

@@ -1,0 +1,180 @@
+"""The newest verdicts: who answered what, how sure, how fast, and whether it was right. Never what was asked."""
+
+import math
+import sqlite3
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
+
+from loraplex.database import Database
+from loraplex.errors import UnknownVerdictError
+from loraplex.types import Accuracy, Agreement, Latency, RouteStats, TargetStats
+
+FORMAT = 1
+SCHEMA = (
+    """
+    CREATE TABLE IF NOT EXISTS verdicts (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL,
+        route TEXT NOT NULL,
+        target TEXT NOT NULL,
+        version TEXT,
+        is_shadow INTEGER NOT NULL,
+        label TEXT,
+        confidence REAL,
+        latency_ms REAL,
+        error TEXT,
+        truth TEXT
+    ) STRICT
+    """,
+    "CREATE UNIQUE INDEX IF NOT EXISTS by_id ON verdicts (id, target)",
+    "CREATE INDEX IF NOT EXISTS by_route ON verdicts (route, target, version, is_shadow)",
+)
+# Of rows that are one target's in one role.
+COUNTS = """
+    SELECT target, version, is_shadow, count(*), count(error), avg(confidence), avg(latency_ms), count(latency_ms),
+        count(truth) FILTER (WHERE label IS NOT NULL), count(*) FILTER (WHERE label = truth)
+    FROM verdicts WHERE route = ? GROUP BY target, version, is_shadow ORDER BY is_shadow, min(number)
+"""
+LABELS = """
+    SELECT label, count(*) FROM verdicts
+    WHERE route = ? AND target = ? AND version IS ? AND is_shadow = ? AND label IS NOT NULL
+    GROUP BY label ORDER BY count(*) DESC, label
+"""
+LATENCY = """
+    SELECT latency_ms FROM verdicts
+    WHERE route = ? AND target = ? AND version IS ? AND is_shadow = ? AND latency_ms IS NOT NULL
+    ORDER BY latency_ms LIMIT 1 OFFSET ?
+"""
+AGREEMENT = """
+    SELECT count(*), count(*) FILTER (WHERE shadow.label = answered.label)
+    FROM verdicts AS shadow JOIN verdicts AS answered ON answered.id = shadow.id AND NOT answered.is_shadow
+    WHERE shadow.route = ? AND shadow.target = ? AND shadow.version IS ? AND shadow.is_shadow
+        AND shadow.label IS NOT NULL AND answered.label IS NOT NULL
+"""
+
+
+class LoggedVerdict(NamedTuple):
+    """id: the verdict's; a shadow's is that of the verdict that was returned. route: as it was asked."""
+
+    id: str
+    route: str
+    target: str
+    version: str | None
+    is_shadow: bool
+    label: str | None
+    confidence: float | None
+    latency_ms: float | None
+    error: str | None
+
+
+class VerdictLog:
+    """What is added waits in memory until `flush`; what is read is flushed first. Any thread may call, and raises
+    BundleError where the file cannot be read or written."""
+
+    def __init__(self, path: Path | None = None, *, max_verdicts: int) -> None:
+        """path: a SQLite file; None forgets all with the process. Of more than `max_verdicts` the oldest go."""
+        self._database = Database(path, format=FORMAT, schema=SCHEMA)
+        self._max_verdicts = max_verdicts
+        self._added: list[LoggedVerdict] = []
+        self._flushing = threading.Lock()
+
+    def add(self, verdicts: Iterable[LoggedVerdict]) -> None:
+        self._added += verdicts
+
+    def flush(self) -> None:
+        with self._flushing:
+            added, self._added = self._added, []
+            if not added:
+                return
+            with self._database.transaction() as database:
+                # A shadow may answer after the feedback on its verdict.
+                database.executemany(
+                    "INSERT OR IGNORE INTO verdicts"
+                    " (id, route, target, version, is_shadow, label, confidence, latency_ms, error, truth)"
+                    " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, (SELECT truth FROM verdicts WHERE id = ?1))",
+                    added,
+                )
+                database.execute(
+                    "DELETE FROM verdicts WHERE number <= (SELECT max(number) FROM verdicts) - ?",
+                    (self._max_verdicts,),
+                )
+
+    def targets_of(self, verdict_id: str) -> tuple[tuple[str, str | None], ...]:
+        """(target, version) of all that answered it, the one that was returned first. UnknownVerdictError"""
+        self.flush()
+        with self._database.transaction() as database:
+            found = database.execute(
+                "SELECT target, version FROM verdicts WHERE id = ? ORDER BY is_shadow", (verdict_id,)
+            ).fetchall()
+        if not found:
+            raise UnknownVerdictError(verdict_id)
+        return tuple(found)
+
+    def set_truth(self, verdict_id: str, label: str) -> int:
+        """What the answer should have been; the last word counts. How many answers it judges. UnknownVerdictError"""
+        self.flush()
+        with self._database.transaction() as database:
+            updated = database.execute("UPDATE verdicts SET truth = ? WHERE id = ?", (label, verdict_id))
+        if not updated.rowcount:
+            raise UnknownVerdictError(verdict_id)
+        return updated.rowcount
+
+    def stats(self, route: str) -> RouteStats:
+        """Over the verdicts that are kept, for each version of each target."""
+        self.flush()
+        with self._database.transaction() as database:
+            rows = database.execute(COUNTS, (route,)).fetchall()
+            return RouteStats(name=route, targets=tuple(_target_stats(database, route, *row) for row in rows))
+
+
+def _target_stats(
+    database: sqlite3.Connection,
+    route: str,
+    target: str,
+    version: str | None,
+    is_shadow: bool,
+    num_verdicts: int,
+    num_errors: int,
+    mean_confidence: float | None,
+    mean_latency: float | None,
+    num_latencies: int,
+    num_labelled: int,
+    num_right: int,
+) -> TargetStats:
+    which = (route, target, version, is_shadow)
+
+    def percentile(share: float) -> float:
+        rank = max(0, math.ceil(share * num_latencies) - 1)
+        [(latency,)] = database.execute(LATENCY, (*which, rank))
+        return float(latency)
+
+    labels = dict(database.execute(LABELS, which).fetchall())
+    [(num_compared, num_agreed)] = database.execute(AGREEMENT, which[:3])
+    return TargetStats(
+        target=target,
+        version=version,
+        role="shadow" if is_shadow else "primary",
+        num_verdicts=num_verdicts,
+        num_errors=num_errors,
+        label_shares={label: count / sum(labels.values()) for label, count in labels.items()},
+        mean_confidence=mean_confidence,
+        latency_ms=None
+        if mean_latency is None
+        else Latency(mean=mean_latency, p50=percentile(0.5), p99=percentile(0.99)),
+        agreement=Agreement(num_compared=num_compared, share=num_agreed / num_compared)
+        if is_shadow and num_compared
+        else None,
+        accuracy=wilson(num_right, num_labelled) if num_labelled else None,
+    )
+
+
+def wilson(num_right: int, num: int) -> Accuracy:
+    """The share that was right, with Wilson's 95 % interval, which holds for few and for extreme shares too."""
+    z = NormalDist().inv_cdf(0.975)
+    share = num_right / num
+    centre = (share + z * z / (2 * num)) / (1 + z * z / num)
+    half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
+    return Accuracy(num_labelled=num, share=share, low=max(0.0, centre - half), high=min(1.0, centre + half))

@@ -1,0 +1,219 @@
+"""`Client` and `AsyncClient` against a real server."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+import serving
+import tiny
+from loraplex import AsyncClient, Client, Message
+from loraplex.errors import (
+    AdapterError,
+    BundleError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    LoraplexError,
+    NotReadyError,
+    ServerError,
+    UnknownClassifierError,
+)
+from loraplex.types import ClassifyResult
+
+NAMES = ["task0", "task1", "task2", "verbatim"]
+TEXT = "Customer: hello\nAgent: at what time?"
+TEXTS = [f"Customer: hello {'and again ' * (index % 5)} {index}" for index in range(24)]
+
+
+@pytest.fixture
+def client(tiny_server: serving.Server) -> Iterator[Client]:
+    with Client(tiny_server.url) as client:
+        yield client
+
+
+def labels(result: ClassifyResult | LoraplexError) -> dict[str, object]:
+    assert isinstance(result, ClassifyResult), result
+    return {verdict.classifier: verdict.label for verdict in result.verdicts}
+
+
+def test_results_are_what_http_answers(client: Client, http: httpx.Client) -> None:
+    result = client.classify(TEXT)
+    answer = http.post("/v1/classify", json={"input": TEXT}).json()
+    assert [verdict.classifier for verdict in result.verdicts] == NAMES
+    for verdict, expected in zip(result.verdicts, answer["verdicts"], strict=True):
+        assert (verdict.label, verdict.confidence) == (expected["label"], expected["confidence"])
+        assert verdict.adapter is not None and verdict.adapter.version == expected["adapter"]["version"]
+    assert result.usage.prompt_tokens == answer["usage"]["prompt_tokens"] and result.timings.total_ms > 0
+    turns = [Message(role="user", content="hello"), {"role": "assistant", "content": "at what time?"}]
+    assert labels(client.classify(turns, ["task1", "task0"], conversation_id="c")) == {
+        name: result[name].label for name in ("task1", "task0")
+    }
+
+
+def test_errors_are_typed(client: Client) -> None:
+    with pytest.raises(UnknownClassifierError, match="'nope'") as caught:
+        client.classify(TEXT, "nope")
+    assert caught.value.status == 404 and "task0" in caught.value.remedy
+    with pytest.raises(InvalidRequestError, match="empty"):
+        client.classify("")
+    with pytest.raises(InvalidRequestError):
+        client.classify([{"role": "robot", "content": "x"}])
+    with pytest.raises(DeadlineExceededError):
+        client.classify(TEXT, deadline_ms=0.0001)
+    with pytest.raises(UnknownClassifierError):
+        client.adapter("b ü?#%")
+    unknown = client.classify(TEXT, ["task0", "nope"])["nope"]
+    assert unknown.error is not None and unknown.error.code == "unknown_classifier"
+
+
+def test_many_equal_one_by_one_in_order(client: Client, tiny_server: serving.Server) -> None:
+    alone = [labels(client.classify(text)) for text in TEXTS]
+    assert [labels(one) for one in client.classify_many(iter(TEXTS), concurrency=6, progress=True)] == alone
+
+    async def together() -> list[ClassifyResult]:
+        async with AsyncClient(tiny_server.url) as client:
+            return await client.classify_many(iter(TEXTS), concurrency=6)
+
+    assert [labels(one) for one in asyncio.run(together())] == alone
+
+
+def test_an_error_among_many(client: Client) -> None:
+    results = client.classify_many([*TEXTS[:3], "", *TEXTS[3:6]], "task0", concurrency=3, on_error="return")
+    assert isinstance(results.pop(3), InvalidRequestError)
+    assert [labels(one) for one in results] == [labels(client.classify(text, "task0")) for text in TEXTS[:6]]
+    with pytest.raises(InvalidRequestError, match="empty"):
+        client.classify_many([*TEXTS, ""], "task0")
+
+
+def test_adapters_models_and_readiness(tiny_bundle: Path, tmp_path: Path) -> None:
+    place = tiny_bundle / "_versions" / tmp_path.name  # below the bundle, and not in it
+    tiny.save_adapter(tiny_bundle, place, contract=tiny.CONTRACT, seed=77)
+    with serving.serve(tiny_bundle, "--dtype", "float32") as server, Client(server.url) as client:
+        assert client.ready() is True
+        client.wait_until_ready(1)
+        assert [one.name for one in client.adapters()] == NAMES
+        loaded = client.load_adapter("late", place, pin=True)
+        assert (loaded.name, loaded.state, loaded.pinned, loaded.labels) == ("late", "ready", True, ("yes", "no"))
+        assert client.adapter("late") == loaded
+        assert client.classify(TEXT, "late")["late"].adapter is not None
+        assert client.pin_adapter("late", False).pinned is False
+        base, *models = client.models()
+        assert (base.parent, {one.parent for one in models}) == (None, {base.id})
+        assert "late" in [one.id for one in models]
+        client.unload_adapter("late")
+        with pytest.raises(UnknownClassifierError):
+            client.unload_adapter("late")
+        (place / "adapter_model.safetensors").write_bytes(b"broken")
+        with pytest.raises(AdapterError) as caught:
+            client.load_adapter("late", place)
+        assert caught.value.status == 422
+        with pytest.raises(BundleError):
+            client.load_adapter("late", "/nowhere")
+        assert server.stop() == 0
+        assert client.ready() is False
+
+
+def test_a_server_that_dies_in_mid_run_is_a_typed_error(tiny_bundle: Path) -> None:
+    with serving.serve(tiny_bundle, "--dtype", "float32") as server:
+        num_read = 0
+
+        def texts() -> Iterator[str]:
+            nonlocal num_read
+            for num_read in range(10_000):
+                yield f"Customer: hello {num_read}"
+
+        with Client(server.url, max_retries=1) as client, ThreadPoolExecutor(1) as pool:
+            run = pool.submit(client.classify_many, texts(), concurrency=4)
+            while num_read < 20:
+                time.sleep(0.001)
+            server.process.send_signal(signal.SIGKILL)
+            with pytest.raises(ServerError) as caught:
+                run.result(30)
+            assert caught.value.code == "unreachable" and num_read < 10_000
+            results = client.classify_many(["x", "y"], on_error="return")
+            assert [type(one) for one in results] == [ServerError] * 2
+
+
+def test_calls_survive_a_restart(tiny_bundle: Path) -> None:
+    """A server that is replaced while a client asks: it is asked again until the new one answers."""
+    with serving.serve(tiny_bundle, "--dtype", "float32") as first:
+        port = first.url.rpartition(":")[2]
+        with Client(first.url, max_retries=12) as client, ThreadPoolExecutor(1) as pool:
+            assert client.classify(TEXT).verdicts
+            assert first.stop() == 0
+            late = pool.submit(client.classify, TEXT)
+            again = subprocess.Popen(
+                [sys.executable, "-m", "loraplex.cli.main", "serve", str(tiny_bundle), "--port", port],
+                stdout=subprocess.DEVNULL,
+            )
+            try:
+                client.wait_until_ready(60)
+                assert list(labels(late.result(60))) == NAMES
+            finally:
+                again.terminate()
+                again.wait(30)
+
+
+def test_ctrl_c_ends_a_script(tiny_server: serving.Server) -> None:
+    code = (
+        "import itertools, loraplex\n"
+        f"with loraplex.Client({tiny_server.url!r}) as client:\n"
+        "    def texts():\n"
+        "        for index in itertools.count():\n"
+        "            if index == 20: print('busy', flush=True)\n"
+        "            yield f'Customer: hello {index}'\n"
+        "    client.classify_many(texts(), progress=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"busy\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) != 0
+        assert process.stderr.read().rstrip().endswith(b"KeyboardInterrupt")
+
+
+def test_a_call_that_is_cancelled_frees_the_server(tiny_server: serving.Server, client: Client) -> None:
+    async def leave() -> None:
+        async with AsyncClient(tiny_server.url) as client:
+            await asyncio.wait_for(client.classify_many(TEXTS * 100, concurrency=20), 0.2)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(leave())
+    assert list(labels(client.classify(TEXT))) == NAMES
+
+
+def test_threads_share_a_client(client: Client) -> None:
+    expected, seen = [labels(client.classify(text)) for text in TEXTS], threading.Barrier(8)
+
+    def one(text: str) -> dict[str, object]:
+        if text in TEXTS[:8]:
+            seen.wait(10)
+        return labels(client.classify(text))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(one, TEXTS)) == expected
+
+
+def test_a_stopping_server_is_not_ready(tiny_bundle: Path) -> None:
+    """What it answers then is typed, whichever of the two it still manages to say."""
+    with serving.serve(tiny_bundle, "--dtype", "float32") as server, Client(server.url, max_retries=0) as client:
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(30)
+        with pytest.raises((NotReadyError, ServerError)):
+            client.classify(TEXT)
+
+
+def test_json_of_the_command_line_is_the_apis(tiny_server: serving.Server, http: httpx.Client) -> None:
+    run = serving.loraplex("adapters", "list", "--json", "--url", tiny_server.url)
+    assert json.loads(run.stdout) == http.get("/v1/adapters").json()["adapters"]
+    run = serving.loraplex("adapters", "show", "task0", "--json", "--url", tiny_server.url)
+    assert json.loads(run.stdout) == http.get("/v1/adapters/task0").json()

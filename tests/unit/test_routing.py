@@ -1,0 +1,448 @@
+"""Routes, shadows and the verdict log, around a backend whose answers each test sets."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from loraplex.backends.base import Backend
+from loraplex.config import RouteSettings
+from loraplex.errors import (
+    BundleError,
+    EngineError,
+    InvalidRequestError,
+    LoraplexError,
+    NoRevisionError,
+    RefusedError,
+    UnknownClassifierError,
+    UnknownRouteError,
+    UnknownVerdictError,
+)
+from loraplex.routing.batch import MAX_CONCURRENT, classify_batch
+from loraplex.routing.route_store import RouteStore
+from loraplex.routing.router import Router, choose
+from loraplex.routing.shadows import MAX_WAITING
+from loraplex.routing.verdict_log import LoggedVerdict, VerdictLog, wilson
+from loraplex.types import (
+    AdapterInfo,
+    AdapterRef,
+    ClassifyRequest,
+    ClassifyResult,
+    ErrorInfo,
+    Failure,
+    Route,
+    Timings,
+    Usage,
+    Verdict,
+)
+
+A, B, C = "a", "b", "c"
+
+
+class FakeBackend:
+    """Answers with a label for each adapter, or raises; honours what the router needs of the protocol."""
+
+    base_name = "base"
+
+    def __init__(self, labels: dict[str, str | LoraplexError]) -> None:
+        self.labels = labels
+        self.num_waiting = 0
+        self.asked: list[tuple[str, ...]] = []
+        self.before: Callable[[], Coroutine[Any, Any, None]] | None = None
+
+    async def start(self) -> None:
+        self.is_running = True
+
+    async def close(self) -> None:
+        self.is_running = False
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.labels)
+
+    def knows(self, name: str) -> bool:
+        return name in self.labels
+
+    def adapter(self, name: str) -> AdapterInfo:
+        return AdapterInfo(
+            name=name, version="v1", rank=1, num_parameters=1, labels=("yes", "no"), question=None, path=name
+        )
+
+    async def classify(self, request: ClassifyRequest) -> ClassifyResult:
+        self.asked.append(tuple(request.classifiers))
+        if self.before is not None:
+            await self.before()
+        verdicts, errors = [], []
+        for name in dict.fromkeys(request.classifiers):
+            label = self.labels.get(name) or UnknownClassifierError(name, [])
+            if isinstance(label, LoraplexError):
+                verdicts.append(Verdict(classifier=name, error=ErrorInfo.of(label)))
+            else:
+                ref = AdapterRef(name=name, version="v1")
+                verdicts.append(Verdict(classifier=name, label=label, confidence=0.75, adapter=ref))
+            errors.append(label)
+        if all(isinstance(error, LoraplexError) for error in errors):
+            raise cast(LoraplexError, errors[0])
+        return ClassifyResult(
+            id=f"cls-{len(self.asked)}", verdicts=tuple(verdicts), usage=Usage(), timings=Timings(total_ms=10.0)
+        )
+
+
+def as_backend(fake: FakeBackend) -> Backend:
+    return cast(Backend, fake)
+
+
+def routed(
+    labels: dict[str, str | LoraplexError],
+    routes: dict[str, RouteSettings],
+    use: Callable[[Router, FakeBackend], Coroutine[Any, Any, None]],
+    store: RouteStore | None = None,
+) -> None:
+    """Run `use` on a started router."""
+
+    async def run() -> None:
+        backend = FakeBackend(labels)
+        router = Router(as_backend(backend), routes, store, VerdictLog(max_verdicts=1000))
+        await router.start()
+        try:
+            await use(router, backend)
+        finally:
+            await router.close()
+
+    asyncio.run(run())
+
+
+def ask(*names: str, conversation_id: str | None = None) -> ClassifyRequest:
+    return ClassifyRequest(input="hello", classifiers=names, conversation_id=conversation_id)
+
+
+def to(*targets: str, shadows: tuple[str, ...] = (), **weights: float) -> RouteSettings:
+    return RouteSettings(targets=dict.fromkeys(targets, 1.0) | weights, shadows=shadows)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+# ------------------------------------------------------------------------------------------------- choosing
+
+
+def route(**targets: float) -> Route:
+    return Route(name="r", targets=targets)
+
+
+def test_a_conversation_stays_with_its_target_and_weights_are_kept() -> None:
+    ids = [f"conversation {i}" for i in range(4000)]
+    found = [choose(route(a=90, b=10), one) for one in ids]
+    assert found == [choose(route(a=90, b=10), one) for one in ids]
+    assert 0.08 < found.count("b") / len(ids) < 0.12
+
+
+def test_more_weight_moves_only_those_that_must() -> None:
+    ids = [f"conversation {i}" for i in range(2000)]
+    before = [choose(route(a=80, b=10, c=10), one) for one in ids]
+    after = [choose(route(a=80, b=30, c=10), one) for one in ids]
+    moved = Counter((x, y) for x, y in zip(before, after, strict=True) if x != y)
+    assert moved and {y for _, y in moved} == {"b"}
+
+
+def test_without_an_id_targets_are_drawn_by_weight_and_none_of_weight_zero() -> None:
+    drawn = Counter(choose(route(a=3, b=1, c=0), None) for _ in range(4000))
+    assert 0.70 < drawn["a"] / 4000 < 0.80 and "c" not in drawn
+    assert choose(route(a=0, b=1), "x") == "b"
+
+
+# ------------------------------------------------------------------------------------------------- resolving
+
+
+def test_verdicts_are_named_as_asked_and_say_who_answered() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        result = await router.classify(ask("alias", B))
+        assert [(one.classifier, one.label) for one in result.verdicts] == [("alias", "yes"), (B, "no")]
+        assert [one.adapter.name for one in result.verdicts if one.adapter] == [A, B]
+        assert [one.id for one in result.verdicts] == ["cls-1-0", "cls-1-1"]
+
+    routed({A: "yes", B: "no"}, {"alias": to(A)}, use)
+
+
+def test_a_star_asks_every_route_once_and_what_no_route_leads_to() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        result = await router.classify(ClassifyRequest(input="hello"))
+        assert [one.classifier for one in result.verdicts] == [A, "d"]
+        assert backend.asked == [(A, "d")]
+
+    routed({A: "yes", B: "no", C: "yes", "d": "no"}, {A: to(a=1, b=0, shadows=(C,))}, use)
+
+
+def test_two_names_for_one_adapter_are_one_evaluation_and_two_verdicts() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        result = await router.classify(ask("one", "two", A))
+        assert [one.classifier for one in result.verdicts] == ["one", "two", A]
+        assert len({one.id for one in result.verdicts}) == 3
+
+    routed({A: "yes"}, {"one": to(A), "two": to(A)}, use)
+
+
+def test_a_target_that_was_unloaded_is_an_error_and_nobody_elses_answer() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        del backend.labels[A]
+        result = await router.classify(ask("alias", B))
+        assert result["alias"].error is not None and result["alias"].error.code == "unknown_classifier"
+        assert result[B].label == "no"
+
+    routed({A: "yes", B: "no"}, {"alias": to(A)}, use)
+
+
+def test_a_route_in_the_bundle_that_leads_nowhere_stops_the_start() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        raise AssertionError("it started")
+
+    with pytest.raises(BundleError, match=r"routes\.alias.*'nope'"):
+        routed({A: "yes"}, {"alias": to("nope")}, use)
+    with pytest.raises(BundleError, match=r"routes\.a/b"):
+        routed({A: "yes"}, {"a/b": to(A)}, use)
+
+
+def test_what_a_client_sets_must_be_sound() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        for name, settings, error in (
+            ("alias", to("nope"), RefusedError),
+            ("alias", to(A, shadows=("nope",)), RefusedError),
+            ("*", to(A), RefusedError),
+            ("base", to(A), InvalidRequestError),
+        ):
+            with pytest.raises(error):
+                await router.set_route(name, settings)
+        with pytest.raises(UnknownRouteError):
+            await router.delete_route("alias")
+        with pytest.raises(NoRevisionError):
+            await router.rollback_route("alias")
+        assert router.routes() == ()
+
+    routed({A: "yes"}, {}, use)
+
+
+@pytest.mark.parametrize(
+    "targets", [{}, {"a": -1}, {"a": 0}, {"a": float("inf")}, {"a": float("nan")}, {"a": 1e308, "b": 1e308}]
+)
+def test_weights_must_add_up_to_something(targets: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"weight|greater|finite|at least 1"):
+        RouteSettings(targets=targets)
+
+
+# ------------------------------------------------------------------------------------------------- revisions
+
+
+def test_a_rollback_undoes_the_last_change_and_a_deletion_too() -> None:
+    store = RouteStore()
+    first, second = store.put("r", to(A)), store.put("r", to(a=1, b=1))
+    assert first.revision < second.revision
+    assert store.rollback("r") == first
+    with pytest.raises(NoRevisionError):
+        store.rollback("r")
+    assert store.routes() == {"r": first}, "the refused rollback undid nothing"
+    store.delete("r")
+    assert store.routes() == {}
+    assert store.rollback("r") == first
+    assert store.put("r", to(B)).revision > second.revision, "a revision names one thing only"
+
+
+def test_routes_outlive_the_process_and_the_file_has_its_say_only_where_it_changed(tmp_path: Path) -> None:
+    path = tmp_path / "routes.sqlite"
+
+    def restarted(**routes: RouteSettings) -> dict[str, list[str]]:
+        store = RouteStore(path)
+        store.read_file(routes)
+        return {name: list(found.targets) for name, found in store.routes().items()}
+
+    assert restarted(x=to(A), y=to(B)) == {"x": [A], "y": [B]}
+    RouteStore(path).put("x", to(C))
+    RouteStore(path).put("z", to(C))
+    assert restarted(x=to(A), y=to(B)) == {"y": [B], "x": [C], "z": [C]}, "the file says what it said before"
+    assert restarted(x=to(B), y=to(B))["x"] == [B], "the file was changed last"
+    assert restarted(x=to(B)) == {"z": [C], "x": [B]}, "y was taken out of the file"
+    RouteStore(path).rollback("y")
+    assert restarted(x=to(B))["y"] == [B], "and put back at run time"
+
+
+# ------------------------------------------------------------------------------------------------- shadows
+
+
+def test_a_shadow_is_asked_recorded_and_never_returned() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        result = await router.classify(ask("r", "s"))
+        assert [one.classifier for one in result.verdicts] == ["r", "s"] and backend.asked == [(A,) * 2]
+        await until(lambda: len(backend.asked) == 2)
+        assert backend.asked[1] == (B, C), "one request for all shadows"
+        stats = await router.stats("r")
+        found = {(one.target, one.role): one for one in stats.targets}
+        assert set(found) == {(A, "primary"), (B, "shadow")}
+        agreement = found[B, "shadow"].agreement
+        assert agreement is not None and (agreement.num_compared, agreement.share) == (1, 0.0)
+        assert found[A, "primary"].agreement is None
+
+    routed({A: "yes", B: "no", C: "yes"}, {"r": to(A, shadows=(B,)), "s": to(A, shadows=(C,))}, use)
+
+
+def test_shadows_wait_for_an_idle_backend_and_the_oldest_are_shed() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        backend.num_waiting = 1
+        for _ in range(MAX_WAITING + 10):
+            await router.classify(ask("r"))
+        await asyncio.sleep(0.05)
+        assert set(backend.asked) == {(A,)} and router.num_shadows_shed == 10
+        backend.num_waiting = 0
+        await until(lambda: backend.asked.count((B,)) == MAX_WAITING)
+        assert (await router.stats("r")).targets[1].num_verdicts == MAX_WAITING
+
+    routed({A: "yes", B: "no"}, {"r": to(A, shadows=(B,))}, use)
+
+
+def test_a_shadow_that_fails_counts_and_the_next_is_asked() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        for _ in range(2):
+            await router.classify(ask("r"))
+        await until(lambda: len(backend.asked) == 4)
+        shadow = (await router.stats("r")).targets[1]
+        assert (shadow.num_verdicts, shadow.num_errors, shadow.agreement) == (2, 2, None)
+
+    routed({A: "yes", B: EngineError("no", remedy="none")}, {"r": to(A, shadows=(B,))}, use)
+
+
+# ------------------------------------------------------------------------------------------------- verdicts
+
+
+def verdict(id: str, label: str | None = "yes", **values: Any) -> LoggedVerdict:
+    return LoggedVerdict(
+        id=id,
+        route="r",
+        target=A,
+        version="v1",
+        is_shadow=False,
+        label=label,
+        confidence=0.5,
+        latency_ms=1.0,
+        error=None,
+    )._replace(**values)
+
+
+def test_stats_are_those_of_each_version_in_each_role() -> None:
+    log = VerdictLog(max_verdicts=1000)
+    log.add(verdict(f"{i}", "yes" if i < 75 else "no", confidence=i / 100, latency_ms=float(i)) for i in range(100))
+    log.add([verdict("failed", None, confidence=None, latency_ms=None, error="engine_error")])
+    log.add([verdict("other", version="v2"), verdict("elsewhere", route="q")])
+    one, two = log.stats("r").targets
+    assert (one.num_verdicts, one.num_errors) == (101, 1)
+    assert one.label_shares == {"yes": 0.75, "no": 0.25}
+    assert one.mean_confidence == pytest.approx(0.495)
+    assert one.latency_ms is not None
+    assert (one.latency_ms.p50, one.latency_ms.p99) == (49, 98)
+    assert one.accuracy is None and (two.version, two.num_verdicts) == ("v2", 1)
+    assert log.stats("nobody asked").targets == ()
+
+
+def test_feedback_judges_all_that_answered_and_the_last_word_counts() -> None:
+    log = VerdictLog(max_verdicts=1000)
+    log.add([verdict("1", "yes"), verdict("1", "no", target=B, is_shadow=True), verdict("2", "yes")])
+    assert log.set_truth("1", "yes") == 2
+    assert log.set_truth("1", "no") == 2
+    assert log.set_truth("2", "yes") == 1
+    log.add([verdict("2", "no", target=B, is_shadow=True)])  # answers after the feedback
+    for one in log.stats("r").targets:
+        assert one.accuracy is not None and (one.accuracy.num_labelled, one.accuracy.share) == (2, 0.5)
+    with pytest.raises(UnknownVerdictError):
+        log.set_truth("3", "yes")
+
+
+def test_wilsons_interval() -> None:
+    found = wilson(81, 263)  # Newcombe 1998, table I
+    assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
+    assert (wilson(0, 20).low, round(wilson(0, 20).high, 4)) == (0.0, 0.1611)
+    assert wilson(1, 1).high == 1.0
+
+
+def test_only_the_newest_are_kept_and_they_outlive_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.sqlite"
+    log = VerdictLog(path, max_verdicts=10)
+    for i in range(25):
+        log.add([verdict(str(i))])
+        log.flush()
+    again = VerdictLog(path, max_verdicts=10)
+    assert again.stats("r").targets[0].num_verdicts == 10
+    assert again.set_truth("24", "no") == 1
+    with pytest.raises(UnknownVerdictError):
+        again.set_truth("14", "no")
+
+
+def test_feedback_through_the_router_knows_the_labels() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        result = await router.classify(ask(A, B))
+        ids = [one.id or "" for one in result.verdicts]
+        assert await router.set_truth(ids[0], "no") == 1
+        with pytest.raises(InvalidRequestError, match="'maybe' is no label"):
+            await router.set_truth(ids[1], "maybe")
+        with pytest.raises(UnknownVerdictError):
+            await router.set_truth("cls-9-0", "yes")
+        accuracy = (await router.stats(A)).targets[0].accuracy
+        assert accuracy is not None and accuracy.share == 0
+        with pytest.raises(UnknownRouteError):
+            await router.stats("nope")
+
+    routed({A: "yes", B: "no"}, {}, use)
+
+
+def test_a_request_that_fails_as_a_whole_counts_for_its_targets() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        with pytest.raises(EngineError):
+            await router.classify(ask(A))
+        [found] = (await router.stats(A)).targets
+        assert (found.num_verdicts, found.num_errors) == (1, 1)
+
+    routed({A: EngineError("broken", remedy="none")}, {}, use)
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+def test_a_batch_answers_in_order_and_a_failure_stands_in_its_place() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        most = running = 0
+
+        async def before() -> None:
+            nonlocal most, running
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.001)
+            running -= 1
+
+        backend.before = before
+        requests = [ask(A) for _ in range(3 * MAX_CONCURRENT)]
+        requests[1] = replace(requests[1], classifiers=(B,))
+        batch = await classify_batch(router, requests)
+        assert len(batch.results) == len(requests) and most == MAX_CONCURRENT
+        failure = batch.results[1]
+        assert isinstance(failure, Failure) and failure.error.code == "engine_error"
+        assert all(isinstance(one, ClassifyResult) for one in (batch.results[0], *batch.results[2:]))
+        with pytest.raises(EngineError):
+            await classify_batch(router, [ask(B), ask(B)])
+
+    routed({A: "yes", B: EngineError("broken", remedy="none")}, {}, use)
+
+
+def test_a_batchs_deadline_counts_from_the_call() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        async def before() -> None:
+            await asyncio.sleep(0.03)
+
+        backend.before = before
+        requests = [replace(ask(A), deadline_ms=20.0) for _ in range(MAX_CONCURRENT + 1)]
+        batch = await classify_batch(router, requests)
+        last = batch.results[-1]
+        assert isinstance(last, Failure) and last.error.code == "deadline_exceeded"
+
+    routed({A: "yes"}, {}, use)
