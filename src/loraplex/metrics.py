@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from loraplex.types import ClassifyResult, Stats, Timings, Usage
@@ -16,17 +16,23 @@ UNKNOWN = "(unknown)"
 class Metrics:
     """Counts answers as they are given, and asks `stats` for everything else when it is scraped."""
 
-    def __init__(self, stats: Callable[[], Stats], is_known: Callable[[str], bool]) -> None:
+    def __init__(
+        self, stats: Callable[[], Stats], is_known: Callable[[str], bool], num_shadows_shed: Callable[[], int]
+    ) -> None:
+        """is_known: whether a name is a classifier's or a route's."""
         self._stats, self._is_known = stats, is_known
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "loraplex_classifications",
-            "Verdicts by classifier and outcome: ok, abstained, or an error's code",
-            ["classifier", "outcome"],
+            "Verdicts by classifier or route, adapter that answered, and outcome: ok, abstained, or an error's code",
+            ["classifier", "adapter", "outcome"],
             registry=self._registry,
         )
         self._labels = Counter(
-            "loraplex_labels", "Verdicts by classifier and label", ["classifier", "label"], registry=self._registry
+            "loraplex_labels",
+            "Verdicts by classifier or route, adapter and label; is_positive: the contract's first label",
+            ["classifier", "adapter", "label", "is_positive"],
+            registry=self._registry,
         )
         self._failures = Counter(
             "loraplex_request_failures", "Requests that were answered by an error", ["code"], registry=self._registry
@@ -41,16 +47,18 @@ class Metrics:
         self._tokens = Counter(
             "loraplex_tokens", "Prompt tokens: computed, or cached", ["kind"], registry=self._registry
         )
-        self._registry.register(_StatsCollector(stats))
+        self._registry.register(_StatsCollector(stats, num_shadows_shed))
 
     def observe(self, result: ClassifyResult) -> None:
         """A request that was answered."""
         for verdict in result.verdicts:
             name = self._known(verdict.classifier)
+            adapter = "" if verdict.adapter is None else verdict.adapter.name
             outcome = verdict.error.code if verdict.error is not None else "abstained" if verdict.abstained else "ok"
-            self._requests.labels(name, outcome).inc()
-            if verdict.label is not None and verdict.scores is not None:  # the labels of a contract are few
-                self._labels.labels(name, verdict.label).inc()
+            self._requests.labels(name, adapter, outcome).inc()
+            if verdict.label is not None and verdict.scores:  # the labels of a contract are few
+                is_positive = verdict.label == next(iter(verdict.scores))
+                self._labels.labels(name, adapter, verdict.label, str(is_positive).lower()).inc()
         self.observe_work(result.usage, result.timings)
 
     def observe_work(self, usage: Usage, timings: Timings) -> None:
@@ -66,7 +74,7 @@ class Metrics:
     def observe_failure(self, names: Iterable[str], code: str) -> None:
         """The classifiers that such a request named."""
         for name in names:
-            self._requests.labels(self._known(name), code).inc()
+            self._requests.labels(self._known(name), "", code).inc()
 
     def _known(self, name: str) -> str:
         return name if self._is_known(name) else UNKNOWN
@@ -74,28 +82,32 @@ class Metrics:
     def render(self) -> bytes:
         """In Prometheus' text format. Adapters that nobody has asked count 0, instead of being absent."""
         for name in self._stats().adapters:
-            self._requests.labels(name, "ok")
+            self._requests.labels(name, name, "ok")
         return generate_latest(self._registry)
 
 
 class _StatsCollector(Collector):
-    def __init__(self, stats: Callable[[], Stats]) -> None:
-        self._stats = stats
+    def __init__(self, stats: Callable[[], Stats], num_shadows_shed: Callable[[], int]) -> None:
+        self._stats, self._num_shadows_shed = stats, num_shadows_shed
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
-
-        def gauge(name: str, what: str, value: float) -> Metric:
-            return GaugeMetricFamily(name, what, value=value)
-
-        yield gauge("loraplex_sequences_waiting", "Sequences in the queue", stats.num_waiting)
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        yield gauge("loraplex_sequences_waiting", "Accepted, and not running yet", stats.num_waiting)
         yield gauge("loraplex_sequences_running", "Sequences in the step that runs now", stats.num_running)
         yield gauge("loraplex_kv_blocks", "Blocks of K/V", stats.num_blocks)
         yield gauge("loraplex_kv_blocks_free", "Blocks that are free or could be evicted", stats.num_available_blocks)
         yield gauge("loraplex_adapters_on_device", "Adapters in slots", stats.num_slots)
         yield gauge("loraplex_adapter_device_bytes", "What they take there", stats.device_bytes)
         yield gauge("loraplex_adapter_host_bytes", "What adapters take in host memory", stats.host_bytes)
-        yield gauge("loraplex_adapter_reads", "Adapters read from disk so far", stats.num_reads)
+        yield counter("loraplex_adapter_reads", "Adapters read from disk", stats.num_reads)
+        yield counter("loraplex_steps", "Forward passes", stats.num_steps)
+        yield counter(
+            "loraplex_step_tokens", "Tokens in them: over loraplex_steps, a step's size", stats.num_step_tokens
+        )
+        yield counter("loraplex_step_sequences", "Sequences in them", stats.num_step_sequences)
+        yield counter("loraplex_step_seconds", "Time in them: its rate is how busy the engine is", stats.step_seconds)
+        yield counter("loraplex_shadows_shed", "Shadow requests given up under load", self._num_shadows_shed())
         states = GaugeMetricFamily("loraplex_adapter_state", "1 for the state it is in", labels=["adapter", "state"])
         for name, state in stats.adapters.items():
             states.add_metric([name, state], 1.0)

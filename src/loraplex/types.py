@@ -193,7 +193,7 @@ class ModelInfo:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """A backend now. adapters: name -> state. active: have requests; placing: have requests that wait for a place on
-    the device. num_reads: adapters read from disk so far."""
+    the device. Since the start: num_reads: adapters read from disk; num_steps and what was in them."""
 
     num_waiting: int
     num_running: int
@@ -207,6 +207,10 @@ class Stats:
     device_bytes: int
     host_bytes: int
     num_reads: int
+    num_steps: int
+    num_step_tokens: int
+    num_step_sequences: int
+    step_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

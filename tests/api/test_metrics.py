@@ -20,11 +20,11 @@ def http(tiny_bundle: Path) -> Iterator[httpx.Client]:
 
 
 def scrape(http: httpx.Client) -> dict[tuple[str, tuple[str, ...]], float]:
-    """(sample, label values) -> value."""
+    """(sample, label values in the order of their names) -> value."""
     response = http.get("/metrics")
     assert response.status_code == 200
     return {
-        (sample.name, tuple(sample.labels.values())): sample.value
+        (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(response.text)
         for sample in family.samples
     }
@@ -32,7 +32,7 @@ def scrape(http: httpx.Client) -> dict[tuple[str, tuple[str, ...]], float]:
 
 def test_before_any_traffic_every_adapter_is_there(http: httpx.Client) -> None:
     found = scrape(http)
-    assert found["loraplex_classifications_total", ("task1", "ok")] == 0
+    assert found["loraplex_classifications_total", ("task1", "task1", "ok")] == 0
     assert found["loraplex_adapter_state", ("task0", "ready")] == 1
     assert found["loraplex_adapter_state", ("task1", "registered")] == 1
     assert found["loraplex_adapters_on_device", ()] == 1 and found["loraplex_adapter_device_bytes", ()] > 0
@@ -50,15 +50,19 @@ def test_answers_are_counted_by_classifier_outcome_and_label(http: httpx.Client)
     def grown(name: str, *labels: str) -> float:
         return found[name, labels] - before.get((name, labels), 0.0)
 
-    assert grown("loraplex_classifications_total", "task0", "ok") == 3
-    assert grown("loraplex_classifications_total", "task1", "ok") == 2
-    assert grown("loraplex_classifications_total", "(unknown)", "unknown_classifier") == 3
+    assert grown("loraplex_classifications_total", "task0", "task0", "ok") == 3
+    assert grown("loraplex_classifications_total", "task1", "task1", "ok") == 2
+    assert grown("loraplex_classifications_total", "", "(unknown)", "unknown_classifier") == 3
     assert grown("loraplex_request_failures_total", "unknown_classifier") == 1
     label = answer["verdicts"][0]["label"]
-    assert grown("loraplex_labels_total", "task0", label) == 3
+    is_positive = "true" if label == "yes" else "false"
+    assert grown("loraplex_labels_total", "task0", "task0", is_positive, label) == 3
     cached = answer["usage"]["cached_tokens"] + again["usage"]["cached_tokens"]
     assert cached > 0 and grown("loraplex_tokens_total", "cached") == cached
     assert grown("loraplex_request_seconds_count", "compute") == 3
+    assert 1 <= grown("loraplex_steps_total") <= grown("loraplex_step_sequences_total")
+    assert grown("loraplex_step_tokens_total") >= grown("loraplex_tokens_total", "computed")  # proofs are no requests
+    assert 0 < grown("loraplex_step_seconds_total")
     assert 0 < grown("loraplex_request_seconds_sum", "compute") <= grown("loraplex_request_seconds_sum", "total")
     assert found["loraplex_adapter_state", ("task1", "ready")] == 1
     assert not [labels for name, labels in found if "unheard of" in labels or "no such thing" in labels]

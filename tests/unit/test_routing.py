@@ -295,7 +295,7 @@ def test_shadows_wait_for_an_idle_backend_and_the_oldest_are_shed() -> None:
         for _ in range(MAX_WAITING + 10):
             await router.classify(ask("r"))
         await asyncio.sleep(0.05)
-        assert set(backend.asked) == {(A,)} and router.num_shadows_shed == 10
+        assert set(backend.asked) == {(A,)} and router.num_shadows_shed() == 10
         backend.num_waiting = 0
         await until(lambda: backend.asked.count((B,)) == MAX_WAITING)
         assert (await router.stats("r")).targets[1].num_verdicts == MAX_WAITING

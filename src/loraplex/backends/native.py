@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import math
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,20 +15,21 @@ from loraplex.adapters.state import AdapterState
 from loraplex.adapters.store import AdapterStore
 from loraplex.adapters.version import Lease
 from loraplex.adapters.weights import AdapterWeights
-from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult
+from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult, OnToken
 from loraplex.backends.classifiers import ClassifierReader, LoadedClassifier
+from loraplex.backends.completion import Completion
 from loraplex.backends.proof import prove
-from loraplex.backends.question import Question, make_sequence, render
+from loraplex.backends.question import Question, render
 from loraplex.backends.registry import BUNDLE, AdapterRegistry, preloaded
 from loraplex.bundle import AdapterSource, Bundle
 from loraplex.classifier import valid_unicode
 from loraplex.config import EngineConfig, resolve
 from loraplex.engine.block_pool import BlockPool
-from loraplex.engine.engine import Engine
+from loraplex.engine.engine import Engine, Steps
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sampling, Sequence, SequenceOutput
-from loraplex.engine.tokenizer import Conversations, Tokenizer, verbatim
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput
+from loraplex.engine.tokenizer import Conversations, Tokenizer
 from loraplex.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -109,8 +109,9 @@ class NativeBackend:
 
     @property
     def num_waiting(self) -> int:
-        num_queued, num_running = (0, 0) if self._engine is None else self._engine.load[:2]
-        return max(num_queued, self._num_accepted - num_running)
+        if self._engine is None:
+            return 0
+        return max(self._engine.num_waiting, self._num_accepted - self._engine.num_running)
 
     def names(self) -> tuple[str, ...]:
         entries = self._ready_store().entries()
@@ -123,11 +124,12 @@ class NativeBackend:
 
     def stats(self) -> Stats:
         store, engine = self._ready_store(), self._engine
-        _, num_running, num_blocks, num_available = (0, 0, 0, 0) if engine is None else engine.load
+        num_blocks, num_available = (0, 0) if engine is None else engine.num_blocks
+        steps = Steps() if engine is None else engine.steps
         entries = store.entries()
         return Stats(
             num_waiting=self.num_waiting,
-            num_running=num_running,
+            num_running=0 if engine is None else engine.num_running,
             num_blocks=num_blocks,
             num_available_blocks=num_available,
             adapters={entry.name: entry.state for entry in entries},
@@ -138,6 +140,10 @@ class NativeBackend:
             device_bytes=store.slots.num_bytes,
             host_bytes=store.host.num_bytes,
             num_reads=store.num_loads,
+            num_steps=steps.num_steps,
+            num_step_tokens=steps.num_tokens,
+            num_step_sequences=steps.num_sequences,
+            step_seconds=steps.seconds,
         )
 
     async def load_adapter(
@@ -303,57 +309,38 @@ class NativeBackend:
                 question.answer([next(outcomes) for _ in question.sequences])
         return tokenized
 
-    async def generate(self, request: GenerateRequest) -> GenerateResult:
+    async def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> GenerateResult:
         started = time.monotonic()
-        _check_sampling(request)
+        with self._accepted(1):
+            return await self._generate(request, on_token, started)
+
+    async def _generate(self, request: GenerateRequest, on_token: OnToken | None, started: float) -> GenerateResult:
         deadline_s = _deadline(started, request.deadline_ms)
+        loop = asyncio.get_running_loop()
+
+        def tell(token: GeneratedToken, text: str) -> None:
+            assert on_token is not None
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+                loop.call_soon_threadsafe(on_token, token, text)
+
+        completion = Completion(
+            request, self._ready_tokenizer(), self._max_model_len, self._stop_ids, None if on_token is None else tell
+        )
         lease = None
         if request.adapter is not None:
             lease = self._ready_store().try_lease(request.adapter) or await self._lease(request.adapter, deadline_s)
+        loaded, slot = (None, NO_ADAPTER) if lease is None else (lease.version, lease.slot)
         release: Callable[[], None] = lease.release if lease is not None else lambda: None
-        loaded = None if lease is None else lease.version
         try:
-            if loaded is not None and loaded.has_score:
-                raise InvalidRequestError(
-                    f"{loaded.source.name!r} has a score head and generates no text",
-                    remedy="ask it through /v1/classify",
-                )
-            tokenizer = self._ready_tokenizer()
-            invocation = None if loaded is None else loaded.invocation_tokens
-            prompt = await asyncio.to_thread(verbatim, request.prompt, tokenizer, self._max_model_len, invocation)
+            sequence = await asyncio.to_thread(completion.make_sequence, loaded, slot)
         except BaseException:
             release()
             raise
         tokenized = time.monotonic()
-        sampling = Sampling(
-            # The last token is not computed, so it needs no position.
-            max_tokens=min(request.max_tokens, self._max_model_len - len(prompt.token_ids) + 1),
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seed,
-            stop_ids=self._stop_ids,
-        )
-        sequence = make_sequence(
-            prompt, loaded, NO_ADAPTER if lease is None else lease.slot, keep=False, sampling=sampling
-        )
         [outcome] = await self._compute([sequence], deadline_s, release)
         if isinstance(outcome, LoraplexError):
             raise outcome
-        ids = [token.id for token in outcome.tokens]
-        stopped = ids[-1] in self._stop_ids
-        return GenerateResult(
-            id=f"gen-{uuid.uuid4().hex}",
-            text=tokenizer.decode(*(ids[:-1] if stopped else ids)),
-            tokens=tuple(
-                GeneratedToken(id=token.id, text=tokenizer.decode(token.id), log_prob=token.log_prob)
-                for token in outcome.tokens
-            ),
-            finish_reason="stop" if stopped else "length",
-            adapter=None if loaded is None else loaded.ref,
-            # Of what it generated all but the last token were computed, and are no part of the prompt.
-            usage=_usage(len(prompt.token_ids), max(0, outcome.num_computed_tokens - len(ids) + 1)),
-            timings=_timings(started, tokenized, [outcome]),
-        )
+        return completion.result(outcome, _timings(started, tokenized, [outcome]))
 
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         tokenizer, store = self._ready_tokenizer(), self._ready_store()
@@ -454,16 +441,6 @@ class NativeBackend:
         self._engine = Engine(runner, scheduler)
         self._engine.start()
         logger.info("%s in %s on %s, %d adapters", self.base_name, runner.model.dtype, device, len(bundle.adapters))
-
-
-def _check_sampling(request: GenerateRequest) -> None:
-    for name, value, wanted, is_good in (
-        ("max_tokens", request.max_tokens, "at least 1", request.max_tokens >= 1),
-        ("temperature", request.temperature, "0 or above", 0 <= request.temperature < math.inf),
-        ("top_p", request.top_p, "above 0, at most 1", 0 < request.top_p <= 1),
-    ):
-        if not is_good:
-            raise InvalidRequestError(f"{name} is {value}", remedy=f"give a number {wanted}")
 
 
 def _deadline(started: float, deadline_ms: float | None) -> float | None:

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import EngineRequest, Outcome, Sequence
@@ -25,6 +25,23 @@ class Runner(Protocol):
         """Raises where the model no longer computes at all."""
 
 
+class Steps(NamedTuple):
+    """What ran."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_sequences: int = 0
+    seconds: float = 0.0
+
+    def plus(self, step: Step, seconds: float) -> Self:
+        return self._replace(
+            num_steps=self.num_steps + 1,
+            num_tokens=self.num_tokens + step.num_tokens,
+            num_sequences=self.num_sequences + len(step),
+            seconds=self.seconds + seconds,
+        )
+
+
 class Engine:
     """Continuous batching: each step takes what waits by then, within the scheduler's budgets."""
 
@@ -35,6 +52,7 @@ class Engine:
         self._stopping = False
         self._failure: BaseException | None = None
         self._step_taken: Seq[Sequence] = ()  # off the queue, not yet resolved; the thread's own
+        self.steps = Steps()  # so far
         self._thread = threading.Thread(target=self._main, name="loraplex-engine", daemon=True)
 
     @property
@@ -42,10 +60,19 @@ class Engine:
         return self._thread.is_alive() and self._failure is None
 
     @property
-    def load(self) -> tuple[int, int, int, int]:
-        """Sequences that wait and that run; blocks, and those of them that are free or could be."""
-        pool = self._scheduler.pool
-        return len(self._scheduler), len(self._step_taken), pool.num_blocks, pool.num_available
+    def num_waiting(self) -> int:
+        """Sequences in the queue."""
+        return len(self._scheduler)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the step that runs now."""
+        return len(self._step_taken)
+
+    @property
+    def num_blocks(self) -> tuple[int, int]:
+        """Of K/V: all, and those that are free or could be."""
+        return self._scheduler.pool.num_blocks, self._scheduler.pool.num_available
 
     @property
     def wait_s(self) -> float:
@@ -96,6 +123,7 @@ class Engine:
             started = time.monotonic()
             outcomes, computed = self._run(step)
             seconds = time.monotonic() - started
+            self.steps = self.steps.plus(step, seconds)
             outcomes, generating = _append_tokens(outcomes)
             with self._changed:
                 self._scheduler.finish(step, computed=computed, generating=generating, seconds=seconds)

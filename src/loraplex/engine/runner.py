@@ -92,9 +92,7 @@ class ModelRunner:
         remaining = iter(heads.target_log_probs)
         top = iter(zip(heads.top_ids, heads.top_log_probs, strict=True))
         scored = self._scored(batch)
-        for sequence, next_id, next_log_prob in zip(
-            batch.sequences, heads.next_ids, heads.next_log_probs, strict=True
-        ):
+        for sequence, next_id, next_log_prob in zip(batch.sequences, heads.next_ids, heads.next_log_probs, strict=True):
             num_top = sequence.sampling.num_top
             token = Token(next_id, next_log_prob, tuple(zip(*next(top), strict=True))[:num_top] if num_top else ())
             assert sequence.started_s is not None

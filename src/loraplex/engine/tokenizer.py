@@ -1,15 +1,19 @@
 """Text -> token ids, through a contract's template or verbatim. A conversation is tokenized once however many ask."""
 
 import functools
+import inspect
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loraplex.classifier import CONVERSATION, QUESTION, Contract, valid_unicode
+from loraplex.engine.detokenizer import REPLACEMENT
 from loraplex.errors import BundleError, ContractError, InputTooLongError, InvalidRequestError
+from loraplex.types import Message
 
 # Endings of a conversation that a label must not merge with (checked when a contract is bound).
 _PROBES = ("Customer: hello", "Customer: is it done?", "Agent: Yes.\nCustomer: ok 5")
@@ -33,6 +37,7 @@ class Tokenizer:
     def __init__(self, folder: Path, num_embeddings: int = sys.maxsize) -> None:
         """num_embeddings: of the base; a tokenizer may know more tokens, such as a padding token added later."""
         from transformers import AutoTokenizer
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         self._num_embeddings = num_embeddings
 
@@ -56,17 +61,26 @@ class Tokenizer:
         self._cutting = {t.content for t in self._hf.added_tokens_decoder.values() if t.special and not t.lstrip}
         spelled = sorted(self.special_tokens, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, spelled))) if spelled else None
+        self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}  # of byte-level tokenizers
+        # A token alone: its text, and its bytes, of which a character may have more; None where they are not known.
+        self.spell = functools.lru_cache(1 << 16)(self._spell)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Exactly `tokenizer(text)`. InvalidRequestError for a token that the base has no embedding for."""
         ids: list[int] = self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        highest = max(ids, default=0)
-        if highest >= self._num_embeddings:
-            raise InvalidRequestError(
-                f"the token {self.decode(highest)!r} ({highest}) exceeds the base's {self._num_embeddings} embeddings",
-                remedy="leave it out, or serve the base with the tokenizer that it was saved with",
-            )
+        self.check(ids)
         return ids
+
+    def check(self, token_ids: Iterable[int]) -> None:
+        """InvalidRequestError for a token that the base has no embedding for."""
+        wrong = next((one for one in token_ids if not 0 <= one < self._num_embeddings), None)
+        if wrong is None:
+            return
+        spelled = f"the token {self.decode(wrong)!r} ({wrong})" if 0 <= wrong < len(self._hf) else f"the token {wrong}"
+        raise InvalidRequestError(
+            f"{spelled} is none of the base's {self._num_embeddings} embeddings",
+            remedy="leave it out, or serve the base with the tokenizer that it was saved with",
+        )
 
     def offsets(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The character at which each token starts; special tokens that were added start at 0."""
@@ -76,6 +90,23 @@ class Tokenizer:
     def decode(self, *token_ids: int) -> str:
         text: str = self._hf.decode(list(token_ids))
         return text
+
+    def decode_part(self, token_ids: Seq[int], *, skip_special_tokens: bool) -> str:
+        """Of a longer text: the tokens' own characters, spaces as they are."""
+        text: str = self._hf.backend_tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def _spell(self, token_id: int) -> tuple[str, bytes | None]:
+        text = self.decode(token_id)
+        if REPLACEMENT not in text:
+            return text, text.encode()
+        piece: str = self._hf.convert_ids_to_tokens(token_id) or ""
+        fallback = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        if fallback is not None:
+            return text, bytes.fromhex(fallback[1])
+        if piece and all(char in self._byte_of for char in piece):
+            return text, bytes(self._byte_of[char] for char in piece)
+        return text, None
 
     def starts_with_cut(self, text: str) -> bool:
         """Whether `text` begins with a special token, so that what stands before it tokenizes alone."""
@@ -97,16 +128,52 @@ class Tokenizer:
         """The base's chat template around one user message, up to where the answer starts; None without a template."""
         if not self._hf.chat_template:
             return None
-        message = [{"role": "user", "content": content}]
         try:
-            frame: str = self._hf.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            return self._apply_chat_template([{"role": "user", "content": content}], {})
         except Exception as exc:  # jinja's errors and the template's own
             raise ContractError(
                 source,
                 f"the base's chat template fails: {exc}",
                 remedy="give a 'template' in classifier.yaml",
             ) from None
-        return frame
+
+    def chat(self, messages: Seq[Message], options: Mapping[str, bool | int | str]) -> tuple[str, tuple[str, ...]]:
+        """The messages in the base's chat template, up to where the answer starts, and what was escaped in them:
+        special tokens are the template's only. options: the template's own variables. InvalidRequestError: there is
+        no template, or it refuses them."""
+        if not self._hf.chat_template:
+            raise InvalidRequestError(
+                "the base has no chat template",
+                remedy="ask an adapter with a contract, or send the whole prompt to /v1/completions",
+            )
+        # Such as another template, which is no client's to choose.
+        reserved = options.keys() & inspect.signature(self._hf.apply_chat_template).parameters.keys()
+        if reserved:
+            raise InvalidRequestError(
+                f"chat_template_kwargs holds {min(reserved)!r}, which is no variable of the template",
+                remedy="leave it out",
+            )
+        spelled: list[str] = []
+
+        def escaped(text: str) -> str:
+            text, found = self.escape(valid_unicode(text))
+            spelled.extend(found)
+            return text
+
+        turns = [{"role": escaped(one.role), "content": escaped(one.content)} for one in messages]
+        given = {name: escaped(value) if isinstance(value, str) else value for name, value in options.items()}
+        try:
+            text = self._apply_chat_template(turns, given)
+        except Exception as exc:  # jinja's errors and the template's own
+            raise InvalidRequestError(
+                f"the base's chat template refuses the messages: {exc}",
+                remedy="send the roles, in the order, that it is written for",
+            ) from None
+        return text, tuple(dict.fromkeys(spelled))
+
+    def _apply_chat_template(self, messages: list[dict[str, str]], options: Mapping[str, Any]) -> str:
+        text: str = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        return text
 
     def starts_with_bos(self, text: str) -> bool:
         return bool(self._hf.bos_token) and text.startswith(self._hf.bos_token)
@@ -179,9 +246,7 @@ class Template:
         warnings = []
         conversation, spelled = conversations.escape(conversation)
         if spelled:
-            warnings.append(
-                f"the input spells special tokens, which were kept as text: {', '.join(map(repr, spelled))}"
-            )
+            warnings.append(_kept_as_text(spelled))
         ids = self._encode(conversation, conversations)
         if len(ids) > self._room:
             num_tokens = len(ids)
@@ -300,11 +365,48 @@ def last_match(ids: Seq[int], wanted: Seq[int]) -> int | None:
 
 
 def verbatim(
-    text: str, tokenizer: Tokenizer, max_model_len: int, invocation_tokens: tuple[int, ...] | None = None
+    text: str,
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    invocation_tokens: tuple[int, ...] | None = None,
+    *,
+    add_special_tokens: bool = True,
 ) -> Prompt:
     """The article's prompt: `tokenizer(text)`, special tokens parsed. InputTooLongError: never cut.
     InvalidRequestError where it lacks the adapter's invocation tokens: PEFT would answer from the base."""
-    ids = tokenizer.encode(valid_unicode(text)) if text else []
+    ids = tokenizer.encode(valid_unicode(text), add_special_tokens=add_special_tokens) if text else []
+    return _prompt_of(ids, text, tokenizer, max_model_len, invocation_tokens)
+
+
+def tokenized(
+    token_ids: Seq[int], tokenizer: Tokenizer, max_model_len: int, invocation_tokens: tuple[int, ...] | None = None
+) -> Prompt:
+    """A prompt that the client tokenized. Errors as `verbatim`, and InvalidRequestError for what is no token."""
+    tokenizer.check(token_ids)
+    return _prompt_of(token_ids, "", tokenizer, max_model_len, invocation_tokens)
+
+
+def chat(
+    messages: Seq[Message],
+    options: Mapping[str, bool | int | str],
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    invocation_tokens: tuple[int, ...] | None = None,
+) -> Prompt:
+    """Messages in the base's chat template, see `Tokenizer.chat`. InputTooLongError: never cut."""
+    text, spelled = tokenizer.chat(messages, options)
+    ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes its own
+    prompt = _prompt_of(ids, text, tokenizer, max_model_len, invocation_tokens)
+    return replace(prompt, warnings=(_kept_as_text(spelled),)) if spelled else prompt
+
+
+def _kept_as_text(spelled: Seq[str]) -> str:
+    return f"the input spells special tokens, which were kept as text: {', '.join(map(repr, spelled))}"
+
+
+def _prompt_of(
+    ids: Seq[int], text: str, tokenizer: Tokenizer, max_model_len: int, invocation_tokens: tuple[int, ...] | None
+) -> Prompt:
     if not ids:
         raise InvalidRequestError("the input is empty", remedy="send the text to classify")
     if len(ids) > max_model_len:

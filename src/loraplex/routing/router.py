@@ -206,7 +206,6 @@ class Router:
                 )
         return await asyncio.to_thread(log.set_truth, verdict_id, label)
 
-    @property
     def num_shadows_shed(self) -> int:
         return self._shadows.num_shed
 

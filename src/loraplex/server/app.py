@@ -37,13 +37,14 @@ def create_app(router: Router, config: ServerConfig) -> FastAPI:
     )
     app.state.router = router
     app.state.backend = router.backend
-    app.state.metrics = Metrics(router.backend.stats, router.knows)
+    app.state.metrics = Metrics(router.backend.stats, router.knows, router.num_shadows_shed)
     app.state.created = int(time.time())
     app.include_router(routes.router)
     app.include_router(sagemaker.router)
     app.include_router(admin.router)
     app.include_router(routing.router)
     app.add_middleware(_BodyLimit, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(sagemaker.RuntimeApi)  # outermost: whatever refuses a request, AWS's clients understand it
     app.add_exception_handler(LoraplexError, _loraplex_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -1,36 +1,128 @@
-"""SageMaker's container route, with the article's body or our own."""
+"""SageMaker's container routes, with the article's body or our own, and its runtime API for a local boto3 client."""
 
+import json
 import math
+import re
+import struct
+from typing import Annotated
+from zlib import crc32
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Header, Request, Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.backends.base import GenerateRequest
-from loraplex.server.routes import ERRORS, answer, answered, backend_of, metrics_of, while_connected
+from loraplex.server.routes import ERRORS, answer, answered, backend_of, metrics_of, router_of, while_connected
 from loraplex.server.schemas import ClassifyBody, InvocationBody, InvocationResult, SageMakerBody
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult
 
 router = APIRouter(tags=["sagemaker"])
 
+ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
+COMPONENT_HEADER = "X-Amzn-SageMaker-Inference-Component"
+ENDPOINT = re.compile(r"/endpoints/[^/]+/invocations(-response-stream)?")
+
 
 @router.post("/invocations", response_model=list[InvocationResult] | ClassifyResult | BatchResult, responses=ERRORS)
-async def invocations(request: Request, body: SageMakerBody) -> Response | list[InvocationResult]:
+async def invocations(
+    request: Request, body: SageMakerBody, adapter: Annotated[str | None, Header(alias=ADAPTER_HEADER)] = None
+) -> Response | list[InvocationResult]:
     """`{"input_text", "adapter_name"?}` -> `[{"confidence_score", "predicted_text"}]`; the body of /v1/classify is
-    answered as there."""
+    answered as there. The header names the adapter where the body does not."""
     if isinstance(body, ClassifyBody):
+        if adapter is not None and "classifiers" not in body.model_fields_set:
+            body = body.model_copy(update={"classifiers": adapter})
         return await answer(request, body)
-    return [await _invoke(request, body)]
+    return [await _invoke(request, body, body.adapter_name if body.adapter_name is not None else adapter)]
 
 
-async def _invoke(request: Request, body: InvocationBody) -> InvocationResult:
-    """Through the adapter's contract where it has one, else verbatim."""
-    if body.adapter_name is not None and not body.raw:
-        result = await answered(request, ClassifyRequest(input=body.input_text, classifiers=(body.adapter_name,)))
+async def _invoke(request: Request, body: InvocationBody, adapter: str | None) -> InvocationResult:
+    """Through the adapter's contract where it has one, else verbatim; without an adapter by the bare base."""
+    if adapter is not None and not body.raw:
+        result = await answered(request, ClassifyRequest(input=body.input_text, classifiers=(adapter,)))
         assert isinstance(result, ClassifyResult)
         verdict = result.verdicts[0]
         assert verdict.label is not None and verdict.confidence is not None, "a lone verdict's error is raised"
         return InvocationResult(confidence_score=verdict.confidence, predicted_text=verdict.label)
-    asked = GenerateRequest(prompt=body.input_text, adapter=body.adapter_name)
+    asked = GenerateRequest(
+        prompt=body.input_text, adapter=None if adapter is None else router_of(request).resolve(adapter)
+    )
     generated = await while_connected(request, backend_of(request).generate(asked))
     metrics_of(request).observe_work(generated.usage, generated.timings)
     [token] = generated.tokens
     return InvocationResult(confidence_score=math.exp(token.log_prob), predicted_text=token.text)
+
+
+class RuntimeApi:
+    """`POST /endpoints/{name}/invocations[-response-stream]` as AWS answers them, so that boto3's `sagemaker-runtime`
+    client works with `endpoint_url`: passed on as /invocations, and errors in AWS's shape. Any endpoint name will do;
+    an inference component's is the adapter's."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        found = ENDPOINT.fullmatch(scope["path"]) if is_post else None
+        if found is None:
+            return await self.app(scope, receive, send)
+        scope = {**scope, "path": "/invocations", "raw_path": b"/invocations", "headers": list(scope["headers"])}
+        headers = Headers(scope=scope)
+        if COMPONENT_HEADER in headers and ADAPTER_HEADER not in headers:
+            MutableHeaders(scope=scope)[ADAPTER_HEADER] = headers[COMPONENT_HEADER]
+        start: Message = {}
+        content = b""
+
+        async def translated(message: Message) -> None:
+            nonlocal start, content
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            content += message.get("body", b"")
+            if not message.get("more_body", False):
+                await _answer(start, content, bool(found[1]), send)
+
+        await self.app(scope, receive, translated)
+
+
+async def _answer(start: Message, content: bytes, is_stream: bool, send: Send) -> None:
+    """AWS's answer for the container's."""
+    status = start["status"]
+    headers = MutableHeaders(raw=list(start["headers"]))
+    if status >= 400:
+        status, kind, content = _error(status, content)
+        headers["X-Amzn-ErrorType"] = kind
+    elif is_stream:
+        headers["X-Amzn-SageMaker-Content-Type"] = headers["Content-Type"]
+        headers["Content-Type"] = "application/vnd.amazon.eventstream"
+        content = _event(content)
+    headers["Content-Length"] = str(len(content))
+    await send({**start, "status": status, "headers": headers.raw})
+    await send({"type": "http.response.body", "body": content})
+
+
+def _error(status: int, content: bytes) -> tuple[int, str, bytes]:
+    text = content.decode()
+    if status in (401, 403):
+        return 403, "AccessDeniedException", json.dumps({"Message": text}).encode()
+    if status == 503:
+        return 503, "ServiceUnavailable", json.dumps({"Message": text}).encode()
+    who = "client" if status < 500 else "server"
+    error = {
+        "Message": f'Received {who} error ({status}) from primary with message "{text}".',
+        "OriginalStatusCode": status,
+        "OriginalMessage": text,
+        "LogStreamArn": "",
+    }
+    return 424, "ModelError", json.dumps(error).encode()
+
+
+def _event(payload: bytes) -> bytes:
+    """One frame of AWS's event stream that holds a PayloadPart: lengths, their CRC, headers, payload, CRC of it all."""
+    headers = b"".join(
+        struct.pack(f"!B{len(name)}sBH{len(value)}s", len(name), name, 7, len(value), value)  # 7: a string
+        for name, value in ((b":message-type", b"event"), (b":event-type", b"PayloadPart"))
+    )
+    frame = struct.pack("!II", 16 + len(headers) + len(payload), len(headers))
+    frame += struct.pack("!I", crc32(frame)) + headers + payload
+    return frame + struct.pack("!I", crc32(frame))

@@ -1,0 +1,106 @@
+"""API keys: hashes with a name and a scope, from a file or the environment."""
+
+import hmac
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal, get_args
+
+from loraplex.errors import ConfigurationError
+
+KeyScope = Literal["infer", "admin"]
+
+ENVIRONMENT = "LORAPLEX_API_KEYS"
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+MIN_SECRET = 16  # characters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """digest: SHA-256 of the secret, which is random and long, so that no slow hash is needed."""
+
+    name: str
+    scope: KeyScope
+    digest: bytes = field(repr=False)
+
+
+def new_key(name: str, scope: str) -> tuple[str, str]:
+    """(secret, line for the file)"""
+    _check("--name, --scope", name, scope)
+    secret = secrets.token_urlsafe(32)
+    return secret, f"{name} {scope} {sha256(secret.encode()).hexdigest()}"
+
+
+def find_key(keys: Sequence[ApiKey], secret: bytes) -> ApiKey | None:
+    """Takes the same time whichever it is, or none."""
+    digest, found = sha256(secret).digest(), None
+    for key in keys:
+        if hmac.compare_digest(key.digest, digest):
+            found = key
+    return found
+
+
+def read_keys(path: str | None, environment: str) -> tuple[ApiKey, ...]:
+    """Of the file and of LORAPLEX_API_KEYS. ConfigurationError says in which line or entry something is wrong, and
+    never what stands there: it may be a secret."""
+    keys: list[ApiKey] = []
+    for source, key in (*_of_file(path), *_of_environment(environment)):
+        if any(key.name == other.name or key.digest == other.digest for other in keys):
+            raise ConfigurationError(source, "an earlier key has the same name or secret", remedy="remove one of them")
+        keys.append(key)
+    return tuple(keys)
+
+
+def _of_file(path: str | None) -> Iterator[tuple[str, ApiKey]]:
+    """Lines `name scope sha256`; what follows a # is a comment."""
+    if path is None:
+        return
+    remedy = "give the lines that `loraplex keys new --name NAME --scope infer` prints"
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        raise ConfigurationError(f"--api-key-file {path}", f"cannot be read: {reason}", remedy=remedy) from None
+    is_empty = True
+    for number, line in enumerate(lines, 1):
+        parts = line.partition("#")[0].split()
+        if not parts:
+            continue
+        source = f"{path}, line {number}"
+        if len(parts) != 3 or not DIGEST.fullmatch(parts[2]):
+            raise ConfigurationError(source, "is not `name scope sha256`, in lower-case hex", remedy=remedy)
+        scope = _check(source, parts[0], parts[1])
+        yield source, ApiKey(name=parts[0], scope=scope, digest=bytes.fromhex(parts[2]))
+        is_empty = False
+    if is_empty:
+        raise ConfigurationError(f"--api-key-file {path}", "holds no key", remedy=remedy)
+
+
+def _of_environment(value: str) -> Iterator[tuple[str, ApiKey]]:
+    """`name:scope:secret`, separated by spaces or commas."""
+    for number, entry in enumerate(value.replace(",", " ").split(), 1):
+        source = f"{ENVIRONMENT}, entry {number}"
+        name, scope, secret = [*entry.split(":", 2), "", ""][:3]
+        checked = _check(source, name, scope)
+        if len(secret) < MIN_SECRET:
+            raise ConfigurationError(
+                source,
+                f"is not `name:scope:secret` with a secret of {MIN_SECRET} characters or more",
+                remedy="take one from `loraplex keys new`, or from `openssl rand -hex 32`",
+            )
+        yield source, ApiKey(name=name, scope=checked, digest=sha256(secret.encode(errors="surrogateescape")).digest())
+
+
+def _check(source: str, name: str, scope: str) -> KeyScope:
+    if not NAME.fullmatch(name):
+        raise ConfigurationError(
+            source, "the name is not sound", remedy="use letters, digits, '.', '_' and '-', 64 at most"
+        )
+    for known in get_args(KeyScope):
+        if scope == known:
+            return known  # type: ignore[no-any-return]
+    raise ConfigurationError(source, "there is no such scope", remedy="use infer or admin")

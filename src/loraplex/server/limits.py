@@ -1,0 +1,87 @@
+"""How large a request may be, and how long it may take to arrive."""
+
+import asyncio
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from loraplex.errors import BadInputError, BodyTooLargeError, CancelledError, RequestTimeoutError
+from loraplex.server import logs
+
+
+class BodyLimit:
+    """Takes a request's body whole before anything looks at it, or refuses it as soon as it is known to be too large or
+    too late. What is computed of it then may take its time."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, body_timeout: float) -> None:
+        self.app, self._max_body_bytes, self._body_timeout = app, max_body_bytes, body_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        self._check_headers(scope)
+        try:
+            async with asyncio.timeout(self._body_timeout):
+                body: bytes | None = await self._read(receive)
+        except TimeoutError:
+            raise RequestTimeoutError(
+                f"the body did not come within {self._body_timeout:g} seconds",
+                remedy="send it faster, or raise --body-timeout",
+            ) from None
+        assert body is not None
+        logs.current().body = body
+
+        async def receive_body() -> Message:
+            """The body once, then what comes after it: that the client has left."""
+            nonlocal body
+            if body is None:
+                return await receive()
+            message = {"type": "http.request", "body": body, "more_body": False}
+            body = None
+            return message
+
+        await self.app(scope, receive_body, send)
+
+    def _check_headers(self, scope: Scope) -> None:
+        length, is_chunked = None, False
+        for name, value in scope["headers"]:
+            if name == b"content-length":
+                length = int(value)
+            elif name == b"transfer-encoding":
+                is_chunked = True
+        if length is not None and is_chunked:  # where a proxy believes one and we the other, requests can be smuggled
+            raise BadInputError("both Content-Length and Transfer-Encoding are given", remedy="send one of them")
+        if length is not None and length > self._max_body_bytes:
+            raise self._too_large()
+
+    async def _read(self, receive: Receive) -> bytes:
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise CancelledError("the client left", remedy="none is needed")
+            body += message.get("body", b"")
+            if len(body) > self._max_body_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _too_large(self) -> BodyTooLargeError:
+        return BodyTooLargeError(
+            f"the body has more than {self._max_body_bytes} bytes", remedy="send less at once, or raise --max-body-bytes"
+        )
+
+
+class IdleLimit(H11Protocol):
+    """Closes a connection on which no whole request head has come for `timeout_keep_alive` seconds. uvicorn's own timer
+    starts with the first answer and stops with the next byte: who sends nothing, or a head drop by drop, or no end of a
+    body that was refused, would keep the connection."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        # As uvicorn's, but that bytes do not stop the timer: `handle_events` does, at a request's head.
+        self.conn.receive_data(data)
+        self.handle_events()

@@ -1,0 +1,160 @@
+"""Log lines, as text or JSON, that carry the id of the request they belong to; one line for each request. Knows what a
+request was answered with, and never shows what it said unless told so."""
+
+import json
+import logging
+import re
+import time
+import uuid
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
+from starlette.routing import compile_path
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loraplex.server.lifecycle import PROBES
+
+logger = logging.getLogger("loraplex.access")
+
+SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # without spaces, which would let it look like more fields in a text log
+QUIET = PROBES | {"/metrics"}
+MOST_INPUT = 8192  # bytes of a body in a log line
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What is known of a request by now. key: the API key's name. error, message: of the error that answered it."""
+
+    id: str
+    key: str | None = None
+    status: int | None = None
+    error: str | None = None
+    message: str | None = None
+    body: bytes = b""
+
+
+_current: ContextVar[RequestRecord] = ContextVar("request")
+
+
+def current() -> RequestRecord:
+    """The request that this task, or a thread that it started with `asyncio.to_thread`, works for."""
+    return _current.get()
+
+
+class TextFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s%(request)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        request = _current.get(None)
+        record.request = "" if request is None else f" [{request.id}]"
+        return super().formatMessage(record)
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line. What stands in a record's `fields` becomes fields of the object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        request = _current.get(None)
+        if request is not None:
+            line["request_id"] = request.id
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure(log_format: Literal["text", "json"]) -> None:
+    """All loggers of the process write to stderr, in one format: those, too, that libraries gave a handler of their
+    own when they were imported."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    for other in list(logging.root.manager.loggerDict.values()):
+        if isinstance(other, logging.Logger) and other.handlers:
+            other.handlers.clear()
+            other.propagate = True
+    logging.root.handlers[:] = [handler]
+    logging.root.setLevel(logging.WARNING)
+    logging.getLogger("loraplex").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+class RequestLog:
+    """Gives each request an id, in its answer's headers and its log lines, and writes its access line."""
+
+    def __init__(self, app: ASGIApp, log_inputs: bool) -> None:
+        self.app, self._log_inputs = app, log_inputs
+        self._templates: _Templates | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started = time.perf_counter()
+        record = RequestRecord(_request_id(scope))
+        _current.set(record)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                headers = [*message.get("headers", ()), (b"x-request-id", record.id.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            self._log(scope, record, (time.perf_counter() - started) * 1000)
+
+    def _log(self, scope: Scope, record: RequestRecord, duration_ms: float) -> None:
+        if self._templates is None:  # not before all routes are there
+            self._templates = _Templates(scope["app"])
+        path = self._templates.of(scope["path"].removeprefix(scope.get("root_path", "")))
+        level = logging.DEBUG if path in QUIET and record.status in (200, 503) else logging.INFO
+        if not logger.isEnabledFor(level):
+            return
+        fields: dict[str, Any] = {
+            "method": scope["method"][:16],
+            "path": path,
+            "status": record.status,
+            "duration_ms": round(duration_ms, 2),
+        }
+        text = "{method} {path} {status} {duration_ms} ms".format_map(fields)
+        more: dict[str, Any] = {"key": record.key, "error": record.error}
+        if self._log_inputs:
+            more["error_message"] = record.message
+            more["body"] = record.body[:MOST_INPUT].decode(errors="replace")
+        more = {name: value for name, value in more.items() if value}
+        text += "".join(f" {name}={value if name in ('key', 'error') else repr(value)}" for name, value in more.items())
+        logger.log(level, "%s", text, extra={"fields": fields | more})
+
+
+class _Templates:
+    """A path's route, as it is declared: what a client put into a path is not logged."""
+
+    def __init__(self, app: FastAPI) -> None:
+        paths = {path for context in iter_route_contexts(app.routes) if (path := context.path) is not None}
+        self._literal = {path for path in paths if "{" not in path}
+        self._patterns = [(compile_path(path)[0], path) for path in sorted(paths - self._literal)]
+
+    def of(self, path: str) -> str:
+        if path in self._literal:
+            return path
+        return next((template for pattern, template in self._patterns if pattern.match(path)), "(unknown)")
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's, where it is sane."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and SANE_ID.fullmatch(value):
+            return str(value, "ascii")
+    return uuid.uuid4().hex

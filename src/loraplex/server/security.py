@@ -1,0 +1,89 @@
+"""Who may do what. Where there are keys, everything needs one, but for what is listed here."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from loraplex.errors import ForbiddenError, KeyBusyError, UnauthorizedError
+from loraplex.server import logs
+from loraplex.server.keys import ApiKey, find_key
+from loraplex.server.lifecycle import PROBES
+
+# An operation is a method and a path as the router sees it, HEAD being GET: compared whole, so that what is spelled in
+# any other way (a slash more, another case) needs what is asked of everything else.
+OPEN = frozenset(f"GET {path}" for path in PROBES)
+PUBLIC = {
+    "metrics": frozenset({"GET /metrics"}),
+    "docs": frozenset({"GET /docs", "GET /docs/oauth2-redirect", "GET /redoc", "GET /openapi.json"}),
+}
+INFER = frozenset(
+    {
+        "POST /v1/classify",
+        "POST /v1/completions",
+        "POST /v1/chat/completions",
+        "POST /v1/feedback",
+        "POST /invocations",  # and /endpoints/{name}/invocations, which are passed on as this
+        "GET /v1/models",
+        *PUBLIC["metrics"],
+        *PUBLIC["docs"],
+    }
+)  # everything else needs `admin`
+
+
+class Access:
+    """Refuses what needs a key and has none, or not the right one, before its body is read."""
+
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[ApiKey], public: Collection[str], key_concurrency: int | None
+    ) -> None:
+        self.app, self._keys, self._key_concurrency = app, keys, key_concurrency
+        self._open = OPEN.union(*(PUBLIC[what] for what in public))
+        self._in_flight: Counter[str] = Counter()  # by key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        operation = f"{method} {scope['path'].removeprefix(scope.get('root_path', ''))}"
+        if operation in self._open:
+            return await self.app(scope, receive, send)
+        key = self._key_of(scope)
+        logs.current().key = key.name
+        if key.scope != "admin" and operation not in INFER:
+            raise ForbiddenError(
+                f"the key {key.name!r} has the scope {key.scope!r}", remedy="use one with the scope 'admin' for this"
+            )
+        if self._key_concurrency is not None and self._in_flight[key.name] >= self._key_concurrency:
+            raise KeyBusyError(
+                f"the key {key.name!r} has {self._key_concurrency} requests in flight",
+                remedy="wait for an answer first, or raise --key-concurrency",
+            )
+        self._in_flight[key.name] += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._in_flight[key.name] -= 1
+
+    def _key_of(self, scope: Scope) -> ApiKey:
+        remedy = "send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
+        secret = _secret(scope)
+        if secret is None:
+            raise UnauthorizedError("this needs an API key", remedy=remedy)
+        key = find_key(self._keys, secret)
+        if key is None:
+            raise UnauthorizedError("the API key is not one of this server's", remedy=remedy)
+        return key
+
+
+def _secret(scope: Scope) -> bytes | None:
+    """X-API-Key goes first: beside it, Authorization may be a proxy's."""
+    bearer = None
+    for name, value in scope["headers"]:
+        if name == b"x-api-key":
+            return bytes(value)
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            bearer = value[7:].strip()
+    return bearer
