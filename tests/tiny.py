@@ -1,6 +1,7 @@
 """Tiny bases, tokenizers and adapters, built from configs: random weights, scaled so that answers are peaked and an
 adapter changes them."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,15 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     return _wrap(tokenizer)
 
 
-def metaspace_tokenizer(prepend_scheme: str = "first") -> PreTrainedTokenizerFast:
-    """As Llama 2, Mistral and Gemma have it: a space mark, byte fallback and a BOS by the post-processor."""
+def metaspace_tokenizer(prepend_scheme: str = "first", *, strips: bool = False) -> PreTrainedTokenizerFast:
+    """As Llama 2, Mistral and Gemma have it: a space mark, byte fallback and a BOS by the post-processor. strips: the
+    space that a text's first word is given is taken off again when it is decoded, as Llama 2 does."""
     tokenizer = Tokenizer(models.BPE(unk_token=None, byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prepend_scheme)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    strip = [decoders.Strip(" ", 1, 0)] if strips else []
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    tokenizer.decoder = decoders.Sequence(steps)
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=SPECIAL_TOKENS + [f"<0x{byte:02X}>" for byte in range(256)],
@@ -96,6 +100,9 @@ def metaspace_tokenizer(prepend_scheme: str = "first") -> PreTrainedTokenizerFas
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
+    saved = json.loads(tokenizer.to_str())  # the trainer takes the bytes as special tokens only, which they are not
+    saved["added_tokens"] = [token for token in saved["added_tokens"] if token["content"] in SPECIAL_TOKENS]
+    tokenizer = Tokenizer.from_str(json.dumps(saved))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
     )

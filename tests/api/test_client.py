@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -159,22 +160,24 @@ def test_a_server_that_dies_in_mid_run_and_comes_back(tiny_bundle: Path) -> None
                 again.wait(30)
 
 
-def test_ctrl_c_ends_a_script(tiny_server: serving.Server) -> None:
-    code = (
-        "import itertools, loraplex\n"
-        f"with loraplex.Client({tiny_server.url!r}) as client:\n"
-        "    def texts():\n"
-        "        for index in itertools.count():\n"
-        "            if index == 20: print('busy', flush=True)\n"
-        "            yield f'Customer: hello {index}'\n"
-        "    client.classify_many(texts(), progress=True)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline() == b"busy\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) != 0
-        assert process.stderr.read().rstrip().endswith(b"KeyboardInterrupt")
+def test_ctrl_c_ends_a_script_though_the_server_hangs() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and answers nothing
+        code = (
+            "import loraplex\n"
+            f"with loraplex.Client('http://127.0.0.1:{silent.getsockname()[1]}', timeout=60) as client:\n"
+            "    def texts():\n"
+            "        yield from ['x', 'y']\n"
+            "        print('busy', flush=True)\n"
+            "        yield 'z'\n"
+            "    client.classify_many(texts(), concurrency=3, progress=True)\n"
+        )
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline() == b"busy\n"
+            time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) != 0
+            assert process.stderr.read().rstrip().endswith(b"KeyboardInterrupt")
 
 
 def test_a_call_that_is_cancelled_frees_the_server(tiny_server: serving.Server, client: Client) -> None:

@@ -1,9 +1,11 @@
-"""Drawing a token follows the distribution that temperature and top_p leave."""
+"""Which token is next by temperature, top_p, biases and what is allowed; log probabilities are the model's own."""
+
+from typing import Any
 
 import pytest
 import torch
 
-from loraplex.model.heads import draw, read_heads
+from loraplex.model.heads import Heads, draw, read_heads
 
 LOGITS = torch.tensor([2.0, -1.0, 3.0, 0.5, 1.0])
 
@@ -32,10 +34,51 @@ def test_the_largest_number_draws_a_token_that_counts() -> None:
 def test_only_the_sequences_that_ask_for_it_draw() -> None:
     logits = LOGITS.repeat(3, 1)
     drawing = torch.tensor([[1.0], [1.0], [1.0], [0.9999]], dtype=torch.float64)
-    log_probs, ids, next_log_probs = read_heads(
-        logits, torch.tensor([0]), torch.tensor([4]), torch.tensor([0, 1, 2]), drawing
-    )
-    assert ids == [2, 1, 2]
+    heads = read_heads(logits, torch.tensor([0]), torch.tensor([4]), torch.tensor([0, 1, 2]), drawing=drawing)
+    assert heads.next_ids == [2, 1, 2]
     expected = LOGITS.log_softmax(-1).tolist()
-    assert log_probs == pytest.approx([expected[4]])
-    assert next_log_probs == pytest.approx([expected[2], expected[1], expected[2]])
+    assert heads.target_log_probs == pytest.approx([expected[4]])
+    assert heads.next_log_probs == pytest.approx([expected[2], expected[1], expected[2]])
+
+
+NOTHING = torch.tensor([], dtype=torch.long)
+
+
+def read(num_rows: int, **asked: Any) -> Heads:
+    """Rows that differ by their order: row i is rolled by i."""
+    logits = torch.stack([LOGITS.roll(i) for i in range(num_rows)])
+    return read_heads(logits, NOTHING, NOTHING, torch.arange(num_rows), **asked)
+
+
+def test_the_likeliest_come_in_order_for_those_who_ask() -> None:
+    heads = read(3, top=torch.tensor([0, 2]), num_top=2)
+    assert heads.top_ids == [[2, 0], [4, 2]]
+    expected = LOGITS.log_softmax(-1)
+    for found in heads.top_log_probs:
+        assert found == pytest.approx([expected[2].item(), expected[0].item()])
+    assert read(1, top=torch.tensor([0]), num_top=20).top_ids == [[2, 0, 4, 3, 1]]
+    assert read(3).top_ids == [] and read(3).top_log_probs == []
+
+
+def test_only_what_is_allowed_is_chosen_and_its_log_probability_is_the_models() -> None:
+    allowed = torch.tensor([[0, 0, 2], [1, 3, 0]])  # sequence 0: tokens 1 and 3; sequence 2: token 0
+    heads = read(3, allowed=allowed, top=torch.tensor([0]), num_top=1)
+    assert heads.next_ids == [3, 3, 0]
+    expected = LOGITS.log_softmax(-1).tolist()
+    assert heads.next_log_probs == pytest.approx([expected[3], expected[2], expected[3]])
+    assert heads.top_ids == [[2]]
+
+
+def test_what_is_not_allowed_is_not_drawn_either() -> None:
+    allowed = torch.tensor([[0, 0], [1, 3]])
+    for number, token_id in ((0.0, 3), (0.9999, 1)):
+        drawing = torch.tensor([[0.0], [1.0], [1.0], [number]], dtype=torch.float64)
+        assert read(1, allowed=allowed, drawing=drawing).next_ids == [token_id]
+
+
+def test_a_bias_changes_the_choice_and_no_log_probability() -> None:
+    biases = torch.tensor([[0.0, 1.0], [1.0, 3.0], [4.5, -100.0]], dtype=torch.float64)
+    heads = read(3, biases=biases)
+    assert heads.next_ids == [1, 1, 4]
+    expected = LOGITS.log_softmax(-1).tolist()
+    assert heads.next_log_probs == pytest.approx([expected[1], expected[0], expected[2]])

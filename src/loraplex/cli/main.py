@@ -3,7 +3,7 @@
 import typer
 
 import loraplex
-from loraplex.cli import adapters, classify, routes, serve
+from loraplex.cli import adapters, classify, keys, routes, serve
 
 app = typer.Typer(
     help="Serve many fine-tuned LoRA classifiers from one base model.",
@@ -15,6 +15,7 @@ app.command("serve")(serve.serve)
 app.command("classify")(classify.classify)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(routes.app, name="routes")
+app.add_typer(keys.app, name="keys")
 
 
 def _version(wanted: bool) -> None:

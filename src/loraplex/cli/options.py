@@ -81,11 +81,15 @@ def errors_to_exit() -> Iterator[None]:
     try:
         yield
     except LoraplexError as exc:
-        stderr.print(f"[bold red]error[/] [bold]{exc.code}[/]:", end=" ")
-        stderr.print(exc.message, markup=False)
-        stderr.print("[bold]remedy:[/]", end=" ")
-        stderr.print(exc.remedy, markup=False)
+        print_error(exc)
         raise typer.Exit(1) from None
+
+
+def print_error(error: LoraplexError) -> None:
+    stderr.print(f"[bold red]error[/] [bold]{error.code}[/]:", end=" ")
+    stderr.print(error.message, markup=False)
+    stderr.print("[bold]remedy:[/]", end=" ")
+    stderr.print(error.remedy, markup=False)
 
 
 def named_adapters(given: list[str] | None) -> dict[str, Path]:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import traceback
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loraplex.config import error_place
 from loraplex.errors import BadInputError, EngineError, InvalidRequestError, LoraplexError, OverloadedError
 from loraplex.server import logs
-from loraplex.server.lifecycle import stopping
+from loraplex.server.routes import stopping
 from loraplex.server.schemas import error_json
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def answer(request: Request, error: LoraplexError) -> JSONResponse:
 
 
 def _json(
-    request: Request, status: int, code: str, message: str, remedy: str, headers: dict[str, str] | None
+    request: Request, status: int, code: str, message: str, remedy: str, headers: Mapping[str, str] | None
 ) -> JSONResponse:
     record = logs.current()
     record.error, record.message = code, message
@@ -63,10 +64,53 @@ class AnswerErrors:
         except asyncio.CancelledError:  # the time to drain is over
             error = stopping()
         except Exception as exc:
-            name = type(exc).__name__
-            # Its message may repeat what the client sent.
-            logger.error("unexpected %s", name if not self._log_inputs else repr(exc), extra={"trace": _trace(exc)})
-            error = EngineError(f"unexpected {name}", remedy="report it; the server's log has the details")
-        if logs.current().status is None:
+            if self._log_inputs:
+                logger.error("unexpected error", exc_info=exc)
+            else:
+                logger.error("unexpected error\n%s", _trace(exc))
+            remedy = "report it; the server's log has the details"
+            error = EngineError(f"unexpected {type(exc).__name__}", remedy=remedy)
+        if logs.current().status is None:  # else it has begun, and its connection is closed since it does not end
             await answer(Request(scope), error)(scope, receive, send)
-        # Else the answer has begun, and the server closes the connection since it does not end.
+
+
+def _trace(exc: BaseException) -> str:
+    """Where, and of what type: without messages, which may repeat what the client sent."""
+    parts = [*(exc.exceptions if isinstance(exc, BaseExceptionGroup) else ()), exc.__cause__ or exc.__context__]
+    own = f"{''.join(traceback.format_tb(exc.__traceback__))}{type(exc).__name__}"
+    return "\n".join([*(_trace(part) for part in parts if part is not None), own])
+
+
+async def _loraplex_error(request: Request, exc: Exception) -> JSONResponse:
+    assert isinstance(exc, LoraplexError)
+    return answer(request, exc)
+
+
+async def _validation_error(request: Request, exc: Exception) -> JSONResponse:
+    """The first thing wrong, with its place in the body."""
+    assert isinstance(exc, RequestValidationError)
+    first = exc.errors()[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return answer(request, BadInputError(f"the body is not JSON: {reason}", remedy="send one JSON object in UTF-8"))
+    if exc.body is None:
+        return answer(request, BadInputError("the body is empty", remedy="send one JSON object in UTF-8"))
+    if not isinstance(exc.body, dict):
+        remedy = "send a JSON object with Content-Type: application/json"
+        return answer(request, InvalidRequestError("the body is not a JSON object", remedy=remedy))
+    place = error_place(first, exc.body)
+    message = f"{place}: {first['msg']}" if place else first["msg"]
+    return answer(request, InvalidRequestError(message, remedy="see /docs for the fields and their types"))
+
+
+async def _http_error(request: Request, exc: Exception) -> JSONResponse:
+    """What the framework itself refuses: unknown paths and methods, and bodies that cannot be decoded."""
+    assert isinstance(exc, HTTPException)
+    path = request.url.path
+    known = {
+        400: ("bad_input", "the body cannot be decoded", "send one JSON object in UTF-8"),
+        404: ("not_found", f"no route {path!r}", "see /docs for the routes"),
+        405: ("method_not_allowed", f"{request.method} is not for {path!r}", "see /docs for the routes"),
+    }
+    code, message, remedy = known.get(exc.status_code, ("http_error", str(exc.detail), "see /docs for the routes"))
+    return _json(request, exc.status_code, code, message, remedy, exc.headers)

@@ -5,6 +5,7 @@ from typing import Literal
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.errors import NotReadyError
+from loraplex.server.routes import stopping
 
 PROBES = frozenset({"/health", "/ready", "/ping"})
 
@@ -20,10 +21,6 @@ class Lifecycle:
             raise NotReadyError("the model is loading", remedy="wait until /ready answers 200")
         if self.phase == "draining":
             raise stopping()
-
-
-def stopping() -> NotReadyError:
-    return NotReadyError("the server is stopping", remedy="send it to another server, or again when it is back")
 
 
 class Gate:

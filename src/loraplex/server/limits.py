@@ -68,7 +68,8 @@ class BodyLimit:
 
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(
-            f"the body has more than {self._max_body_bytes} bytes", remedy="send less at once, or raise --max-body-bytes"
+            f"the body has more than {self._max_body_bytes} bytes",
+            remedy="send less at once, or raise --max-body-bytes",
         )
 
 

@@ -119,21 +119,26 @@ async def metrics(request: Request) -> Response:
 @router.head("/health", include_in_schema=False)
 @router.get("/health", tags=["health"], responses={503: {"model": ErrorBody}})
 async def health(request: Request) -> dict[str, str]:
-    """200 while the engine lives."""
-    return _alive(request)
+    """200 while the engine lives, or is on its way."""
+    return {"status": "ok"} if request.app.state.lifecycle.phase == "loading" else _alive(request)
 
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", tags=["health"], responses={503: {"model": ErrorBody}})
 async def ready(request: Request) -> dict[str, str]:
-    """200 when requests are answered: the base and all adapters are loaded."""
-    return _alive(request)
+    """200 while requests are taken: the base and all adapters are loaded, and the server does not stop."""
+    return _ready(request)
 
 
 @router.head("/ping", include_in_schema=False)
 @router.get("/ping", tags=["health"], responses={503: {"model": ErrorBody}})
 async def ping(request: Request) -> dict[str, str]:
     """SageMaker's health check: as /ready."""
+    return _ready(request)
+
+
+def _ready(request: Request) -> dict[str, str]:
+    request.app.state.lifecycle.check_ready()
     return _alive(request)
 
 

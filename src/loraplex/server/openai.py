@@ -1,0 +1,185 @@
+"""The routes of OpenAI's clients: text and its log probabilities, whole or streamed."""
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Seq
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult
+from loraplex.errors import EngineError, LoraplexError
+from loraplex.server.openai_answers import Answer, ChatCompletion, Completion, Format, usage_of
+from loraplex.server.openai_schemas import ChatBody, CompletionBody
+from loraplex.server.routes import ERRORS, backend_of, metrics_of, router_of, stopping, while_connected
+from loraplex.server.schemas import error_json
+
+logger = logging.getLogger(__name__)
+router = APIRouter(tags=["openai"])
+
+EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}  # besides JSON, where `stream` is asked for
+
+
+def resolve_model(request: Request, name: str, conversation_id: str | None) -> str | None:
+    """The adapter that `name` leads to; None: the bare base. A name that nobody has stays as it is, and is 404."""
+    router = router_of(request)
+    if name == backend_of(request).base_name and not router.knows(name):
+        return None
+    return router.resolve(name, conversation_id)
+
+
+@router.post("/v1/completions", response_model=Completion, responses={**ERRORS, 200: {"content": EVENTS}})
+async def completions(request: Request, body: CompletionBody) -> Response:
+    """The text that follows a prompt, which is taken verbatim."""
+    return await _answered(request, body, body.format())
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses={**ERRORS, 200: {"content": EVENTS}})
+async def chat_completions(request: Request, body: ChatBody) -> Response:
+    """The answer to messages: in the adapter's contract, where it has one, else in the base's chat template."""
+    return await _answered(request, body, body.format())
+
+
+async def _answered(request: Request, body: CompletionBody | ChatBody, form: Format) -> Response:
+    asked = body.to_requests(resolve_model(request, body.model, body.conversation_id))
+    head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    if not body.stream:
+        results = await _generated(request, asked)
+        usage = usage_of(results, body.num_choices)
+        return Response(
+            _json(form.answer(results, **head, **_facts(results), usage=usage)), media_type="application/json"
+        )
+    events = _events(request, body, form, asked, head)
+    await anext(events)  # what fails until then has a status of its own
+    return _EventStream(events)
+
+
+async def _generated(
+    request: Request,
+    asked: Seq[GenerateRequest],
+    on_token: Callable[[int, GeneratedToken, str], None] | None = None,
+) -> list[GenerateResult]:
+    """At the same time, for as long as the client stays; counted. Where one fails, its error for all of them."""
+
+    async def all_of_them() -> list[GenerateResult]:
+        backend = backend_of(request)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(backend.generate(one, None if on_token is None else partial(on_token, index)))
+                    for index, one in enumerate(asked)
+                ]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    metrics = metrics_of(request)
+    try:
+        results = await while_connected(request, all_of_them())
+    except LoraplexError as exc:
+        metrics.observe_failure(filter(None, {one.adapter for one in asked}), exc.code)
+        raise
+    for result in results:
+        metrics.observe_work(result.usage, result.timings)
+    return results
+
+
+async def _events(
+    request: Request,
+    body: CompletionBody | ChatBody,
+    form: Format,
+    asked: Seq[GenerateRequest],
+    head: dict[str, Any],
+) -> AsyncGenerator[bytes]:
+    """Server-sent events, after an empty one when there is something to say. An error before it is raised, a later one
+    is the last event."""
+    chunks: asyncio.Queue[Answer | None] = asyncio.Queue()
+    begun: set[int] = set()
+    usage = {"usage": None} if body.includes_usage else {}
+
+    def on_token(index: int, token: GeneratedToken, text: str) -> None:
+        made = [form.chunk(index, token, text, **head, **usage)]
+        if index not in begun:
+            begun.add(index)
+            made.insert(0, form.first(index, **head, **usage))
+        for chunk in made:
+            if chunk is not None:
+                chunks.put_nowait(chunk)
+
+    def on_end(work: asyncio.Future[list[GenerateResult]]) -> None:
+        work.cancelled() or work.exception()  # looked at, whoever waits for it still
+        chunks.put_nowait(None)
+
+    work = asyncio.ensure_future(_generated(request, asked, on_token))
+    work.add_done_callback(on_end)
+    has_begun = False
+    try:
+        chunk = await chunks.get()
+        if chunk is None:
+            work.result()
+        has_begun = True
+        yield b""
+        while chunk is not None:
+            yield _event(_json(chunk))
+            chunk = await chunks.get()
+        results = work.result()
+        facts = _facts(results)
+        for index, result in enumerate(results):
+            yield _event(_json(form.last(index, result, **head, **facts, **usage)))
+        if body.includes_usage:
+            yield _event(_json(form.empty(**head, **facts, usage=usage_of(results, body.num_choices))))
+        yield _event(b"[DONE]")
+    except (Exception, asyncio.CancelledError) as exc:
+        error = stopping() if isinstance(exc, asyncio.CancelledError) else exc  # the time to drain is over
+        if not has_begun:
+            raise error from None
+        yield _event(_last_words(request, error))
+    finally:
+        work.cancel()
+
+
+def _last_words(request: Request, error: Exception) -> bytes:
+    """Too late for a status."""
+    if not isinstance(error, LoraplexError):
+        logger.error("unexpected error in a stream of %s", request.url.path, exc_info=error)
+        error = EngineError(f"unexpected {type(error).__name__}", remedy="report it; the server's log has the details")
+    metrics_of(request).fail(error.code)
+    return json.dumps(error_json(error.code, error.message, error.remedy)).encode()
+
+
+def _facts(results: Seq[GenerateResult]) -> dict[str, Any]:
+    """What is known of an answer at its end."""
+    adapter = results[0].adapter
+    warnings = list(dict.fromkeys(warning for result in results for warning in result.warnings))
+    facts: dict[str, Any] = {} if adapter is None else {"system_fingerprint": adapter.version}
+    return facts | ({"warnings": warnings} if warnings else {})
+
+
+def _json(answer: Answer) -> bytes:
+    return answer.model_dump_json(exclude_unset=True).encode()
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """Starlette's own is cancelled together with its client's connection, and can say nothing any more."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await self.stream_response(send)

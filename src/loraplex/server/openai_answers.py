@@ -1,0 +1,262 @@
+"""Answers of the OpenAI routes, whole or in chunks, and how they are made of what was generated."""
+
+from collections.abc import Sequence as Seq
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel
+
+from loraplex.backends.base import GeneratedToken, GenerateResult, LikelyToken
+
+LOWEST = -9999.0  # what is told of lower log probabilities: -inf has no word in JSON
+
+Token = GeneratedToken | LikelyToken
+FinishReason = Literal["stop", "length"]
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class CompletionUsage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Answer(BaseModel):
+    """What is not set is left out. system_fingerprint: the adapter's version. warnings: ours, what of the prompt was
+    not taken as it was given. usage: null in all chunks but the last one, where it was asked for."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str | None = None
+    usage: CompletionUsage | None = None
+    warnings: list[str] | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Completion(Answer):
+    """A chunk is one, too."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class ChatAnswer(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(Answer):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(Answer):
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+
+
+class Format(Protocol):
+    """How a route answers. head: the fields of Answer."""
+
+    id_prefix: str
+
+    def answer(self, results: Seq[GenerateResult], **head: Any) -> Answer:
+        """All of it at once."""
+        ...
+
+    def first(self, index: int, **head: Any) -> Answer | None:
+        """The chunk that begins a choice, if any does."""
+        ...
+
+    def chunk(self, index: int, token: GeneratedToken, text: str, **head: Any) -> Answer | None:
+        """The chunk for a token, and the text that became final with it; None where it would hold nothing."""
+        ...
+
+    def last(self, index: int, result: GenerateResult, **head: Any) -> Answer:
+        """The chunk that ends a choice."""
+        ...
+
+    def empty(self, **head: Any) -> Answer:
+        """A chunk without a choice."""
+        ...
+
+
+class CompletionFormat:
+    id_prefix = "cmpl"
+
+    def __init__(self, *, has_logprobs: bool, names_ids: bool) -> None:
+        self._has_logprobs, self._names_ids = has_logprobs, names_ids
+
+    def answer(self, results: Seq[GenerateResult], **head: Any) -> Completion:
+        choices = [
+            CompletionChoice(
+                index=index, text=one.text, logprobs=self._logprobs(one.tokens), finish_reason=one.finish_reason
+            )
+            for index, one in enumerate(results)
+        ]
+        return Completion(object="text_completion", choices=choices, **head)
+
+    def first(self, index: int, **head: Any) -> None:
+        return None
+
+    def chunk(self, index: int, token: GeneratedToken, text: str, **head: Any) -> Completion | None:
+        if not text and not self._has_logprobs:
+            return None
+        choice = CompletionChoice(index=index, text=text, logprobs=self._logprobs([token]), finish_reason=None)
+        return Completion(object="text_completion", choices=[choice], **head)
+
+    def last(self, index: int, result: GenerateResult, **head: Any) -> Completion:
+        choice = CompletionChoice(index=index, text="", logprobs=None, finish_reason=result.finish_reason)
+        return Completion(object="text_completion", choices=[choice], **head)
+
+    def empty(self, **head: Any) -> Completion:
+        return Completion(object="text_completion", choices=[], **head)
+
+    def _logprobs(self, tokens: Seq[GeneratedToken]) -> CompletionLogprobs | None:
+        if not self._has_logprobs:
+            return None
+        return CompletionLogprobs(
+            tokens=[_name(token, self._names_ids) for token in tokens],
+            token_logprobs=[_log_prob(token) for token in tokens],
+            top_logprobs=[self._top(token) for token in tokens],
+            text_offset=[token.offset for token in tokens],
+        )
+
+    def _top(self, token: GeneratedToken) -> dict[str, float]:
+        """And the token itself. Of several that are spelled alike, such as parts of characters, the likeliest."""
+        top: dict[str, float] = {}
+        likely: tuple[Token, ...] = (*token.top, token)
+        for one in likely:
+            top.setdefault(_name(one, self._names_ids), _log_prob(one))
+        return top
+
+
+class ChatFormat:
+    id_prefix = "chatcmpl"
+
+    def __init__(self, *, has_logprobs: bool, names_ids: bool) -> None:
+        self._has_logprobs, self._names_ids = has_logprobs, names_ids
+
+    def answer(self, results: Seq[GenerateResult], **head: Any) -> ChatCompletion:
+        choices = [
+            ChatChoice(
+                index=index,
+                message=ChatAnswer(role="assistant", content=one.text, refusal=None),
+                logprobs=self._logprobs(one.tokens),
+                finish_reason=one.finish_reason,
+            )
+            for index, one in enumerate(results)
+        ]
+        return ChatCompletion(object="chat.completion", choices=choices, **head)
+
+    def first(self, index: int, **head: Any) -> ChatCompletionChunk:
+        return _chat_chunk(index, ChatDelta(role="assistant", content=""), **head)
+
+    def chunk(self, index: int, token: GeneratedToken, text: str, **head: Any) -> ChatCompletionChunk | None:
+        if not text and not self._has_logprobs:
+            return None
+        return _chat_chunk(index, ChatDelta(content=text), self._logprobs([token]), **head)
+
+    def last(self, index: int, result: GenerateResult, **head: Any) -> ChatCompletionChunk:
+        return _chat_chunk(index, ChatDelta(), finish_reason=result.finish_reason, **head)
+
+    def empty(self, **head: Any) -> ChatCompletionChunk:
+        return ChatCompletionChunk(object="chat.completion.chunk", choices=[], **head)
+
+    def _logprobs(self, tokens: Seq[GeneratedToken]) -> ChatLogprobs | None:
+        if not self._has_logprobs:
+            return None
+        content = [
+            TokenLogprob(**self._spelled(token), top_logprobs=[TopLogprob(**self._spelled(one)) for one in token.top])
+            for token in tokens
+        ]
+        return ChatLogprobs(content=content, refusal=None)
+
+    def _spelled(self, token: Token) -> dict[str, Any]:
+        utf8 = None if token.utf8 is None else list(token.utf8)
+        return {"token": _name(token, self._names_ids), "logprob": _log_prob(token), "bytes": utf8}
+
+
+def usage_of(results: Seq[GenerateResult], num_choices: int) -> CompletionUsage:
+    """num_choices: for each prompt, which counts once. Of its choices one computed what was not cached before."""
+    prompts = [results[start : start + num_choices] for start in range(0, len(results), num_choices)]
+    num_prompt = sum(choices[0].usage.prompt_tokens for choices in prompts)
+    num_generated = sum(len(result.tokens) for result in results)
+    num_cached = sum(min(one.usage.cached_tokens for one in choices) for choices in prompts)
+    return CompletionUsage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_generated,
+        total_tokens=num_prompt + num_generated,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
+    )
+
+
+def _chat_chunk(
+    index: int,
+    delta: ChatDelta,
+    logprobs: ChatLogprobs | None = None,
+    finish_reason: FinishReason | None = None,
+    **head: Any,
+) -> ChatCompletionChunk:
+    choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
+    return ChatCompletionChunk(object="chat.completion.chunk", choices=[choice], **head)
+
+
+def _name(token: Token, names_ids: bool) -> str:
+    return f"token_id:{token.id}" if names_ids else token.text
+
+
+def _log_prob(token: Token) -> float:
+    return max(token.log_prob, LOWEST)

@@ -1,0 +1,275 @@
+"""Bodies of the OpenAI routes. A field that we would have to ignore is refused, and named."""
+
+import json
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from loraplex.backends.base import GenerateRequest
+from loraplex.errors import InvalidRequestError
+from loraplex.server.openai_answers import ChatFormat, CompletionFormat
+from loraplex.server.schemas import MAX_ITEMS
+from loraplex.types import Message
+
+MAX_CHOICES = 2048  # prompts times `n`
+
+_ANY = None
+# Fields of OpenAI's and vLLM's that we know of: what they may hold besides null, because it changes nothing.
+NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), _ANY),
+    **dict.fromkeys(("priority", "spaces_between_special_tokens", "parallel_tool_calls"), _ANY),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "echo": (False,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "early_stopping": (False,),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "return_token_ids": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),  # of no tools
+    "function_call": ("none", "auto"),
+    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "web_search_options"), ()),
+    **dict.fromkeys(("documents", "chat_template", "prompt_logprobs", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("logits_processors", "cache_salt", "kv_transfer_params"), ()),
+    **dict.fromkeys(("structured_outputs", "guided_choice", "guided_json", "guided_regex", "guided_grammar"), ()),
+}
+_REMEDIES = {
+    "structured_outputs": "ask /v1/classify, which answers one of the contract's labels, or give `allowed_token_ids`",
+    "guided_choice": "ask /v1/classify, which answers one of the contract's labels, or give `allowed_token_ids`",
+    "truncate_prompt_tokens": "ask an adapter with a contract, which cuts the oldest turns",
+}
+
+
+def _text_or_list(value: Any) -> str | None:
+    return "text" if isinstance(value, str) else "list" if isinstance(value, list) else None
+
+
+def _prompt_kind(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return "text" if isinstance(value, str) else None
+    return {str: "texts", int: "ids", list: "id lists"}.get(type(value[0])) if value else "texts"
+
+
+def _either(kind: Callable[[Any], str | None], what: str) -> Discriminator:
+    """Told apart by type: one error, that of what was given, and not one for each kind that it is not."""
+    return Discriminator(kind, custom_error_type="either", custom_error_message=f"should be {what}")
+
+
+def _document(schema: dict[str, Any]) -> None:
+    schema["additionalProperties"] = False
+    for name, values in NEUTRAL.items():
+        field: dict[str, Any] = {} if values is _ANY else {"enum": [*values, None]}
+        schema["properties"].setdefault(name, {"description": "changes nothing", **field})
+
+
+_Ids = Annotated[list[int], Field(min_length=1)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class _Body(BaseModel):
+    """What both routes take; null is as not given."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_document)
+
+    model: str = Field(description="an adapter, a route or the base, by the name that /v1/models lists")
+    temperature: float | None = Field(None, ge=0, description="1 by default; 0 takes the likeliest token")
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1, le=128, description="answers to each prompt")
+    best_of: int | None = Field(None, description="as `n`")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same one draws the same tokens")
+    stop: (
+        Annotated[
+            Annotated[str, Tag("text"), Field(min_length=1)]
+            | Annotated[list[Annotated[str, Field(min_length=1)]], Tag("list"), Field(max_length=4)],
+            _either(_text_or_list, "text, or a list of at most 4 texts"),
+        ]
+        | None
+    ) = Field(None, description="ends the answer and is no part of it")
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=MAX_ITEMS, description="token id -> added before a token is chosen"
+    )
+    allowed_token_ids: list[int] | None = Field(
+        None, min_length=1, max_length=MAX_ITEMS, description="no other token is chosen"
+    )
+    skip_special_tokens: bool | None = Field(None, description="in the text; true by default")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="in log probabilities, tokens are named `token_id:123`"
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    conversation_id: str | None = Field(
+        None, description="the same for every turn: what was computed is kept, and a route leads to the same target"
+    )
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def includes_usage(self) -> bool:
+        """At the end of a stream."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _requests(self, prompts: Seq[Any], **fields: Any) -> list[GenerateRequest]:
+        """`n` for each prompt. The choices of one prompt draw by seeds of their own."""
+        self._check(len(prompts))
+        return [
+            GenerateRequest(
+                prompt=prompt,
+                temperature=1.0 if self.temperature is None else self.temperature,
+                top_p=1.0 if self.top_p is None else self.top_p,
+                seed=None if self.seed is None else self.seed + index,
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+                logit_bias=self.logit_bias or {},
+                allowed_token_ids=tuple(self.allowed_token_ids or ()),
+                skip_special_tokens=self.skip_special_tokens is not False,
+                conversation_id=self.conversation_id,
+                **fields,
+            )
+            for prompt in prompts
+            for index in range(self.num_choices)
+        ]
+
+    def _check(self, num_prompts: int) -> None:
+        """Nothing is ignored."""
+        _refuse_unknown(self.model_extra or {})
+        if self.best_of is not None and self.best_of != self.num_choices:
+            raise InvalidRequestError(f"best_of: {self.best_of} is not `n`", remedy="leave `best_of` out")
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options: nothing is streamed", remedy="leave it out, or give `stream`")
+        if num_prompts * self.num_choices > MAX_CHOICES:
+            raise InvalidRequestError(
+                f"n: {num_prompts} prompts times {self.num_choices} are more than {MAX_CHOICES} choices",
+                remedy="send them in several requests",
+            )
+
+
+def _refuse_unknown(fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        if name not in NEUTRAL:
+            raise InvalidRequestError(f"{name}: no such field", remedy="leave it out; see /docs for the fields")
+        neutral = NEUTRAL[name]
+        if value is not None and neutral is not _ANY and value not in neutral:
+            shown = "".join(f", or give {json.dumps(one)}" for one in neutral)
+            raise InvalidRequestError(
+                f"{name}: {json.dumps(value)[:100]} is not supported",
+                remedy=_REMEDIES.get(name, f"leave it out{shown}"),
+            )
+
+
+class CompletionBody(_Body):
+    """The prompt is taken verbatim."""
+
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Tag("texts"), Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+        | Annotated[_Ids, Tag("ids")]
+        | Annotated[list[_Ids], Tag("id lists"), Field(max_length=MAX_CHOICES, fail_fast=True)],
+        _either(_prompt_kind, "text, token ids, or a list of either"),
+    ]
+    max_tokens: int | None = Field(None, ge=1, description="16 by default")
+    logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens that come with each one")
+    add_special_tokens: bool | None = Field(None, description="to text, such as a BOS; true by default")
+
+    def to_requests(self, adapter: str | None) -> list[GenerateRequest]:
+        """One for each choice. InvalidRequestError: a field that we would have to ignore."""
+        prompt: Any = self.prompt
+        prompts = prompt if _prompt_kind(prompt) in ("texts", "id lists") else [prompt]
+        return self._requests(
+            [one if isinstance(one, str) else tuple(one) for one in prompts],
+            adapter=adapter,
+            max_tokens=16 if self.max_tokens is None else self.max_tokens,
+            num_top=self.logprobs or 0,
+            add_special_tokens=self.add_special_tokens is not False,
+        )
+
+    def format(self) -> CompletionFormat:
+        return CompletionFormat(has_logprobs=self.logprobs is not None, names_ids=bool(self.return_tokens_as_token_ids))
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
+
+    role: str = Field(description="one that the adapter's contract or the base's chat template knows")
+    content: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[TextPart], Tag("list"), Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)],
+        _either(_text_or_list, "text, or a list of text parts"),
+    ]
+
+    def to_message(self, place: str) -> Message:
+        """A client may send an answer back as it came, with fields that hold nothing."""
+        for name, value in (self.model_extra or {}).items():
+            if value not in (None, [], {}):
+                raise InvalidRequestError(
+                    f"{place}.{name}: is not supported", remedy="leave it out, or write it as text"
+                )
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return Message(role=self.role, content=content)
+
+
+class ChatBody(_Body):
+    """Messages in the adapter's contract, where it has one, else in the base's chat template."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
+    max_tokens: int | None = Field(None, ge=1, description="up to what the base takes by default")
+    max_completion_tokens: int | None = Field(None, ge=1, description="the new name of `max_tokens`")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens that come with each one")
+    chat_template_kwargs: dict[str, bool | int | str] | None = Field(
+        None, description="variables of the base's chat template, such as enable_thinking"
+    )
+    add_special_tokens: Literal[False] | None = Field(None, description="the chat template writes them")
+
+    def to_requests(self, adapter: str | None) -> list[GenerateRequest]:
+        """One for each choice. InvalidRequestError: a field that we would have to ignore."""
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError("top_logprobs: needs `logprobs`", remedy="give `logprobs`: true, too")
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise InvalidRequestError(
+                "max_tokens: is not `max_completion_tokens`, which means the same", remedy="leave `max_tokens` out"
+            )
+        messages = tuple(one.to_message(f"messages.{index}") for index, one in enumerate(self.messages))
+        return self._requests(
+            [messages],
+            adapter=adapter,
+            max_tokens=next(iter(limits), None),
+            num_top=self.top_logprobs or 0,
+            chat_template_kwargs=self.chat_template_kwargs or {},
+        )
+
+    def format(self) -> ChatFormat:
+        return ChatFormat(has_logprobs=bool(self.logprobs), names_ids=bool(self.return_tokens_as_token_ids))

@@ -1,0 +1,137 @@
+"""The server as a process: takes its port, answers probes while it loads, drains when it is told to stop, and ends when
+the engine does."""
+
+import asyncio
+import ipaddress
+import logging
+import math
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import uvicorn
+
+from loraplex.config import ServerConfig
+from loraplex.errors import ConfigurationError, EngineError
+from loraplex.routing.router import Router
+from loraplex.server.app import create_app
+from loraplex.server.keys import ENVIRONMENT, ApiKey
+from loraplex.server.lifecycle import Lifecycle
+from loraplex.server.limits import IdleLimit
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+CLOSE_S = 5.0  # for what is closed when no request is left, or was given up; the process's end frees it in any case
+
+
+def listen(config: ServerConfig, keys: Sequence[ApiKey]) -> socket.socket:
+    """Take the port. ConfigurationError: it cannot be taken, or others than this machine could reach it without a
+    key."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    # With the protocol named, asyncio sets TCP_NODELAY; without it, half of an answer can wait 40 ms for the client.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((config.host, config.port))
+        # What it was bound to, and not what the host looks like: a name, or none at all, can be any address.
+        if not (keys or config.insecure or ipaddress.ip_address(sock.getsockname()[0]).is_loopback):
+            raise ConfigurationError(
+                f"--host {config.host}",
+                "can be reached from other machines, and there are no API keys",
+                remedy=f"give keys with --api-key-file or {ENVIRONMENT}, or --insecure to answer everyone",
+            )
+        sock.listen(2048)
+    except OSError as exc:
+        sock.close()
+        raise ConfigurationError(
+            f"--host {config.host} --port {config.port}",
+            f"cannot be bound: {exc.strerror or exc}",
+            remedy="choose another --host or --port",
+        ) from None
+    except ConfigurationError:
+        sock.close()
+        raise
+    return sock
+
+
+def url_of(config: ServerConfig, sock: socket.socket) -> str:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{sock.getsockname()[1]}"
+
+
+async def serve(
+    router: Router, config: ServerConfig, keys: Sequence[ApiKey], sock: socket.socket, on_ready: Callable[[], None]
+) -> None:
+    """Answer probes on `sock`, start `router` and its backend, then answer everything and call `on_ready`; return after
+    SIGTERM or SIGINT, when the requests in flight are answered (`drain_timeout` seconds at most). ConfigurationError:
+    it did not start. EngineError: the engine died."""
+    lifecycle = Lifecycle("loading")
+    settings = uvicorn.Config(
+        create_app(router, config, keys, lifecycle),
+        http=IdleLimit,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=math.ceil(config.idle_timeout),
+    )
+    server = _Server(settings, lifecycle, config.drain_timeout)
+    # uvicorn raises the signal that stopped it once more for whoever handled it before us.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    running = asyncio.create_task(_run(router, lifecycle, on_ready))
+    running.add_done_callback(lambda _: server.stop())
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        running.cancel()
+        await asyncio.wait({running}, timeout=CLOSE_S)  # a load that hangs in a thread does not end
+        try:
+            await asyncio.wait_for(router.close(), CLOSE_S)
+        except TimeoutError:
+            logger.warning("not closed within %g seconds", CLOSE_S)
+    if running.done() and not running.cancelled():
+        running.result()
+
+
+async def _run(router: Router, lifecycle: Lifecycle, on_ready: Callable[[], None]) -> None:
+    """Raises where the backend does not start, or when its engine dies; else it runs until it is cancelled."""
+    await router.start()
+    if router.backend.alive and lifecycle.phase == "loading":
+        lifecycle.phase = "ready"
+        on_ready()
+    while router.backend.alive:
+        await asyncio.sleep(POLL_S)
+    raise EngineError("the engine died", remedy="see the log above; start the server again")
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, settings: uvicorn.Config, lifecycle: Lifecycle, drain_timeout: float) -> None:
+        super().__init__(settings)
+        self._lifecycle, self._drain_timeout = lifecycle, drain_timeout
+
+    def stop(self) -> None:
+        self._lifecycle.phase = "draining"
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._lifecycle.phase = "draining"
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Goes on listening while requests are in flight, so that probes hear that this server takes no more."""
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + self._drain_timeout
+        for connection in list(self.server_state.connections):
+            connection.shutdown()  # now where it is idle, else after its answer
+        while self._lifecycle.num_in_flight and loop.time() < ends and not self.force_exit:
+            await asyncio.sleep(POLL_S / 2)
+        self.config.timeout_graceful_shutdown = max(0, math.ceil(ends - loop.time()))
+        await super().shutdown(sockets)
+        if self.server_state.tasks:  # cancelled: they answer that the server stops
+            await asyncio.wait(self.server_state.tasks, timeout=1)
