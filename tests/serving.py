@@ -3,10 +3,11 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +39,16 @@ def _command(*arguments: object) -> list[str]:
 
 
 @contextmanager
-def serve(*arguments: object, **environment: str) -> Iterator[Server]:
-    """`loraplex serve …` on a free port, from the line that it prints when ready."""
-    process = subprocess.Popen(
-        _command("serve", *arguments, "--port", 0), stdout=subprocess.PIPE, text=True, env=os.environ | environment
-    )
+def serve(*arguments: object, log: Path | None = None, **environment: str) -> Iterator[Server]:
+    """`loraplex serve …` on a free port, from the line that it prints when ready. log: where standard error goes."""
+    with open(log, "w") if log is not None else nullcontext() as stderr:
+        process = subprocess.Popen(
+            _command("serve", *arguments, "--port", 0),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | environment,
+        )
     try:
         assert process.stdout is not None
         curl = process.stdout.readline().strip()
@@ -59,3 +65,17 @@ def serve(*arguments: object, **environment: str) -> Iterator[Server]:
 
 def client(server: Server) -> httpx.Client:
     return httpx.Client(base_url=server.url, timeout=30)
+
+
+def connect(server: Server) -> socket.socket:
+    """For what no client would send."""
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def receive(sock: socket.socket) -> bytes:
+    """All that comes until the server closes the connection."""
+    received = b""
+    while piece := sock.recv(65536):
+        received += piece
+    return received

@@ -9,7 +9,7 @@ import pytest
 
 from loraplex.engine.engine import Engine
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput, Token
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sampling, Sequence, SequenceOutput, Token
 from loraplex.engine.step import Step
 from loraplex.errors import DeadlineExceededError, EngineError, NotReadyError
 
@@ -224,3 +224,35 @@ def test_close_finishes_what_is_queued_and_refuses_more(engine_of: EngineOf) -> 
     with pytest.raises(NotReadyError):
         engine.submit(request(1))
     engine.close()
+
+
+def test_a_sequence_is_asked_after_each_token_whether_to_go_on(engine_of: EngineOf) -> None:
+    told: list[int] = []
+
+    def until_four(token: Token) -> bool:
+        told.append(token.id)
+        return len(told) < 4
+
+    asking = Sequence(token_ids=(1, 2, 3), slot=NO_ADAPTER, sampling=Sampling(max_tokens=9), on_token=until_four)
+    wanted, runner = EngineRequest([asking]), FakeRunner()
+    engine_of(runner, scheduler()).submit(wanted)
+    [outcome] = wanted.future.result(TIMEOUT)
+    assert isinstance(outcome, SequenceOutput)
+    assert [token.id for token in outcome.tokens] == told == [3, 4, 5, 6]
+    assert len(runner.steps) == 4
+
+
+def test_a_callback_that_raises_fails_its_own_sequence_only(engine_of: EngineOf) -> None:
+    def fail(token: Token) -> bool:
+        raise ValueError("no such token")
+
+    sampling = Sampling(max_tokens=3)
+    failing = Sequence(token_ids=(1, 2, 3), slot=NO_ADAPTER, sampling=sampling, on_token=fail)
+    other = Sequence(token_ids=(7, 8, 9), slot=NO_ADAPTER, sampling=sampling)
+    wanted = EngineRequest([failing, other])
+    engine = engine_of(FakeRunner(), scheduler())
+    engine.submit(wanted)
+    first, second = wanted.future.result(TIMEOUT)
+    assert isinstance(first, EngineError) and "no such token" in first.message
+    assert isinstance(second, SequenceOutput) and len(second.tokens) == 3
+    assert engine.alive

@@ -108,7 +108,7 @@ def delete(name: NameArgument, url: UrlOption = URL) -> None:
 
 @app.command()
 def rollback(name: NameArgument, url: UrlOption = URL, as_json: JsonOption = False) -> None:
-    """Bring back what the route was before its last change.
+    """Undo a route's last change, its deletion too.
 
     Example: [bold]loraplex routes rollback issueResolved[/]
     """

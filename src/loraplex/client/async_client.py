@@ -149,11 +149,11 @@ class AsyncClient:
         await self._ask(call.delete_route(name))
 
     async def rollback_route(self, name: str) -> Route:
-        """As `Client.rollback_route`: bring back the revision before."""
+        """As `Client.rollback_route`: undo its last change, its deletion too."""
         return await self._ask(call.rollback_route(name))
 
     async def route_stats(self, name: str) -> RouteStats:
-        """As `Client.route_stats`: how each target and shadow answered."""
+        """As `Client.route_stats`: how each version of each target and shadow answered."""
         return await self._ask(call.route_stats(name))
 
     async def ready(self) -> bool:

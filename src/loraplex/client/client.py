@@ -141,8 +141,9 @@ class Client:
                 ended.set()
 
     def feedback(self, verdict_id: str, label: str) -> int:
-        """Say what the right label of a verdict is. The number of answers that this judges: the verdict's own, and its
-        route's shadows'. UnknownVerdictError: it is not remembered (any more)."""
+        """Say what a verdict's label should have been; the last word counts. Returns the number of answers that this
+        judges: the verdict's own and its route's shadows'. UnknownVerdictError: it is not remembered, or not any more.
+        InvalidRequestError: the classifier has no such label."""
         return self._ask(call.feedback(verdict_id, label)).num_answers
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
@@ -185,9 +186,9 @@ class Client:
         return self._ask(call.route(name))
 
     def set_route(self, name: str, targets: Mapping[str, float], shadows: Iterable[str] = ()) -> Route:
-        """Make or change a route: its requests go to `targets` (adapter -> weight) in proportion; each of `shadows`
-        judges too, without being returned. UnknownClassifierError: no adapter of that name. InvalidRequestError: a
-        weight is negative, or all are 0."""
+        """Make or change a route: `targets` (adapter -> weight) answer in proportion, one and the same for all turns of
+        a conversation; each of `shadows` judges too, without being returned. UnknownClassifierError: no adapter of that
+        name. InvalidRequestError: a weight is negative, or all are 0."""
         return self._ask(call.set_route(name, targets, shadows))
 
     def delete_route(self, name: str) -> None:
@@ -195,11 +196,11 @@ class Client:
         self._ask(call.delete_route(name))
 
     def rollback_route(self, name: str) -> Route:
-        """Bring back the revision before. UnknownRouteError; NoRevisionError: there is none."""
+        """Undo its last change, its deletion too. NoRevisionError: there is nothing to undo."""
         return self._ask(call.rollback_route(name))
 
     def route_stats(self, name: str) -> RouteStats:
-        """How each target and shadow answered. UnknownRouteError: there is none of that name."""
+        """How each version of each target and shadow answered. UnknownRouteError: there is none of that name."""
         return self._ask(call.route_stats(name))
 
     def ready(self) -> bool:

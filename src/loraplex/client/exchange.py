@@ -125,7 +125,7 @@ class Exchange(Generic[Answer]):
         """Seconds until it is sent again; None: `outcome` is final."""
         if self._call.is_probe or self._num_sent > self._connection.max_retries or not self._may_be_repeated(outcome):
             return None
-        most_s = min(MOST_BACKOFF_S, BACKOFF_S * 2.0 ** (self._num_sent - 1))
+        most_s = min(MOST_BACKOFF_S, BACKOFF_S * 2.0 ** min(self._num_sent - 1, 32))
         # On top of what the server asks for, so that not all whom it sent away come back at once.
         delay_s = min(_retry_after_s(outcome) or 0.0, MOST_RETRY_AFTER_S) + self._connection.uniform(0, most_s)
         return delay_s if delay_s < self._left_s() else None

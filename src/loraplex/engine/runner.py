@@ -12,7 +12,16 @@ from transformers import PreTrainedModel
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.engine.batch import Batch, pack
 from loraplex.engine.block_pool import BLOCK_SIZE
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput, Target, Token
+from loraplex.engine.sequence import (
+    NEXT_TOKEN,
+    NO_ADAPTER,
+    EngineRequest,
+    Outcome,
+    Sequence,
+    SequenceOutput,
+    Target,
+    Token,
+)
 from loraplex.engine.step import Step
 from loraplex.errors import EngineError, LoraplexError, UnsupportedModelError
 from loraplex.model.fuse import fuse
@@ -164,7 +173,7 @@ def _is_finite(output: SequenceOutput) -> bool:
 
 def _sampling(sequences: Seq[Sequence], device: torch.device) -> dict[str, Any]:
     """What `read_heads` is told of how tokens are chosen; of what nobody asks for nothing."""
-    asked = [(index, sequence.sampling, sequence) for index, sequence in enumerate(sequences)]
+    asked = [(i, one.sampling, one) for i, one in enumerate(sequences) if one.sampling is not NEXT_TOKEN]
     drawing = [(i, one.temperature, one.top_p, sequence.draw()) for i, one, sequence in asked if one.temperature > 0]
     biases = [(i, token_id, bias) for i, one, _ in asked for token_id, bias in one.biases]
     allowed = [(i, token_id) for i, one, _ in asked for token_id in one.allowed_ids]
@@ -178,7 +187,7 @@ def _sampling(sequences: Seq[Sequence], device: torch.device) -> dict[str, Any]:
         told["allowed"] = torch.tensor(allowed).T.to(device)
     if top:
         told["top"] = torch.tensor(top, device=device)
-        told["num_top"] = max(sequence.sampling.num_top for sequence in sequences)
+        told["num_top"] = max(one.num_top for _, one, _ in asked)
     return told
 
 

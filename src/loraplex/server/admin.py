@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from loraplex.errors import AdapterInUseError, ConfigurationError, RefusedError
@@ -12,10 +12,10 @@ from loraplex.server.routes import backend_of, router_of, stopping
 from loraplex.server.schemas import (
     AdapterBody,
     AdapterList,
-    ErrorBody,
     SageMakerAdapterBody,
     VllmLoadBody,
     VllmUnloadBody,
+    errors,
 )
 from loraplex.types import AdapterInfo
 
@@ -23,19 +23,14 @@ Result = TypeVar("Result")
 
 router = APIRouter(tags=["adapters"])
 
-UNLOADING: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorBody, "description": "no such adapter"},
-    409: {"model": ErrorBody, "description": "a route leads to it"},
-}
-UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "no such adapter"}}
-LOADING: dict[int | str, dict[str, Any]] = {
-    409: {"model": ErrorBody, "description": "the name is taken"},
-    422: {"model": ErrorBody, "description": "not sound, or not below an adapter root; what answered before goes on"},
-    503: {
-        "model": ErrorBody,
-        "description": "not ready, stopping, the name is being unloaded, or pinned adapters leave no room",
-    },
-}
+UNKNOWN = errors(_404="no such adapter")
+UNLOADING = UNKNOWN | errors(_409="a route leads to it")
+LOADING = errors(
+    _409="the name is taken",
+    _422="not sound, or not below an adapter root; what answered before goes on",
+    _503="not ready, stopping, the name is being unloaded, or pinned adapters leave no room",
+)
+TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 
 
 async def _sound(loading: Awaitable[Result]) -> Result:
@@ -92,18 +87,18 @@ async def unpin_adapter(request: Request, name: str) -> AdapterInfo:
     return await _sound(backend_of(request).pin_adapter(name, False))
 
 
-@router.post("/v1/load_lora_adapter", responses=LOADING, response_class=PlainTextResponse)
-async def load_lora_adapter(request: Request, body: VllmLoadBody) -> str:
+@router.post("/v1/load_lora_adapter", responses=TEXT | LOADING, response_model=None)
+async def load_lora_adapter(request: Request, body: VllmLoadBody) -> Response:
     """vLLM's. A name that is taken is refused unless `load_inplace`."""
     await _sound(backend_of(request).load_adapter(body.lora_name, body.lora_path, replace=body.load_inplace))
-    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", responses=UNLOADING, response_class=PlainTextResponse)
-async def unload_lora_adapter(request: Request, body: VllmUnloadBody) -> str:
+@router.post("/v1/unload_lora_adapter", responses=TEXT | UNLOADING, response_model=None)
+async def unload_lora_adapter(request: Request, body: VllmUnloadBody) -> Response:
     """vLLM's."""
     await _unload(request, body.lora_name)
-    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @router.post("/adapters", responses=LOADING, tags=["sagemaker"])

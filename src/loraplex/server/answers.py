@@ -75,10 +75,17 @@ class AnswerErrors:
 
 
 def _trace(exc: BaseException) -> str:
-    """Where, and of what type: without messages, which may repeat what the client sent."""
-    parts = [*(exc.exceptions if isinstance(exc, BaseExceptionGroup) else ()), exc.__cause__ or exc.__context__]
-    own = f"{''.join(traceback.format_tb(exc.__traceback__))}{type(exc).__name__}"
-    return "\n".join([*(_trace(part) for part in parts if part is not None), own])
+    """Where, and of what type, from the cause to `exc`: without messages, which may repeat what the client sent."""
+    parts: list[str] = []
+    left: list[BaseException | None] = [exc]
+    seen = set()  # those in a group can have the group as their context
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            parts.append(f"{''.join(traceback.format_tb(one.__traceback__))}{type(one).__name__}")
+            left += [one.__cause__ or one.__context__, *(one.exceptions if isinstance(one, BaseExceptionGroup) else ())]
+    return "\n".join(reversed(parts))
 
 
 async def _loraplex_error(request: Request, exc: Exception) -> JSONResponse:

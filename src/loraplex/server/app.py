@@ -15,6 +15,7 @@ from loraplex.server.keys import ApiKey
 from loraplex.server.lifecycle import Gate, Lifecycle
 from loraplex.server.limits import BodyLimit
 from loraplex.server.logs import RequestLog
+from loraplex.server.schemas import COMMON
 from loraplex.server.security import Access
 
 
@@ -28,6 +29,7 @@ def create_app(
         summary="Many LoRA classifiers from one base model, in one call",
         version=loraplex.__version__,
         redirect_slashes=False,
+        responses=COMMON,
     )
     app.state.router = router
     app.state.backend = router.backend

@@ -84,15 +84,15 @@ def _of_environment(value: str) -> Iterator[tuple[str, ApiKey]]:
     """`name:scope:secret`, separated by spaces or commas."""
     for number, entry in enumerate(value.replace(",", " ").split(), 1):
         source = f"{ENVIRONMENT}, entry {number}"
-        name, scope, secret = [*entry.split(":", 2), "", ""][:3]
-        checked = _check(source, name, scope)
-        if len(secret) < MIN_SECRET:
+        parts = entry.split(":", 2)
+        if len(parts) != 3 or len(parts[2]) < MIN_SECRET:
             raise ConfigurationError(
                 source,
                 f"is not `name:scope:secret` with a secret of {MIN_SECRET} characters or more",
                 remedy="take one from `loraplex keys new`, or from `openssl rand -hex 32`",
             )
-        yield source, ApiKey(name=name, scope=checked, digest=sha256(secret.encode(errors="surrogateescape")).digest())
+        name, scope, secret = parts[0], _check(source, *parts[:2]), parts[2]
+        yield source, ApiKey(name=name, scope=scope, digest=sha256(secret.encode(errors="surrogateescape")).digest())
 
 
 def _check(source: str, name: str, scope: str) -> KeyScope:

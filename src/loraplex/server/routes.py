@@ -5,14 +5,13 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import PlainTextResponse
 
 from loraplex.backends.base import Backend
 from loraplex.errors import CancelledError, LoraplexError, NotReadyError
 from loraplex.metrics import Metrics
 from loraplex.routing.batch import classify_batch
 from loraplex.routing.router import Router
-from loraplex.server.schemas import ClassifyBody, ErrorBody, ModelCard, ModelList, result_json
+from loraplex.server.schemas import ClassifyBody, ModelCard, ModelList, errors, result_json
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult
 
 Result = TypeVar("Result")
@@ -20,18 +19,12 @@ Result = TypeVar("Result")
 router = APIRouter()
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "the body is not JSON in UTF-8"},
-    404: {"model": ErrorBody, "description": "no such classifier"},
-    413: {
-        "model": ErrorBody,
-        "description": "the body is too large, or the prompt longer than the base takes and no contract cuts it",
-    },
-    422: {"model": ErrorBody, "description": "no JSON object, or a field missing, unknown, of the wrong type or empty"},
-    429: {"model": ErrorBody, "description": "the queue is full"},
-    503: {"model": ErrorBody, "description": "not ready, or stopping"},
-    504: {"model": ErrorBody, "description": "nothing was computed before the deadline"},
-}
+ERRORS = errors(
+    _404="no such classifier",
+    _413="the body is too large, or the prompt longer than the base takes and no contract cuts it",
+    _429="the queue is full, or the key has too many requests in flight",
+    _504="nothing was computed before the deadline",
+)
 
 
 def backend_of(request: Request) -> Backend:
@@ -110,28 +103,28 @@ async def models(request: Request) -> ModelList:
     return ModelList(data=[ModelCard(id=backend.base_name, created=created), *cards])
 
 
-@router.get("/metrics", tags=["health"], response_class=PlainTextResponse)
+@router.get("/metrics", tags=["health"], response_model=None, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     return Response(metrics_of(request).render(), media_type=CONTENT_TYPE)
 
 
 @router.head("/health", include_in_schema=False)
-@router.get("/health", tags=["health"], responses={503: {"model": ErrorBody}})
+@router.get("/health", tags=["health"])
 async def health(request: Request) -> dict[str, str]:
     """200 while the engine lives, or is on its way."""
     return {"status": "ok"} if request.app.state.lifecycle.phase == "loading" else _alive(request)
 
 
 @router.head("/ready", include_in_schema=False)
-@router.get("/ready", tags=["health"], responses={503: {"model": ErrorBody}})
+@router.get("/ready", tags=["health"])
 async def ready(request: Request) -> dict[str, str]:
     """200 while requests are taken: the base and all adapters are loaded, and the server does not stop."""
     return _ready(request)
 
 
 @router.head("/ping", include_in_schema=False)
-@router.get("/ping", tags=["health"], responses={503: {"model": ErrorBody}})
+@router.get("/ping", tags=["health"])
 async def ping(request: Request) -> dict[str, str]:
     """SageMaker's health check: as /ready."""
     return _ready(request)

@@ -1,27 +1,20 @@
 """Routes at run time, how their targets do, and feedback."""
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 
 from loraplex.config import RouteSettings
 from loraplex.server.routes import router_of
-from loraplex.server.schemas import ErrorBody, FeedbackBody, FeedbackResult, RouteList
+from loraplex.server.schemas import FeedbackBody, FeedbackResult, RouteList, errors
 from loraplex.types import Route, RouteStats
 
 router = APIRouter(tags=["routes"])
 
-UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "no such route"}}
-NOTHING: dict[int | str, dict[str, Any]] = {
-    409: {"model": ErrorBody, "description": "no change to it can be rolled back"}
-}
-UNSOUND: dict[int | str, dict[str, Any]] = {
-    422: {"model": ErrorBody, "description": "a wrong field, or a target that is not there"}
-}
-NO_VERDICT: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorBody, "description": "no such verdict, or not remembered any more"},
-    422: {"model": ErrorBody, "description": "a wrong field, or no label of the classifier"},
-}
+UNKNOWN = errors(_404="no such route")
+NOTHING = errors(_409="no change to it can be rolled back")
+UNSOUND = errors(_422="a wrong field, or a target that is not there")
+NO_VERDICT = errors(
+    _404="no such verdict, or not remembered any more", _422="a wrong field, or no label of the classifier"
+)
 
 
 @router.get("/v1/routes")

@@ -200,6 +200,27 @@ class ErrorBody(BaseModel):
     error: ErrorInfo
 
 
+def errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`: `_404="no such adapter"`."""
+    return {
+        int(status[1:]): {"model": ErrorBody, "description": description}
+        for status, description in descriptions.items()
+    }
+
+
+COMMON = errors(
+    _400="the body is not JSON in UTF-8",
+    _401="no API key, or not one of this server's",
+    _403="the API key's scope is not enough",
+    _408="the body did not come in time",
+    _413="the body is too large",
+    _422="no JSON object, or a field missing, unknown, of the wrong type or empty",
+    _429="too many requests in flight",
+    _500="our fault",
+    _503="not ready, or stopping",
+)
+
+
 def error_json(code: str, message: str, remedy: str) -> dict[str, Any]:
     """The text may repeat what the client sent; half a surrogate pair in it is escaped."""
     return {"error": {"code": code, "message": message.encode(errors="backslashreplace").decode(), "remedy": remedy}}

@@ -8,27 +8,35 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 import serving
 import tiny
 from loraplex import AsyncClient, Client, Message
+from loraplex.cli.main import app
+from loraplex.client import exchange
 from loraplex.errors import (
     AdapterError,
-    BundleError,
+    AdapterInUseError,
     DeadlineExceededError,
+    ForbiddenError,
     InvalidRequestError,
     LoraplexError,
     ServerError,
+    UnauthorizedError,
     UnknownClassifierError,
+    UnknownRouteError,
+    UnknownVerdictError,
 )
-from loraplex.types import ClassifyResult
+from loraplex.types import ClassifyResult, Route
 
+ADMIN, INFER = "a-secret-for-admins", "a-secret-for-clients"
 NAMES = ["task0", "task1", "task2", "verbatim"]
 TEXT = "Customer: hello\nAgent: at what time?"
 TEXTS = [f"Customer: hello {'and again ' * (index % 5)} {index}" for index in range(24)]
@@ -53,7 +61,8 @@ def test_results_are_what_http_answers(client: Client, http: httpx.Client) -> No
         assert (verdict.label, verdict.confidence) == (expected["label"], expected["confidence"])
         assert verdict.adapter is not None and verdict.adapter.version == expected["adapter"]["version"]
     assert result.usage.prompt_tokens == answer["usage"]["prompt_tokens"] and result.timings.total_ms > 0
-    turns = [Message(role="user", content="hello"), {"role": "assistant", "content": "at what time?"}]
+    question: Mapping[str, str] = {"role": "assistant", "content": "at what time?"}
+    turns = (Message(role="user", content="hello"), question)
     assert labels(client.classify(turns, ["task1", "task0"], conversation_id="c")) == {
         name: result[name].label for name in ("task1", "task0")
     }
@@ -94,35 +103,127 @@ def test_an_error_among_many(client: Client) -> None:
         client.classify_many([*TEXTS, ""], "task0")
 
 
-def test_adapters_models_and_readiness(tiny_bundle: Path, tmp_path: Path) -> None:
-    place = tiny_bundle / "_versions" / tmp_path.name  # below the bundle, and not in it
+@pytest.fixture(scope="module")
+def own(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Server]:
+    """With keys, and to be changed."""
+    root = tmp_path_factory.getbasetemp()
+    keys = f"ops:admin:{ADMIN},ci:infer:{INFER}"
+    with serving.serve(tiny_bundle, "--dtype", "float32", "--adapter-root", root, LORAPLEX_API_KEYS=keys) as server:
+        yield server
+
+
+@pytest.fixture
+def admin(own: serving.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """Key and URL are in the environment, for the command line, too."""
+    monkeypatch.setenv("LORAPLEX_URL", own.url)
+    monkeypatch.setenv("LORAPLEX_API_KEY", ADMIN)
+    with Client() as client:
+        yield client
+
+
+def test_keys(own: serving.Server) -> None:
+    with Client(own.url) as nobody:
+        nobody.wait_until_ready(1)
+        with pytest.raises(UnauthorizedError) as caught:
+            nobody.classify(TEXT)
+        assert caught.value.status == 401
+    with Client(own.url, api_key=INFER) as client:
+        assert client.classify(TEXT).verdicts
+        with pytest.raises(ForbiddenError):
+            client.unload_adapter("task0")
+
+
+def test_adapters_and_models(admin: Client, tiny_bundle: Path, tmp_path: Path) -> None:
+    place = tmp_path / "late"
     tiny.save_adapter(tiny_bundle, place, contract=tiny.CONTRACT, seed=77)
-    with serving.serve(tiny_bundle, "--dtype", "float32") as server, Client(server.url) as client:
-        assert client.ready() is True
-        client.wait_until_ready(1)
-        assert [one.name for one in client.adapters()] == NAMES
-        loaded = client.load_adapter("late", place, pin=True)
-        assert (loaded.name, loaded.state, loaded.pinned, loaded.labels) == ("late", "ready", True, ("yes", "no"))
-        assert client.adapter("late") == loaded
-        assert client.classify(TEXT, "late")["late"].adapter is not None
-        assert client.pin_adapter("late", False).pinned is False
-        base, *models = client.models()
-        assert (base.parent, {one.parent for one in models}) == (None, {base.id})
-        assert "late" in [one.id for one in models]
-        client.unload_adapter("late")
-        with pytest.raises(UnknownClassifierError):
-            client.unload_adapter("late")
-        (place / "adapter_model.safetensors").write_bytes(b"broken")
+    assert [one.name for one in admin.adapters()] == NAMES
+    loaded = admin.load_adapter("late", place, pin=True)
+    assert (loaded.name, loaded.state, loaded.pinned, loaded.labels) == ("late", "ready", True, ("yes", "no"))
+    assert admin.adapter("late") == loaded
+    assert admin.classify(TEXT, "late")["late"].adapter is not None
+    assert admin.pin_adapter("late", False).pinned is False
+    base, *models = admin.models()
+    assert (base.parent, {one.parent for one in models}) == (None, {base.id})
+    assert "late" in [one.id for one in models]
+    admin.unload_adapter("late")
+    with pytest.raises(UnknownClassifierError):
+        admin.unload_adapter("late")
+    (place / "adapter_model.safetensors").write_bytes(b"broken")
+    for source in (place, "/nowhere"):
         with pytest.raises(AdapterError) as caught:
-            client.load_adapter("late", place)
-        assert caught.value.status == 422
-        with pytest.raises(BundleError):
-            client.load_adapter("late", "/nowhere")
-        assert server.stop() == 0
-        assert client.ready() is False
+            admin.load_adapter("late", source)
+        assert caught.value.status == 422 and caught.value.remedy
 
 
-def test_a_server_that_dies_in_mid_run_and_comes_back(tiny_bundle: Path) -> None:
+def test_routes_and_feedback(admin: Client) -> None:
+    assert admin.routes() == ()
+    with pytest.raises(UnknownRouteError):
+        admin.route("done")
+    with pytest.raises(UnknownClassifierError):
+        admin.set_route("done", {"nope": 1})
+    with pytest.raises(InvalidRequestError):
+        admin.set_route("done", {"task0": -1})
+    first = admin.set_route("done", {"task0": 3, "task1": 1}, ["task2"])
+    assert first == Route(name="done", targets={"task0": 3, "task1": 1}, shadows=("task2",), revision=first.revision)
+    assert admin.route("done") == first and admin.routes() == (first,)
+    with pytest.raises(AdapterInUseError):
+        admin.unload_adapter("task0")
+    changed = admin.set_route("done", {"task0": 1})
+    assert changed.revision > first.revision and changed.shadows == ()
+    assert admin.rollback_route("done").targets == first.targets
+
+    results = admin.classify_many(((f"c{index}", text) for index, text in enumerate(TEXTS)), "done")
+    verdict = results[0]["done"]
+    assert verdict.id is not None and verdict.label is not None
+    assert admin.feedback(verdict.id, verdict.label) >= 1
+    with pytest.raises(UnknownVerdictError):
+        admin.feedback("nope", "yes")
+    with pytest.raises(InvalidRequestError):
+        admin.feedback(verdict.id, "perhaps")
+    stats = admin.route_stats("done")
+    primaries = [one for one in stats.targets if one.role == "primary" and one.target in first.targets]
+    assert sum(one.num_verdicts for one in primaries) >= len(TEXTS)
+    [judged] = [one for one in primaries if one.accuracy is not None]
+    assert judged.accuracy is not None and (judged.accuracy.num_labelled, judged.accuracy.share) == (1, 1)
+    assert judged.latency_ms is not None and judged.latency_ms.p50 <= judged.latency_ms.p99
+
+    admin.delete_route("done")
+    with pytest.raises(UnknownRouteError):
+        admin.delete_route("done")
+
+
+def test_the_command_line_for_routes(admin: Client) -> None:
+    def run(*arguments: str) -> str:
+        ran = CliRunner().invoke(app, ["routes", *arguments])
+        assert ran.exit_code == 0, ran.stderr
+        return ran.stdout
+
+    made = json.loads(run("set", "cli", "task0=90", "task1", "--shadow", "task2", "--json"))
+    assert (made["targets"], made["shadows"]) == ({"task0": 90, "task1": 1}, ["task2"])
+    assert json.loads(run("list", "--json")) == [made]
+    assert json.loads(run("show", "cli", "--json")) == made
+    assert "task0 98.9 %, task1 1.099 %" in run("list")
+    verdict = admin.classify(TEXT, "cli", conversation_id="c")["cli"]
+    assert verdict.id is not None and verdict.label is not None and verdict.adapter is not None
+    judged = json.loads(run("feedback", verdict.id, verdict.label, "--json"))
+    assert judged["verdict_id"] == verdict.id and judged["num_answers"] >= 1
+    assert "100.0% (" in run("stats", "cli")
+    assert verdict.adapter.name in [one["target"] for one in json.loads(run("stats", "cli", "--json"))["targets"]]
+    assert "revision" in run("set", "cli", "task1")
+    assert json.loads(run("rollback", "cli", "--json"))["targets"] == made["targets"]
+    run("delete", "cli")
+    gone = serving.loraplex("routes", "show", "cli")
+    assert gone.returncode == 1 and "unknown_route" in gone.stderr and "remedy" in gone.stderr
+
+
+@pytest.mark.parametrize("targets", [["task0=x"], ["=1"], ["task0=-1"], ["task0=nan"], ["task0", "task0=2"], []])
+def test_wrong_targets_are_wrong_usage(targets: list[str]) -> None:
+    ran = CliRunner().invoke(app, ["routes", "set", "cli", *targets])
+    assert ran.exit_code == 2 and "TARGET" in ran.output
+
+
+def test_a_server_that_dies_in_mid_run_and_comes_back(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "MOST_BACKOFF_S", 0.5)
     with (
         serving.serve(tiny_bundle, "--dtype", "float32") as server,
         Client(server.url, max_retries=0) as client,
@@ -144,8 +245,9 @@ def test_a_server_that_dies_in_mid_run_and_comes_back(tiny_bundle: Path) -> None
         assert caught.value.code == "unreachable" and num_read < 10_000
         results = client.classify_many(["x", "y"], on_error="return")
         assert [type(one) for one in results] == [ServerError] * 2
+        assert client.ready() is False
 
-        with Client(server.url, max_retries=20) as patient:
+        with Client(server.url, max_retries=500) as patient:
             late = pool.submit(patient.classify, TEXT)
             port = server.url.rpartition(":")[2]
             again = subprocess.Popen(
