@@ -205,9 +205,12 @@ def test_an_answer_that_fails_after_its_beginning_is_logged_and_not_begun_again(
     tiny_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sent: list[Message] = []
+    received: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
 
     async def receive() -> Message:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        if not received:
+            await asyncio.Event().wait()
+        return received.pop()
 
     async def send(message: Message) -> None:
         sent.append(message)

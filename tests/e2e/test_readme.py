@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,18 @@ def blocks(language: str) -> list[str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def server(demo_bundle: Path) -> Iterator[serving.Server]:
+    with serving.serve(demo_bundle) as server:
+        yield server
+
+
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs(code: str) -> None:
-    run = subprocess.run([sys.executable, "-c", code], cwd=serving.ROOT, capture_output=True, text=True)
+def test_python_runs(code: str, server: serving.Server) -> None:
+    environment = os.environ | {"LORAPLEX_URL": server.url}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=serving.ROOT, capture_output=True, text=True, env=environment
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("yes ")
 
@@ -48,12 +58,11 @@ def test_the_command_lines_run() -> None:
         assert "issueResolved" in run.stdout
 
 
-def test_the_quick_starts_curl_body_is_what_the_server_takes(demo_bundle: Path) -> None:
+def test_the_quick_starts_curl_body_is_what_the_server_takes(server: serving.Server) -> None:
     [command] = [block for block in blocks("console") if "curl" in block]
     curl = shlex.split(command[command.index("curl") :])
-    with serving.serve(demo_bundle) as server:
-        curl[2] = server.url + curl[2].partition(":8000")[2]
-        run = subprocess.run(curl, capture_output=True, text=True, check=True, env=os.environ)
+    curl[2] = server.url + curl[2].partition(":8000")[2]
+    run = subprocess.run(curl, capture_output=True, text=True, check=True, env=os.environ)
     assert '"issueResolved","label":"yes"' in run.stdout
     assert run.stdout.count('"label"') == 16
 

@@ -1,6 +1,5 @@
 """The commands as users run them, against the demo bundle."""
 
-import asyncio
 import json
 import shlex
 import signal
@@ -16,12 +15,9 @@ import pytest
 import serving
 import tiny
 from loraplex import Loraplex, UnknownClassifierError
-from loraplex.backends.native import NativeBackend
-from loraplex.bundle import open_bundle
 from loraplex.config import ServerConfig
 from loraplex.errors import ConfigurationError, ContractError, InvalidRequestError, NotReadyError
-from loraplex.routing.router import Router
-from loraplex.server.app import bind, serve
+from loraplex.server.process import listen
 
 # Written for this test. Each names what must be answered yes and what no.
 CONVERSATIONS = [
@@ -137,7 +133,7 @@ def test_a_base_and_named_adapters_need_no_bundle(tmp_path: Path) -> None:
         assert [verdict["classifier"] for verdict in answer["verdicts"]] == ["mine"]
 
 
-def test_what_is_wrong_is_said_before_the_port_opens(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_with_an_adapter_is_said_and_nothing_is_served(tiny_bundle: Path, tmp_path: Path) -> None:
     tiny.save_base(tmp_path, tiny.FAMILIES["qwen2"].from_dict(tiny.FAMILIES["qwen2"].to_dict() | {"hidden_size": 64}))
     run = serving.loraplex("serve", tmp_path, "--adapter", f"task0={tiny_bundle / 'task0'}", "--port", 0)
     assert run.returncode == 1
@@ -154,12 +150,9 @@ def test_a_taken_port_is_said_before_anything_is_loaded(tiny_bundle: Path) -> No
     assert "cannot be bound" in run.stderr and "loading" not in run.stderr
 
 
-def test_two_servers_that_start_at_once_do_not_share_a_port(tiny_bundle: Path) -> None:
-    config = ServerConfig(port=0)
-    with bind(config) as first, bind(ServerConfig(port=first.getsockname()[1])) as second:
-        second.listen()  # the other one was ready first
-        with pytest.raises(ConfigurationError, match="cannot be bound"):
-            asyncio.run(serve(Router(NativeBackend(open_bundle(tiny_bundle)), {}), config, first, lambda: None))
+def test_two_servers_do_not_share_a_port() -> None:
+    with listen(ServerConfig(port=0), ()) as first, pytest.raises(ConfigurationError, match="cannot be bound"):
+        listen(ServerConfig(port=first.getsockname()[1]), ())
 
 
 def test_an_ipv6_host_is_printed_as_a_url(tiny_bundle: Path) -> None:

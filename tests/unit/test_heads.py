@@ -31,6 +31,17 @@ def test_the_largest_number_draws_a_token_that_counts() -> None:
     assert drawn(1e-30, 1.0, torch.tensor([0.999])).item() == 2
 
 
+@pytest.mark.parametrize("number", [0.0, 0.9999])
+def test_numbers_that_only_a_double_holds_are_as_the_smallest_and_the_largest(number: float) -> None:
+    def read_one(temperature: float, top_p: float) -> int:
+        drawing = torch.tensor([[0.0], [temperature], [top_p], [number]], dtype=torch.float64)
+        allowed = torch.tensor([[0, 0], [1, 4]])  # likelier: token 4
+        return read(1, drawing=drawing, allowed=allowed).next_ids[0]
+
+    assert read_one(1.0, 1e-300) == read_one(1e-300, 1.0) == 4
+    assert {read_one(1e300, 1.0)} < {1, 4}
+
+
 def test_only_the_sequences_that_ask_for_it_draw() -> None:
     logits = LOGITS.repeat(3, 1)
     drawing = torch.tensor([[1.0], [1.0], [1.0], [0.9999]], dtype=torch.float64)

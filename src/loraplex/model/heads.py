@@ -65,8 +65,10 @@ def draw(
 ) -> torch.Tensor:  # [D] token ids
     """The token at which the cumulative distribution, likeliest first, passes `number`; only the smallest set of
     likeliest tokens that reaches `top_p` counts."""
+    temperature = temperature.clamp(1e-30, 1e30)  # what a double holds may be 0 or infinite here
     probs, ids = (logits / temperature[:, None]).softmax(dim=-1).sort(dim=-1, descending=True)
     cumulative = probs.cumsum(dim=-1)
+    top_p = top_p.clamp(min=torch.finfo(top_p.dtype).tiny)
     probs = probs.where(cumulative - probs < top_p[:, None], 0.0)
     cumulative = probs.cumsum(dim=-1)
     place = (cumulative <= number[:, None] * cumulative[:, -1:]).sum(dim=-1)

@@ -25,7 +25,7 @@ from loraplex.server.schemas import error_json
 logger = logging.getLogger(__name__)
 router = APIRouter(tags=["openai"])
 
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}  # besides JSON, where `stream` is asked for
+EVENTS: dict[str, Any] = {"text/event-stream": {}}  # besides JSON, where `stream` is asked for
 
 
 def resolve_model(request: Request, name: str, conversation_id: str | None) -> str | None:
