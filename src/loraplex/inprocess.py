@@ -12,7 +12,15 @@ from loraplex.bundle import open_bundle
 from loraplex.config import EngineConfig, RouteSettings, resolve
 from loraplex.errors import NotReadyError
 from loraplex.routing.router import Router
-from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Input, classifier_names, conversation_of
+from loraplex.types import (
+    AdapterInfo,
+    ClassifyRequest,
+    ClassifyResult,
+    Input,
+    Message,
+    classifier_names,
+    conversation_of,
+)
 
 Result = TypeVar("Result")
 
@@ -73,9 +81,11 @@ class Loraplex:
             )
         )
 
-    def generate(self, prompt: str, adapter: str | None = None, **sampling: Any) -> GenerateResult:
-        """The tokens that follow `prompt`, which is taken verbatim, under an adapter or the bare base. `sampling`: the
-        other fields of GenerateRequest: max_tokens, temperature, top_p, seed, deadline_ms."""
+    def generate(
+        self, prompt: str | tuple[int, ...] | tuple[Message, ...], adapter: str | None = None, **sampling: Any
+    ) -> GenerateResult:
+        """The tokens that follow `prompt` under an adapter or the bare base. `sampling`: the other fields of
+        GenerateRequest, such as max_tokens, temperature, top_p, seed, stop, num_top, deadline_ms."""
         return self._call(self.backend.generate(GenerateRequest(prompt=prompt, adapter=adapter, **sampling)))
 
     def adapters(self) -> tuple[AdapterInfo, ...]:

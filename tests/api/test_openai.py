@@ -107,6 +107,9 @@ def test_a_classification_script_written_for_vllm(client: OpenAI, http: httpx.Cl
 def test_every_model_that_is_listed_answers(client: OpenAI) -> None:
     names = [model.id for model in client.models.list()]
     assert names == ["bundle", "task0", "verbatim"]
+    assert [client.models.retrieve(name).id for name in names] == names
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nope")
     answers = {
         name: client.completions.create(model=name, prompt=PROMPT, max_tokens=8, temperature=0) for name in names
     }

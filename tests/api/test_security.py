@@ -93,9 +93,10 @@ def test_infer_infers_and_admin_does_everything(http: httpx.Client) -> None:
     for path in ("/v1/adapters", "/v1/adapters/task0", "/v1/routes", "/v1/routes/task0/stats", "/nowhere"):
         assert_refused(http.get(path, headers=bearer(INFER_KEY)), 403, "forbidden")
         assert http.get(path, headers=bearer(ADMIN_KEY)).status_code == (404 if path == "/nowhere" else 200)
+    assert_refused(http.get("/v1/models/x/y", headers=bearer(INFER_KEY)), 403, "forbidden")
     assert_refused(http.delete("/v1/adapters/task0", headers=bearer(INFER_KEY)), 403, "forbidden")
     assert_refused(http.put("/v1/models", headers=bearer(INFER_KEY)), 403, "forbidden")
-    for path in ("/v1/models", "/docs", "/redoc", "/openapi.json"):
+    for path in ("/v1/models", "/v1/models/task0", "/docs", "/redoc", "/openapi.json"):
         assert http.get(path, headers=bearer(INFER_KEY)).status_code == 200
 
 

@@ -33,7 +33,11 @@ def server(demo_bundle: Path) -> Iterator[serving.Server]:
 def test_python_runs(code: str, server: serving.Server) -> None:
     environment = os.environ | {"LORAPLEX_URL": server.url}
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=serving.ROOT, capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code.replace("http://127.0.0.1:8000", server.url)],
+        cwd=serving.ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("yes ")

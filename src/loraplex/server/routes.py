@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 
 from loraplex.backends.base import Backend
-from loraplex.errors import CancelledError, LoraplexError, NotReadyError
+from loraplex.errors import CancelledError, LoraplexError, NotReadyError, UnknownClassifierError
 from loraplex.metrics import Metrics
 from loraplex.routing.batch import classify_batch
 from loraplex.routing.router import Router
@@ -101,6 +101,16 @@ async def models(request: Request) -> ModelList:
     names = (*(route.name for route in router_of(request).routes()), *(info.name for info in backend.adapters()))
     cards = [ModelCard(id=name, created=created, parent=backend.base_name) for name in dict.fromkeys(names)]
     return ModelList(data=[ModelCard(id=backend.base_name, created=created), *cards])
+
+
+@router.get("/v1/models/{name}", tags=["adapters"], responses=errors(_404="no such model"))
+async def model(request: Request, name: str) -> ModelCard:
+    backend, created = backend_of(request), request.app.state.created
+    if router_of(request).knows(name):
+        return ModelCard(id=name, created=created, parent=backend.base_name)
+    if name == backend.base_name:
+        return ModelCard(id=name, created=created)
+    raise UnknownClassifierError(name, list(backend.names()))
 
 
 @router.get("/metrics", tags=["health"], response_model=None, responses={200: {"content": {"text/plain": {}}}})
