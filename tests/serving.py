@@ -39,9 +39,9 @@ def _command(*arguments: object) -> list[str]:
 
 
 @contextmanager
-def serve(*arguments: object, log: Path | None = None, **environment: str) -> Iterator[Server]:
+def serve(*arguments: object, log: str = "", **environment: str) -> Iterator[Server]:
     """`loraplex serve …` on a free port, from the line that it prints when ready. log: where standard error goes."""
-    with open(log, "w") if log is not None else nullcontext() as stderr:
+    with open(log, "w") if log else nullcontext() as stderr:
         process = subprocess.Popen(
             _command("serve", *arguments, "--port", 0),
             stdout=subprocess.PIPE,

@@ -34,7 +34,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def http(tiny_bundle: Path, log: Path) -> Iterator[httpx.Client]:
     environment = {"LORAPLEX_API_KEYS": f"ci:infer:{KEY} ops:admin:{KEY}-too", "LORAPLEX_LOG_FORMAT": "json"}
-    with serving.serve(tiny_bundle, "--dtype", "float32", log=log, **environment) as server:
+    with serving.serve(tiny_bundle, "--dtype", "float32", log=str(log), **environment) as server:
         with serving.client(server) as client:
             client.headers["X-API-Key"] = KEY
             yield client
@@ -132,11 +132,9 @@ def test_a_sane_request_id_comes_back_whatever_the_answer(http: httpx.Client, lo
     assert response.headers["X-Request-ID"] == request_id and access(log, response)["status"] == status
 
 
-@pytest.mark.parametrize(
-    "request_id", ["", "x" * 129, "with space", "tab\there", "ümlaut".encode("latin1"), "a" * 8000]
-)
-def test_another_is_replaced(http: httpx.Client, log: Path, request_id: str | bytes) -> None:
-    response = http.get("/v1/models", headers={"X-Request-ID": request_id})  # type: ignore[dict-item]
+@pytest.mark.parametrize("request_id", [b"", b"x" * 129, b"with space", b"tab\there", b"\xfcmlaut", b"a" * 8000])
+def test_another_is_replaced(http: httpx.Client, log: Path, request_id: bytes) -> None:
+    response = http.get("/v1/models", headers=[(b"X-Request-ID", request_id)])
     assert len(response.headers["X-Request-ID"]) == 32 and access(log, response)["status"] == 200
 
 
@@ -145,7 +143,7 @@ def test_another_is_replaced(http: httpx.Client, log: Path, request_id: str | by
 
 def test_text_is_the_default_and_inputs_are_logged_when_asked_for(tiny_bundle: Path, tmp_path: Path) -> None:
     log = tmp_path / "stderr"
-    with serving.serve(tiny_bundle, "--dtype", "float32", "--log-inputs", log=log) as server:
+    with serving.serve(tiny_bundle, "--dtype", "float32", "--log-inputs", log=str(log)) as server:
         with serving.client(server) as http:
             http.headers["X-Request-ID"] = "mine"
             http.post("/v1/classify", json={"input": SAID, "classifiers": "nope"})

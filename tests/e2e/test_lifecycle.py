@@ -51,6 +51,10 @@ def run_or_die(self, step):
     return run(self, step)
 ModelRunner.run = run_or_die
 """
+SHORT_CLOSE = """
+from loraplex.server import process
+process.CLOSE_S = 0.5
+"""
 HUNG_AND_FAILED = """
 import threading
 from loraplex.backends.native import NativeBackend
@@ -243,7 +247,7 @@ def test_sigterm_lets_requests_finish_and_takes_no_more(tiny_bundle: Path, tmp_p
 
 def test_when_the_time_to_drain_is_over_what_waits_is_told_so(tiny_bundle: Path, tmp_path: Path) -> None:
     with (
-        serve_ready(tiny_bundle, tmp_path, SLOW_STEP, "--drain-timeout", 1) as process,
+        serve_ready(tiny_bundle, tmp_path, SLOW_STEP + SHORT_CLOSE, "--drain-timeout", 1) as process,
         process.upload() as upload,
         ThreadPoolExecutor() as pool,
     ):

@@ -3,6 +3,7 @@
 import math
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import NormalDist
@@ -78,15 +79,15 @@ class VerdictLog:
         """path: a SQLite file; None forgets all with the process. Of more than `max_verdicts` the oldest go."""
         self._database = Database(path, format=FORMAT, schema=SCHEMA)
         self._max_verdicts = max_verdicts
-        self._added: list[LoggedVerdict] = []
+        self._added: deque[LoggedVerdict] = deque()  # which one thread may fill while another empties it
         self._flushing = threading.Lock()
 
     def add(self, verdicts: Iterable[LoggedVerdict]) -> None:
-        self._added += verdicts
+        self._added.extend(verdicts)
 
     def flush(self) -> None:
         with self._flushing:
-            added, self._added = self._added, []
+            added = [self._added.popleft() for _ in range(len(self._added))]
             if not added:
                 return
             with self._database.transaction() as database:
