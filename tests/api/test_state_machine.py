@@ -1,6 +1,6 @@
 """Random histories of load, replace, unload, route and classify over HTTP, against a model of what must be there."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def http(tiny_bundle: Path) -> Iterator[httpx.Client]:
         yield client
 
 
-def machine(http: httpx.Client, folder: Path) -> Callable[[], RuleBasedStateMachine]:
+def machine(http: httpx.Client, folder: Path) -> type[RuleBasedStateMachine]:
     def classify(*names: str, **body: Any) -> httpx.Response:
         return http.post("/v1/classify", json={"input": TEXT, "classifiers": names, **body})
 

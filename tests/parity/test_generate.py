@@ -88,6 +88,7 @@ def test_greedy_equals_peft(loraplex: Loraplex, expected: Answers) -> None:
         GenerateRequest(prompt=prompt, adapter=name, max_tokens=NUM_TOKENS) for name in ADAPTERS for prompt in PROMPTS
     ]
     for request, result in zip(requests, generate_all(loraplex, *requests), strict=True):
+        assert isinstance(request.prompt, str)
         tokens = expected[request.adapter, request.prompt]
         assert [token.id for token in result.tokens] == [token_id for token_id, _ in tokens]
         assert [t.log_prob for t in result.tokens] == pytest.approx([log_prob for _, log_prob in tokens], abs=1e-3)
