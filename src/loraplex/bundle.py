@@ -32,6 +32,11 @@ class Bundle:
     adapters: tuple[AdapterSource, ...]
     settings: BundleSettings = field(default_factory=BundleSettings)
 
+    @property
+    def base_name(self) -> str:
+        """By which the base is asked."""
+        return self.base.resolve().name
+
 
 def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = None) -> Bundle:
     """Read the bundle at `path`: the base at its root (or where `loraplex.yaml` says), every folder below it with an
@@ -51,7 +56,14 @@ def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = No
                 remedy="rename one of the folders",
             )
         sources[name] = open_adapter(name, folder)
-    return Bundle(base=base, root=root if root.is_dir() else None, adapters=tuple(sources.values()), settings=settings)
+    bundle = Bundle(
+        base=base, root=root if root.is_dir() else None, adapters=tuple(sources.values()), settings=settings
+    )
+    if bundle.base_name in sources:
+        raise BundleError(
+            sources[bundle.base_name].path, f"{bundle.base_name!r} is the base's name, too", remedy="rename one of them"
+        )
+    return bundle
 
 
 def check_name(name: str, source: object = "adapter") -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from loraplex.errors import BundleError
 
+TIMEOUT_S = 10.0  # that another process may hold the file
+
 
 class Database:
     """Each transaction is on disk when it ends. Any thread may call, and raises BundleError where the file cannot be
@@ -38,7 +40,7 @@ class Database:
                     return
                 assert self._path is not None
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                with closing(sqlite3.connect(self._path, timeout=10)) as database, database:
+                with closing(sqlite3.connect(self._path, timeout=TIMEOUT_S)) as database, database:
                     database.execute("PRAGMA synchronous = EXTRA")  # FULL may lose the last change when the power fails
                     yield database
         except (OSError, sqlite3.Error) as exc:

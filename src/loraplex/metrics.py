@@ -3,14 +3,17 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from loraplex.errors import CancelledError
 from loraplex.types import ClassifyResult, Stats, Timings, Usage
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 UNKNOWN = "(unknown)"
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # which would double the series
 
 
 class Metrics:
@@ -22,31 +25,34 @@ class Metrics:
         """is_known: whether a name is a classifier's or a route's."""
         self._stats, self._is_known = stats, is_known
         self._registry = CollectorRegistry()
-        self._requests = Counter(
+        self._verdicts = self._counter(
             "loraplex_classifications",
             "Verdicts by classifier or route, adapter that answered, and outcome: ok, abstained, or an error's code",
             ["classifier", "adapter", "outcome"],
-            registry=self._registry,
         )
-        self._labels = Counter(
+        self._labels = self._counter(
             "loraplex_labels",
             "Verdicts by classifier or route, adapter and label; is_positive: the contract's first label",
             ["classifier", "adapter", "label", "is_positive"],
-            registry=self._registry,
+        )
+        self._completions = self._counter(
+            "loraplex_completions",
+            "Texts by the model that was asked, the adapter that answered (empty: the base), and outcome",
+            ["model", "adapter", "outcome"],
         )
         self._failures = Counter(
             "loraplex_request_failures", "Requests that were answered by an error", ["code"], registry=self._registry
         )
-        self._seconds = Histogram(
+        seconds = Histogram(
             "loraplex_request_seconds",
             "Where a request's time went: tokenize, queue, compute, total",
             ["phase"],
             buckets=SECONDS,
             registry=self._registry,
         )
-        self._tokens = Counter(
-            "loraplex_tokens", "Prompt tokens: computed, or cached", ["kind"], registry=self._registry
-        )
+        self._phases = {phase: seconds.labels(phase) for phase in ("tokenize", "queue", "compute", "total")}
+        tokens = Counter("loraplex_tokens", "Prompt tokens: computed, or cached", ["kind"], registry=self._registry)
+        self._computed_tokens, self._cached_tokens = tokens.labels("computed"), tokens.labels("cached")
         self._registry.register(_StatsCollector(stats, num_shadows_shed))
 
     def observe(self, result: ClassifyResult) -> None:
@@ -55,35 +61,65 @@ class Metrics:
             name = self._known(verdict.classifier)
             adapter = "" if verdict.adapter is None else verdict.adapter.name
             outcome = verdict.error.code if verdict.error is not None else "abstained" if verdict.abstained else "ok"
-            self._requests.labels(name, adapter, outcome).inc()
+            self._verdicts.inc(name, adapter, outcome)
             if verdict.label is not None and verdict.scores:  # the labels of a contract are few
                 is_positive = verdict.label == next(iter(verdict.scores))
-                self._labels.labels(name, adapter, verdict.label, str(is_positive).lower()).inc()
+                self._labels.inc(name, adapter, verdict.label, str(is_positive).lower())
         self.observe_work(result.usage, result.timings)
 
     def observe_work(self, usage: Usage, timings: Timings) -> None:
-        self._tokens.labels("computed").inc(usage.computed_tokens)
-        self._tokens.labels("cached").inc(usage.cached_tokens)
-        for phase in ("tokenize", "queue", "compute", "total"):
-            self._seconds.labels(phase).observe(getattr(timings, f"{phase}_ms") / 1000)
+        self._computed_tokens.inc(usage.computed_tokens)
+        self._cached_tokens.inc(usage.cached_tokens)
+        for phase, seconds in self._phases.items():
+            seconds.observe(getattr(timings, f"{phase}_ms") / 1000)
 
     def fail(self, code: str) -> None:
-        """A request that was answered by an error."""
-        self._failures.labels(code).inc()
+        """A request that was answered by an error. That a client left is none."""
+        if code != CancelledError.code:
+            self._failures.labels(code).inc()
 
     def observe_failure(self, names: Iterable[str], code: str) -> None:
         """The classifiers that such a request named."""
         for name in names:
-            self._requests.labels(self._known(name), "", code).inc()
+            self._verdicts.inc(self._known(name), "", code)
+
+    def observe_completion(self, model: str, adapter: str | None, outcome: str) -> None:
+        """A text that was generated, or an error's code."""
+        self._completions.inc(self._known(model), adapter or "", outcome)
 
     def _known(self, name: str) -> str:
         return name if self._is_known(name) else UNKNOWN
 
     def render(self) -> bytes:
-        """In Prometheus' text format. Adapters that nobody has asked count 0, instead of being absent."""
+        """In Prometheus' text format. Adapters that nobody has asked count 0, instead of being absent; those that are
+        gone are absent, or names that come and go would add up for ever."""
+        for counter in (self._verdicts, self._labels, self._completions):
+            counter.forget(lambda name: name not in ("", UNKNOWN) and not self._is_known(name))
         for name in self._stats().adapters:
-            self._requests.labels(name, name, "ok")
+            self._verdicts.inc(name, name, "ok", by=0)
         return generate_latest(self._registry)
+
+    def _counter(self, name: str, what: str, labels: list[str]) -> "_NamedCounter":
+        return _NamedCounter(Counter(name, what, labels, registry=self._registry))
+
+
+class _NamedCounter:
+    """A counter whose first two labels are names."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._children: dict[tuple[str, ...], Counter] = {}  # which are slow to look up in the counter
+
+    def inc(self, *labels: str, by: int = 1) -> None:
+        child = self._children.get(labels)
+        if child is None:
+            child = self._children[labels] = self._counter.labels(*labels)
+        child.inc(by)
+
+    def forget(self, is_gone: Callable[[str], bool]) -> None:
+        for labels in [labels for labels in self._children if any(map(is_gone, labels[:2]))]:
+            del self._children[labels]
+            self._counter.remove(*labels)
 
 
 class _StatsCollector(Collector):
@@ -93,8 +129,8 @@ class _StatsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
-        yield gauge("loraplex_sequences_waiting", "Accepted, and not running yet", stats.num_waiting)
-        yield gauge("loraplex_sequences_running", "Sequences in the step that runs now", stats.num_running)
+        yield gauge("loraplex_sequences_waiting", "Evaluations accepted that do not run yet", stats.num_waiting)
+        yield gauge("loraplex_sequences_running", "Evaluations in the step that runs now", stats.num_running)
         yield gauge("loraplex_kv_blocks", "Blocks of K/V", stats.num_blocks)
         yield gauge("loraplex_kv_blocks_free", "Blocks that are free or could be evicted", stats.num_available_blocks)
         yield gauge("loraplex_adapters_on_device", "Adapters in slots", stats.num_slots)

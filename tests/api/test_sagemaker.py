@@ -44,6 +44,13 @@ def test_the_articles_client(runtime: Any, http: httpx.Client) -> None:
     assert answer == http.post("/invocations", json=body).json()[0]
 
 
+def test_the_content_type_may_be_left_out(runtime: Any, http: httpx.Client) -> None:
+    body = json.dumps({"input_text": TEXT, "adapter_name": "task1"}).encode()
+    response = runtime.invoke_endpoint(EndpointName="production", Body=body)
+    assert json.loads(response["Body"].read()) == invoke(runtime, json.loads(body))
+    assert http.post("/invocations", content=body).json() == invoke(runtime, json.loads(body))
+
+
 def test_the_native_body(runtime: Any) -> None:
     answer = invoke(runtime, {"input": TEXT, "classifiers": ["task0", "nope"]})
     assert [verdict["classifier"] for verdict in answer["verdicts"]] == ["task0", "nope"]

@@ -61,6 +61,6 @@ def test_a_trace_shows_where_and_no_message() -> None:
     try:
         fail()
     except ExceptionGroup as exc:
-        trace = answers._trace(exc)
+        trace = answers.trace(exc)
     assert "in fail" in trace and said not in trace
     assert [line for line in trace.splitlines() if line[0] != " "] == ["KeyError", "ValueError", "ExceptionGroup"]

@@ -1,8 +1,10 @@
 """Routes, shadows and the verdict log, around a backend whose answers each test sets."""
 
 import asyncio
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,11 +14,13 @@ import pytest
 from loraplex.backends.base import Backend
 from loraplex.config import RouteSettings
 from loraplex.errors import (
+    AdapterInUseError,
     BundleError,
     EngineError,
     InvalidRequestError,
     LoraplexError,
     NoRevisionError,
+    QueueFullError,
     RefusedError,
     UnknownClassifierError,
     UnknownRouteError,
@@ -59,6 +63,10 @@ class FakeBackend:
 
     async def close(self) -> None:
         self.is_running = False
+
+    async def unload_adapter(self, name: str) -> None:
+        del self.labels[name]
+        await asyncio.sleep(0.002)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self.labels)
@@ -155,6 +163,8 @@ def test_without_an_id_targets_are_drawn_by_weight_and_none_of_weight_zero() -> 
     drawn = Counter(choose(route(a=3, b=1, c=0), None) for _ in range(4000))
     assert 0.70 < drawn["a"] / 4000 < 0.80 and "c" not in drawn
     assert choose(route(a=0, b=1), "x") == "b"
+    tiny = Counter(choose(route(a=1e-320, b=1e-320), f"{i}") for i in range(100))
+    assert min(tiny["a"], tiny["b"]) > 20
 
 
 # ------------------------------------------------------------------------------------------------- resolving
@@ -250,6 +260,45 @@ def test_a_rollback_undoes_the_last_change_and_a_deletion_too() -> None:
     assert store.routes() == {}
     assert store.rollback("r") == first
     assert store.put("r", to(B)).revision > second.revision, "a revision names one thing only"
+
+
+def test_nothing_that_a_client_does_leaves_a_route_that_leads_nowhere() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        await router.set_route("r", to(A))
+        await router.set_route("r", to(B))
+        for name in (B, C):
+            with pytest.raises(AdapterInUseError) if name == B else nullcontext():
+                await router.unload_adapter(name)
+        await router.unload_adapter(A)
+        with pytest.raises(RefusedError, match="'a'"):
+            await router.rollback_route("r")
+        assert router.route("r").targets == {B: 1}
+
+        async def outcome(work: Coroutine[Any, Any, Any]) -> type[BaseException] | None:
+            try:
+                await work
+            except LoraplexError as exc:
+                return type(exc)
+            return None
+
+        for i in range(20):
+            backend.labels["x"] = "yes"
+            works = [router.set_route("s", to("x")), router.unload_adapter("x")]
+            outcomes = await asyncio.gather(*(outcome(work) for work in works[:: 1 if i % 2 else -1]))
+            assert len([one for one in outcomes if one is None]) == 1, outcomes
+            assert "s" not in [one.name for one in router.routes()] or backend.knows("x")
+            if "s" in [one.name for one in router.routes()]:
+                await router.delete_route("s")
+
+    routed({A: "yes", B: "no", C: "no"}, {}, use)
+
+
+def test_changes_at_once_are_all_in_effect() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        await asyncio.gather(*(router.set_route(f"r{i}", to(A)) for i in range(20)))
+        assert {one.name for one in router.routes()} == {f"r{i}" for i in range(20)}
+
+    routed({A: "yes"}, {}, use)
 
 
 def test_routes_outlive_the_process_and_the_file_has_its_say_only_where_it_changed(tmp_path: Path) -> None:
@@ -379,6 +428,20 @@ def test_only_the_newest_are_kept_and_they_outlive_the_process(tmp_path: Path) -
         again.set_truth("14", "no")
 
 
+def test_what_could_not_be_written_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraplex.database.TIMEOUT_S", 0.01)
+    path = tmp_path / "verdicts.sqlite"
+    log = VerdictLog(path, max_verdicts=10)
+    log.add(verdict(str(i)) for i in range(4))
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(BundleError):
+            log.flush()
+        log.add(verdict(str(i)) for i in range(4, 14))
+    assert log.stats("r").targets[0].num_verdicts == 10
+    assert log.targets_of("13") == (A,)
+
+
 def test_feedback_through_the_router_knows_the_labels() -> None:
     async def use(router: Router, backend: FakeBackend) -> None:
         result = await router.classify(ask(A, B))
@@ -432,6 +495,31 @@ def test_a_batch_answers_in_order_and_a_failure_stands_in_its_place() -> None:
             await classify_batch(router, [ask(B), ask(B)])
 
     routed({A: "yes", B: EngineError("broken", remedy="none")}, {}, use)
+
+
+def test_a_batch_paces_itself_and_is_shed_by_others_load_only() -> None:
+    async def use(router: Router, backend: FakeBackend) -> None:
+        num_running = 0
+        most = 3
+
+        async def before() -> None:
+            nonlocal num_running
+            if num_running >= most:
+                raise QueueFullError("full", remedy="wait")
+            num_running += 1
+            await asyncio.sleep(0.001)
+            num_running -= 1
+
+        backend.before = before
+        batch = await classify_batch(router, [ask(A) for _ in range(50)])
+        assert all(isinstance(one, ClassifyResult) for one in batch.results)
+        assert len(backend.asked) < 50 * MAX_CONCURRENT, "it asks again when there is room, and not all the time"
+        assert (await router.stats(A)).targets[0].num_errors == 0
+        most = 0
+        with pytest.raises(QueueFullError):
+            await classify_batch(router, [ask(A) for _ in range(50)])
+
+    routed({A: "yes"}, {}, use)
 
 
 def test_a_batchs_deadline_counts_from_the_call() -> None:

@@ -57,6 +57,11 @@ class Entry(Generic[Version]):
         return self.is_registered or self.loaded is not None or is_busy
 
     @property
+    def is_asked(self) -> bool:
+        """Whether requests find it."""
+        return not self.is_leaving and (self.loaded is not None or self.is_registered)
+
+    @property
     def state(self) -> State:
         if self.is_leaving:
             return "draining"
@@ -93,7 +98,9 @@ class AdapterStore(Generic[Version]):
         return tuple(self._entries.values())
 
     def knows(self, name: str) -> bool:
-        return name in self._entries
+        """Whether it can be asked: not one that is being unloaded, or loaded for the first time."""
+        entry = self._entries.get(name)
+        return entry is not None and entry.is_asked
 
     def entry(self, name: str) -> Entry[Version]:
         self._check_open()

@@ -146,7 +146,7 @@ class Backend(Protocol):
         ...
 
     def knows(self, name: str) -> bool:
-        """Whether there is an adapter of that name, in any state."""
+        """Whether there is an adapter of that name that can be asked."""
         ...
 
     async def load_adapter(

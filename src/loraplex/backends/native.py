@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 import uuid
@@ -21,6 +22,7 @@ from loraplex.backends.completion import Completion
 from loraplex.backends.proof import prove
 from loraplex.backends.question import Question, render
 from loraplex.backends.registry import BUNDLE, AdapterRegistry, preloaded
+from loraplex.backends.tokenizing import TokenizerThreads
 from loraplex.bundle import AdapterSource, Bundle
 from loraplex.classifier import valid_unicode
 from loraplex.config import EngineConfig, resolve
@@ -49,7 +51,7 @@ from loraplex.model.loader import (
     stop_token_ids,
 )
 from loraplex.model.machine import budget_bytes, choose_threads, give_back
-from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Stats, Timings, Usage
+from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Message, Stats, Timings, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -70,18 +72,21 @@ class NativeBackend:
         self._runner: ModelRunner | None = None
         self._engine: Engine | None = None
         self._max_model_len = 0
+        self._threads = TokenizerThreads()
         self._num_accepted = 0  # evaluations that are not answered yet
         self._stop_ids: frozenset[int] = frozenset()
 
     @property
     def base_name(self) -> str:
-        return self._bundle.base.resolve().name
+        return self._bundle.base_name
 
     @property
     def alive(self) -> bool:
         return self._engine is not None and self._engine.alive
 
     async def start(self) -> None:
+        if self._state is not None:
+            self._state.acquire()
         preload = preloaded(self._config.preload, self._bundle, self._state)
         await asyncio.to_thread(self._load)
         try:
@@ -91,6 +96,7 @@ class NativeBackend:
             raise
 
     async def close(self) -> None:
+        self._threads.close()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
         if self._store is not None:
@@ -114,10 +120,7 @@ class NativeBackend:
         return max(self._engine.num_waiting, self._num_accepted - self._engine.num_running)
 
     def names(self) -> tuple[str, ...]:
-        entries = self._ready_store().entries()
-        return tuple(
-            one.name for one in entries if not one.is_leaving and (one.loaded is not None or one.is_registered)
-        )
+        return tuple(one.name for one in self._ready_store().entries() if one.is_asked)
 
     def knows(self, name: str) -> bool:
         return self._store is not None and self._store.knows(name)
@@ -293,7 +296,12 @@ class NativeBackend:
         try:
             for question, lease in leased:
                 question.loaded, question.slot = lease.version, lease.slot
-            await asyncio.to_thread(ask)
+            await self._threads.run(ask, num_chars(request.input), deadline_s)
+        except LoraplexError as exc:  # late, or too much waits
+            release()
+            for question in questions:
+                question.error = exc
+            return time.monotonic()
         except BaseException:
             release()
             raise
@@ -332,7 +340,8 @@ class NativeBackend:
         loaded, slot = (None, NO_ADAPTER) if lease is None else (lease.version, lease.slot)
         release: Callable[[], None] = lease.release if lease is not None else lambda: None
         try:
-            sequence = await asyncio.to_thread(completion.make_sequence, loaded, slot)
+            make = functools.partial(completion.make_sequence, loaded, slot)
+            sequence = await self._threads.run(make, num_chars(request.prompt), deadline_s)
         except BaseException:
             release()
             raise
@@ -399,8 +408,14 @@ class NativeBackend:
         except BaseException:
             release()
             raise
-        # A caller that leaves cancels this await, and with it the future, which the scheduler sees.
-        return await asyncio.wrap_future(request.future)
+        # A caller that leaves, or is late, cancels this await, and with it the future, which the scheduler sees.
+        try:
+            async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
+                return await asyncio.wrap_future(request.future)
+        except TimeoutError:
+            return request.outcomes(
+                DeadlineExceededError("not computed before the deadline", remedy="allow more time or send less at once")
+            )
 
     # ------------------------------------------------------------------------------------------- loading
 
@@ -441,6 +456,11 @@ class NativeBackend:
         self._engine = Engine(runner, scheduler)
         self._engine.start()
         logger.info("%s in %s on %s, %d adapters", self.base_name, runner.model.dtype, device, len(bundle.adapters))
+
+
+def num_chars(text: str | Seq[int] | Seq[Message] | Seq[int | Message]) -> int:
+    """About how much there is to tokenize."""
+    return len(text) + sum(len(one.content) for one in text if isinstance(one, Message))
 
 
 def _deadline(started: float, deadline_ms: float | None) -> float | None:

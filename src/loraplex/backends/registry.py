@@ -14,7 +14,7 @@ from loraplex.adapters.store import AdapterStore, Entry
 from loraplex.backends.classifiers import LoadedClassifier
 from loraplex.bundle import AdapterSource, Bundle, check_name, open_adapter
 from loraplex.config import EngineConfig
-from loraplex.errors import ConfigurationError, LoraplexError, StateError
+from loraplex.errors import ConfigurationError, InvalidRequestError, LoraplexError, StateError
 from loraplex.types import AdapterInfo, ErrorInfo
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class AdapterRegistry:
 
     async def load(self, name: str, source: str, pin: bool | None, replace: bool) -> AdapterInfo:
         check_name(name)
+        if name == self._bundle.base_name:
+            raise InvalidRequestError(f"{name!r} is the base's name", remedy="choose another for the adapter")
         resolved = await self._resolve(source, _progress(name))
         opened = await asyncio.to_thread(open_adapter, name, resolved.path)
         entry = await self._store.load(opened, pin=pin, replace=replace)
@@ -67,8 +69,6 @@ class AdapterRegistry:
         start; one that was loaded at run time does not: its entry says what is wrong."""
         bundled = {source.name: source for source in self._bundle.adapters}
         remembered = {} if self._state is None else {one.name: one for one in self._state.remembered()}
-        if self._state is not None:
-            self._state.acquire()
         its_own: set[str] = set()
         for name in {**bundled, **remembered}:
             one = remembered.get(name)

@@ -27,6 +27,7 @@ class Call(Generic[Answer]):
 
     answer:       the type of its JSON.
     is_safe:      it changes nothing, so it may be sent again although it may have been carried out.
+    is_once:      sent again only where it did not get there: done twice it would be something else.
     is_slow:      loads or drains, and so takes as long as it takes.
     is_probe:     asked once and briefly: "no" is an answer.
     deadline_ms:  for all attempts together.
@@ -37,6 +38,7 @@ class Call(Generic[Answer]):
     answer: type[Answer]
     body: Mapping[str, Any] | None = None
     is_safe: bool = False
+    is_once: bool = False
     is_slow: bool = False
     is_probe: bool = False
     deadline_ms: float | None = None
@@ -138,7 +140,7 @@ def delete_route(name: str) -> Call[Done]:
 
 
 def rollback_route(name: str) -> Call[Route]:
-    return Call(method="POST", path=_path("routes", name, "rollback"), answer=Route)
+    return Call(method="POST", path=_path("routes", name, "rollback"), answer=Route, is_once=True)
 
 
 def route_stats(name: str) -> Call[RouteStats]:

@@ -154,7 +154,8 @@ class Exchange(Generic[Answer]):
 
     def _may_be_repeated(self, outcome: Outcome) -> bool:
         if isinstance(outcome, httpx.Response):
-            return outcome.status_code in REFUSED or (self._call.is_safe and outcome.status_code == 502)
+            refused = outcome.status_code in REFUSED and not self._call.is_once
+            return refused or (self._call.is_safe and outcome.status_code == 502)
         return isinstance(outcome, NOT_SENT) or (self._call.is_safe and isinstance(outcome, NO_ANSWER))
 
     def _no_answer(self, exc: httpx.HTTPError) -> LoraplexError:

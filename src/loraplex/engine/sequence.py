@@ -177,6 +177,11 @@ class EngineRequest:
     def cancelled(self) -> bool:
         return self.future.cancelled()
 
+    def outcomes(self, error: LoraplexError) -> list[Outcome]:
+        """Those that there are, and `error` for the rest, which the engine may still be busy with."""
+        with self._lock:
+            return [error if outcome is None else outcome for outcome in self._outcomes]
+
     def resolve(self, sequence: Sequence, outcome: Outcome) -> None:
         """Record one outcome; the first counts. The last one open resolves the future."""
         with self._lock:

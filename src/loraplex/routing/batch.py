@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
-from loraplex.errors import DeadlineExceededError, LoraplexError
+from loraplex.errors import DeadlineExceededError, LoraplexError, QueueFullError
 from loraplex.routing.router import Router
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, ErrorInfo, Failure, Timings, Usage
 
@@ -17,20 +17,34 @@ async def classify_batch(router: Router, requests: Seq[ClassifyRequest]) -> Batc
     one's error is raised."""
     started = time.monotonic()
     turns = asyncio.Semaphore(MAX_CONCURRENT)
+    num_running, ended = 0, asyncio.Event()
+
+    def in_time(request: ClassifyRequest) -> ClassifyRequest:
+        if request.deadline_ms is None:
+            return request
+        left_ms = request.deadline_ms - (time.monotonic() - started) * 1000
+        if left_ms <= 0:
+            raise DeadlineExceededError(
+                "not computed before the deadline", remedy="allow more time or send less at once"
+            )
+        return replace(request, deadline_ms=left_ms)
 
     async def ask(request: ClassifyRequest) -> ClassifyResult | LoraplexError:
+        nonlocal num_running
         async with turns:
-            try:
-                if request.deadline_ms is not None:
-                    left_ms = request.deadline_ms - (time.monotonic() - started) * 1000
-                    if left_ms <= 0:
-                        raise DeadlineExceededError(
-                            "not computed before the deadline", remedy="allow more time or send less at once"
-                        )
-                    request = replace(request, deadline_ms=left_ms)
-                return await router.classify(request)
-            except LoraplexError as exc:
-                return exc
+            while True:
+                num_running += 1
+                try:
+                    outcome: ClassifyResult | LoraplexError = await router.classify(in_time(request))
+                except LoraplexError as exc:
+                    outcome = exc
+                finally:
+                    num_running -= 1
+                if not isinstance(outcome, QueueFullError) or not num_running:
+                    ended.set()
+                    return outcome
+                ended.clear()  # full of this call's own: once more when one of them has made room
+                await ended.wait()
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(ask(request)) for request in requests]

@@ -20,7 +20,9 @@ SCHEMA = (
         is_undone INTEGER NOT NULL DEFAULT 0
     ) STRICT
     """,
+    "CREATE INDEX IF NOT EXISTS by_name ON revisions (name, is_undone, revision)",
 )
+MAX_REVISIONS = 100  # of a route
 IN_EFFECT = "SELECT max(revision) FROM revisions WHERE NOT is_undone GROUP BY name"
 
 
@@ -47,18 +49,27 @@ class RouteStore:
                 raise UnknownRouteError(name)
             _append(database, name, None)
 
+    def before(self, name: str) -> Route:
+        """What a rollback would bring back. NoRevisionError"""
+        with self._database.transaction() as database:
+            rows = database.execute(
+                "SELECT revision, settings FROM revisions WHERE name = ? AND NOT is_undone"
+                " ORDER BY revision DESC LIMIT 1 OFFSET 1",
+                (name,),
+            ).fetchall()
+        for revision, settings in rows:
+            if settings is not None:
+                return _route(name, revision, RouteSettings.model_validate_json(settings))
+        raise NoRevisionError(name)
+
     def rollback(self, name: str) -> Route:
         """Undo the last change to a route. NoRevisionError where there was none before it."""
+        before = self.before(name)
         with self._database.transaction() as database:
             database.execute(
-                "UPDATE revisions SET is_undone = 1 WHERE revision ="
-                " (SELECT max(revision) FROM revisions WHERE name = ? AND NOT is_undone)",
-                (name,),
+                "UPDATE revisions SET is_undone = 1 WHERE revision > ? AND name = ?", (before.revision, name)
             )
-            for route in _in_effect(database):
-                if route.name == name:
-                    return route
-            raise NoRevisionError(name)  # and nothing is undone
+        return before
 
     def read_file(self, routes: Mapping[str, RouteSettings]) -> None:
         """What `loraplex.yaml` says now. Only what changed in it since it was last read is news: what was set at run
@@ -86,6 +97,11 @@ def _append(
         (name, None if settings is None else _json(settings), is_from_file),
     )
     assert added.lastrowid is not None
+    database.execute(
+        "DELETE FROM revisions WHERE name = ?1 AND NOT is_from_file AND revision <="
+        " (SELECT revision FROM revisions WHERE name = ?1 ORDER BY revision DESC LIMIT 1 OFFSET ?2)",
+        (name, MAX_REVISIONS),
+    )
     return _route(name, added.lastrowid, settings or RouteSettings(targets={name: 1}))
 
 

@@ -5,20 +5,26 @@ import logging
 import math
 import random
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 from loraplex.backends.base import Backend
 from loraplex.bundle import check_name
+from loraplex.classifier import valid_unicode
 from loraplex.config import RouteSettings
 from loraplex.errors import (
+    AdapterInUseError,
     BundleError,
     ConfigurationError,
     InvalidRequestError,
     LoraplexError,
+    OverloadedError,
     RefusedError,
     UnknownClassifierError,
     UnknownRouteError,
@@ -31,6 +37,7 @@ from loraplex.types import ClassifyRequest, ClassifyResult, ErrorInfo, Route, Ro
 logger = logging.getLogger(__name__)
 
 FLUSH_EVERY_S = 1.0
+Result = TypeVar("Result")
 
 
 class Router:
@@ -50,6 +57,8 @@ class Router:
         self._targeted: frozenset[str] = frozenset()  # routes, and adapters that some route leads to
         self._shadows = Shadows(backend, self._log_shadows)
         self._flusher: asyncio.Task[None] | None = None
+        self._changing = asyncio.Lock()  # what routes lead to, and whether that is there
+        self._files = ThreadPoolExecutor(1, "loraplex-routing")  # waits for disks; nobody else waits with it
 
     async def start(self) -> None:
         """Returns when requests are answered. BundleError where a route in the bundle's settings leads nowhere."""
@@ -64,10 +73,12 @@ class Router:
         for name, settings in self._from_file.items():
             source = f"loraplex.yaml, routes.{name}"
             check_name(name, source)
+            if name == self.backend.base_name:
+                raise BundleError(source, f"{name!r} is the base's name, too", remedy="choose another for the route")
             for target in (*settings.targets, *settings.shadows):
                 if not self.backend.knows(target):
                     raise BundleError(source, f"there is no classifier {target!r}", remedy="name one of the bundle's")
-        await asyncio.to_thread(self._store.read_file, self._from_file)
+        await self._in_files(self._store.read_file, self._from_file)
         await self._reload()
         for route in self._routes.values():
             for target in (*route.targets, *route.shadows):
@@ -86,6 +97,7 @@ class Router:
         await self.backend.close()
         if self._log is not None:
             await self._flush()
+        self._files.shutdown(wait=False)
 
     # ------------------------------------------------------------------------------------------- routes
 
@@ -114,23 +126,41 @@ class Router:
             raise RefusedError(exc) from None
         if name == self.backend.base_name:
             raise InvalidRequestError(f"{name!r} is the base's name", remedy="choose another for the route")
-        for target in (*settings.targets, *settings.shadows):
-            if not self.backend.knows(target):
-                raise RefusedError(UnknownClassifierError(target, list(self.backend.names())))
-        route = await asyncio.to_thread(self._store.put, name, settings)
-        await self._reload()
+        async with self._changing:
+            self._check_targets((*settings.targets, *settings.shadows))
+            route = await self._in_files(self._store.put, name, settings)
+            await self._reload()
         return route
 
     async def delete_route(self, name: str) -> None:
         """UnknownRouteError"""
-        await asyncio.to_thread(self._store.delete, name)
-        await self._reload()
+        async with self._changing:
+            await self._in_files(self._store.delete, name)
+            await self._reload()
 
     async def rollback_route(self, name: str) -> Route:
-        """Undo its last change. NoRevisionError where it was its making."""
-        route = await asyncio.to_thread(self._store.rollback, name)
-        await self._reload()
+        """Undo its last change. NoRevisionError where it was its making; RefusedError where what it led to before is
+        not there any more."""
+        async with self._changing:
+            before = await self._in_files(self._store.before, name)
+            self._check_targets((*before.targets, *before.shadows))
+            route = await self._in_files(self._store.rollback, name)
+            await self._reload()
         return route
+
+    async def unload_adapter(self, name: str) -> None:
+        """The backend's. AdapterInUseError: a route must not lead nowhere."""
+        async with self._changing:
+            if routes := self.routes_to(name):
+                raise AdapterInUseError(name, routes)
+            leaving = asyncio.ensure_future(self.backend.unload_adapter(name))
+            await asyncio.sleep(0)  # from here on it is not known; that it has drained takes longer
+        await leaving
+
+    def _check_targets(self, targets: Iterable[str]) -> None:
+        for target in targets:
+            if not self.backend.knows(target):
+                raise RefusedError(UnknownClassifierError(target, list(self.backend.names())))
 
     # ------------------------------------------------------------------------------------------- requests
 
@@ -141,11 +171,12 @@ class Router:
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResult:
         """As the backend does, with verdicts named as they were asked, and ids for feedback."""
-        adapters = self._adapters(request)
+        adapters, routes = self._adapters(request), self._routes
         try:
             result = await self.backend.classify(replace(request, classifiers=tuple(adapters.values())))
         except LoraplexError as exc:
-            self._log_failure(adapters, exc)
+            if not isinstance(exc, OverloadedError):  # which says nothing about who was asked
+                self._log_failure(adapters, exc)
             raise
         verdicts = {verdict.classifier: verdict for verdict in result.verdicts}
         named = tuple(
@@ -158,7 +189,7 @@ class Router:
                 _logged(verdict, verdict.id or "", verdict.classifier, adapter, total_ms)
                 for verdict, adapter in zip(named, adapters.values(), strict=True)
             )
-            self._ask_shadows(request, named, adapters)
+            self._ask_shadows(request, named, adapters, routes)
         return replace(result, verdicts=named)
 
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
@@ -175,12 +206,18 @@ class Router:
             names = [*self._routes, *(name for name in self.backend.names() if name not in self._targeted)]
         return {name: self.resolve(name, request.conversation_id) for name in names}
 
-    def _ask_shadows(self, request: ClassifyRequest, verdicts: Seq[Verdict], adapters: Mapping[str, str]) -> None:
-        """Later, in one request for all of them."""
+    def _ask_shadows(
+        self,
+        request: ClassifyRequest,
+        verdicts: Seq[Verdict],
+        adapters: Mapping[str, str],
+        routes: Mapping[str, Route],
+    ) -> None:
+        """Later, in one request for all of them. routes: that the verdicts came by."""
         of: dict[str, tuple[tuple[str, str], ...]] = {}
         for verdict in verdicts:
             name = verdict.classifier
-            for shadow in self._routes[name].shadows if name in self._routes else ():
+            for shadow in routes[name].shadows if name in routes else ():
                 if shadow != adapters[name]:
                     of[shadow] = (*of.get(shadow, ()), (verdict.id or "", name))
         if of:
@@ -192,19 +229,20 @@ class Router:
         """Of a route, or of a classifier by itself. UnknownRouteError; InvalidRequestError where none are kept."""
         if not self.knows(name):
             raise UnknownRouteError(name)
-        return await asyncio.to_thread(self._kept().stats, name)
+        return await self._in_files(self._kept().stats, name)
 
     async def set_truth(self, verdict_id: str, label: str) -> int:
         """What a verdict should have been; the last word counts. Returns how many targets' answers it judges.
         UnknownVerdictError; InvalidRequestError where it is no label of the classifier."""
         log = self._kept()
-        for target, version in await asyncio.to_thread(log.targets_of, verdict_id):
+        valid_unicode(verdict_id + label)
+        for target in await self._in_files(log.targets_of, verdict_id):
             info = self.backend.adapter(target) if self.backend.knows(target) else None
-            if info is not None and info.version == version and info.labels and label not in info.labels:
+            if info is not None and info.labels and label not in info.labels:
                 raise InvalidRequestError(
                     f"{label!r} is no label of {target!r}", remedy=f"use one of: {', '.join(info.labels)}"
                 )
-        return await asyncio.to_thread(log.set_truth, verdict_id, label)
+        return await self._in_files(log.set_truth, verdict_id, label)
 
     def num_shadows_shed(self) -> int:
         return self._shadows.num_shed
@@ -238,17 +276,20 @@ class Router:
     # ------------------------------------------------------------------------------------------- state
 
     async def _reload(self) -> None:
-        self._routes = await asyncio.to_thread(self._store.routes)
+        self._routes = await self._in_files(self._store.routes)
         targeted = (adapter for one in self._routes.values() for adapter in (*one.targets, *one.shadows))
         self._targeted = frozenset((*self._routes, *targeted))
 
+    async def _in_files(self, work: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._files, partial(work, *arguments))
+
     async def _flush(self) -> None:
-        """A disk that is full or gone costs verdicts, and no answer."""
+        """A disk that is full or gone costs no answer."""
         assert self._log is not None
         try:
-            await asyncio.to_thread(self._log.flush)
+            await self._in_files(self._log.flush)
         except ConfigurationError as exc:
-            logger.error("verdicts are lost: %s", exc)
+            logger.error("verdicts are not written down yet: %s", exc)
 
     async def _flush_for_ever(self) -> None:
         while True:
@@ -274,7 +315,8 @@ def choose(route: Route, conversation_id: str | None) -> str:
     at random without an id."""
     if len(route.targets) == 1:
         return next(iter(route.targets))
-    targets = {target: weight for target, weight in route.targets.items() if weight}
+    most = max(route.targets.values())  # scaled by it, the smallest weights there are can be divided by
+    targets = {target: weight / most for target, weight in route.targets.items() if weight / most}
     if conversation_id is None:
         return random.choices(list(targets), list(targets.values()))[0]
 

@@ -12,7 +12,6 @@ from loraplex.types import ClassifyRequest, ClassifyResult
 
 logger = logging.getLogger(__name__)
 MAX_WAITING = 256  # each holds its conversation
-MAX_RUNNING = 4
 LOOK_EVERY_S = 0.01
 
 
@@ -25,23 +24,24 @@ class Shadow:
 
 
 class Shadows:
-    """A bounded queue whose oldest are shed where it is full, as happens when the backend is always busy."""
+    """A bounded queue whose oldest are shed where it is full, as happens when the backend is always busy. One is asked
+    at a time, so that they hardly take others' place in the backend's queue."""
 
     def __init__(self, backend: Backend, answered: Callable[[Shadow, ClassifyResult | LoraplexError], None]) -> None:
         self._backend, self._answered = backend, answered
         self._waiting: deque[Shadow] = deque()
         self._come = asyncio.Event()
-        self._workers: list[asyncio.Task[None]] = []
+        self._worker: asyncio.Task[None] | None = None
         self.num_shed = 0
 
     def start(self) -> None:
-        self._workers = [asyncio.create_task(self._work()) for _ in range(MAX_RUNNING)]
+        self._worker = asyncio.create_task(self._work())
 
     async def close(self) -> None:
         """What waits, and what runs, is given up."""
-        for worker in self._workers:
-            worker.cancel()
-        await asyncio.gather(*self._workers, return_exceptions=True)
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.wait({self._worker})
 
     def add(self, shadow: Shadow) -> None:
         if len(self._waiting) == MAX_WAITING:

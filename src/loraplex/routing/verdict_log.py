@@ -5,12 +5,13 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
 
 from loraplex.database import Database
-from loraplex.errors import UnknownVerdictError
+from loraplex.errors import BundleError, UnknownVerdictError
 from loraplex.types import Accuracy, Agreement, Latency, RouteStats, TargetStats
 
 FORMAT = 1
@@ -79,40 +80,48 @@ class VerdictLog:
         """path: a SQLite file; None forgets all with the process. Of more than `max_verdicts` the oldest go."""
         self._database = Database(path, format=FORMAT, schema=SCHEMA)
         self._max_verdicts = max_verdicts
-        self._added: deque[LoggedVerdict] = deque()  # which one thread may fill while another empties it
+        # One thread may fill it while another empties it.
+        self._added: deque[LoggedVerdict] = deque(maxlen=max_verdicts)
         self._flushing = threading.Lock()
 
     def add(self, verdicts: Iterable[LoggedVerdict]) -> None:
         self._added.extend(verdicts)
 
     def flush(self) -> None:
+        """Where the file cannot be written, the newest wait for the next time."""
         with self._flushing:
             added = [self._added.popleft() for _ in range(len(self._added))]
             if not added:
                 return
-            with self._database.transaction() as database:
-                # A shadow may answer after the feedback on its verdict.
-                database.executemany(
-                    "INSERT OR IGNORE INTO verdicts"
-                    " (id, route, target, version, is_shadow, label, confidence, latency_ms, error, truth)"
-                    " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, (SELECT truth FROM verdicts WHERE id = ?1))",
-                    added,
-                )
-                database.execute(
-                    "DELETE FROM verdicts WHERE number <= (SELECT max(number) FROM verdicts) - ?",
-                    (self._max_verdicts,),
-                )
+            try:
+                self._write(added)
+            except BundleError:
+                self._added.extendleft(reversed(added[-self._max_verdicts :]))
+                raise
 
-    def targets_of(self, verdict_id: str) -> tuple[tuple[str, str | None], ...]:
-        """(target, version) of all that answered it, the one that was returned first. UnknownVerdictError"""
+    def _write(self, added: Seq[LoggedVerdict]) -> None:
+        with self._database.transaction() as database:
+            # A shadow may answer after the feedback on its verdict.
+            database.executemany(
+                "INSERT OR IGNORE INTO verdicts"
+                " (id, route, target, version, is_shadow, label, confidence, latency_ms, error, truth)"
+                " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, (SELECT truth FROM verdicts WHERE id = ?1))",
+                added,
+            )
+            database.execute(
+                "DELETE FROM verdicts WHERE number <= (SELECT max(number) FROM verdicts) - ?", (self._max_verdicts,)
+            )
+
+    def targets_of(self, verdict_id: str) -> tuple[str, ...]:
+        """All that answered it, the one that was returned first. UnknownVerdictError"""
         self.flush()
         with self._database.transaction() as database:
             found = database.execute(
-                "SELECT target, version FROM verdicts WHERE id = ? ORDER BY is_shadow", (verdict_id,)
+                "SELECT target FROM verdicts WHERE id = ? ORDER BY is_shadow", (verdict_id,)
             ).fetchall()
         if not found:
             raise UnknownVerdictError(verdict_id)
-        return tuple(found)
+        return tuple(target for (target,) in found)
 
     def set_truth(self, verdict_id: str, label: str) -> int:
         """What the answer should have been; the last word counts. How many answers it judges. UnknownVerdictError"""

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from loraplex.errors import AdapterInUseError, ConfigurationError, RefusedError
-from loraplex.server.routes import backend_of, router_of, stopping
+from loraplex.errors import ConfigurationError, RefusedError
+from loraplex.server.lifecycle import stopping
+from loraplex.server.routes import backend_of, router_of
 from loraplex.server.schemas import (
     AdapterBody,
     AdapterList,
@@ -44,13 +45,6 @@ async def _sound(loading: Awaitable[Result]) -> Result:
         raise stopping() from None
 
 
-async def _unload(request: Request, name: str) -> None:
-    """A route must not lead nowhere."""
-    if routes := router_of(request).routes_to(name):
-        raise AdapterInUseError(name, routes)
-    await backend_of(request).unload_adapter(name)
-
-
 @router.get("/v1/adapters")
 async def list_adapters(request: Request) -> AdapterList:
     """All adapters with their states."""
@@ -72,7 +66,7 @@ async def put_adapter(request: Request, name: str, body: AdapterBody) -> Adapter
 @router.delete("/v1/adapters/{name}", responses=UNLOADING)
 async def delete_adapter(request: Request, name: str) -> dict[str, str]:
     """Unload it. Answers when its last request is answered and its memory is free."""
-    await _unload(request, name)
+    await router_of(request).unload_adapter(name)
     return {"name": name, "state": "unloaded"}
 
 
@@ -97,7 +91,7 @@ async def load_lora_adapter(request: Request, body: VllmLoadBody) -> Response:
 @router.post("/v1/unload_lora_adapter", responses=TEXT | UNLOADING, response_model=None)
 async def unload_lora_adapter(request: Request, body: VllmUnloadBody) -> Response:
     """vLLM's."""
-    await _unload(request, body.lora_name)
+    await router_of(request).unload_adapter(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

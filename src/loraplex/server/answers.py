@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loraplex.config import error_place
 from loraplex.errors import BadInputError, EngineError, InvalidRequestError, LoraplexError, OverloadedError
 from loraplex.server import logs
-from loraplex.server.routes import stopping
+from loraplex.server.lifecycle import PROBES, stopping
 from loraplex.server.schemas import error_json
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ def _json(
 ) -> JSONResponse:
     record = logs.current()
     record.error, record.message = code, message
-    request.app.state.metrics.fail(code)
+    if request.url.path not in PROBES:  # whose business it is to hear no
+        request.app.state.metrics.fail(code)
     return JSONResponse(error_json(code, message, remedy), status_code=status, headers=headers)
 
 
@@ -67,14 +68,14 @@ class AnswerErrors:
             if self._log_inputs:
                 logger.error("unexpected error", exc_info=exc)
             else:
-                logger.error("unexpected error\n%s", _trace(exc))
+                logger.error("unexpected error\n%s", trace(exc))
             remedy = "report it; the server's log has the details"
             error = EngineError(f"unexpected {type(exc).__name__}", remedy=remedy)
         if logs.current().status is None:  # else it has begun, and its connection is closed since it does not end
             await answer(Request(scope), error)(scope, receive, send)
 
 
-def _trace(exc: BaseException) -> str:
+def trace(exc: BaseException) -> str:
     """Where, and of what type, from the cause to `exc`: without messages, which may repeat what the client sent."""
     parts: list[str] = []
     left: list[BaseException | None] = [exc]

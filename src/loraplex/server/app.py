@@ -33,7 +33,11 @@ def create_app(
     )
     app.state.router = router
     app.state.backend = router.backend
-    app.state.metrics = Metrics(router.backend.stats, router.knows, router.num_shadows_shed)
+    app.state.metrics = Metrics(
+        router.backend.stats,
+        lambda name: name == router.backend.base_name or router.knows(name),
+        router.num_shadows_shed,
+    )
     app.state.created = int(time.time())
     app.state.lifecycle = lifecycle or Lifecycle()
     app.include_router(routes.router)
@@ -43,6 +47,7 @@ def create_app(
     app.include_router(openai.router)
     add_handlers(app)
     # From the inside out.
+    app.add_middleware(sagemaker.JsonByDefault)
     app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes, body_timeout=config.body_timeout)
     app.add_middleware(Gate, lifecycle=app.state.lifecycle)
     if keys:

@@ -5,9 +5,12 @@ from typing import Literal
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.errors import NotReadyError
-from loraplex.server.routes import stopping
 
 PROBES = frozenset({"/health", "/ready", "/ping"})
+
+
+def stopping() -> NotReadyError:
+    return NotReadyError("the server is stopping", remedy="send it to another server, or again when it is back")
 
 
 class Lifecycle:

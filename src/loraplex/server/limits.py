@@ -74,9 +74,9 @@ class BodyLimit:
 
 
 class IdleLimit(H11Protocol):
-    """Closes a connection on which no whole request head has come for `timeout_keep_alive` seconds. uvicorn's own timer
-    starts with the first answer and stops with the next byte: who sends nothing, or a head drop by drop, or no end of a
-    body that was refused, would keep the connection."""
+    """Closes a connection whose client does not read its answer for `timeout_keep_alive` seconds, or on which no whole
+    request head has come for as long. uvicorn's own timer starts with the first answer and stops with the next byte:
+    who sends nothing, or a head drop by drop, or no end of a body that was refused, would keep the connection."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -86,3 +86,11 @@ class IdleLimit(H11Protocol):
         # As uvicorn's, but that bytes do not stop the timer: `handle_events` does, at a request's head.
         self.conn.receive_data(data)
         self.handle_events()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._unread.cancel()
+        super().resume_writing()

@@ -17,9 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult
 from loraplex.errors import EngineError, LoraplexError
+from loraplex.server import logs
+from loraplex.server.answers import trace
+from loraplex.server.lifecycle import stopping
 from loraplex.server.openai_answers import Answer, ChatCompletion, Completion, Format, usage_of
 from loraplex.server.openai_schemas import ChatBody, CompletionBody
-from loraplex.server.routes import ERRORS, backend_of, metrics_of, router_of, stopping, while_connected
+from loraplex.server.routes import ERRORS, backend_of, metrics_of, router_of, while_connected
 from loraplex.server.schemas import error_json
 
 logger = logging.getLogger(__name__)
@@ -52,7 +55,7 @@ async def _answered(request: Request, body: CompletionBody | ChatBody, form: For
     asked = body.to_requests(resolve_model(request, body.model, body.conversation_id))
     head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
     if not body.stream:
-        results = await _generated(request, asked)
+        results = await generated_texts(request, body.model, asked)
         usage = usage_of(results, body.num_choices)
         return Response(
             _json(form.answer(results, **head, **_facts(results), usage=usage)), media_type="application/json"
@@ -62,8 +65,9 @@ async def _answered(request: Request, body: CompletionBody | ChatBody, form: For
     return _EventStream(events)
 
 
-async def _generated(
+async def generated_texts(
     request: Request,
+    model: str,
     asked: Seq[GenerateRequest],
     on_token: Callable[[int, GeneratedToken, str], None] | None = None,
 ) -> list[GenerateResult]:
@@ -85,9 +89,10 @@ async def _generated(
     try:
         results = await while_connected(request, all_of_them())
     except LoraplexError as exc:
-        metrics.observe_failure(filter(None, {one.adapter for one in asked}), exc.code)
+        metrics.observe_completion(model, asked[0].adapter, exc.code)
         raise
     for result in results:
+        metrics.observe_completion(model, asked[0].adapter, "ok")
         metrics.observe_work(result.usage, result.timings)
     return results
 
@@ -118,7 +123,7 @@ async def _events(
         work.cancelled() or work.exception()  # looked at, whoever waits for it still
         chunks.put_nowait(None)
 
-    work = asyncio.ensure_future(_generated(request, asked, on_token))
+    work = asyncio.ensure_future(generated_texts(request, body.model, asked, on_token))
     work.add_done_callback(on_end)
     has_begun = False
     try:
@@ -149,8 +154,9 @@ async def _events(
 def _last_words(request: Request, error: Exception) -> bytes:
     """Too late for a status."""
     if not isinstance(error, LoraplexError):
-        logger.error("unexpected error in a stream of %s", request.url.path, exc_info=error)
+        logger.error("unexpected error in a stream\n%s", trace(error))
         error = EngineError(f"unexpected {type(error).__name__}", remedy="report it; the server's log has the details")
+    logs.current().error = error.code
     metrics_of(request).fail(error.code)
     return json.dumps(error_json(error.code, error.message, error.remedy)).encode()
 

@@ -18,9 +18,12 @@ MAX_CHOICES = 2048  # prompts times `n`
 _ANY = None
 # Fields of OpenAI's and vLLM's that we know of: what they may hold besides null, because it changes nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
-    **dict.fromkeys(("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), _ANY),
+    **dict.fromkeys(
+        ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id"), _ANY
+    ),
     **dict.fromkeys(("priority", "spaces_between_special_tokens", "parallel_tool_calls"), _ANY),
     "store": (False,),
+    "detokenize": (True,),
     "service_tier": ("auto", "default"),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -89,6 +92,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class _Body(BaseModel):
@@ -105,8 +109,8 @@ class _Body(BaseModel):
     stop: (
         Annotated[
             Annotated[str, Tag("text"), Field(min_length=1)]
-            | Annotated[list[Annotated[str, Field(min_length=1)]], Tag("list"), Field(max_length=4)],
-            _either(_text_or_list, "text, or a list of at most 4 texts"),
+            | Annotated[list[Annotated[str, Field(min_length=1)]], Tag("list"), Field(max_length=16)],
+            _either(_text_or_list, "text, or a list of at most 16 texts"),
         ]
         | None
     ) = Field(None, description="ends the answer and is no part of it")

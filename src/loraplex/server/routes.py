@@ -11,6 +11,7 @@ from loraplex.errors import CancelledError, LoraplexError, NotReadyError, Unknow
 from loraplex.metrics import Metrics
 from loraplex.routing.batch import classify_batch
 from loraplex.routing.router import Router
+from loraplex.server.lifecycle import stopping
 from loraplex.server.schemas import ClassifyBody, ModelCard, ModelList, errors, result_json
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult
 
@@ -42,10 +43,6 @@ def metrics_of(request: Request) -> Metrics:
     return metrics
 
 
-def stopping() -> NotReadyError:
-    return NotReadyError("the server is stopping", remedy="send it to another server, or again when it is back")
-
-
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Run `work`, or cancel it when the client leaves: what it queued is dropped at the engine's next step."""
 
@@ -65,21 +62,27 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
     finally:
         watch.cancel()
         task.cancel()
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else will look at it
 
 
 async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = False) -> ClassifyResult | BatchResult:
     """For as long as the client stays; counted."""
-    router = router_of(request)
+    router, metrics = router_of(request), metrics_of(request)
     work = classify_batch(router, asked) if is_batch else router.classify(*asked)
+    named = () if asked[0].classifiers == "*" else asked[0].classifiers
     try:
         result: ClassifyResult | BatchResult = await while_connected(request, work)
     except LoraplexError as exc:
-        names = asked[0].classifiers
-        metrics_of(request).observe_failure(() if names == "*" else names, exc.code)
+        metrics.observe_failure(named, exc.code)
         raise
     for one in (result,) if isinstance(result, ClassifyResult) else result.results:
         if isinstance(one, ClassifyResult):
             metrics_of(request).observe(one)
+        else:
+            metrics_of(request).observe_failure(
+                () if asked[0].classifiers == "*" else asked[0].classifiers, one.error.code
+            )
+            metrics_of(request).fail(one.error.code)
     return result
 
 

@@ -12,7 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.backends.base import GenerateRequest
-from loraplex.server.routes import ERRORS, answer, answered, backend_of, metrics_of, router_of, while_connected
+from loraplex.server.openai import generated_texts
+from loraplex.server.routes import ERRORS, answer, answered, backend_of, router_of
 from loraplex.server.schemas import ClassifyBody, InvocationBody, InvocationResult, SageMakerBody
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult
 
@@ -44,13 +45,27 @@ async def _invoke(request: Request, body: InvocationBody, adapter: str | None) -
         verdict = result.verdicts[0]
         assert verdict.label is not None and verdict.confidence is not None, "a lone verdict's error is raised"
         return InvocationResult(confidence_score=verdict.confidence, predicted_text=verdict.label)
-    asked = GenerateRequest(
-        prompt=body.input_text, adapter=None if adapter is None else router_of(request).resolve(adapter)
+    answers = None if adapter is None else router_of(request).resolve(adapter)
+    [generated] = await generated_texts(
+        request, adapter or backend_of(request).base_name, [GenerateRequest(prompt=body.input_text, adapter=answers)]
     )
-    generated = await while_connected(request, backend_of(request).generate(asked))
-    metrics_of(request).observe_work(generated.usage, generated.timings)
     [token] = generated.tokens
     return InvocationResult(confidence_score=math.exp(token.log_prob), predicted_text=token.text)
+
+
+class JsonByDefault:
+    """boto3's runtime client, and clients like it, need not say what they send: it is JSON."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == "/invocations":
+            scope = {**scope, "headers": list(scope["headers"])}
+            headers = MutableHeaders(scope=scope)
+            if headers.get("Content-Type", "application/octet-stream") == "application/octet-stream":
+                headers["Content-Type"] = "application/json"
+        await self.app(scope, receive, send)
 
 
 class RuntimeApi:

@@ -29,10 +29,8 @@ INFER = frozenset(
         *PUBLIC["metrics"],
         *PUBLIC["docs"],
     }
-)  # everything else needs `admin`
-
-
-MODEL = re.compile(r"GET /v1/models/[^/]+")
+)
+MODEL = re.compile(r"GET /v1/models/[^/]+")  # `infer` may do this, too; everything else needs `admin`
 
 
 class Access:

@@ -1,0 +1,61 @@
+"""The threads that render and tokenize."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from loraplex.errors import DeadlineExceededError, QueueFullError
+
+Result = TypeVar("Result")
+
+LONG_CHARS = 1 << 16
+MAX_LONG_CHARS = 1 << 22
+
+
+class TokenizerThreads:
+    """A text of a megabyte takes a tokenizer seconds: long texts have a thread of their own, so that others do not wait
+    behind them, and few may wait for it."""
+
+    def __init__(self) -> None:
+        self._short = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "loraplex-tokenizer")
+        self._long = ThreadPoolExecutor(1, "loraplex-tokenizer-long")
+        self._num_long_chars = 0  # that wait or run, also of those whose clients have left
+
+    async def run(self, work: Callable[[], Result], num_chars: int, deadline_s: float | None) -> Result:
+        """What `work` returns. deadline_s: on the clock of `time.monotonic`. DeadlineExceededError; QueueFullError."""
+        loop = asyncio.get_running_loop()
+        if num_chars < LONG_CHARS:
+            future = self._short.submit(work)
+        else:
+            if self._num_long_chars and self._num_long_chars + num_chars > MAX_LONG_CHARS:
+                raise QueueFullError(
+                    f"{self._num_long_chars} characters of long texts wait for the tokenizer, {MAX_LONG_CHARS} at most",
+                    remedy="send it again later, or shorten it",
+                )
+            self._num_long_chars += num_chars
+
+            def done(_: Future[Result]) -> None:
+                try:
+                    loop.call_soon_threadsafe(self._free, num_chars)
+                except RuntimeError:
+                    pass  # the loop is closed
+
+            future = self._long.submit(work)
+            future.add_done_callback(done)
+        try:
+            async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            raise DeadlineExceededError(
+                "not tokenized before the deadline", remedy="allow more time or send less at once"
+            ) from None
+
+    def close(self) -> None:
+        for lane in (self._short, self._long):
+            lane.shutdown(wait=False, cancel_futures=True)
+
+    def _free(self, num_chars: int) -> None:
+        self._num_long_chars -= num_chars
