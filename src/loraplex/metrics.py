@@ -43,6 +43,7 @@ class Metrics:
         self._failures = Counter(
             "loraplex_request_failures", "Requests that were answered by an error", ["code"], registry=self._registry
         )
+        self._cancelled = Counter("loraplex_requests_cancelled", "Requests whose clients left", registry=self._registry)
         seconds = Histogram(
             "loraplex_request_seconds",
             "Where a request's time went: tokenize, queue, compute, total",
@@ -74,8 +75,10 @@ class Metrics:
             seconds.observe(getattr(timings, f"{phase}_ms") / 1000)
 
     def fail(self, code: str) -> None:
-        """A request that was answered by an error. That a client left is none."""
-        if code != CancelledError.code:
+        """A request that was answered by an error. That its client left is no failure, and counted apart."""
+        if code == CancelledError.code:
+            self._cancelled.inc()
+        else:
             self._failures.labels(code).inc()
 
     def observe_failure(self, names: Iterable[str], code: str) -> None:

@@ -177,6 +177,17 @@ def test_a_deadline_that_cannot_be_met_is_504(http: httpx.Client) -> None:
     assert_error(response, 504, "deadline_exceeded", "deadline")
 
 
+def test_a_deadline_is_kept_whatever_runs_on(tiny_bundle: Path) -> None:
+    """Nor does tokenizing, of which there is much here."""
+    with serving.serve(tiny_bundle, "--dtype", "float32") as server, serving.client(server) as http:
+        long = "Customer: hello " * 6000
+        started = time.monotonic()
+        response = http.post("/v1/classify", json={"input": long, "classifiers": "task0", "deadline_ms": 5})
+        assert_error(response, 504, "deadline_exceeded", "deadline")
+        assert time.monotonic() - started < 5
+        assert ask(http, classifiers="task0")["verdicts"][0]["label"]
+
+
 def test_a_client_that_leaves_does_not_harm_the_others(tiny_server: serving.Server, http: httpx.Client) -> None:
     async def leave() -> None:
         async with httpx.AsyncClient(base_url=tiny_server.url) as client:

@@ -177,7 +177,7 @@ def test_a_client_that_leaves_in_the_midst_of_its_body_harms_nobody(server: serv
     with serving.client(server) as http:
         assert http.post("/v1/classify", content=CONTENT, headers={"Content-Type": "application/json"}).is_success
         deadline = time.monotonic() + 5
-        while 'failures_total{code="cancelled"} 20' not in http.get("/metrics").text:
+        while "loraplex_requests_cancelled_total 20" not in http.get("/metrics").text:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
@@ -247,3 +247,12 @@ def test_answers_are_not_held_back(server: serving.Server) -> None:
             http.get("/health")
             times.append(time.perf_counter() - started)
     assert sorted(times)[10] < 0.02
+
+
+def test_who_does_not_read_the_answers_is_cut_off(server: serving.Server) -> None:
+    with serving.connect(server) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: any\r\n\r\n" * 400)  # some 30 MB of answers
+        time.sleep(IDLE_TIMEOUT + 2)
+        received = serving.receive(sock)
+    assert 0 < received.count(b"HTTP/1.1 200 OK") < 400

@@ -12,6 +12,7 @@ import yaml
 
 import serving
 
+JSON = {"Content-Type": "application/json"}
 TEXT = "Customer: hello, is my payment done?"
 
 
@@ -112,6 +113,23 @@ def test_an_adapter_that_a_route_leads_to_is_not_unloaded(own: httpx.Client) -> 
     assert own.put("/v1/adapters/task0", json={"source": source}).status_code == 200
 
 
+def test_a_rollback_to_what_is_not_there_any_more_is_refused(own: httpx.Client) -> None:
+    source = own.get("/v1/adapters/task0").json()["path"]
+    assert own.put("/v1/adapters/old", json={"source": source}).status_code == 200
+    put(own, "backwards", old=1)
+    put(own, "backwards", task0=1)
+    assert own.delete("/v1/adapters/old").status_code == 200
+    refused = own.post("/v1/routes/backwards/rollback")
+    assert refused.status_code == 422 and "'old'" in refused.json()["error"]["message"]
+    assert ask(own, classifiers="backwards")["verdicts"][0]["adapter"]["name"] == "task0"
+
+
+def test_the_bases_name_is_its_own(own: httpx.Client) -> None:
+    source = own.get("/v1/adapters/task0").json()["path"]
+    response = own.put("/v1/adapters/bundle", json={"source": source})
+    assert response.status_code == 422 and "the base's name" in response.json()["error"]["message"]
+
+
 def test_feedback_makes_accuracy(own: httpx.Client) -> None:
     put(own, "judged", task0=1, shadows=("task1",))
     [verdict] = ask(own, classifiers="judged")["verdicts"]
@@ -125,6 +143,9 @@ def test_feedback_makes_accuracy(own: httpx.Client) -> None:
     assert (accuracy["num_labelled"], accuracy["share"]) == (1, 1.0) and 0 < accuracy["low"] < accuracy["high"] == 1
     assert stats(own, "judged")["task1", "shadow"]["accuracy"]["num_labelled"] == 1
     assert own.post("/v1/feedback", json=body | {"label": "perhaps"}).status_code == 422
+    assert (
+        own.post("/v1/feedback", content=b'{"verdict_id": "\\ud800", "label": "yes"}', headers=JSON).status_code == 422
+    )
     unknown = own.post("/v1/feedback", json=body | {"verdict_id": "cls-0-0"})
     assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "unknown_verdict"
 

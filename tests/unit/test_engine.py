@@ -256,3 +256,25 @@ def test_a_callback_that_raises_fails_its_own_sequence_only(engine_of: EngineOf)
     assert isinstance(first, EngineError) and "no such token" in first.message
     assert isinstance(second, SequenceOutput) and len(second.tokens) == 3
     assert engine.alive
+
+
+def test_who_stops_waiting_gets_what_there_is() -> None:
+    gate = threading.Event()
+    policy = scheduler(sequences=1)
+    runner = FakeRunner(lambda step: assert_set(gate) if len(runner.steps) > 1 else None)
+    engine = Engine(runner, policy)
+    engine.start()
+    ended = threading.Event()
+    asked = EngineRequest(
+        [Sequence(token_ids=(i, 1, 2), slot=NO_ADAPTER) for i in range(3)], on_end=lambda: ended.set()
+    )
+    engine.submit(asked)
+    late = DeadlineExceededError("late", remedy="none")
+    wait_until(lambda: asked.outcomes(late)[0] is not late)
+    found = asked.outcomes(late)
+    assert isinstance(found[0], SequenceOutput) and found[1:] == [late, late]
+    asked.future.cancel()
+    assert not ended.is_set(), "the engine still computes one of them"
+    gate.set()
+    assert_set(ended)
+    engine.close()

@@ -96,9 +96,9 @@ class NativeBackend:
             raise
 
     async def close(self) -> None:
-        self._threads.close()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
+        self._threads.close()
         if self._store is not None:
             await self._store.close()
         if self._registry is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from loraplex.errors import DeadlineExceededError, QueueFullError
+from loraplex.errors import DeadlineExceededError, NotReadyError, QueueFullError
 
 Result = TypeVar("Result")
 
@@ -22,11 +22,15 @@ class TokenizerThreads:
     def __init__(self) -> None:
         self._short = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "loraplex-tokenizer")
         self._long = ThreadPoolExecutor(1, "loraplex-tokenizer-long")
+        self._is_closed = False
         self._num_long_chars = 0  # that wait or run, also of those whose clients have left
 
     async def run(self, work: Callable[[], Result], num_chars: int, deadline_s: float | None) -> Result:
-        """What `work` returns. deadline_s: on the clock of `time.monotonic`. DeadlineExceededError; QueueFullError."""
+        """What `work` returns. deadline_s: on the clock of `time.monotonic`. DeadlineExceededError; QueueFullError;
+        NotReadyError once closed."""
         loop = asyncio.get_running_loop()
+        if self._is_closed:
+            raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
         if num_chars < LONG_CHARS:
             future = self._short.submit(work)
         else:
@@ -54,8 +58,10 @@ class TokenizerThreads:
             ) from None
 
     def close(self) -> None:
+        """What was taken is finished."""
+        self._is_closed = True
         for lane in (self._short, self._long):
-            lane.shutdown(wait=False, cancel_futures=True)
+            lane.shutdown(wait=False)
 
     def _free(self, num_chars: int) -> None:
         self._num_long_chars -= num_chars

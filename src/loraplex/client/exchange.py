@@ -154,7 +154,8 @@ class Exchange(Generic[Answer]):
 
     def _may_be_repeated(self, outcome: Outcome) -> bool:
         if isinstance(outcome, httpx.Response):
-            refused = outcome.status_code in REFUSED and not self._call.is_once
+            # A server that stops says 503 also of what it has begun.
+            refused = outcome.status_code in (REFUSED[:1] if self._call.is_once else REFUSED)
             return refused or (self._call.is_safe and outcome.status_code == 502)
         return isinstance(outcome, NOT_SENT) or (self._call.is_safe and isinstance(outcome, NO_ANSWER))
 

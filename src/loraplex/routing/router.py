@@ -57,6 +57,7 @@ class Router:
         self._targeted: frozenset[str] = frozenset()  # routes, and adapters that some route leads to
         self._shadows = Shadows(backend, self._log_shadows)
         self._flusher: asyncio.Task[None] | None = None
+        self._is_closed = False
         self._changing = asyncio.Lock()  # what routes lead to, and whether that is there
         self._files = ThreadPoolExecutor(1, "loraplex-routing")  # waits for disks; nobody else waits with it
 
@@ -90,6 +91,9 @@ class Router:
 
     async def close(self) -> None:
         """Finish what was accepted, but for shadows. Safe to call twice."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         await self._shadows.close()
         if self._flusher is not None:
             self._flusher.cancel()
