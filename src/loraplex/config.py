@@ -37,7 +37,7 @@ class EngineConfig(BaseModel):
     max_step_sequences: int = Field(512, ge=1, description="sequences in one forward pass")
     max_queue: int = Field(4096, ge=1, description="classifier evaluations that wait or run; over it 429")
     max_queue_tokens: int | None = Field(
-        None, ge=1, description="tokens to compute that may wait; over it 429; 64 steps' worth"
+        None, ge=1, description="tokens to compute that may wait; over it 429; 32 steps' worth by default"
     )
     preload: str = Field(
         "all", description="read and proven at start: all, none, or names with commas, which are pinned"

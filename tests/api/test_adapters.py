@@ -75,7 +75,7 @@ def ask(http: httpx.Client, name: str, text: str = TEXT, **fields: object) -> An
     response = http.post("/v1/classify", json={"input": text, "classifiers": name, **fields})
     assert response.status_code == 200, response.text
     [verdict] = response.json()["verdicts"]
-    return dict(verdict)
+    return {key: value for key, value in verdict.items() if key != "id"}
 
 
 def put(http: httpx.Client, name: str, source: object, **fields: object) -> httpx.Response:

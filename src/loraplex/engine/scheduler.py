@@ -52,12 +52,12 @@ class Scheduler:
         max_queue_tokens: int | None = None,
         pool: BlockPool | None = None,
     ) -> None:
-        """max_queue, max_queue_tokens: sequences, and tokens to compute for them, that may wait; by default 64 steps'
+        """max_queue, max_queue_tokens: sequences, and tokens to compute for them, that may wait; by default 32 steps'
         worth, which is seconds on any device that the steps are sized for."""
         self.max_step_tokens = max_step_tokens
         self.max_step_sequences = max_step_sequences
         self.max_queue = max_queue
-        self.max_queue_tokens = max_queue_tokens or 64 * max_step_tokens
+        self.max_queue_tokens = max_queue_tokens or 32 * max_step_tokens
         self.pool = pool or BlockPool(0)
         self._flows: dict[Flow, list[_Waiting]] = {}  # heaps
         self._served: dict[Flow, float] = {}  # tokens, for the flows that wait
