@@ -31,3 +31,15 @@ def test_the_adapter_benchmark_runs(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["many"]["requests_per_s_all"] > 0 and report["cold"]["disk_ms"] > 0 and report["swaps"]["swaps"] > 0
+
+
+def test_the_server_benchmark_runs(tiny_bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.server", "--bundle", str(tiny_bundle), "--classifiers", "2"]
+    short = ["--requests", "3", "--seconds", "1", "--rounds", "1", "--clients", "2"]
+    files = ["--json", str(tmp_path / "report.json"), "--plot", str(tmp_path / "plot.svg")]
+    run = subprocess.run([*command, *short, *files], cwd=serving.ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["classifiers"] == 2 and report["capacity_per_s"] > 0 and report["latency"]["http_p50_ms"] > 0
+    assert len(report["loads"]) == 8 and all(one["other"] == 0 for one in report["loads"].values())
+    assert (tmp_path / "plot.svg").stat().st_size > 1000 and "of the peak" in run.stdout
