@@ -228,9 +228,10 @@ def test_sigterm_lets_requests_finish_and_takes_no_more(tiny_bundle: Path, tmp_p
         process.tell("slow")
         in_flight = [pool.submit(process.classify) for _ in range(3)]
         process.wait_for("running")
+        time.sleep(1)  # the others come meanwhile
         process.popen.terminate()
-        wait_until(lambda: answers(process, "/ready", 503), within=1)
-        idle.settimeout(2)
+        wait_until(lambda: answers(process, "/ready", 503), within=10)
+        idle.settimeout(10)
         assert idle.recv(65536) == b""
         assert process.get("/health").status_code == 200
         assert_not_ready(process.classify())
