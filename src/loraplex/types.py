@@ -219,7 +219,7 @@ class Route:
 
     targets:   adapter -> weight; a target's share is its weight over all weights.
     shadows:   adapters that judge too; their answers are recorded and never returned.
-    revision:  counts the changes of the route, from 1.
+    revision:  grows with each change of any route; one that was undone does not come again.
     """
 
     name: str
@@ -258,7 +258,7 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetStats:
-    """How a route's target answered since it was first asked through the route. What is None has not been observed.
+    """How a version of a route's target answered, over the verdicts that are kept. What is None was not observed.
 
     label_shares:     label -> its share of the verdicts.
     mean_confidence:  of the returned labels.

@@ -213,6 +213,13 @@ def test_in_python(tiny_bundle: Path) -> None:
         loraplex.classify("hello")
 
 
+def test_a_start_that_fails_gives_its_state_back(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="nobody"):
+        Loraplex.load(tiny_bundle, dtype="float32", state_dir=str(tmp_path), preload="nobody")
+    with Loraplex.load(tiny_bundle, dtype="float32", state_dir=str(tmp_path), preload="none") as loraplex:
+        assert len(loraplex.adapters()) == 4
+
+
 def test_what_other_threads_asked_before_close_is_answered(tiny_bundle: Path) -> None:
     loraplex = Loraplex.load(tiny_bundle, dtype="float32")
     with ThreadPoolExecutor(8) as pool:

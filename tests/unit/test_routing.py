@@ -442,6 +442,23 @@ def test_what_could_not_be_written_waits(tmp_path: Path, monkeypatch: pytest.Mon
     assert log.targets_of("13") == (A,)
 
 
+def test_of_more_than_can_wait_the_newest_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = VerdictLog(max_verdicts=10)
+    log.add(verdict(f"old{i}") for i in range(6))
+
+    def fail(added: object) -> None:
+        log.add(verdict(f"new{i}") for i in range(7))  # while it is tried
+        raise BundleError("disk", "is full", remedy="none")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "_write", fail)
+        with pytest.raises(BundleError):
+            log.flush()
+    assert log.targets_of("new6") == log.targets_of("new0") == log.targets_of("old3") == (A,)
+    with pytest.raises(UnknownVerdictError):
+        log.targets_of("old2")
+
+
 def test_feedback_through_the_router_knows_the_labels() -> None:
     async def use(router: Router, backend: FakeBackend) -> None:
         result = await router.classify(ask(A, B))

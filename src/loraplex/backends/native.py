@@ -103,6 +103,8 @@ class NativeBackend:
             await self._store.close()
         if self._registry is not None:
             self._registry.close()
+        if self._state is not None:
+            self._state.release()
         self._engine = self._store = self._registry = self._runner = None
 
     # ------------------------------------------------------------------------------------------- adapters

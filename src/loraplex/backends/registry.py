@@ -41,8 +41,6 @@ class AdapterRegistry:
 
     def close(self) -> None:
         self._resolvers.shutdown(wait=False, cancel_futures=True)
-        if self._state is not None:
-            self._state.release()
 
     async def load(self, name: str, source: str, pin: bool | None, replace: bool) -> AdapterInfo:
         check_name(name)

@@ -5,6 +5,8 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import copy_context
 from typing import TypeVar
 
 from loraplex.errors import DeadlineExceededError, NotReadyError, QueueFullError
@@ -28,11 +30,11 @@ class TokenizerThreads:
     async def run(self, work: Callable[[], Result], num_chars: int, deadline_s: float | None) -> Result:
         """What `work` returns. deadline_s: on the clock of `time.monotonic`. DeadlineExceededError; QueueFullError;
         NotReadyError once closed."""
-        loop = asyncio.get_running_loop()
+        loop, context = asyncio.get_running_loop(), copy_context()  # what is logged there is the request's, too
         if self._is_closed:
             raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
         if num_chars < LONG_CHARS:
-            future = self._short.submit(work)
+            future = self._short.submit(context.run, work)
         else:
             if self._num_long_chars and self._num_long_chars + num_chars > MAX_LONG_CHARS:
                 raise QueueFullError(
@@ -42,12 +44,10 @@ class TokenizerThreads:
             self._num_long_chars += num_chars
 
             def done(_: Future[Result]) -> None:
-                try:
+                with suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(self._free, num_chars)
-                except RuntimeError:
-                    pass  # the loop is closed
 
-            future = self._long.submit(work)
+            future = self._long.submit(context.run, work)
             future.add_done_callback(done)
         try:
             async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):

@@ -40,7 +40,7 @@ class RouteStore:
 
     def put(self, name: str, settings: RouteSettings) -> Route:
         with self._database.transaction() as database:
-            return _append(database, name, settings)
+            return _route(name, _append(database, name, settings), settings)
 
     def delete(self, name: str) -> None:
         """UnknownRouteError where there is none."""
@@ -91,7 +91,8 @@ class RouteStore:
 
 def _append(
     database: sqlite3.Connection, name: str, settings: RouteSettings | None, *, is_from_file: bool = False
-) -> Route:
+) -> int:
+    """The new revision."""
     added = database.execute(
         "INSERT INTO revisions (name, settings, is_from_file) VALUES (?, ?, ?)",
         (name, None if settings is None else _json(settings), is_from_file),
@@ -102,7 +103,7 @@ def _append(
         " (SELECT revision FROM revisions WHERE name = ?1 ORDER BY revision DESC LIMIT 1 OFFSET ?2)",
         (name, MAX_REVISIONS),
     )
-    return _route(name, added.lastrowid, settings or RouteSettings(targets={name: 1}))
+    return added.lastrowid
 
 
 def _in_effect(database: sqlite3.Connection) -> list[Route]:

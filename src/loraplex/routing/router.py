@@ -302,7 +302,7 @@ class Router:
 
 
 def open_router(
-    backend: Backend, from_file: Mapping[str, RouteSettings], state_dir: str | None, num_kept: int
+    backend: Backend, from_file: Mapping[str, RouteSettings], *, state_dir: str | None, num_kept: int
 ) -> Router:
     """With what `state_dir` remembers. num_kept: verdicts."""
     folder = None if state_dir is None else Path(state_dir)

@@ -96,7 +96,8 @@ class VerdictLog:
             try:
                 self._write(added)
             except BundleError:
-                self._added.extendleft(reversed(added[-self._max_verdicts :]))
+                room = self._max_verdicts - len(self._added)
+                self._added.extendleft(reversed(added[max(0, len(added) - room) :]))
                 raise
 
     def _write(self, added: Seq[LoggedVerdict]) -> None:

@@ -1,16 +1,16 @@
 """Bodies of the OpenAI routes. A field that we would have to ignore is refused, and named."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Field, Tag
 
 from loraplex.backends.base import GenerateRequest
 from loraplex.errors import InvalidRequestError
 from loraplex.server.openai_answers import ChatFormat, CompletionFormat
-from loraplex.server.schemas import MAX_ITEMS
+from loraplex.server.schemas import MAX_ITEMS, either
 from loraplex.types import Message
 
 MAX_CHOICES = 2048  # prompts times `n`
@@ -62,19 +62,10 @@ _REMEDIES = {
 }
 
 
-def _text_or_list(value: Any) -> str | None:
-    return "text" if isinstance(value, str) else "list" if isinstance(value, list) else None
-
-
 def _prompt_kind(value: Any) -> str | None:
     if not isinstance(value, list):
         return "text" if isinstance(value, str) else None
     return {str: "texts", int: "ids", list: "id lists"}.get(type(value[0])) if value else "texts"
-
-
-def _either(kind: Callable[[Any], str | None], what: str) -> Discriminator:
-    """Told apart by type: one error, that of what was given, and not one for each kind that it is not."""
-    return Discriminator(kind, custom_error_type="either", custom_error_message=f"should be {what}")
 
 
 def _document(schema: dict[str, Any]) -> None:
@@ -110,7 +101,7 @@ class _Body(BaseModel):
         Annotated[
             Annotated[str, Tag("text"), Field(min_length=1)]
             | Annotated[list[Annotated[str, Field(min_length=1)]], Tag("list"), Field(max_length=16)],
-            _either(_text_or_list, "text, or a list of at most 16 texts"),
+            either("text, or a list of at most 16 texts"),
         ]
         | None
     ) = Field(None, description="ends the answer and is no part of it")
@@ -194,7 +185,7 @@ class CompletionBody(_Body):
         | Annotated[list[str], Tag("texts"), Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
         | Annotated[_Ids, Tag("ids")]
         | Annotated[list[_Ids], Tag("id lists"), Field(max_length=MAX_CHOICES, fail_fast=True)],
-        _either(_prompt_kind, "text, token ids, or a list of either"),
+        either("text, token ids, or a list of either", _prompt_kind),
     ]
     max_tokens: int | None = Field(None, ge=1, description="16 by default")
     logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens that come with each one")
@@ -230,7 +221,7 @@ class ChatMessage(BaseModel):
     content: Annotated[
         Annotated[str, Tag("text")]
         | Annotated[list[TextPart], Tag("list"), Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)],
-        _either(_text_or_list, "text, or a list of text parts"),
+        either("text, or a list of text parts"),
     ]
 
     def to_message(self, place: str) -> Message:

@@ -77,12 +77,10 @@ async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = F
         raise
     for one in (result,) if isinstance(result, ClassifyResult) else result.results:
         if isinstance(one, ClassifyResult):
-            metrics_of(request).observe(one)
+            metrics.observe(one)
         else:
-            metrics_of(request).observe_failure(
-                () if asked[0].classifiers == "*" else asked[0].classifiers, one.error.code
-            )
-            metrics_of(request).fail(one.error.code)
+            metrics.observe_failure(named, one.error.code)
+            metrics.fail(one.error.code)
     return result
 
 

@@ -1,5 +1,6 @@
 """Bodies of the HTTP API. What they mean is in `loraplex.types`."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
@@ -31,15 +32,14 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _kind(value: Any) -> str | None:
+def kind_of(value: Any) -> str | None:
     kinds = {str: "text", list: "list", dict: "object"}
     return next((kind for type_, kind in kinds.items() if isinstance(value, type_)), None)
 
 
-def _either(what: str) -> Discriminator:
-    """Text, a list or an object, told apart by type: one error, that of the one given, and not one for each that it is
-    not."""
-    return Discriminator(_kind, custom_error_type="either", custom_error_message=f"should be {what}")
+def either(what: str, kind: Callable[[Any], str | None] = kind_of) -> Discriminator:
+    """Told apart by type: one error, that of what was given, and not one for each kind that it is not."""
+    return Discriminator(kind, custom_error_type="either", custom_error_message=f"should be {what}")
 
 
 class MessageBody(_Body):
@@ -53,7 +53,7 @@ TextOrMessages = (
 
 
 class ConversationBody(_Body):
-    input: Annotated[TextOrMessages, _either("text, or a list of messages")]
+    input: Annotated[TextOrMessages, either("text, or a list of messages")]
     conversation_id: str | None = None
 
     def to_request(self, classifiers: Names, deadline_ms: float | None) -> ClassifyRequest:
@@ -81,7 +81,7 @@ class ClassifyBody(_Body):
         },
     )
 
-    input: Annotated[TextOrMessages, _either("text, or a list of messages")] | SkipJsonSchema[None] = Field(
+    input: Annotated[TextOrMessages, either("text, or a list of messages")] | SkipJsonSchema[None] = Field(
         None, description="text, or the turns in order"
     )
     inputs: (
@@ -89,7 +89,7 @@ class ClassifyBody(_Body):
             list[
                 Annotated[
                     TextOrMessages | Annotated[ConversationBody, Tag("object")],
-                    _either("text, a list of messages, or an object with `input` and `conversation_id`"),
+                    either("text, a list of messages, or an object with `input` and `conversation_id`"),
                 ]
             ],
             Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True),
@@ -98,7 +98,7 @@ class ClassifyBody(_Body):
     ) = Field(None, description="several conversations, answered in order under `results`")
     classifiers: Annotated[
         Annotated[str, Tag("text")] | Annotated[list[str], Tag("list"), Field(max_length=MAX_ITEMS, fail_fast=True)],
-        _either("a name, or a list of names"),
+        either("a name, or a list of names"),
     ] = Field("*", description='names of classifiers or routes, or "*" for all')
     conversation_id: str | None = Field(
         None,
