@@ -1,6 +1,7 @@
 """Shared fixtures. Progress bars are off: they are noise in a log."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import serving
 import tiny
 
 transformers_logging.disable_progress_bar()
+# A shell starts what runs in its background with SIGINT ignored, which the processes that we interrupt would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The models are tiny: threads that wait for each other would take most of the time, here and in the servers.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
