@@ -1,6 +1,7 @@
 """Greedy tokens and their log probabilities equal PEFT's, whoever else is in the batch; sampling is seeded."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,10 @@ import tiny
 from checks import check_pool
 from loraplex import Loraplex
 from loraplex.backends.base import GenerateRequest, GenerateResult
-from loraplex.errors import DeadlineExceededError, InvalidRequestError, UnknownClassifierError
+from loraplex.backends.native import NativeBackend
+from loraplex.bundle import open_bundle
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence
+from loraplex.errors import CancelledError, DeadlineExceededError, InvalidRequestError, UnknownClassifierError
 
 NUM_TOKENS = 40  # past two block boundaries, whatever the prompt's length
 PROMPTS = [
@@ -153,3 +157,23 @@ def test_a_deadline_ends_it_and_gives_its_blocks_back(loraplex: Loraplex) -> Non
     with pytest.raises(DeadlineExceededError):
         loraplex.generate(PROMPTS[1], "plain", max_tokens=180, temperature=2.0, seed=0, deadline_ms=15)
     check_pool(loraplex)
+
+
+def test_who_is_late_is_not_told_that_it_left(bundle: Path) -> None:
+    """Giving up cancels the request, which the engine may see at once."""
+
+    class Engine:
+        def submit(self, request: EngineRequest) -> None:
+            [sequence] = request.sequences
+            left = CancelledError("the client left", remedy="none")
+            request.future.add_done_callback(lambda _: request.resolve(sequence, left))
+
+    async def ask() -> None:
+        backend: Any = NativeBackend(open_bundle(bundle))
+        backend._engine = Engine()
+        sequence = Sequence(token_ids=(1, 2), slot=NO_ADAPTER)
+        [outcome] = await backend._compute([sequence], time.monotonic() + 0.01)
+        assert isinstance(outcome, DeadlineExceededError)
+        assert sequence.request.cancelled
+
+    asyncio.run(ask())

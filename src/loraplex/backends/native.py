@@ -410,14 +410,18 @@ class NativeBackend:
         except BaseException:
             release()
             raise
-        # A caller that leaves, or is late, cancels this await, and with it the future, which the scheduler sees.
+        left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        future = asyncio.wrap_future(request.future)
         try:
-            async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
-                return await asyncio.wrap_future(request.future)
-        except TimeoutError:
-            return request.outcomes(
-                DeadlineExceededError("not computed before the deadline", remedy="allow more time or send less at once")
+            await asyncio.wait({future}, timeout=left_s)
+            if future.done():
+                return future.result()
+            late = DeadlineExceededError(
+                "not computed before the deadline", remedy="allow more time or send less at once"
             )
+            return request.outcomes(late)  # before it is cancelled, which the engine may see at once
+        finally:
+            request.future.cancel()  # where its caller left or is late: the scheduler drops what has not run
 
     # ------------------------------------------------------------------------------------------- loading
 
