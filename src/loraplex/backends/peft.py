@@ -1,5 +1,4 @@
-"""What PEFT answers, one prompt after the other: the oracle that an adapter can be compared with where PEFT is
-installed."""
+"""What PEFT answers: the oracle that an adapter can be compared with where PEFT is installed."""
 
 import importlib.util
 import warnings
