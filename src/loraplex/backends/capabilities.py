@@ -15,7 +15,7 @@ class Capabilities:
     mixes_adapters: in one forward pass. shares_prefix: what sequences have in common is computed once.
     keeps_kv: from one call to the next. cuts_prompts: a long one into chunks, between which others are answered.
     generates: text of several tokens, sampling, logit bias and top log probabilities included.
-    reads_folders: an adapter's files must stay where they are while it is served.
+    reads_folders: it reads adapters itself: they cannot wait in host memory without their files.
     """
 
     backend: str

@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 
 from loraplex.adapters.host import HostTier
@@ -23,7 +26,7 @@ from loraplex.backends.executor import Computation, Executor
 from loraplex.backends.proof import prove
 from loraplex.backends.question import Question, render
 from loraplex.backends.registry import BUNDLE, AdapterRegistry, preloaded
-from loraplex.bundle import AdapterSource, Bundle
+from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterSource, Bundle
 from loraplex.classifier import valid_unicode
 from loraplex.config import EngineConfig, resolve
 from loraplex.engine.engine import Steps
@@ -173,19 +176,26 @@ class ServingBackend:
         return self._reader.read(source)
 
     def place(self, slot: int, version: LoadedClassifier, weights: AdapterWeights) -> None:
-        self._executor.set_slot(slot, version.source.path, weights)
-        if self._executor.capabilities.reads_folders:
-            self._check_unchanged(version)
-
-    def _check_unchanged(self, version: LoadedClassifier) -> None:
-        """The executor took what is in the folder now."""
-        found, _ = self.read(version.source)
-        if found.kv_id != version.kv_id:
-            raise AdapterError(
-                version.source.path,
-                f"changed on disk since version {version.version} was loaded from it",
-                remedy="load it again, or put the old files back",
-            )
+        if not self._executor.capabilities.reads_folders:
+            self._executor.set_slot(slot, version.source.path, weights)
+            return
+        # What it reads must be what was checked, also where somebody writes into the folder meanwhile.
+        with tempfile.TemporaryDirectory(prefix="loraplex-") as copy:
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                try:
+                    shutil.copy(version.source.path / name, copy)
+                except OSError as exc:
+                    raise AdapterError(
+                        version.source.path / name, f"not readable: {exc}", remedy="put the file back"
+                    ) from None
+            found, _ = self.read(replace(version.source, path=Path(copy)))
+            if found.kv_id != version.kv_id:
+                raise AdapterError(
+                    version.source.path,
+                    f"changed on disk since version {version.version} was loaded from it",
+                    remedy="load it again, or put the old files back",
+                )
+            self._executor.set_slot(slot, Path(copy), weights)
 
     def clear(self, slot: int) -> None:
         if self._engine is not None:
