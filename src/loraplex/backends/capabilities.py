@@ -49,10 +49,11 @@ NATIVE = Capabilities(
 # As PEFT 0.21 was found to be, by tests/contract/test_kinds.py. Several adapters on one model go wrong as follows.
 # bias: PEFT writes it into the base, so that all others compute with it; of two it refuses the second.
 # other_embedding: the same, and without a word. tying: the second adapter's LoRA is not tied.
-# tokens: no adapter without them loads behind one that has them. score: the model is another class.
+# tokens: no adapter without them loads behind one that has them. saved: not of a layer on which another has LoRA.
+# score: the model is another class.
 PEFT = Capabilities(
     backend="--backend peft",
-    adapters=frozenset({"lora", "alora", "lora_bias", "embedding", "dora", "saved"}),
+    adapters=frozenset({"lora", "alora", "lora_bias", "embedding", "dora"}),
     mixes_adapters=False,
     shares_prefix=False,
     keeps_kv=False,
@@ -60,10 +61,10 @@ PEFT = Capabilities(
     generates=True,
     reads_folders=True,
 )
-# `adapter_names` is refused under DoRA, and knows saved modules only where all rows have some.
+# `adapter_names` is refused under DoRA.
 PEFT_MIXED = Capabilities(
     backend="--backend peft --peft-batching mixed",
-    adapters=PEFT.adapters - {"dora", "saved"},
+    adapters=PEFT.adapters - {"dora"},
     mixes_adapters=True,
     shares_prefix=False,
     keeps_kv=False,
