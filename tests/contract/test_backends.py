@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import tiny
 from loraplex import Loraplex
@@ -35,6 +35,10 @@ TEXTS = [
     "Customer: hello <|ask|> there",
 ]
 PROMPT = "Customer: hello, a table for two<|ask|>Is it done?\n"
+# Positions are added to its embeddings, so that what stands on the left moves the answer.
+GPT2 = GPT2Config(
+    vocab_size=tiny.VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=1
+)
 ADAPTERS = ["active0", "active1", "active2", "plain"]
 
 
@@ -98,9 +102,9 @@ def test_plain_adapters_of_several_ranks_answer_as_native(tiny_bundle: Path, bac
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "native"])
-@pytest.mark.parametrize("family", ["mistral-window", "gemma2", "qwen3"])
-def test_windows_and_soft_caps_hold_beside_longer_texts(tmp_path: Path, family: str, backend: str) -> None:
-    tiny.save_shared_bundle(tmp_path / "bundle", tiny.FAMILIES[family])
+@pytest.mark.parametrize("family", ["mistral-window", "gemma2", "qwen3", "gpt2"])
+def test_windows_soft_caps_and_positions_hold_beside_longer_texts(tmp_path: Path, family: str, backend: str) -> None:
+    tiny.save_shared_bundle(tmp_path / "bundle", GPT2 if family == "gpt2" else tiny.FAMILIES[family])
     with load(tmp_path / "bundle", backend) as loraplex, load(tmp_path / "bundle", "native") as native:
         requests = [ClassifyRequest(input=text, classifiers=tuple(ADAPTERS)) for text in TEXTS]
         for one, other in zip(ask_all(loraplex, requests), ask_all(native, requests), strict=True):
@@ -206,11 +210,13 @@ def test_too_long_is_refused(shared: Loraplex) -> None:
 
 
 def test_usage_counts_what_was_computed(shared: Loraplex) -> None:
-    usage = shared.classify(TEXTS[1], ["plain", "active0"]).usage
+    before = shared.backend.stats().num_step_tokens
+    usage = shared.classify(TEXTS[1], ["active1", "active0"]).usage
     assert usage.prompt_tokens > 0
     if shared.backend.name == "peft":
         assert usage.computed_tokens == usage.prompt_tokens and usage.cached_tokens == 0
     stats = shared.backend.stats()
+    assert stats.num_step_tokens - before == usage.computed_tokens
     assert stats.num_steps > 0 and stats.num_step_tokens > 0 and set(stats.adapters.values()) == {"ready"}
 
 
@@ -256,6 +262,9 @@ def test_adapters_come_change_and_go_under_traffic(shared_bundle: Path, tmp_path
         for name in [*ADAPTERS, "verbatim"]:
             loraplex.unload_adapter(name)
         assert loraplex.generate(PROMPT).tokens == base  # without any
+        if backend != "native":
+            engine: Any = loraplex.backend._engine  # type: ignore[attr-defined]
+            assert not [one for one in engine._runner.model.modules() if type(one).__module__.startswith("peft")]
         loraplex.load_adapter("plain", str(bundle / "plain"))  # and with the first again
         check_verdicts(loraplex.classify(TEXTS[1], "plain").verdicts, (before["plain"],))
 
@@ -359,6 +368,8 @@ def test_a_failed_forward_pass_leaves_nothing_behind(
                     loraplex.classify(TEXTS[1], name)
             is_failing = False
             handle.remove()
+        if backend != "native":
+            assert not any(module._forward_pre_hooks for module in engine._runner.model.modules())
         assert loraplex.generate(PROMPT).tokens == base
         for text, verdicts in zip(TEXTS, before, strict=True):
             check_verdicts(loraplex.classify(text, ADAPTERS).verdicts, verdicts)

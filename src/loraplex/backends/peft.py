@@ -210,8 +210,8 @@ class PeftRunner:
             raise
 
     def _remove_hooks(self) -> None:
-        """PEFT leaves those that tell its layers the adapter names behind where a forward pass fails: the next
-        sequences would be computed under the adapters of these."""
+        """Where a forward pass fails, PEFT leaves those behind that tell its layers the adapter names and the
+        activations: they would pile up, and hold for whatever comes next without any of its own."""
         for module in self.model.modules():
             module._forward_pre_hooks.clear()
             module._forward_pre_hooks_with_kwargs.clear()
