@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.shapes import SHAPES, save_base
-from loraplex.backends.native import NativeBackend
+from loraplex.backends.serving import ServingBackend, open_backend
 from loraplex.bundle import open_bundle
 from loraplex.config import EngineConfig
 from loraplex.model.loader import base_layers, build_skeleton, read_config
@@ -62,7 +62,7 @@ def save_adapter(folder: Path, layers: Any, seed: int) -> None:
 class Traffic:
     """Closed-loop clients, each of which asks one adapter at a time about a text of its own."""
 
-    def __init__(self, backend: NativeBackend, vocab_size: int) -> None:
+    def __init__(self, backend: ServingBackend, vocab_size: int) -> None:
         self._backend, self._random, self._vocab_size = backend, random.Random(0), vocab_size
 
     def text(self) -> str:
@@ -102,7 +102,7 @@ def rss_mib() -> float:
 async def cold_loads(folder: Path, rounds: int) -> dict[str, Any]:
     """First verdict of an adapter that nobody has read, beside its second and one that waits in host memory."""
     config = EngineConfig(dtype="float32", preload="none", max_adapters=4, host_memory="2GiB")
-    backend = NativeBackend(open_bundle(folder), config)
+    backend = open_backend(open_bundle(folder), config)
     await backend.start()
     try:
         traffic = Traffic(backend, _vocab_size(folder))
@@ -124,7 +124,7 @@ async def cold_loads(folder: Path, rounds: int) -> dict[str, Any]:
 
 async def swaps(folder: Path, num_requests: int) -> dict[str, Any]:
     """Latency of 15 adapters before, while and after a 16th is replaced again and again."""
-    backend = NativeBackend(open_bundle(folder), EngineConfig(dtype="float32", preload="none", host_memory="2GiB"))
+    backend = open_backend(open_bundle(folder), EngineConfig(dtype="float32", preload="none", host_memory="2GiB"))
     await backend.start()
     try:
         traffic = Traffic(backend, _vocab_size(folder))
@@ -159,7 +159,7 @@ async def swaps(folder: Path, num_requests: int) -> dict[str, Any]:
 async def many(folder: Path, num_requests: int, rounds: int, num_places: int) -> dict[str, Any]:
     """Requests/s with Zipf traffic over all adapters, on `num_places` places, against 16 adapters."""
     config = EngineConfig(dtype="float32", preload="none", max_adapters=num_places, host_memory="8GiB")
-    backend = NativeBackend(open_bundle(folder), config)
+    backend = open_backend(open_bundle(folder), config)
     await backend.start()
     try:
         traffic = Traffic(backend, _vocab_size(folder))

@@ -3,13 +3,14 @@
 import time
 
 from loraplex import Loraplex
-from loraplex.backends.native import NativeBackend
+from loraplex.backends.serving import ServingBackend
+from loraplex.engine.engine import Engine
 
 
 def check_pool(loraplex: Loraplex) -> None:
     """No block is lost, and nobody holds one."""
-    assert isinstance(loraplex.backend, NativeBackend)
-    assert loraplex.backend._engine is not None
+    assert isinstance(loraplex.backend, ServingBackend)
+    assert isinstance(loraplex.backend._engine, Engine)
     engine, end = loraplex.backend._engine, time.monotonic() + 10
     pool = engine._scheduler.pool
     assert pool.num_blocks > 0

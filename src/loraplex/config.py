@@ -21,7 +21,12 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backend: Literal["native"] = Field("native", description="what computes: native")
+    backend: Literal["native", "peft"] = Field(
+        "native", description="what computes: native, or peft, which is slow and what native is measured against"
+    )
+    peft_batching: Literal["sequential", "mixed"] = Field(
+        "sequential", description="with --backend peft: sequential, or mixed, which is PEFT's adapter_names"
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto, float32 or bfloat16")
     kv_cache: str = Field(

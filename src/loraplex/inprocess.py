@@ -53,10 +53,10 @@ class Loraplex:
     def load(cls, path: str | Path, *, adapters: Mapping[str, str | Path] | None = None, **engine: Any) -> Self:
         """Open the bundle (or base) at `path` with `adapters` (name -> folder) besides. `engine`: fields of
         EngineConfig, such as device="cpu" or dtype="float32". ConfigurationError names what is wrong on disk."""
-        from loraplex.backends.native import NativeBackend
+        from loraplex.backends.serving import open_backend
 
         bundle = open_bundle(path, adapters)
-        backend = NativeBackend(bundle, resolve(EngineConfig, bundle.settings.engine, engine))
+        backend = open_backend(bundle, resolve(EngineConfig, bundle.settings.engine, engine))
         return cls(backend, bundle.settings.routes)
 
     def classify(

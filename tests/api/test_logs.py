@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message
 
 import serving
-from loraplex.backends.native import NativeBackend
+from loraplex.backends.serving import open_backend
 from loraplex.bundle import open_bundle
 from loraplex.config import ServerConfig
 from loraplex.routing.router import Router
@@ -158,7 +158,7 @@ def test_text_is_the_default_and_inputs_are_logged_when_asked_for(tiny_bundle: P
 
 
 def app_of(bundle: Path, **config: Any) -> FastAPI:
-    app = create_app(Router(NativeBackend(open_bundle(str(bundle))), {}), ServerConfig(**config), ())
+    app = create_app(Router(open_backend(open_bundle(str(bundle))), {}), ServerConfig(**config), ())
 
     async def fail() -> None:
         raise KeyError(SAID)

@@ -12,7 +12,7 @@ from fastapi.routing import iter_route_contexts
 from prometheus_client.parser import text_string_to_metric_families
 
 import serving
-from loraplex.backends.native import NativeBackend
+from loraplex.backends.serving import open_backend
 from loraplex.bundle import open_bundle
 from loraplex.config import ServerConfig
 from loraplex.routing.router import Router
@@ -247,7 +247,7 @@ def test_keys_new_says_the_key_once_and_refuses_names_that_no_file_can_hold() ->
 
 
 def app_with_keys(bundle: Path, **config: object) -> FastAPI:
-    router = Router(NativeBackend(open_bundle(str(bundle))), {})
+    router = Router(open_backend(open_bundle(str(bundle))), {})
     return create_app(router, ServerConfig.model_validate(config), keys())
 
 

@@ -16,7 +16,7 @@ import tiny
 from checks import check_pool
 from loraplex import Loraplex
 from loraplex.backends.base import GenerateRequest, GenerateResult
-from loraplex.backends.native import NativeBackend
+from loraplex.backends.serving import open_backend
 from loraplex.bundle import open_bundle
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence
 from loraplex.errors import CancelledError, DeadlineExceededError, InvalidRequestError, UnknownClassifierError
@@ -169,7 +169,7 @@ def test_who_is_late_is_not_told_that_it_left(bundle: Path) -> None:
             request.future.add_done_callback(lambda _: request.resolve(sequence, left))
 
     async def ask() -> None:
-        backend: Any = NativeBackend(open_bundle(bundle))
+        backend: Any = open_backend(open_bundle(bundle))
         backend._engine = Engine()
         sequence = Sequence(token_ids=(1, 2), slot=NO_ADAPTER)
         [outcome] = await backend._compute([sequence], time.monotonic() + 0.01)

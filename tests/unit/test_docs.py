@@ -7,9 +7,10 @@ import pytest
 
 from loraplex.adapters.features import feature_table
 from loraplex.adapters.peft_config import REFUSED_KEYS, PeftConfig
+from loraplex.backends.capabilities import backend_table
 
 DOCS = Path(__file__).parents[2] / "docs"
-GENERATED = {("adapters.md", "features"): feature_table}
+GENERATED = {("adapters.md", "features"): feature_table, ("backends.md", "backends"): backend_table}
 
 
 @pytest.mark.parametrize(("name", "part"), GENERATED)

@@ -117,7 +117,7 @@ class Simulated:
             raise files.error()
         return Version(source, f"{files.weights}/{files.contract}", files.weights, files.num_bytes), weights
 
-    def place(self, slot: int, weights: Weights) -> None:
+    def place(self, slot: int, version: Version, weights: Weights) -> None:
         assert self.place_gate.wait(5)
         self._expect(slot not in self.slots, f"{weights.kv_id} placed where {self.slots.get(slot)} is")
         self._expect(weights.kv_id not in self.slots.values(), f"{weights.kv_id} is placed twice")

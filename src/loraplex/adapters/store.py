@@ -358,7 +358,7 @@ class AdapterStore(Generic[Version]):
         def place() -> None:
             for _, other in evicted:
                 self._loader.clear(other)
-            self._loader.place(slot, weights)
+            self._loader.place(slot, version, weights)
 
         try:
             await self._on_placer(place)

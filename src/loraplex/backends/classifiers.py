@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex.adapters.checkpoint import read_adapter
+from loraplex.adapters.kinds import kinds_of
+from loraplex.adapters.peft_config import read_peft_config
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
+from loraplex.backends.capabilities import Capabilities
+from loraplex.backends.executor import Executor
 from loraplex.bundle import CONTRACT, AdapterSource, open_adapter
-from loraplex.engine.runner import ModelRunner
 from loraplex.engine.tokenizer import Template, Tokenizer
 from loraplex.errors import AdapterError, ContractError
 from loraplex.types import AdapterRef
@@ -51,19 +54,28 @@ class ClassifierReader:
     """Folders -> versions and their weights, for one base. Any thread may call."""
 
     def __init__(
-        self, layers: BaseLayers, tokenizer: Tokenizer, max_model_len: int, pad_token_id: int | None = None
+        self,
+        layers: BaseLayers,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        capabilities: Capabilities,
+        pad_token_id: int | None = None,
     ) -> None:
         self._layers, self._tokenizer, self._max_model_len = layers, tokenizer, max_model_len
-        self._pad_token_id = pad_token_id
+        self._capabilities, self._pad_token_id = capabilities, pad_token_id
         # Once the base is loaded: compares with its weights, and knows its dtype.
-        self.runner: ModelRunner | None = None
+        self.executor: Executor | None = None
 
     def read(self, source: AdapterSource) -> tuple[LoadedClassifier, AdapterWeights]:
         """AdapterError, ContractError: what is wrong, with a remedy. The contract is read again, too."""
         source = open_adapter(source.name, source.path)
         weights = read_adapter(source.path, self._layers)
-        if self.runner is not None:
-            weights = weights.without_base_copies(self.runner.parameter)
+        if self.executor is not None:
+            weights = weights.without_base_copies(self.executor.parameter)
+        kinds = kinds_of(read_peft_config(source.path), weights)
+        if self.executor is None:
+            kinds -= {"other_embedding"}  # PEFT often saves the base's own: not known yet
+        self._capabilities.check(source.path, kinds)
         if weights.is_zero:
             raise AdapterError(
                 source.path,
@@ -109,7 +121,7 @@ class ClassifierReader:
             changes_layers=bool(weights.modules),
             rank=weights.rank,
             num_parameters=weights.num_parameters,
-            num_bytes=weights.num_placed * (4 if self.runner is None else self.runner.item_bytes),
+            num_bytes=weights.num_placed * (4 if self.executor is None else self.executor.item_bytes),
             pad_token_id=self._pad_token_id,
             host_bytes=weights.num_bytes,
         )

@@ -1,490 +1,74 @@
-"""Loraplex's own engine behind the Backend protocol."""
+"""Loraplex's own engine: packed steps of many adapters, shared prefixes, K/V in blocks."""
 
-import asyncio
-import contextlib
-import functools
-import logging
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
 from pathlib import Path
 
-from loraplex.adapters.host import HostTier
-from loraplex.adapters.slots import SlotTable
-from loraplex.adapters.state import AdapterState
-from loraplex.adapters.store import AdapterStore
-from loraplex.adapters.version import Lease
+import torch
+from transformers import PreTrainedConfig
+
 from loraplex.adapters.weights import AdapterWeights
-from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult, OnToken
-from loraplex.backends.classifiers import ClassifierReader, LoadedClassifier
-from loraplex.backends.completion import Completion
-from loraplex.backends.proof import prove
-from loraplex.backends.question import Question, render
-from loraplex.backends.registry import BUNDLE, AdapterRegistry, preloaded
-from loraplex.backends.tokenizing import TokenizerThreads
-from loraplex.bundle import AdapterSource, Bundle
-from loraplex.classifier import valid_unicode
-from loraplex.config import EngineConfig, resolve
+from loraplex.backends.capabilities import NATIVE
+from loraplex.config import EngineConfig
 from loraplex.engine.block_pool import BlockPool
-from loraplex.engine.engine import Engine, Steps
+from loraplex.engine.engine import Engine
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput
-from loraplex.engine.tokenizer import Conversations, Tokenizer
-from loraplex.errors import (
-    DeadlineExceededError,
-    InvalidRequestError,
-    LoraplexError,
-    NotReadyError,
-    QueueFullError,
-)
-from loraplex.model.loader import (
-    base_layers,
-    build_skeleton,
-    default_step_tokens,
-    load_base,
-    num_embedded_tokens,
-    read_config,
-    resolve_device,
-    resolve_dtype,
-    stop_token_ids,
-)
-from loraplex.model.machine import budget_bytes, choose_threads, give_back
-from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Message, Stats, Timings, Usage
-
-logger = logging.getLogger(__name__)
+from loraplex.model.loader import default_step_tokens, load_base, resolve_device, resolve_dtype, stop_token_ids
+from loraplex.model.machine import budget_bytes, give_back
 
 
-class NativeBackend:
-    """One base, adapters that come and go, one engine thread. It is its store's loader."""
+class NativeExecutor:
+    """Executor. The engine's one thread owns the model; slots are set beside its steps."""
 
     name = "native"
+    capabilities = NATIVE
 
-    def __init__(self, bundle: Bundle, config: EngineConfig | None = None) -> None:
-        self._bundle = bundle
-        self._config = config or resolve(EngineConfig, bundle.settings.engine, {})
-        self._state = None if self._config.state_dir is None else AdapterState(Path(self._config.state_dir))
-        self._registry: AdapterRegistry | None = None
-        self._store: AdapterStore[LoadedClassifier] | None = None
-        self._reader: ClassifierReader | None = None
-        self._tokenizer: Tokenizer | None = None
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
         self._runner: ModelRunner | None = None
-        self._engine: Engine | None = None
-        self._max_model_len = 0
-        self._threads = TokenizerThreads()
-        self._num_accepted = 0  # evaluations that are not answered yet
-        self._stop_ids: frozenset[int] = frozenset()
 
-    @property
-    def base_name(self) -> str:
-        return self._bundle.base_name
-
-    @property
-    def alive(self) -> bool:
-        return self._engine is not None and self._engine.alive
-
-    async def start(self) -> None:
-        if self._state is not None:
-            self._state.acquire()
-        preload = preloaded(self._config.preload, self._bundle, self._state)
-        await asyncio.to_thread(self._load)
-        try:
-            await self._ready_registry().start(preload)
-        except BaseException:
-            await self.close()
-            raise
-
-    async def close(self) -> None:
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.close)
-        self._threads.close()
-        if self._store is not None:
-            await self._store.close()
-        if self._registry is not None:
-            self._registry.close()
-        if self._state is not None:
-            self._state.release()
-        self._engine = self._store = self._registry = self._runner = None
-
-    # ------------------------------------------------------------------------------------------- adapters
-
-    def adapters(self) -> tuple[AdapterInfo, ...]:
-        return () if self._registry is None else self._registry.adapters()
-
-    def adapter(self, name: str) -> AdapterInfo:
-        return self._ready_registry().adapter(name)
-
-    @property
-    def num_waiting(self) -> int:
-        if self._engine is None:
-            return 0
-        return max(self._engine.num_waiting, self._num_accepted - self._engine.num_running)
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(one.name for one in self._ready_store().entries() if one.is_asked)
-
-    def knows(self, name: str) -> bool:
-        return self._store is not None and self._store.knows(name)
-
-    def stats(self) -> Stats:
-        store, engine = self._ready_store(), self._engine
-        num_blocks, num_available = (0, 0) if engine is None else engine.num_blocks
-        steps = Steps() if engine is None else engine.steps
-        entries = store.entries()
-        return Stats(
-            num_waiting=self.num_waiting,
-            num_running=0 if engine is None else engine.num_running,
-            num_blocks=num_blocks,
-            num_available_blocks=num_available,
-            adapters={entry.name: entry.state for entry in entries},
-            active=tuple(one.name for one in entries if one.loaded and store.slots.num_leases(one.loaded.kv_id)),
-            placing=tuple(one.name for one in entries if one.loaded and store.is_awaited(one.loaded)),
-            num_slots=len(store.slots),
-            max_slots=store.slots.max_slots,
-            device_bytes=store.slots.num_bytes,
-            host_bytes=store.host.num_bytes,
-            num_reads=store.num_loads,
-            num_steps=steps.num_steps,
-            num_step_tokens=steps.num_tokens,
-            num_step_sequences=steps.num_sequences,
-            step_seconds=steps.seconds,
-        )
-
-    async def load_adapter(
-        self, name: str, source: str, *, pin: bool | None = None, replace: bool = True
-    ) -> AdapterInfo:
-        return await self._ready_registry().load(name, source, pin, replace)
-
-    async def unload_adapter(self, name: str) -> None:
-        await self._ready_registry().unload(name)
-        if self._runner is not None:
-            await asyncio.to_thread(give_back, self._runner.device)
-
-    async def pin_adapter(self, name: str, is_pinned: bool) -> AdapterInfo:
-        return await self._ready_registry().pin(name, is_pinned)
-
-    def decode(self, *token_ids: int) -> str:
-        return self._ready_tokenizer().decode(*token_ids)
-
-    async def loaded(self, name: str) -> LoadedClassifier:
-        """The version that answers now, read if need be."""
-        lease = await self._ready_store().lease(name)
-        lease.release()
-        return lease.version
-
-    # ------------------------------------------------------------------------------------------- the store's loader
-
-    def read(self, source: AdapterSource) -> tuple[LoadedClassifier, AdapterWeights]:
-        assert self._reader is not None
-        return self._reader.read(source)
-
-    def place(self, slot: int, weights: AdapterWeights) -> None:
-        assert self._runner is not None
-        self._runner.set_slot(slot, weights)
-
-    def clear(self, slot: int) -> None:
-        if self._runner is not None:
-            self._runner.clear_slot(slot)
-
-    async def prove(self, version: LoadedClassifier, slot: int) -> None:
-        async def compute(sequences: Seq[Sequence]) -> Seq[Outcome]:
-            return await self._compute(sequences, None)
-
-        await prove(version, slot, self._ready_tokenizer(), self._max_model_len, compute)
-
-    # ------------------------------------------------------------------------------------------- requests
-
-    async def classify(self, request: ClassifyRequest) -> ClassifyResult:
-        started = time.monotonic()
-        self._ready_store()
-        names = self._names(request)
-        with self._accepted(len(names)):
-            return await self._classify(request, names, started)
-
-    @contextlib.contextmanager
-    def _accepted(self, num_evaluations: int) -> Iterator[None]:
-        """Counts what is in the house, from before it is tokenized until it is answered; refuses at once what would be
-        too much, but for a request that is too large alone."""
-        if self._engine is not None and self._num_accepted:
-            if self._num_accepted + num_evaluations > self._config.max_queue:
-                raise QueueFullError(
-                    f"{self._num_accepted} evaluations are being answered, of {self._config.max_queue} at most",
-                    remedy="send it again later, or raise --max-queue",
-                    retry_after_s=self._engine.wait_s,
-                )
-        self._num_accepted += num_evaluations
-        try:
-            yield
-        finally:
-            self._num_accepted -= num_evaluations
-
-    async def _classify(self, request: ClassifyRequest, names: Seq[str], started: float) -> ClassifyResult:
-        deadline_s = _deadline(started, request.deadline_ms)
-        store = self._ready_store()
-        questions: dict[str, Question] = {}
-        at_hand: list[tuple[Question, Lease[LoadedClassifier]]] = []
-        late = []
-        for name in names:
-            question = questions[name] = Question(name=name)
-            try:
-                lease = store.try_lease(name)
-            except LoraplexError as exc:
-                question.error = exc
-                continue
-            if lease is None:
-                late.append(question)
-            else:
-                at_hand.append((question, lease))
-        # Those that are on the device do not wait for those that are not. They are answered in this task: one that was
-        # cancelled before it ran would never give their leases back.
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._answer_late(request, question, deadline_s)) for question in late]
-            tokenized = await self._answer_leased(request, at_hand, deadline_s) if at_hand else started
-        tokenized = max([tokenized, *(task.result() for task in tasks)])
-        errors = [question.error for question in questions.values() if question.error is not None]
-        if len(errors) == len(questions):
-            raise errors[0]
-        outputs = [output for question in questions.values() for output in question.outputs]
-        return ClassifyResult(
-            id=f"cls-{uuid.uuid4().hex}",
-            verdicts=tuple(question.verdict(self._ready_tokenizer()) for question in questions.values()),
-            usage=_usage(
-                sum(question.num_prompt_tokens for question in questions.values()),
-                sum(output.num_computed_tokens for output in outputs),
-            ),
-            timings=_timings(started, tokenized, outputs),
-        )
-
-    async def _answer_late(self, request: ClassifyRequest, question: Question, deadline_s: float | None) -> float:
-        """Load and place it first, as far as the deadline allows."""
-        try:
-            lease = await self._lease(question.name, deadline_s)
-        except LoraplexError as exc:
-            question.error = exc
-        else:
-            return await self._answer_leased(request, [(question, lease)], deadline_s)
-        return time.monotonic()
-
-    async def _lease(self, name: str, deadline_s: float | None) -> Lease[LoadedClassifier]:
-        try:
-            async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
-                return await self._ready_store().lease(name)
-        except TimeoutError:
-            raise DeadlineExceededError(
-                f"{name!r} was not on the device before the deadline", remedy="allow more time, or preload and pin it"
-            ) from None
-
-    async def _answer_leased(
-        self,
-        request: ClassifyRequest,
-        leased: Seq[tuple[Question, Lease[LoadedClassifier]]],
-        deadline_s: float | None,
-    ) -> float:
-        """Answer them together. Returns when they were tokenized. The leases are given back once the engine needs the
-        slots no more, whatever happens here."""
-
-        def release() -> None:
-            for _, lease in leased:
-                lease.release()
-
-        def ask() -> None:
-            tokenizer = self._ready_tokenizer()
-            conversations = Conversations(tokenizer)
-            for question in questions:
-                question.ask(request, tokenizer, conversations, self._max_model_len)
-
-        questions = [question for question, _ in leased]
-        try:
-            for question, lease in leased:
-                question.loaded, question.slot = lease.version, lease.slot
-            await self._threads.run(ask, num_chars(request.input), deadline_s)
-        except LoraplexError as exc:  # late, or too much waits
-            release()
-            for question in questions:
-                question.error = exc
-            return time.monotonic()
-        except BaseException:
-            release()
-            raise
-        tokenized = time.monotonic()
-        sequences = [sequence for question in questions for sequence in question.sequences]
-        try:
-            outcomes = iter(await self._compute(sequences, deadline_s, release))
-        except LoraplexError as exc:  # the queue is full, or the engine is gone
-            for question in questions:
-                question.error = question.error or exc
-        else:
-            for question in questions:
-                question.answer([next(outcomes) for _ in question.sequences])
-        return tokenized
-
-    async def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> GenerateResult:
-        started = time.monotonic()
-        with self._accepted(1):
-            return await self._generate(request, on_token, started)
-
-    async def _generate(self, request: GenerateRequest, on_token: OnToken | None, started: float) -> GenerateResult:
-        deadline_s = _deadline(started, request.deadline_ms)
-        loop = asyncio.get_running_loop()
-
-        def tell(token: GeneratedToken, text: str) -> None:
-            assert on_token is not None
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
-                loop.call_soon_threadsafe(on_token, token, text)
-
-        completion = Completion(
-            request, self._ready_tokenizer(), self._max_model_len, self._stop_ids, None if on_token is None else tell
-        )
-        lease = None
-        if request.adapter is not None:
-            lease = self._ready_store().try_lease(request.adapter) or await self._lease(request.adapter, deadline_s)
-        loaded, slot = (None, NO_ADAPTER) if lease is None else (lease.version, lease.slot)
-        release: Callable[[], None] = lease.release if lease is not None else lambda: None
-        try:
-            make = functools.partial(completion.make_sequence, loaded, slot)
-            sequence = await self._threads.run(make, num_chars(request.prompt), deadline_s)
-        except BaseException:
-            release()
-            raise
-        tokenized = time.monotonic()
-        [outcome] = await self._compute([sequence], deadline_s, release)
-        if isinstance(outcome, LoraplexError):
-            raise outcome
-        return completion.result(outcome, _timings(started, tokenized, [outcome]))
-
-    async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        tokenizer, store = self._ready_tokenizer(), self._ready_store()
-        conversations = Conversations(tokenizer)
-        shown = []
-        for name in self._names(request):
-            lease = await store.lease(name)
-            try:
-                prompt = render(lease.version, request.input, tokenizer, conversations, self._max_model_len)
-            finally:
-                lease.release()
-            shown.append((name, prompt.text, prompt.token_ids))
-        return tuple(shown)
-
-    def _names(self, request: ClassifyRequest) -> tuple[str, ...]:
-        every = self.names() if request.classifiers == "*" else map(valid_unicode, request.classifiers)
-        names = tuple(dict.fromkeys(every))
-        if not names:
-            raise InvalidRequestError(
-                "no classifier is asked", remedy='name at least one, or "*" for all that are loaded'
-            )
-        return names
-
-    def _ready_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise NotReadyError("the backend is not started", remedy="wait until /ready answers 200")
-        return self._tokenizer
-
-    def _ready_store(self) -> AdapterStore[LoadedClassifier]:
-        if self._store is None:
-            raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
-        return self._store
-
-    def _ready_registry(self) -> "AdapterRegistry":
-        if self._registry is None:
-            raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
-        return self._registry
-
-    async def _compute(
-        self, sequences: Seq[Sequence], deadline_s: float | None, release: Callable[[], None] = lambda: None
-    ) -> Seq[Outcome]:
-        loop = asyncio.get_running_loop()
-
-        def on_end() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and all leases with it
-                loop.call_soon_threadsafe(release)
-
-        try:
-            if not sequences:
-                release()
-                return ()
-            if self._engine is None:
-                raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
-            request = EngineRequest(sequences, deadline_s=deadline_s, on_end=on_end)
-            self._engine.submit(request)
-        except BaseException:
-            release()
-            raise
-        left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-        future = asyncio.wrap_future(request.future)
-        try:
-            await asyncio.wait({future}, timeout=left_s)
-            if future.done():
-                return future.result()
-            late = DeadlineExceededError(
-                "not computed before the deadline", remedy="allow more time or send less at once"
-            )
-            return request.outcomes(late)  # before it is cancelled, which the engine may see at once
-        finally:
-            request.future.cancel()  # where its caller left or is late: the scheduler drops what has not run
-
-    # ------------------------------------------------------------------------------------------- loading
-
-    def _load(self) -> None:
-        """Everything cheap is checked before the base's weights are read."""
-        bundle, config = self._bundle, self._config
-        device = resolve_device(config.device)
-        choose_threads()
-        model_config = read_config(bundle.base)
-        skeleton = build_skeleton(model_config, bundle.base)
-        tokenizer = Tokenizer(bundle.base, num_embedded_tokens(skeleton))
-        max_model_len = int(model_config.max_position_embeddings)
-        pad = getattr(model_config, "pad_token_id", None)
-        reader = ClassifierReader(base_layers(skeleton), tokenizer, max_model_len, pad)
-        if config.preload == "all":
-            remembered = () if self._state is None else self._state.remembered()
-            others = {one.name for one in remembered if one.source != BUNDLE}  # unloaded since, or replaced
-            for source in bundle.adapters:
-                if source.name not in others:
-                    reader.read(source)
-        runner = ModelRunner(load_base(model_config, bundle.base, resolve_dtype(config.dtype, device), device))
+    def load(self, base: Path, config: PreTrainedConfig) -> Engine:
+        options = self._config
+        device = resolve_device(options.device)
+        runner = ModelRunner(load_base(config, base, resolve_dtype(options.dtype, device), device))
         runner.verify_packing()
-        reader.runner = runner
-        num_blocks = budget_bytes(config.kv_cache, device) // runner.block_bytes
+        num_blocks = budget_bytes(options.kv_cache, device) // runner.block_bytes
         runner.allocate_cache(num_blocks)
         scheduler = Scheduler(
             pool=BlockPool(num_blocks),
-            max_step_tokens=config.max_step_tokens or default_step_tokens(device, runner.model.dtype),
-            max_step_sequences=config.max_step_sequences,
-            max_queue=config.max_queue,
-            max_queue_tokens=config.max_queue_tokens,
+            max_step_tokens=options.max_step_tokens or default_step_tokens(device, runner.model.dtype),
+            max_step_sequences=options.max_step_sequences,
+            max_queue=options.max_queue,
+            max_queue_tokens=options.max_queue_tokens,
         )
-        slots = SlotTable(budget_bytes=budget_bytes(config.adapter_memory, device), max_slots=config.max_adapters)
-        self._store = AdapterStore(self, slots, HostTier(budget_bytes(config.host_memory, resolve_device("cpu"))))
-        self._registry = AdapterRegistry(bundle, config, self._store, self._state)
-        self._tokenizer, self._max_model_len, self._reader, self._runner = tokenizer, max_model_len, reader, runner
-        self._stop_ids = stop_token_ids(runner.model)
-        self._engine = Engine(runner, scheduler)
-        self._engine.start()
-        logger.info("%s in %s on %s, %d adapters", self.base_name, runner.model.dtype, device, len(bundle.adapters))
+        self._runner = runner
+        engine = Engine(runner, scheduler)
+        engine.start()
+        return engine
 
+    @property
+    def item_bytes(self) -> int:
+        return self._loaded.item_bytes
 
-def num_chars(text: str | Seq[int] | Seq[Message] | Seq[int | Message]) -> int:
-    """About how much there is to tokenize."""
-    return len(text) + sum(len(one.content) for one in text if isinstance(one, Message))
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return stop_token_ids(self._loaded.model)
 
+    def parameter(self, name: str) -> torch.Tensor | None:
+        return self._loaded.parameter(name)
 
-def _deadline(started: float, deadline_ms: float | None) -> float | None:
-    return None if deadline_ms is None else started + deadline_ms / 1000
+    def set_slot(self, slot: int, folder: Path, weights: AdapterWeights) -> None:
+        self._loaded.set_slot(slot, weights)
 
+    def clear_slot(self, slot: int) -> None:
+        self._loaded.clear_slot(slot)
 
-def _usage(num_prompt_tokens: int, num_computed_tokens: int) -> Usage:
-    return Usage(
-        prompt_tokens=num_prompt_tokens,
-        computed_tokens=num_computed_tokens,
-        cached_tokens=max(0, num_prompt_tokens - num_computed_tokens),
-    )
+    def give_back(self) -> None:
+        give_back(self._loaded.device)
 
+    def close(self) -> None:
+        self._runner = None
 
-def _timings(started: float, tokenized: float, outputs: Seq[SequenceOutput]) -> Timings:
-    return Timings(
-        tokenize_ms=(tokenized - started) * 1000,
-        queue_ms=max((output.queued_s for output in outputs), default=0.0) * 1000,
-        compute_ms=max((output.computed_s for output in outputs), default=0.0) * 1000,
-        total_ms=(time.monotonic() - started) * 1000,
-    )
+    @property
+    def _loaded(self) -> ModelRunner:
+        assert self._runner is not None, "the base is not loaded"
+        return self._runner

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraplex.backends.base import GenerateRequest
-from loraplex.backends.native import NativeBackend
-from loraplex.backends.oracle import PeftOracle
 from loraplex.backends.proof import PROBE, activated
+from loraplex.backends.serving import ServingBackend, is_installed, open_backend
 from loraplex.bundle import open_adapter, open_base
 from loraplex.config import EngineConfig
 from loraplex.errors import AdapterError
@@ -33,12 +32,12 @@ async def verify(folder: Path, base: str, *, texts: Iterable[str] = (), with_pef
     """ConfigurationError says what is wrong: with the files, a golden example, or against PEFT (1e-4)."""
     opened = open_adapter(NAME, folder)
     bundle = replace(open_base(base), adapters=(opened,))
-    backend = NativeBackend(bundle, EngineConfig(dtype="float32", device="cpu", kv_cache="0"))
+    backend = open_backend(bundle, EngineConfig(dtype="float32", device="cpu", kv_cache="0"))
     await backend.start()
     try:
         [info] = backend.adapters()
         golden = () if opened.contract is None else opened.contract.golden
-        if not (with_peft and PeftOracle.is_installed()):
+        if not (with_peft and is_installed("peft")):
             return Proof(adapter=info, num_golden=len(golden))
         prompts = [one.text for one in golden] + list(texts) or [PROBE]
         difference = await _difference(backend, bundle.base, folder, info.name, prompts)
@@ -53,9 +52,11 @@ async def verify(folder: Path, base: str, *, texts: Iterable[str] = (), with_pef
     return Proof(adapter=info, num_golden=len(golden), num_compared=len(prompts), difference=difference)
 
 
-async def _difference(backend: NativeBackend, base: Path, folder: Path, name: str, texts: list[str]) -> float:
+async def _difference(backend: ServingBackend, base: Path, folder: Path, name: str, texts: list[str]) -> float:
     loaded = await backend.loaded(name)
     num_labels = len(loaded.labels or ()) if loaded.has_score else None
+    from loraplex.backends.peft import PeftOracle
+
     oracle = await asyncio.to_thread(PeftOracle, base, folder, num_labels=num_labels)
     contract, largest = loaded.source.contract, 0.0
     for text in (activated(loaded, text, backend.decode) for text in texts):

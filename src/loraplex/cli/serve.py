@@ -55,13 +55,13 @@ def serve(path: PathArgument, adapter: AdapterOption = None, **settings: Any) ->
         from loraplex.server import keys, logs, process
 
         api_keys = keys.read_keys(server_config.api_key_file, os.environ.get(keys.ENVIRONMENT, ""))
-        from loraplex.backends.native import NativeBackend
+        from loraplex.backends.serving import open_backend
         from loraplex.routing.router import open_router
 
         quiet_libraries()
         logs.configure(server_config.log_format)
         router = open_router(
-            NativeBackend(bundle, engine_config),
+            open_backend(bundle, engine_config),
             bundle.settings.routes,
             state_dir=engine_config.state_dir,
             num_kept=server_config.keep_verdicts,

@@ -1,10 +1,8 @@
 """Owns the model: one packed step is one forward pass."""
 
-import math
 import time
 from collections.abc import Sequence as Seq
 from itertools import islice
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,20 +10,11 @@ from transformers import PreTrainedModel
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.engine.batch import Batch, pack
 from loraplex.engine.block_pool import BLOCK_SIZE
-from loraplex.engine.sequence import (
-    NEXT_TOKEN,
-    NO_ADAPTER,
-    EngineRequest,
-    Outcome,
-    Sequence,
-    SequenceOutput,
-    Target,
-    Token,
-)
+from loraplex.engine.outcomes import read_outcomes
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, Target
 from loraplex.engine.step import Step
-from loraplex.errors import EngineError, LoraplexError, UnsupportedModelError
+from loraplex.errors import LoraplexError, UnsupportedModelError
 from loraplex.model.fuse import fuse
-from loraplex.model.heads import read_heads
 from loraplex.model.kv_cache import KVCache, slot_bytes
 from loraplex.model.multi_lora import MultiLoRA
 
@@ -73,8 +62,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[tuple[Sequence, Outcome]]:
-        """One forward pass. A sequence for which the model gives no number carries an EngineError; one of which only a
-        chunk ran is not among the outcomes."""
+        """One forward pass. A sequence of which only a chunk ran is not among the outcomes."""
         started = time.monotonic()
         batch = pack(step, self.device, self._cache)
         for run in step.runs():
@@ -93,27 +81,9 @@ class ModelRunner:
         self._kv_shapes = batch.kv_shapes
         if not batch.sequences:
             return []
-        heads = read_heads(
-            logits, batch.target_rows, batch.target_ids, batch.last_rows, **_sampling(batch.sequences, self.device)
-        )  # waits for the device
-        ended = time.monotonic()
-        outcomes: list[tuple[Sequence, Outcome]] = []
-        remaining = iter(heads.target_log_probs)
-        top = iter(zip(heads.top_ids, heads.top_log_probs, strict=True))
-        scored = self._scored(batch)
-        for sequence, next_id, next_log_prob in zip(batch.sequences, heads.next_ids, heads.next_log_probs, strict=True):
-            num_top = sequence.sampling.num_top
-            token = Token(next_id, next_log_prob, tuple(zip(*next(top), strict=True))[:num_top] if num_top else ())
-            assert sequence.started_s is not None
-            output = SequenceOutput(
-                log_probs=scored.get(sequence) or tuple(islice(remaining, len(sequence.targets))),
-                tokens=(*sequence.tokens, token),
-                num_computed_tokens=sequence.num_computed_tokens,
-                queued_s=sequence.started_s - sequence.arrived_s,
-                computed_s=ended - sequence.started_s,
-            )
-            outcomes.append((sequence, output if _is_finite(output) else _not_a_number()))
-        return outcomes
+        return read_outcomes(
+            batch.sequences, logits, batch.target_rows, batch.target_ids, batch.last_rows, self._scored(batch)
+        )
 
     def _scored(self, batch: Batch) -> dict[Sequence, tuple[float, ...]]:
         """Log probabilities of the labels for the sequences that are answered by a score head."""
@@ -165,34 +135,3 @@ def lone_sequence(token_ids: Seq[int], *targets: Target) -> Sequence:
     sequence = Sequence(token_ids=tuple(token_ids), slot=NO_ADAPTER, targets=targets)
     EngineRequest([sequence])
     return sequence
-
-
-def _is_finite(output: SequenceOutput) -> bool:
-    return math.isfinite(output.tokens[-1].log_prob) and all(map(math.isfinite, output.log_probs))
-
-
-def _sampling(sequences: Seq[Sequence], device: torch.device) -> dict[str, Any]:
-    """What `read_heads` is told of how tokens are chosen; of what nobody asks for nothing."""
-    asked = [(i, one.sampling, one) for i, one in enumerate(sequences) if one.sampling is not NEXT_TOKEN]
-    drawing = [(i, one.temperature, one.top_p, sequence.draw()) for i, one, sequence in asked if one.temperature > 0]
-    biases = [(i, token_id, bias) for i, one, _ in asked for token_id, bias in one.biases]
-    allowed = [(i, token_id) for i, one, _ in asked for token_id in one.allowed_ids]
-    top = [i for i, one, _ in asked if one.num_top]
-    told: dict[str, Any] = {}
-    if drawing:
-        told["drawing"] = torch.tensor(drawing, dtype=torch.float64).T.to(device)
-    if biases:
-        told["biases"] = torch.tensor(biases, dtype=torch.float64).T.to(device)
-    if allowed:
-        told["allowed"] = torch.tensor(allowed).T.to(device)
-    if top:
-        told["top"] = torch.tensor(top, device=device)
-        told["num_top"] = max(one.num_top for _, one, _ in asked)
-    return told
-
-
-def _not_a_number() -> EngineError:
-    return EngineError(
-        "the model's output is NaN or infinite",
-        remedy="check the weights of the base and the adapter, or compute in --dtype float32",
-    )

@@ -51,14 +51,17 @@ class Scheduler:
         max_queue: int,
         max_queue_tokens: int | None = None,
         pool: BlockPool | None = None,
+        shares: bool = True,
     ) -> None:
         """max_queue, max_queue_tokens: sequences, and tokens to compute for them, that may wait; by default 32 steps'
-        worth, which is seconds on any device that the steps are sized for."""
+        worth, which is seconds on any device that the steps are sized for. shares: whether the sequences of a step
+        compute once what they have in common."""
         self.max_step_tokens = max_step_tokens
         self.max_step_sequences = max_step_sequences
         self.max_queue = max_queue
         self.max_queue_tokens = max_queue_tokens or 32 * max_step_tokens
         self.pool = pool or BlockPool(0)
+        self._shares = shares
         self._flows: dict[Flow, list[_Waiting]] = {}  # heaps
         self._served: dict[Flow, float] = {}  # tokens, for the flows that wait
         self._level = 0.0  # of the flow that was served last
@@ -74,7 +77,7 @@ class Scheduler:
         """Queue all of a request's sequences, or QueueFullError and none of them. A request larger than the whole
         queue is let in when nothing waits, else it could never run."""
         self._check_room("sequences", self._num_waiting, len(request.sequences), self.max_queue, "--max-queue")
-        alone = Step()
+        alone = Step(shares=self._shares)
         for sequence in request.sequences:
             sequence.arrived_s = now
             alone.add(self._place(sequence))
@@ -98,7 +101,7 @@ class Scheduler:
     def next_step(self, now: float) -> tuple[Step | None, list[tuple[Sequence, LoraplexError]]]:
         """Take the sequences of the next step, and those to be refused with why. The step is over with `finish`."""
         dropped = self._drop(now)
-        step = Step()
+        step = Step(shares=self._shares)
         written: set[bytes] = set()
         turns = [(served, index, flow) for index, (flow, served) in enumerate(self._served.items())]
         heapq.heapify(turns)

@@ -73,15 +73,17 @@ class Step:
     worth the extra attention calls (every text begins with the same BOS).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shares: bool = True) -> None:
+        """shares: False where every sequence is computed whole, whatever it has in common with others."""
         self.placed: list[Placed] = []
         self.num_tokens = 0
+        self._shares = shares
         self._roots: dict[tuple[tuple[int, ...], int, int], list[Run]] = {}
 
     @classmethod
-    def of(cls, sequences: Seq[Sequence]) -> "Step":
+    def of(cls, sequences: Seq[Sequence], *, shares: bool = True) -> "Step":
         """All of them, without cached blocks and keeping none."""
-        step = cls()
+        step = cls(shares=shares)
         for sequence in sequences:
             step.add(Placed(sequence, sequence.num_tokens))
         return step
@@ -94,7 +96,7 @@ class Step:
         cost = placed.end - placed.start
         at, siblings = placed.start, self._at_root(placed)
         while at < placed.end and siblings is not None:
-            run, num_common = _best(siblings, placed, at)
+            run, num_common = self._best(siblings, placed, at)
             if run is None:
                 break
             cost -= num_common
@@ -112,7 +114,7 @@ class Step:
                 siblings = self._roots.setdefault((placed.cached, *_key(sequence, at)), [])
             else:
                 siblings = parent.children.setdefault(_key(sequence, at), [])
-            run, num_common = _best(siblings, placed, at)
+            run, num_common = self._best(siblings, placed, at)
             if run is None:
                 tokens = sequence.token_ids[at : _end_of_slot(placed, at)]
                 run = Run(_slot(sequence, at), tokens, at, parent, placed.cached, sequence)
@@ -136,10 +138,14 @@ class Step:
         """Two steps with half of the sequences each, for when this one failed."""
         sequences = [placed.sequence for placed in self.placed]
         middle = len(sequences) // 2
-        return Step.of(sequences[:middle]), Step.of(sequences[middle:])
+        shares = self._shares
+        return Step.of(sequences[:middle], shares=shares), Step.of(sequences[middle:], shares=shares)
 
     def _at_root(self, placed: Placed) -> list[Run] | None:
         return self._roots.get((placed.cached, *_key(placed.sequence, placed.start)))
+
+    def _best(self, siblings: Seq[Run], placed: Placed, at: int) -> tuple[Run | None, int]:
+        return _best(siblings, placed, at) if self._shares else (None, 0)
 
     def _split(self, run: Run, num_tokens: int) -> None:
         """Cut `run` behind `num_tokens`; what follows becomes its child and takes over its children."""

@@ -143,14 +143,17 @@ def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([named] if isinstance(named, int) else named or ())
 
 
-def load_base(config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Read the safetensors shard by shard in `dtype`, then move the model to `device`."""
+def load_base(
+    config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device, attention: str = NAME
+) -> PreTrainedModel:
+    """Read the safetensors shard by shard in `dtype`, then move the model to `device`. attention: by its name in
+    transformers' AttentionInterface."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
-            attn_implementation=NAME,
+            attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

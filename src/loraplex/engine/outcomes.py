@@ -1,0 +1,75 @@
+"""Logits of the wanted rows -> what came of each sequence."""
+
+import math
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from itertools import islice
+from typing import Any
+
+import torch
+
+from loraplex.engine.sequence import NEXT_TOKEN, Outcome, Sequence, SequenceOutput, Token
+from loraplex.errors import EngineError
+from loraplex.model.heads import read_heads
+
+
+def read_outcomes(
+    sequences: Seq[Sequence],
+    logits: torch.Tensor,  # [L, vocab]
+    target_rows: torch.Tensor,  # [N] of each sequence's targets in turn, indices into the rows
+    target_ids: torch.Tensor,  # [N]
+    last_rows: torch.Tensor,  # [S]
+    scored: Mapping[Sequence, tuple[float, ...]],
+) -> list[tuple[Sequence, Outcome]]:
+    """scored: log probabilities of the labels, for sequences that a score head answers. A sequence for which the model
+    gives no number carries an EngineError. Waits for the device."""
+    heads = read_heads(logits, target_rows, target_ids, last_rows, **_sampling(sequences, logits.device))
+    ended = time.monotonic()
+    outcomes: list[tuple[Sequence, Outcome]] = []
+    remaining = iter(heads.target_log_probs)
+    top = iter(zip(heads.top_ids, heads.top_log_probs, strict=True))
+    for sequence, next_id, next_log_prob in zip(sequences, heads.next_ids, heads.next_log_probs, strict=True):
+        num_top = sequence.sampling.num_top
+        token = Token(next_id, next_log_prob, tuple(zip(*next(top), strict=True))[:num_top] if num_top else ())
+        assert sequence.started_s is not None
+        output = SequenceOutput(
+            log_probs=scored.get(sequence) or tuple(islice(remaining, len(sequence.targets))),
+            tokens=(*sequence.tokens, token),
+            num_computed_tokens=sequence.num_computed_tokens,
+            queued_s=sequence.started_s - sequence.arrived_s,
+            computed_s=ended - sequence.started_s,
+        )
+        outcomes.append((sequence, output if _is_finite(output) else _not_a_number()))
+    return outcomes
+
+
+def _is_finite(output: SequenceOutput) -> bool:
+    return math.isfinite(output.tokens[-1].log_prob) and all(map(math.isfinite, output.log_probs))
+
+
+def _sampling(sequences: Seq[Sequence], device: torch.device) -> dict[str, Any]:
+    """What `read_heads` is told of how tokens are chosen; of what nobody asks for nothing."""
+    asked = [(i, one.sampling, one) for i, one in enumerate(sequences) if one.sampling is not NEXT_TOKEN]
+    drawing = [(i, one.temperature, one.top_p, sequence.draw()) for i, one, sequence in asked if one.temperature > 0]
+    biases = [(i, token_id, bias) for i, one, _ in asked for token_id, bias in one.biases]
+    allowed = [(i, token_id) for i, one, _ in asked for token_id in one.allowed_ids]
+    top = [i for i, one, _ in asked if one.num_top]
+    told: dict[str, Any] = {}
+    if drawing:
+        told["drawing"] = torch.tensor(drawing, dtype=torch.float64).T.to(device)
+    if biases:
+        told["biases"] = torch.tensor(biases, dtype=torch.float64).T.to(device)
+    if allowed:
+        told["allowed"] = torch.tensor(allowed).T.to(device)
+    if top:
+        told["top"] = torch.tensor(top, device=device)
+        told["num_top"] = max(one.num_top for _, one, _ in asked)
+    return told
+
+
+def _not_a_number() -> EngineError:
+    return EngineError(
+        "the model's output is NaN or infinite",
+        remedy="check the weights of the base and the adapter, or compute in --dtype float32",
+    )

@@ -1,0 +1,98 @@
+"""`loraplex serve --backend peft` over HTTP, and the errors of its start."""
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import serving
+import tiny
+from loraplex.backends import serving as backends
+from loraplex.bundle import open_bundle
+from loraplex.config import EngineConfig
+from loraplex.errors import ConfigurationError
+
+TEXT = "Customer: hello\nAgent: at what time?"
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of its own, because adapters come into it."""
+    return shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("http") / "bundle")
+
+
+@pytest.fixture(scope="module", params=["sequential", "mixed"])
+def peft(request: pytest.FixtureRequest, bundle: Path) -> Iterator[httpx.Client]:
+    options = ("--dtype", "float32", "--backend", "peft", "--peft-batching", request.param)
+    with serving.serve(bundle, *options) as server, serving.client(server) as client:
+        yield client
+
+
+def scores(http: httpx.Client, name: str = "*") -> dict[str, Any]:
+    response = http.post("/v1/classify", json={"input": TEXT, "classifiers": name})
+    assert response.status_code == 200, response.text
+    return {one["classifier"]: one.get("scores", one.get("label")) for one in response.json()["verdicts"]}
+
+
+def test_the_same_verdicts_as_native(peft: httpx.Client, http: httpx.Client) -> None:
+    actual, expected = scores(peft), scores(http)
+    assert actual.keys() == expected.keys()
+    for name, found in expected.items():
+        assert actual[name] == (found if isinstance(found, str) else pytest.approx(found, abs=1e-3))
+
+
+def test_many_clients_at_once(peft: httpx.Client) -> None:
+    alone = {name: scores(peft, name)[name] for name in ("task0", "task1", "task2", "verbatim")}
+    names = list(alone) * 8
+    with ThreadPoolExecutor(8) as pool:
+        for name, found in zip(names, pool.map(lambda name: scores(peft, name)[name], names), strict=True):
+            assert found == (alone[name] if isinstance(found, str) else pytest.approx(alone[name], abs=1e-3))
+
+
+def test_routes_text_metrics_and_adapters(peft: httpx.Client, bundle: Path) -> None:
+    assert peft.put("/v1/routes/alias", json={"targets": {"task1": 1}}).status_code in (200, 201)
+    assert scores(peft, "alias")["alias"] == pytest.approx(scores(peft, "task1")["task1"], abs=1e-3)
+    text = peft.post("/v1/completions", json={"model": "verbatim", "prompt": "Customer:", "max_tokens": 4}).json()
+    assert text["usage"]["completion_tokens"] >= 1
+    listed = {one["name"]: one for one in peft.get("/v1/adapters").json()["adapters"]}
+    assert listed["task0"]["state"] == "ready" and listed["task0"]["on_device"]
+    before = scores(peft, "task2")
+    assert peft.delete("/v1/adapters/task2").status_code in (200, 204)
+    assert peft.post("/v1/classify", json={"input": TEXT, "classifiers": "task2"}).status_code == 404
+    loaded = peft.put("/v1/adapters/task2", json={"source": str(bundle / "task2")})
+    assert loaded.status_code in (200, 201), loaded.text
+    assert scores(peft, "task2")["task2"] == pytest.approx(before["task2"], abs=1e-3)
+    assert "loraplex_" in peft.get("/metrics").text
+    late = peft.post("/v1/classify", json={"input": TEXT, "deadline_ms": 0.0001})
+    assert late.status_code == 504
+
+
+def test_what_peft_cannot_serve_is_refused_at_load_with_the_remedy(peft: httpx.Client, bundle: Path) -> None:
+    folder = bundle / "refused"
+    tiny.save_adapter(bundle, folder, contract=tiny.CONTRACT, bias="lora_only")
+    response = peft.put("/v1/adapters/refused", json={"source": str(folder)})
+    assert response.status_code == 422, response.text
+    error = response.json()["error"]
+    assert error["code"] == "adapter_error" and "--backend native" in error["remedy"] and "bias" in error["message"]
+    assert "refused" not in [one["name"] for one in peft.get("/v1/adapters").json()["adapters"]]
+    shutil.rmtree(folder)
+
+
+def test_a_bundle_that_peft_cannot_serve_does_not_start(tmp_path: Path) -> None:
+    bundle = tiny.save_bundle(tmp_path / "bundle", adapters=1)
+    tiny.save_adapter(bundle, bundle / "tokens", contract=tiny.CONTRACT, trainable_token_indices=[3])
+    run = serving.loraplex("serve", bundle, "--backend", "peft", "--port", 0)
+    assert run.returncode == 1
+    assert "trainable_token_indices" in run.stderr and "--backend native" in run.stderr
+
+
+def test_without_peft_the_error_says_how_to_install_it(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "is_installed", lambda library: False)
+    with pytest.raises(ConfigurationError) as caught:
+        backends.open_backend(open_bundle(str(tiny_bundle)), EngineConfig(backend="peft"))
+    assert "pip install 'loraplex[train]'" in caught.value.remedy
+    assert backends.open_backend(open_bundle(str(tiny_bundle))).name == "native"
