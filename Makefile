@@ -21,7 +21,7 @@ serve: setup
 	$(BIN)/loraplex serve $(BUNDLE) --port $(PORT)
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .

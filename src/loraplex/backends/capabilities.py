@@ -46,7 +46,7 @@ NATIVE = Capabilities(
     generates=True,
     reads_folders=False,
 )
-# As PEFT 0.21 was found to be, by tests/contract/test_adapter_kinds.py. Several adapters on one model go wrong as follows.
+# As PEFT 0.21 was found to be, by tests/contract/test_adapter_kinds.py. Several adapters on one model go wrong:
 # bias: PEFT writes it into the base, so that all others compute with it; of two it refuses the second.
 # other_embedding: the same, and without a word. tying: the second adapter's LoRA is not tied.
 # tokens: no adapter without them loads behind one that has them. saved: not of a layer on which another has LoRA.

@@ -70,6 +70,8 @@ class ServingBackend:
         self._max_model_len = 0
         self._threads = TokenizerThreads()
         self._num_accepted = 0  # evaluations that are not answered yet
+        # The last request that the engine refused: steps that had run by then, its size, and why.
+        self._refused: tuple[int, int, QueueFullError | None] = (0, 0, None)
         self._stop_ids: frozenset[int] = frozenset()
 
     @property
@@ -218,11 +220,11 @@ class ServingBackend:
         started = time.monotonic()
         self._ready_store()
         names = self._names(request)
-        with self._accepted(len(names)):
+        with self._accepted(len(names), num_chars(request.input)):
             return await self._classify(request, names, started)
 
     @contextlib.contextmanager
-    def _accepted(self, num_evaluations: int) -> Iterator[None]:
+    def _accepted(self, num_evaluations: int, num_chars: int) -> Iterator[None]:
         """Counts what is in the house, from before it is tokenized until it is answered; refuses at once what would be
         too much, but for a request that is too large alone."""
         if self._engine is not None and self._num_accepted:
@@ -232,9 +234,18 @@ class ServingBackend:
                     remedy="send it again later, or raise --max-queue",
                     retry_after_s=self._engine.wait_s,
                 )
+            # The engine counts tokens. To refuse what it would refuse, without tokenizing it first: nothing has left
+            # the queue since the last step, so what is no smaller than a request that was refused does not fit either.
+            num_steps, size, error = self._refused
+            if error is not None and num_steps == self._engine.steps.num_steps and num_evaluations * num_chars >= size:
+                raise QueueFullError(error.message, remedy=error.remedy, retry_after_s=self._engine.wait_s)
         self._num_accepted += num_evaluations
         try:
             yield
+        except QueueFullError as exc:
+            if self._engine is not None:
+                self._refused = self._engine.steps.num_steps, num_evaluations * num_chars, exc
+            raise
         finally:
             self._num_accepted -= num_evaluations
 
@@ -340,7 +351,7 @@ class ServingBackend:
 
     async def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> GenerateResult:
         started = time.monotonic()
-        with self._accepted(1):
+        with self._accepted(1, num_chars(request.prompt)):
             return await self._generate(request, on_token, started)
 
     async def _generate(self, request: GenerateRequest, on_token: OnToken | None, started: float) -> GenerateResult:

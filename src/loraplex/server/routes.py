@@ -1,7 +1,7 @@
 """The native routes: /v1/classify, /v1/models and health."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -75,13 +75,18 @@ async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = F
     except LoraplexError as exc:
         metrics.observe_failure(named, exc.code)
         raise
+    # Once the answer is on its way: before the loop takes another request, and the client does not wait for it.
+    asyncio.get_running_loop().call_soon(_observe, metrics, named, result)
+    return result
+
+
+def _observe(metrics: Metrics, named: Iterable[str], result: ClassifyResult | BatchResult) -> None:
     for one in (result,) if isinstance(result, ClassifyResult) else result.results:
         if isinstance(one, ClassifyResult):
             metrics.observe(one)
         else:
             metrics.observe_failure(named, one.error.code)
             metrics.fail(one.error.code)
-    return result
 
 
 async def answer(request: Request, body: ClassifyBody) -> Response:
