@@ -246,6 +246,20 @@ def test_sigterm_lets_requests_finish_and_takes_no_more(tiny_bundle: Path, tmp_p
     assert code == 0 and "stopped" in stderr and "Traceback" not in stderr
 
 
+def test_who_has_connected_and_not_asked_yet_is_answered_and_not_cut_off(tiny_bundle: Path, tmp_path: Path) -> None:
+    with (
+        serve_ready(tiny_bundle, tmp_path, "") as process,
+        process.upload(),  # holds the process up
+        process.connect() as late,
+    ):
+        assert process.get("/health").status_code == 200  # so `late`, which came before, is accepted
+        process.popen.terminate()
+        wait_until(lambda: answers(process, "/ready", 503))
+        late.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: any\r\nContent-Length: 0\r\n\r\n")
+        answer = b"".join(iter(lambda: late.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 503") and b"connection: close" in answer.lower() and b'"not_ready"' in answer
+
+
 def test_when_the_time_to_drain_is_over_what_waits_is_told_so(tiny_bundle: Path, tmp_path: Path) -> None:
     with (
         serve_ready(tiny_bundle, tmp_path, SLOW_STEP + SHORT_CLOSE, "--drain-timeout", 1) as process,

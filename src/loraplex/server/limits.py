@@ -78,6 +78,11 @@ class IdleLimit(H11Protocol):
     request head has come for as long. uvicorn's own timer starts with the first answer and stops with the next byte:
     who sends nothing, or a head drop by drop, or no end of a body that was refused, would keep the connection."""
 
+    @property
+    def is_new(self) -> bool:
+        """No request has come on it yet."""
+        return self.cycle is None
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)

@@ -128,9 +128,13 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         ends = loop.time() + self._drain_timeout
         for connection in list(self.server_state.connections):
-            connection.shutdown()  # now where it is idle, else after its answer
-        while self._lifecycle.num_in_flight and loop.time() < ends and not self.force_exit:
-            await asyncio.sleep(POLL_S / 2)
+            assert isinstance(connection, IdleLimit)
+            if not connection.is_new:  # else its first request may be on the way
+                connection.shutdown()  # now where it is idle, else after its answer
+        while True:
+            await asyncio.sleep(POLL_S / 2)  # once in any case: who has just connected is answered
+            if not self._lifecycle.num_in_flight or loop.time() >= ends or self.force_exit:
+                break
         self.config.timeout_graceful_shutdown = max(0, math.ceil(ends - loop.time()))
         await super().shutdown(sockets)
         if self.server_state.tasks:  # cancelled: they answer that the server stops
