@@ -12,7 +12,7 @@ from loraplex.routing.router import Router
 from loraplex.server import admin, openai, routes, routing, sagemaker
 from loraplex.server.answers import AnswerErrors, add_handlers
 from loraplex.server.keys import ApiKey
-from loraplex.server.lifecycle import Gate, Lifecycle
+from loraplex.server.lifecycle import Gate, LastAnswer, Lifecycle
 from loraplex.server.limits import BodyLimit
 from loraplex.server.logs import RequestLog
 from loraplex.server.schemas import COMMON
@@ -53,6 +53,7 @@ def create_app(
     if keys:
         app.add_middleware(Access, keys=keys, public=config.public, key_concurrency=config.key_concurrency)
     app.add_middleware(AnswerErrors, log_inputs=config.log_inputs)
+    app.add_middleware(LastAnswer, lifecycle=app.state.lifecycle)
     app.add_middleware(RequestLog, log_inputs=config.log_inputs)
     app.add_middleware(sagemaker.RuntimeApi)  # outermost: whatever refuses a request, AWS's clients understand it
     return app

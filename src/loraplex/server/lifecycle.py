@@ -36,17 +36,26 @@ class Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
+        if scope["path"] in PROBES:
+            return await self.app(scope, receive, send)
+        self._lifecycle.check_ready()
+        self._lifecycle.num_in_flight += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._lifecycle.num_in_flight -= 1
+
+
+class LastAnswer:
+    """While the server drains, each connection's answer is its last, and says so: refusals too."""
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
+        self.app, self._lifecycle = app, lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_last(message: Message) -> None:
-            """While draining, each connection's answer is its last, and says so."""
             if message["type"] == "http.response.start" and self._lifecycle.phase == "draining":
                 message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             await send(message)
 
-        if scope["path"] in PROBES:
-            return await self.app(scope, receive, send_last)
-        self._lifecycle.check_ready()
-        self._lifecycle.num_in_flight += 1
-        try:
-            await self.app(scope, receive, send_last)
-        finally:
-            self._lifecycle.num_in_flight -= 1
+        await self.app(scope, receive, send_last)
