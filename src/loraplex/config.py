@@ -21,8 +21,11 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backend: Literal["native", "peft"] = Field(
-        "native", description="what computes: native, or peft, which is slow and what native is measured against"
+    backend: Literal["native", "vllm", "peft"] = Field(
+        "native", description="what computes: native, vllm, or peft, which is what native is measured against"
+    )
+    vllm_arg: tuple[str, ...] = Field(
+        (), description="with --backend vllm: KEY=VALUE, one of its engine arguments, such as max_model_len=4096"
     )
     peft_batching: Literal["sequential", "mixed"] = Field(
         "sequential", description="with --backend peft: sequential, or mixed, which is PEFT's adapter_names"

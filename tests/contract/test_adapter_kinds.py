@@ -51,7 +51,7 @@ class Model:
         config = read_config(folder)
         self.layers = base_layers(build_skeleton(config, folder))
         self.executor = PeftExecutor(EngineConfig(dtype="float32", device="cpu", peft_batching=batching))
-        self.engine: Engine = self.executor.load(folder, config)
+        self.engine: Engine = self.executor.load(folder, config, ())
         self.slots: dict[str, tuple[int, AdapterWeights]] = {}
 
     def read(self, folder: Path) -> AdapterWeights:

@@ -15,6 +15,7 @@ class Capabilities:
     mixes_adapters: in one forward pass. shares_prefix: what sequences have in common is computed once.
     keeps_kv: from one call to the next. cuts_prompts: a long one into chunks, between which others are answered.
     generates: text of several tokens, sampling, logit bias and top log probabilities included.
+    other_bases: those that are quantized, or whose attention cannot be packed.
     reads_folders: it reads adapters itself: they cannot wait in host memory without their files.
     """
 
@@ -25,6 +26,7 @@ class Capabilities:
     keeps_kv: bool
     cuts_prompts: bool
     generates: bool
+    other_bases: bool
     reads_folders: bool
 
     def check(self, folder: Path, kinds: Set[str]) -> None:
@@ -44,6 +46,7 @@ NATIVE = Capabilities(
     keeps_kv=True,
     cuts_prompts=True,
     generates=True,
+    other_bases=False,
     reads_folders=False,
 )
 # As PEFT 0.21 was found to be, by tests/contract/test_adapter_kinds.py. Several adapters on one model go wrong:
@@ -59,6 +62,7 @@ PEFT = Capabilities(
     keeps_kv=False,
     cuts_prompts=False,
     generates=True,
+    other_bases=False,
     reads_folders=True,
 )
 # `adapter_names` is refused under DoRA.
@@ -70,9 +74,23 @@ PEFT_MIXED = Capabilities(
     keeps_kv=False,
     cuts_prompts=False,
     generates=True,
+    other_bases=False,
     reads_folders=True,
 )
-BACKENDS = (NATIVE, PEFT, PEFT_MIXED)
+# vLLM 0.32 refuses most others by name. It would read a LoRA on the output head, but pads and shards it by rules of its
+# own; and its score heads need the base to be loaded as a classifier, for all.
+VLLM = Capabilities(
+    backend="--backend vllm",
+    adapters=frozenset({"lora"}),
+    mixes_adapters=True,
+    shares_prefix=False,
+    keeps_kv=True,
+    cuts_prompts=True,
+    generates=True,
+    other_bases=True,
+    reads_folders=False,
+)
+BACKENDS = (NATIVE, VLLM, PEFT, PEFT_MIXED)
 
 _ABILITIES = {
     "mixes_adapters": "adapters mixed in one forward pass",
@@ -80,6 +98,7 @@ _ABILITIES = {
     "keeps_kv": "K/V kept for the next turn (`conversation_id`)",
     "cuts_prompts": "long prompts in chunks",
     "generates": "text: several tokens, sampling, logit bias, top log probabilities",
+    "other_bases": "quantized bases, and those whose attention cannot be packed",
 }
 
 

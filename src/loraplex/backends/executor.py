@@ -1,9 +1,11 @@
 """The seam inside a backend, between what serves (names, leases, questions, verdicts) and what computes sequences."""
 
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Protocol
 
 from loraplex.backends.capabilities import Capabilities
+from loraplex.bundle import AdapterSource
 from loraplex.engine.engine import Steps
 from loraplex.engine.sequence import EngineRequest
 
@@ -58,8 +60,18 @@ class Executor(Protocol):
     @property
     def capabilities(self) -> Capabilities: ...
 
-    def load(self, base: Path, config: Any) -> Computation:
-        """Read the base's weights; `config` is its PreTrainedConfig. UnsupportedModelError: it cannot be served."""
+    def max_model_len(self, config: Any) -> int:
+        """Tokens that a prompt may have; `config` is the base's PreTrainedConfig. Before it is loaded."""
+        ...
+
+    def load(self, base: Path, config: Any, adapters: Seq[AdapterSource]) -> Computation:
+        """Read the base's weights. adapters: those that will come at least. UnsupportedModelError: the base cannot be
+        served."""
+        ...
+
+    @property
+    def max_slots(self) -> int | None:
+        """As many adapters have a place, whatever their size; None where memory and the options say how many."""
         ...
 
     @property

@@ -1,5 +1,6 @@
 """Loraplex's own engine: packed steps of many adapters, shared prefixes, K/V in blocks."""
 
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.backends.capabilities import NATIVE
+from loraplex.bundle import AdapterSource
 from loraplex.config import EngineConfig
 from loraplex.engine.block_pool import BlockPool
 from loraplex.engine.engine import Engine
@@ -21,12 +23,16 @@ class NativeExecutor:
 
     name = "native"
     capabilities = NATIVE
+    max_slots = None
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._runner: ModelRunner | None = None
 
-    def load(self, base: Path, config: PreTrainedConfig) -> Engine:
+    def max_model_len(self, config: PreTrainedConfig) -> int:
+        return int(config.max_position_embeddings)
+
+    def load(self, base: Path, config: PreTrainedConfig, adapters: Seq[AdapterSource]) -> Engine:
         options = self._config
         device = resolve_device(options.device)
         runner = ModelRunner(load_base(config, base, resolve_dtype(options.dtype, device), device))

@@ -25,6 +25,7 @@ from transformers import (
 
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.backends.capabilities import PEFT, PEFT_MIXED, Capabilities
+from loraplex.bundle import AdapterSource
 from loraplex.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.outcomes import read_outcomes
@@ -43,6 +44,7 @@ class PeftExecutor:
     """Executor. The engine's one thread computes; an adapter is loaded or deleted between two forward passes."""
 
     name = "peft"
+    max_slots = None
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -55,7 +57,10 @@ class PeftExecutor:
     def capabilities(self) -> Capabilities:
         return PEFT_MIXED if self._is_mixed else PEFT
 
-    def load(self, base: Path, config: PreTrainedConfig) -> Engine:
+    def max_model_len(self, config: PreTrainedConfig) -> int:
+        return int(config.max_position_embeddings)
+
+    def load(self, base: Path, config: PreTrainedConfig, adapters: Seq[AdapterSource]) -> Engine:
         options = self._config
         device = resolve_device(options.device)
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # which would ignore it

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -460,10 +461,11 @@ class ServingBackend:
         bundle, config, executor = self._bundle, self._config, self._executor
         device = resolve_device(config.device)
         choose_threads()
-        model_config = read_config(bundle.base)
-        skeleton = build_skeleton(model_config, bundle.base)
+        packs = not executor.capabilities.other_bases
+        model_config = read_config(bundle.base, packs=packs)
+        skeleton = build_skeleton(model_config, bundle.base, packs=packs)
         tokenizer = Tokenizer(bundle.base, num_embedded_tokens(skeleton))
-        max_model_len = int(model_config.max_position_embeddings)
+        max_model_len = executor.max_model_len(model_config)
         pad = getattr(model_config, "pad_token_id", None)
         reader = ClassifierReader(base_layers(skeleton), tokenizer, max_model_len, executor.capabilities, pad)
         if config.preload == "all":
@@ -472,9 +474,12 @@ class ServingBackend:
             for source in bundle.adapters:
                 if source.name not in others:
                     reader.read(source)
-        engine = executor.load(bundle.base, model_config)
+        engine = executor.load(bundle.base, model_config, bundle.adapters)
         reader.executor = executor
-        slots = SlotTable(budget_bytes=budget_bytes(config.adapter_memory, device), max_slots=config.max_adapters)
+        if executor.max_slots is None:
+            slots = SlotTable(budget_bytes=budget_bytes(config.adapter_memory, device), max_slots=config.max_adapters)
+        else:
+            slots = SlotTable(budget_bytes=sys.maxsize, max_slots=executor.max_slots)
         self._store = AdapterStore(self, slots, HostTier(budget_bytes(config.host_memory, resolve_device("cpu"))))
         self._registry = AdapterRegistry(bundle, config, self._store, self._state)
         self._tokenizer, self._max_model_len, self._reader = tokenizer, max_model_len, reader
@@ -504,6 +509,16 @@ def _executor(config: EngineConfig) -> Executor:
         from loraplex.backends.peft import PeftExecutor
 
         return PeftExecutor(config)
+    if config.backend == "vllm":
+        if not is_installed("vllm"):
+            raise ConfigurationError(
+                "--backend vllm",
+                "vLLM is not installed",
+                remedy="pip install 'loraplex[vllm]', or --backend native; for a CPU see docs/backends.md",
+            )
+        from loraplex.backends.vllm import VllmExecutor
+
+        return VllmExecutor(config)
     from loraplex.backends.native import NativeExecutor
 
     return NativeExecutor(config)

@@ -40,12 +40,18 @@ def read_outcomes(
             queued_s=sequence.started_s - sequence.arrived_s,
             computed_s=ended - sequence.started_s,
         )
-        outcomes.append((sequence, output if _is_finite(output) else _not_a_number()))
+        outcomes.append((sequence, checked(output)))
     return outcomes
 
 
-def _is_finite(output: SequenceOutput) -> bool:
-    return math.isfinite(output.tokens[-1].log_prob) and all(map(math.isfinite, output.log_probs))
+def checked(output: SequenceOutput) -> Outcome:
+    """An EngineError where the model gave no number."""
+    if math.isfinite(output.tokens[-1].log_prob) and all(map(math.isfinite, output.log_probs)):
+        return output
+    return EngineError(
+        "the model's output is NaN or infinite",
+        remedy="check the weights of the base and the adapter, or compute in --dtype float32",
+    )
 
 
 def _sampling(sequences: Seq[Sequence], device: torch.device) -> dict[str, Any]:
@@ -66,10 +72,3 @@ def _sampling(sequences: Seq[Sequence], device: torch.device) -> dict[str, Any]:
         told["top"] = torch.tensor(top, device=device)
         told["num_top"] = max(one.num_top for _, one, _ in asked)
     return told
-
-
-def _not_a_number() -> EngineError:
-    return EngineError(
-        "the model's output is NaN or infinite",
-        remedy="check the weights of the base and the adapter, or compute in --dtype float32",
-    )

