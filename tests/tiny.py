@@ -3,6 +3,7 @@ adapter changes them."""
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
+HAS_VLLM = find_spec("vllm") is not None  # in an environment of its own, where tests are about it
 VOCAB_SIZE = 320
 SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", "<|ask|>"]
 CORPUS = [
@@ -67,6 +69,21 @@ FAMILIES: Mapping[str, PreTrainedConfig] = {
     ),
     "phi3": Phi3Config(**_COMMON, sliding_window=None),
 }
+
+
+def fitted(config: PreTrainedConfig) -> PreTrainedConfig:
+    """As all backends that are installed can serve it: for vLLM with heads of 32, the least that it computes on a CPU,
+    and the output head tied where it knows the family only so."""
+    if not HAS_VLLM:
+        return config
+    values = config.to_dict()
+    if config.model_type == "gpt2":
+        values |= {"n_embd": 64, "n_head": 2}
+    else:
+        values |= {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    if config.model_type == "gemma2":
+        values |= {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+    return type(config)(**values)
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
@@ -158,7 +175,7 @@ def save_adapter(
     settings: dict[str, Any] = dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") | config
     lora = get_peft_model(model, LoraConfig(**settings))
     for name, parameter in lora.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=gain / parameter.shape[1] ** 0.5)
     lora.save_pretrained(str(folder))
     if contract is not None:
@@ -172,11 +189,11 @@ CONTRACT: Mapping[str, Any] = {
 }
 
 
-def save_shared_bundle(folder: Path, config: PreTrainedConfig | None = None) -> Path:
+def save_shared_bundle(folder: Path, config: PreTrainedConfig | None = None, *, is_activated: bool = True) -> Path:
     """Three activated adapters, one of them with a label of several tokens, a plain one, and `verbatim`, which is
-    activated and has no contract."""
-    save_base(folder, config or FAMILIES["mistral"])
-    invocation = SPECIAL_TOKENS.index("<|ask|>")
+    activated and has no contract. Not is_activated: the same, all of them plain."""
+    save_base(folder, fitted(config or FAMILIES["mistral"]))
+    invocation = [SPECIAL_TOKENS.index("<|ask|>")] if is_activated else None
     for index, labels in enumerate((["yes", "no"], ["no", "yes"], ["yes", "not at all", "no idea"])):
         contract = {**CONTRACT, "question": f"Is it done {index}?", "labels": labels}
         save_adapter(
@@ -185,16 +202,16 @@ def save_shared_bundle(folder: Path, config: PreTrainedConfig | None = None) -> 
             contract=contract,
             seed=index + 1,
             r=2 + 3 * index,
-            alora_invocation_tokens=[invocation],
+            alora_invocation_tokens=invocation,
         )
     save_adapter(folder, folder / "plain", contract=CONTRACT, seed=50)
-    save_adapter(folder, folder / "verbatim", seed=99, alora_invocation_tokens=[invocation])
+    save_adapter(folder, folder / "verbatim", seed=99, alora_invocation_tokens=invocation)
     return folder
 
 
 def save_bundle(folder: Path, adapters: int = 3, config: PreTrainedConfig | None = None) -> Path:
     """A Mistral base and a few adapters of different ranks with contracts, and `verbatim`, which has none."""
-    save_base(folder, config or FAMILIES["mistral"])
+    save_base(folder, fitted(config or FAMILIES["mistral"]))
     for index in range(adapters):
         save_adapter(folder, folder / f"task{index}", contract=CONTRACT, seed=index + 1, r=2 + 3 * index)
     save_adapter(folder, folder / "verbatim", seed=99)

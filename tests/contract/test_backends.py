@@ -1,5 +1,7 @@
 """One contract, every backend: the same bundle, the same requests, the same labels, probabilities within 1e-3 in fp32.
-Native's answers are what the others are held against; tests/parity holds native against PEFT itself."""
+Native's answers are what the others are held against; tests/parity holds native against PEFT itself.
+
+Where vLLM is installed, which is an environment of its own (`make test-vllm`), it is vLLM that is tested."""
 
 import asyncio
 import math
@@ -23,11 +25,12 @@ from loraplex.types import ClassifyRequest, Verdict
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, about its own use of transformers
 
 TOLERANCE = 1e-3
-BACKENDS: Mapping[str, Mapping[str, Any]] = {
-    "native": {},
-    "peft": {"backend": "peft"},
-    "peft mixed": {"backend": "peft", "peft_batching": "mixed"},
-}
+BACKENDS: Mapping[str, Mapping[str, Any]] = (
+    {"vllm": {"backend": "vllm", "kv_cache": "64MiB", "vllm_arg": ("enforce_eager=true",)}}
+    if tiny.HAS_VLLM
+    else {"native": {}, "peft": {"backend": "peft"}, "peft mixed": {"backend": "peft", "peft_batching": "mixed"}}
+)
+OTHERS = [name for name in BACKENDS if name != "native"]
 TEXTS = [
     "Customer: hi",
     "Customer: hello, I would like to book a table for two\nAgent: at what time?\nCustomer: at seven",
@@ -39,16 +42,17 @@ PROMPT = "Customer: hello, a table for two<|ask|>Is it done?\n"
 GPT2 = GPT2Config(
     vocab_size=tiny.VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=1
 )
+FAMILIES = ["mistral-window", "gemma2", "qwen3", *([] if tiny.HAS_VLLM else ["gpt2"])]  # of which vLLM takes no LoRA
 ADAPTERS = ["active0", "active1", "active2", "plain"]
 
 
 def load(bundle: Path, backend: str, **engine: Any) -> Loraplex:
-    return Loraplex.load(bundle, dtype="float32", **BACKENDS[backend], **engine)
+    return Loraplex.load(bundle, dtype="float32", **{} if backend == "native" else BACKENDS[backend], **engine)
 
 
 @pytest.fixture(scope="module")
 def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_shared_bundle(tmp_path_factory.mktemp("shared") / "bundle")
+    return tiny.save_shared_bundle(tmp_path_factory.mktemp("shared") / "bundle", is_activated=not tiny.HAS_VLLM)
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -94,17 +98,18 @@ def test_without_a_contract_the_top_token_is_the_answer(shared: Loraplex, native
     check_verdicts(actual, expected)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "native"])
+@pytest.mark.parametrize("backend", OTHERS)
 def test_plain_adapters_of_several_ranks_answer_as_native(tiny_bundle: Path, backend: str) -> None:
     with load(tiny_bundle, backend) as loraplex, load(tiny_bundle, "native") as native:
         for text in TEXTS:
             check_verdicts(loraplex.classify(text).verdicts, native.classify(text).verdicts)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "native"])
-@pytest.mark.parametrize("family", ["mistral-window", "gemma2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_windows_soft_caps_and_positions_hold_beside_longer_texts(tmp_path: Path, family: str, backend: str) -> None:
-    tiny.save_shared_bundle(tmp_path / "bundle", GPT2 if family == "gpt2" else tiny.FAMILIES[family])
+    config = GPT2 if family == "gpt2" else tiny.FAMILIES[family]
+    tiny.save_shared_bundle(tmp_path / "bundle", config, is_activated=not tiny.HAS_VLLM)
     with load(tmp_path / "bundle", backend) as loraplex, load(tmp_path / "bundle", "native") as native:
         requests = [ClassifyRequest(input=text, classifiers=tuple(ADAPTERS)) for text in TEXTS]
         for one, other in zip(ask_all(loraplex, requests), ask_all(native, requests), strict=True):
@@ -153,12 +158,17 @@ def test_greedy_text_equals_native(shared: Loraplex, native: Loraplex, adapter: 
 
 
 def test_drawn_and_biased_text_equals_native(shared: Loraplex, native: Loraplex) -> None:
-    for options in ({"temperature": 1.5, "seed": 3, "top_p": 0.9}, {"logit_bias": {40: 30.0}}, {"stop": ("e",)}):
+    drawn: dict[str, Any] = {"temperature": 1.5, "seed": 3, "top_p": 0.9}
+    if tiny.HAS_VLLM:  # which has random numbers of its own: the same again for the same seed
+        ids = [[token.id for token in shared.generate(PROMPT, "plain", max_tokens=8, **drawn).tokens] for _ in range(3)]
+        assert ids[0] == ids[1] == ids[2]
+    for options in (*([] if tiny.HAS_VLLM else [drawn]), {"logit_bias": {40: 30.0}}, {"stop": ("e",)}):
         actual, expected = (one.generate(PROMPT, "plain", max_tokens=8, **options) for one in (shared, native))
         assert [token.id for token in actual.tokens] == [token.id for token in expected.tokens]
         assert actual.text == expected.text
 
 
+@pytest.mark.skipif(tiny.HAS_VLLM, reason="vLLM serves no activated adapters")
 def test_what_is_generated_does_not_move_the_activation(shared: Loraplex, native: Loraplex) -> None:
     """The invocation token comes up again in the answer."""
     invocation = tiny.SPECIAL_TOKENS.index("<|ask|>")
@@ -262,7 +272,7 @@ def test_adapters_come_change_and_go_under_traffic(shared_bundle: Path, tmp_path
         for name in [*ADAPTERS, "verbatim"]:
             loraplex.unload_adapter(name)
         assert loraplex.generate(PROMPT).tokens == base  # without any
-        if backend != "native":
+        if backend.startswith("peft"):
             engine: Any = loraplex.backend._engine  # type: ignore[attr-defined]
             assert not [one for one in engine._runner.model.modules() if type(one).__module__.startswith("peft")]
         loraplex.load_adapter("plain", str(bundle / "plain"))  # and with the first again
@@ -307,7 +317,8 @@ def test_a_broken_replacement_replaces_nothing(tiny_bundle: Path, tmp_path: Path
             check_verdicts(loraplex.classify(TEXTS[0], "task0").verdicts, before)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "native"])
+@pytest.mark.skipif(tiny.HAS_VLLM, reason="it is given what was read, and looks into no folder again")
+@pytest.mark.parametrize("backend", OTHERS)
 def test_files_that_changed_under_an_adapter_are_never_served(tiny_bundle: Path, tmp_path: Path, backend: str) -> None:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     with load(bundle, backend, max_adapters=2) as loraplex:
@@ -330,13 +341,23 @@ def test_a_deadline_leaves_the_verdicts_that_were_reached(
 ) -> None:
     with load(shared_bundle, backend, max_step_sequences=1) as loraplex:
         engine: Any = loraplex.backend._engine  # type: ignore[attr-defined]
-        run = engine._runner.run
+        if backend == "vllm":
+            compute, one_by_one = engine._compute, asyncio.Lock()
 
-        def run_slowly(step: Any) -> Any:
-            time.sleep(0.1)
-            return run(step)
+            async def compute_slowly(sequence: Any) -> Any:
+                async with one_by_one:
+                    await asyncio.sleep(0.1)
+                    return await compute(sequence)
 
-        monkeypatch.setattr(engine._runner, "run", run_slowly)
+            monkeypatch.setattr(engine, "_compute", compute_slowly)
+        else:
+            run = engine._runner.run
+
+            def run_slowly(step: Any) -> Any:
+                time.sleep(0.1)
+                return run(step)
+
+            monkeypatch.setattr(engine._runner, "run", run_slowly)
         verdicts = loraplex.classify(TEXTS[1], ADAPTERS, deadline_ms=250).verdicts
         errors = [one.error.code for one in verdicts if one.error is not None]
         assert 0 < len(errors) < len(verdicts) and set(errors) == {"deadline_exceeded"}
@@ -344,6 +365,7 @@ def test_a_deadline_leaves_the_verdicts_that_were_reached(
             loraplex.classify(TEXTS[1], "plain", deadline_ms=0.001)
 
 
+@pytest.mark.skipif(tiny.HAS_VLLM, reason="in test_vllm.py: it ends vLLM's process")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_failed_forward_pass_leaves_nothing_behind(
     shared_bundle: Path, backend: str, monkeypatch: pytest.MonkeyPatch

@@ -485,6 +485,8 @@ class VllmEngine:
     async def _finish(self) -> None:
         while self._tasks:
             await asyncio.wait(self._tasks)
+        if self._llm.output_handler is not None:
+            self._llm.output_handler.cancel()  # it would take the end of vLLM's processes for a failure
 
     def _end(self) -> None:
         async def cancel_rest() -> None:  # vLLM's own

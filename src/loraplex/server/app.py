@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 from fastapi import FastAPI
+from starlette.routing import Route
 
 import loraplex
 from loraplex.config import ServerConfig
@@ -40,11 +41,10 @@ def create_app(
     )
     app.state.created = int(time.time())
     app.state.lifecycle = lifecycle or Lifecycle()
-    app.include_router(routes.router)
-    app.include_router(sagemaker.router)
-    app.include_router(admin.router)
-    app.include_router(routing.router)
-    app.include_router(openai.router)
+    paths = {route.path for route in app.routes if isinstance(route, Route)}  # of the documentation
+    for part in (routes, sagemaker, admin, routing, openai):
+        app.include_router(part.router)
+        paths |= {route.path for route in part.router.routes if isinstance(route, Route)}
     add_handlers(app)
     # From the inside out.
     app.add_middleware(sagemaker.JsonByDefault)
@@ -54,6 +54,6 @@ def create_app(
         app.add_middleware(Access, keys=keys, public=config.public, key_concurrency=config.key_concurrency)
     app.add_middleware(AnswerErrors, log_inputs=config.log_inputs)
     app.add_middleware(LastAnswer, lifecycle=app.state.lifecycle)
-    app.add_middleware(RequestLog, log_inputs=config.log_inputs)
+    app.add_middleware(RequestLog, log_inputs=config.log_inputs, paths=paths)
     app.add_middleware(sagemaker.RuntimeApi)  # outermost: whatever refuses a request, AWS's clients understand it
     return app

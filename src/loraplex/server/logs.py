@@ -6,13 +6,12 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Set
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from fastapi import FastAPI
-from fastapi.routing import iter_route_contexts
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -92,9 +91,10 @@ def configure(log_format: Literal["text", "json"]) -> None:
 class RequestLog:
     """Gives each request an id, in its answer's headers and its log lines, and writes its access line."""
 
-    def __init__(self, app: ASGIApp, log_inputs: bool) -> None:
+    def __init__(self, app: ASGIApp, log_inputs: bool, paths: Set[str]) -> None:
+        """paths: of all routes, as they are declared."""
         self.app, self._log_inputs = app, log_inputs
-        self._templates: _Templates | None = None
+        self._templates = _Templates(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -116,8 +116,6 @@ class RequestLog:
             self._log(scope, record, (time.perf_counter() - started) * 1000)
 
     def _log(self, scope: Scope, record: RequestRecord, duration_ms: float) -> None:
-        if self._templates is None:  # not before all routes are there
-            self._templates = _Templates(scope["app"])
         path = self._templates.of(scope["path"].removeprefix(scope.get("root_path", "")))
         level = logging.DEBUG if path in QUIET and record.status in (200, 503) else logging.INFO
         if not logger.isEnabledFor(level):
@@ -141,8 +139,7 @@ class RequestLog:
 class _Templates:
     """A path's route, as it is declared: what a client put into a path is not logged."""
 
-    def __init__(self, app: FastAPI) -> None:
-        paths = {path for context in iter_route_contexts(app.routes) if (path := context.path) is not None}
+    def __init__(self, paths: Set[str]) -> None:
         self._literal = {path for path in paths if "{" not in path}
         self._patterns = [(compile_path(path)[0], path) for path in sorted(paths - self._literal)]
 

@@ -1,0 +1,15 @@
+"""The prompt that each adapter of the demo was trained with."""
+
+from pathlib import Path
+
+import yaml
+
+BUNDLE = Path(__file__).parents[1] / "support_desk" / "bundle"
+TASKS = sorted(path.parent.name for path in BUNDLE.glob("*/adapter_config.json"))
+CONVERSATION = "Customer: My order never came.\nAgent: I sent a new one.\nCustomer: Great, thank you, bye!"
+
+
+def format_prompt(conversation: str, task: str) -> str:
+    contract = yaml.safe_load((BUNDLE / task / "classifier.yaml").read_text(encoding="utf-8"))
+    prompt: str = contract["template"].format(conversation=conversation, question=contract["question"])
+    return prompt

@@ -1,0 +1,260 @@
+"""What is vLLM's own: kinds of requests that it mixes up, its limits, its processes. Where it is installed."""
+
+import asyncio
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+import serving
+import tiny
+from loraplex import Loraplex
+from loraplex.backends.base import GenerateRequest
+from loraplex.config import EngineConfig
+from loraplex.engine.sequence import NO_ADAPTER, Sequence, SequenceOutput, Target
+from loraplex.errors import AdapterError, ConfigurationError, QueueFullError
+from loraplex.types import ClassifyRequest
+
+pytestmark = [
+    pytest.mark.skipif(not tiny.HAS_VLLM, reason="vLLM is not installed here: make test-vllm"),
+    pytest.mark.filterwarnings("ignore"),  # vLLM's
+]
+
+OPTIONS: dict[str, Any] = {"dtype": "float32", "backend": "vllm", "kv_cache": "64MiB"}
+EAGER = "enforce_eager=true"
+FLAGS = ["--dtype", "float32", "--backend", "vllm", "--kv-cache", "64MiB", "--vllm-arg", EAGER]
+TEXT = "Customer: is it done?\nAgent: yes, it is"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_bundle(tmp_path_factory.mktemp("vllm") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """From where adapters may be loaded."""
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="module")
+def vllm(bundle: Path, root: Path) -> Iterator[Loraplex]:
+    options = {**OPTIONS, "adapter_root": (str(root),), "max_queue_tokens": 20_000}
+    with Loraplex.load(bundle, **options, vllm_arg=(EAGER, "max_num_seqs=16")) as loraplex:
+        yield loraplex
+
+
+def run(loraplex: Loraplex, coroutine: Any) -> Any:
+    return asyncio.run_coroutine_threadsafe(coroutine, loraplex._loop).result(60)
+
+
+# --------------------------------------------------------------------------------------------- answers
+
+
+def test_rows_of_the_base_and_top_tokens_beside_adapters_are_as_alone(vllm: Loraplex) -> None:
+    """vLLM computes the base's rows with an adapter where a CPU has both in a batch, and leaves a row its top tokens
+    where another row asks for certain tokens. So they take turns."""
+    requests: list[Any] = [GenerateRequest(prompt=TEXT, max_tokens=6)]
+    requests += [GenerateRequest(prompt=TEXT, adapter=f"task{i}", max_tokens=6, num_top=5) for i in range(3)]
+    requests += [ClassifyRequest(input=TEXT, classifiers=(f"task{i}",)) for i in range(3)]
+
+    async def ask(one: Any) -> Any:
+        if isinstance(one, ClassifyRequest):
+            [verdict] = (await vllm.backend.classify(one)).verdicts
+            return [(verdict.label, math.log(verdict.confidence or 0))]
+        tokens = (await vllm.backend.generate(one)).tokens
+        assert all(len(token.top) == one.num_top for token in tokens)
+        return [(token.id, token.log_prob) for token in tokens]
+
+    async def ask_all(times: int) -> list[Any]:
+        return await asyncio.gather(*(ask(one) for _ in range(times) for one in requests))
+
+    alone = [run(vllm, ask(one)) for one in requests]
+    for index, found in enumerate(run(vllm, ask_all(8))):
+        for (answer, log_prob), (expected, expected_log_prob) in zip(found, alone[index % len(alone)], strict=True):
+            assert answer == expected
+            assert log_prob == pytest.approx(expected_log_prob, abs=1e-3)
+
+
+def test_any_number_of_tokens_may_be_asked(vllm: Loraplex, bundle: Path) -> None:
+    """vLLM takes 128 a request. Also at two places, as labels of several tokens ask."""
+    ids = tuple(range(40, 60))
+    targets = [Target(position=-1, token_id=i) for i in range(300)] + [Target(position=-3, token_id=i) for i in (7, 9)]
+    sequence = Sequence(token_ids=ids, slot=NO_ADAPTER, targets=tuple(targets))
+    [output] = run(vllm, vllm.backend._compute([sequence], None))  # type: ignore[attr-defined]
+    assert isinstance(output, SequenceOutput)
+    model: Any = AutoModelForCausalLM.from_pretrained(bundle, dtype=torch.float32)
+    with torch.inference_mode():
+        log_probs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = [log_probs[target.position, target.token_id].item() for target in targets]
+    assert output.log_probs == pytest.approx(expected, abs=1e-3)
+    assert output.tokens[0].id == log_probs[-1].argmax()
+
+
+def test_patterns_of_ranks_and_scalings_are_kept(vllm: Loraplex, bundle: Path, root: Path) -> None:
+    tiny.save_adapter(
+        bundle,
+        root / "patterned",
+        contract=tiny.CONTRACT,
+        r=4,
+        seed=5,
+        use_rslora=True,
+        rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 7},
+        alpha_pattern={"v_proj": 31},
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        layers_to_transform=[0, 1],
+    )
+    vllm.load_adapter("patterned", str(root / "patterned"))
+    [verdict] = vllm.classify(TEXT, "patterned").verdicts
+    vllm.unload_adapter("patterned")
+    with Loraplex.load(bundle, dtype="float32", adapter_root=(str(root),)) as native:
+        native.load_adapter("patterned", str(root / "patterned"))
+        [expected] = native.classify(TEXT, "patterned").verdicts
+    assert verdict.scores == pytest.approx(expected.scores, abs=1e-3)
+    assert verdict.label_mass == pytest.approx(expected.label_mass, abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------------- refused
+
+
+def test_what_it_cannot_do_is_refused_and_loses_nothing(vllm: Loraplex, bundle: Path, root: Path) -> None:
+    before = vllm.classify(TEXT, "task0").verdicts[0]
+    invocation = [tiny.SPECIAL_TOKENS.index("<|ask|>")]
+    refused: list[tuple[dict[str, Any], str, str]] = [
+        ({"alora_invocation_tokens": invocation}, "aLoRA", "--backend native"),
+        ({"use_dora": True}, "DoRA", "--backend native"),
+        ({"lora_bias": True}, "lora_bias", "--backend native"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "output head", "--backend native"),
+        ({"r": 17}, "rank 17 is above 16", "max_lora_rank=32"),
+    ]
+    for number, (config, problem, remedy) in enumerate(refused):
+        folder = root / f"refused{number}"
+        tiny.save_adapter(bundle, folder, contract=tiny.CONTRACT, **config)
+        with pytest.raises(AdapterError) as caught:
+            vllm.load_adapter("task0", str(folder))
+        assert problem in caught.value.message and remedy in caught.value.remedy
+    after = vllm.classify(TEXT, "task0").verdicts[0]
+    assert after.adapter == before.adapter and after.scores == pytest.approx(before.scores, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("argument", "problem"),
+    [
+        ("max_model_len", "not KEY=VALUE"),
+        ("max_modell_len=9", "none of vLLM's"),
+        ("trust_remote_code=true", "no remote code"),
+        ("--load-format=pt", "only safetensors"),
+        ("max_model_len=100000", "does not take"),
+        ("max_model_len=auto", "does not take"),
+        ("max_lora_rank=17", "vLLM refuses"),
+        ("max_num_seqs=0", "vLLM refuses"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_is_loaded(bundle: Path, argument: str, problem: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigurationError, match=problem):
+        Loraplex.load(bundle, **OPTIONS, vllm_arg=(argument,))
+    assert time.monotonic() - started < 10
+
+
+def test_the_other_device_is_refused(bundle: Path) -> None:
+    from loraplex.backends.vllm import VllmExecutor
+
+    with pytest.raises(ConfigurationError, match="computes on cpu"):
+        VllmExecutor(EngineConfig(backend="vllm"))._check_device(torch.device("cuda"))
+
+
+def test_a_base_that_vllm_does_not_take_does_not_start(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=tiny.VOCAB_SIZE, n_layer=1, n_positions=256, bos_token_id=0, eos_token_id=1)
+    tiny.save_bundle(tmp_path / "bundle", 1, config)
+    done = serving.loraplex("serve", tmp_path / "bundle", *FLAGS, "--port", 0)
+    assert done.returncode == 1 and done.stdout == ""
+    last = done.stderr[done.stderr.rindex("error ") :]
+    assert last.startswith("error unsupported_model") and "see vLLM's log above" in last
+    assert "does not support LoRA" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------- full, late, gone
+
+
+def test_more_than_the_queue_holds_is_refused_at_once(vllm: Loraplex) -> None:
+    request = ClassifyRequest(input="Customer: hello " * 10, classifiers="*")
+
+    async def flood() -> list[Any]:
+        asked = (vllm.backend.classify(request) for _ in range(200))
+        answers: list[Any] = await asyncio.gather(*asked, return_exceptions=True)
+        return answers
+
+    results = run(vllm, flood())
+    refused = [one for one in results if isinstance(one, QueueFullError)]
+    assert 0 < len(refused) < 200 and all(one.retry_after_s > 0 for one in refused)
+    assert all(isinstance(one, QueueFullError) or len(one.verdicts) == 4 for one in results)
+    stats = vllm.backend.stats()
+    assert (stats.num_waiting, stats.num_running) == (0, 0)
+
+
+def test_who_leaves_is_dropped(vllm: Loraplex) -> None:
+    async def leave() -> float:
+        request = GenerateRequest(prompt="Customer: hi", max_tokens=200, logit_bias={1: -100.0})
+        tasks = [asyncio.create_task(vllm.backend.generate(request)) for _ in range(8)]
+        await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        started = time.monotonic()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while vllm.backend._engine._num_open:  # type: ignore[attr-defined]
+            await asyncio.sleep(0.001)
+        return time.monotonic() - started
+
+    started = time.monotonic()
+    run(vllm, vllm.backend.generate(GenerateRequest(prompt="Customer: hi", max_tokens=200, logit_bias={1: -100.0})))
+    assert run(vllm, leave()) < time.monotonic() - started
+    vllm.classify(TEXT)
+
+
+def descendants(server: serving.Server) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=10)[1]
+
+
+def test_a_killed_vllm_answers_what_waits_and_ends_the_server(bundle: Path, tmp_path: Path) -> None:
+    with serving.serve(bundle, *FLAGS, log=str(tmp_path / "log")) as server, serving.client(server) as http:
+        family = descendants(server)
+        [core] = [one for one in family if "EngineCore" in " ".join(one.cmdline())]
+
+        def ask(_: int) -> httpx.Response:
+            return http.post("/v1/completions", json={"model": "task0", "prompt": "hello", "max_tokens": 200})
+
+        with ThreadPoolExecutor(8) as pool:
+            waiting = [pool.submit(ask, i) for i in range(8)]
+            time.sleep(0.1)
+            os.kill(core.pid, signal.SIGKILL)
+            answers = [one.result(30) for one in waiting]
+        codes = {json.loads(one.text)["error"]["code"] for one in answers if one.status_code != 200}
+        assert codes <= {"engine_error", "not_ready"} and "engine_error" in codes, [one.text for one in answers]
+        assert server.process.wait(30) == 1
+        assert gone(family)
+    assert "the engine died" in (tmp_path / "log").read_text()
+
+
+def test_it_stops_at_a_signal_and_leaves_no_process(bundle: Path) -> None:
+    with serving.serve(bundle, *FLAGS) as server, serving.client(server) as http:
+        assert http.post("/v1/classify", json={"input": TEXT}).status_code == 200
+        family = descendants(server)
+        assert len(family) > 1
+        assert server.stop() == 0
+        assert gone(family)
