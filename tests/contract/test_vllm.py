@@ -224,7 +224,8 @@ def test_who_leaves_is_dropped(vllm: Loraplex) -> None:
 
 
 def descendants(server: serving.Server) -> list[psutil.Process]:
-    return psutil.Process(server.process.pid).children(recursive=True)
+    family: list[psutil.Process] = psutil.Process(server.process.pid).children(recursive=True)
+    return family
 
 
 def gone(processes: list[psutil.Process]) -> bool:

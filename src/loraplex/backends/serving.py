@@ -516,8 +516,14 @@ def _executor(config: EngineConfig) -> Executor:
                 "vLLM is not installed",
                 remedy="pip install 'loraplex[vllm]', or --backend native; for a CPU see docs/backends.md",
             )
-        from loraplex.backends.vllm import VllmExecutor
-
+        try:
+            from loraplex.backends.vllm import VllmExecutor
+        except ImportError as exc:
+            raise ConfigurationError(
+                "--backend vllm",
+                f"the vLLM that is installed does not import: {exc}",
+                remedy="install 0.32 or newer; for a CPU see docs/backends.md",
+            ) from None
         return VllmExecutor(config)
     from loraplex.backends.native import NativeExecutor
 
