@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import serving
@@ -23,7 +25,7 @@ from loraplex import Loraplex
 from loraplex.backends.base import GenerateRequest
 from loraplex.config import EngineConfig
 from loraplex.engine.sequence import NO_ADAPTER, Sequence, SequenceOutput, Target
-from loraplex.errors import AdapterError, ConfigurationError, QueueFullError
+from loraplex.errors import AdapterError, ConfigurationError, QueueFullError, UnsupportedModelError
 from loraplex.types import ClassifyRequest
 
 pytestmark = [
@@ -123,6 +125,64 @@ def test_patterns_of_ranks_and_scalings_are_kept(vllm: Loraplex, bundle: Path, r
         [expected] = native.classify(TEXT, "patterned").verdicts
     assert verdict.scores == pytest.approx(expected.scores, abs=1e-3)
     assert verdict.label_mass == pytest.approx(expected.label_mass, abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------------- bases of its own
+
+QUANTIZED = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+}
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM's int8 products need AMX in this form")
+def test_a_quantized_base(bundle: Path, tmp_path: Path) -> None:
+    """Eight bits a weight and an activation, and adapters on it: nearly the verdicts of the base it was made of."""
+    quantized = shutil.copytree(bundle, tmp_path / "quantized")
+    tensors = {}
+    for name, tensor in load_file(bundle / "model.safetensors").items():
+        tensors[name] = tensor
+        if "_proj" in name:
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            tensors[name] = (tensor / scale).round().to(torch.int8)
+            tensors[name.replace(".weight", ".weight_scale")] = scale
+    save_file(tensors, quantized / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((bundle / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTIZED}))
+    with pytest.raises(UnsupportedModelError, match=r"quantized.*--backend vllm"):
+        Loraplex.load(quantized)
+    with Loraplex.load(bundle, dtype="float32") as native:
+        expected = native.classify(TEXT).verdicts
+    with Loraplex.load(quantized, **{**OPTIONS, "dtype": "bfloat16"}, vllm_arg=(EAGER,)) as loraplex:
+        verdicts = loraplex.classify(TEXT).verdicts
+    assert [one.label for one in verdicts] == [one.label for one in expected]
+    assert [one.confidence for one in verdicts] == pytest.approx([one.confidence for one in expected], abs=0.1)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_a_base_in_two_parts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with Loraplex.load(bundle, dtype="float32") as native:
+        expected = native.classify(TEXT).verdicts
+    with Loraplex.load(bundle, **OPTIONS, vllm_arg=(EAGER, "tensor_parallel_size=2")) as loraplex:
+        verdicts = loraplex.classify(TEXT).verdicts
+    for one, other in zip(verdicts, expected, strict=True):
+        assert one.label == other.label and one.confidence == pytest.approx(other.confidence, abs=1e-3)
 
 
 # --------------------------------------------------------------------------------------------- refused

@@ -180,8 +180,8 @@ class VllmExecutor:
         request = LoRARequest(lora_name=str(key), lora_int_id=key, lora_path=copy.name)
         try:
             self._running.set_slot(slot, request)
-        except LoraplexError:
-            raise
+        except EngineDeadError:
+            raise _died() from None
         except Exception as exc:
             copy.cleanup()
             raise AdapterError(
@@ -351,7 +351,7 @@ class VllmEngine:
         except LoraplexError as exc:
             outcome = exc
         except EngineDeadError:
-            outcome = EngineError("vLLM died", remedy="start the server again; its log has the details")
+            outcome = _died()
         except Exception as exc:
             logger.exception("vLLM failed at a sequence of %d tokens", num_tokens)
             outcome = EngineError(
@@ -530,6 +530,10 @@ def write_adapter(folder: Path, weights: AdapterWeights) -> None:
     names = sorted({path.rpartition(".")[2] for path in weights.modules})
     config = {"peft_type": "LORA", "r": weights.rank, "lora_alpha": weights.rank, "target_modules": names}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+
+
+def _died() -> EngineError:
+    return EngineError("vLLM died", remedy="start the server again; its log above has the details")
 
 
 def _token(token_id: int, log_probs: Mapping[int, Any], num_top: int) -> Token:
