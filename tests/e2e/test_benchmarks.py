@@ -1,5 +1,6 @@
 """The benchmarks run and report all that they promise; what they measure here means nothing."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -43,3 +44,16 @@ def test_the_server_benchmark_runs(tiny_bundle: Path, tmp_path: Path) -> None:
     assert report["classifiers"] == 2 and report["capacity_per_s"] > 0 and report["latency"]["http_p50_ms"] > 0
     assert len(report["loads"]) == 8 and all(one["other"] == 0 for one in report["loads"].values())
     assert (tmp_path / "plot.svg").stat().st_size > 1000 and "of the peak" in run.stdout
+
+
+def test_the_backends_are_compared(tmp_path: Path) -> None:
+    texts = ["Customer: Thanks, bye!", "Customer: I need a table for two.\nAgent: Where?\nCustomer: In San Jose."]
+    with gzip.open(tmp_path / "dev.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"conversation": text}) + "\n" for text in texts)
+    command = [sys.executable, "-m", "benchmarks.agreement", str(tmp_path)]
+    verdicts, report = tmp_path / "native.json", tmp_path / "peft.json"
+    for more in (["--json", str(verdicts)], ["--backend", "peft", "--against", str(verdicts), "--json", str(report)]):
+        run = subprocess.run([*command, *more], cwd=serving.ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    found = json.loads(report.read_text())
+    assert found["verdicts"] == found["labels_equal"] == 32 and 0 < found["difference_max"] < 1e-4

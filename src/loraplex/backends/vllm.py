@@ -469,7 +469,7 @@ class VllmEngine:
         try:
             engine_args = AsyncEngineArgs(**arguments)
             vllm_config = engine_args.create_engine_config()
-        except (ValueError, TypeError, OSError, NotImplementedError) as exc:  # pydantic's among them
+        except Exception as exc:  # pydantic's, and whatever its many checks raise
             raise ConfigurationError(
                 "--backend vllm", f"vLLM refuses: {_reason(exc)}", remedy="correct --vllm-arg, or use --backend native"
             ) from None
