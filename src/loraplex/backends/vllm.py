@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -82,6 +83,11 @@ RESERVED = {
     "load_format": "only safetensors are read",
     "trust_remote_code": "no remote code is run",
     "hf_overrides": "the base's config.json is what adapters are checked against",
+    "hf_config_path": "the base's config.json is what adapters are checked against",
+    "config_format": "the base's config.json is what adapters are checked against",
+    "lora_target_modules": "adapters are served whole",
+    "generation_config": "the base's own penalties and the like are no classifier's",
+    "disable_log_stats": "Loraplex has metrics of its own",
     "logprobs_mode": "verdicts need the log probabilities of the model",
     "max_logprobs": "it is what the API allows",
 }
@@ -101,7 +107,6 @@ class VllmExecutor:
         self._base = Path()
         self._engine: VllmEngine | None = None
         self._ids = count(1)  # vLLM's keys for adapters and their K/V: no two versions share one
-        self._folders: dict[int, tempfile.TemporaryDirectory[str]] = {}
         self.item_bytes = 4
         self.stop_ids: frozenset[int] = frozenset()
         self.max_slots: int | None = None
@@ -128,7 +133,7 @@ class VllmExecutor:
             "max_loras": num_slots,
             "max_cpu_loras": min(options.max_adapters, max(2 * num_slots, 64)),
             "max_lora_rank": _rank_for(adapters),
-            "max_num_seqs": options.max_step_sequences,
+            "max_num_seqs": min(options.max_step_sequences, options.max_step_tokens or sys.maxsize),
             **({} if options.max_step_tokens is None else {"max_num_batched_tokens": options.max_step_tokens}),
             **({"kv_cache_memory_bytes": budget_bytes(options.kv_cache, device)} if device.type == "cpu" else {}),
             **self._arguments,
@@ -139,10 +144,10 @@ class VllmExecutor:
             "load_format": "safetensors",
             "enable_lora": True,
             "max_logprobs": MAX_TOP,
-            "generation_config": "vllm",  # the base's own penalties and the like are no classifier's
+            "generation_config": "vllm",
             "disable_log_stats": True,
         }
-        self.max_slots = max(arguments["max_loras"], arguments["max_cpu_loras"] or 0)
+        self.max_slots = arguments["max_cpu_loras"] or arguments["max_loras"]
         self._max_rank = int(arguments["max_lora_rank"])
         self._base, self.item_bytes, self.stop_ids = base, dtype.itemsize, read_stop_ids(base, config)
         self._engine = VllmEngine(arguments, options.max_queue, options.max_queue_tokens)
@@ -174,25 +179,21 @@ class VllmExecutor:
                 f"its rank {weights.rank} is above {self._max_rank}, which vLLM was started for",
                 remedy=f"start with --vllm-arg max_lora_rank={_allowed_rank(weights.rank)}, or --backend native",
             )
-        copy = tempfile.TemporaryDirectory(prefix="loraplex-")
-        write_adapter(Path(copy.name), weights)
         key = next(self._ids)
-        request = LoRARequest(lora_name=str(key), lora_int_id=key, lora_path=copy.name)
-        try:
-            self._running.set_slot(slot, request)
-        except EngineDeadError:
-            raise _died() from None
-        except Exception as exc:
-            copy.cleanup()
-            raise AdapterError(
-                folder, f"vLLM does not take it: {_reason(exc)}", remedy="serve it with --backend native"
-            ) from None
-        self._folders[slot] = copy
+        # vLLM keeps as many in host memory as there are slots, so that it does not come back for the files.
+        with tempfile.TemporaryDirectory(prefix="loraplex-") as copy:
+            try:
+                write_adapter(Path(copy), weights)
+                self._running.set_slot(slot, LoRARequest(lora_name=str(key), lora_int_id=key, lora_path=copy))
+            except EngineDeadError:
+                raise _died() from None
+            except Exception as exc:
+                raise AdapterError(
+                    folder, f"vLLM does not take it: {_reason(exc)}", remedy="serve it with --backend native"
+                ) from None
 
     def clear_slot(self, slot: int) -> None:
-        if slot in self._folders:
-            self._running.clear_slot(slot)
-            self._folders.pop(slot).cleanup()
+        self._running.clear_slot(slot)
 
     def give_back(self) -> None:
         """Its processes keep what they have."""
@@ -201,8 +202,6 @@ class VllmExecutor:
         if self._engine is not None:
             self._engine.close()
         self._engine = None
-        while self._folders:
-            self._folders.popitem()[1].cleanup()
 
     @property
     def _running(self) -> "VllmEngine":
@@ -278,8 +277,8 @@ class VllmEngine:
         self._slots[slot] = request
 
     def clear_slot(self, slot: int) -> None:
-        request = self._slots.pop(slot)
-        if self.alive:
+        request = self._slots.pop(slot, None)
+        if request is not None and self.alive:
             self._call(self._llm.remove_lora(request.lora_int_id))
 
     # ------------------------------------------------------------------------------------------- sequences
