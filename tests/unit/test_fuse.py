@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from loraplex.model import fuse as fuse_module
+from loraplex.model.attention import NAME
+from loraplex.model.decoder_layer import FusedLayer, fuse_layers
 from loraplex.model.fuse import PackedLinear, can_pack, fuse
 from loraplex.model.multi_lora import MultiLoRA
 
@@ -20,7 +22,7 @@ packs = pytest.mark.skipif(
 
 def random_model(family: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny.FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(tiny.FAMILIES[family], attn_implementation=NAME)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.to(dtype).eval()
@@ -57,6 +59,37 @@ def test_a_norm_that_computes_otherwise_stays(change: Callable[[torch.Tensor], t
     assert ("forward" in vars(norm)) is fused
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.inference_mode()
+def test_layers_like_llamas_are_fused(family: str, dtype: torch.dtype) -> None:
+    model = random_model(family, dtype)
+    fuse(model)
+    fuse_layers(model)
+    are_fused = {isinstance(layer.forward, FusedLayer) for layer in model.model.layers}
+    assert are_fused == {family in ("llama", "mistral", "mistral-window", "qwen2", "qwen3")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("other", [nn.GELU(), nn.ReLU(), nn.Identity()])
+@torch.inference_mode()
+def test_a_layer_with_another_activation_stays(other: nn.Module, dtype: torch.dtype) -> None:
+    model = random_model("llama", dtype)
+    model.model.layers[1].mlp.act_fn = other
+    fuse_layers(model)
+    assert [isinstance(layer.forward, FusedLayer) for layer in model.model.layers] == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_layer_that_weighs_what_it_adds_stays(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("llama", dtype)
+    mlp, forward = model.model.layers[2].mlp, model.model.layers[2].mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda x: 0.8 * forward(x))
+    fuse_layers(model)
+    assert [isinstance(layer.forward, FusedLayer) for layer in model.model.layers] == [True, True, False]
+
+
 @packs
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 300])
@@ -67,6 +100,14 @@ def test_a_packed_layer_equals_linear(rows: int, bias: bool) -> None:
     packed = PackedLinear(layer)
     x = torch.randn(1, rows, 48, dtype=torch.bfloat16)
     torch.testing.assert_close(packed(x), layer(x), rtol=1e-2, atol=1e-2)
+    other = torch.randn(1, rows, 80, dtype=torch.bfloat16)
+    exact = nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None)
+    for actual, expected in (
+        (packed(x, "swish"), nn.functional.silu(exact)),
+        (packed.times(x, other), exact * other),
+        (packed.plus(x, other), exact + other),
+    ):
+        torch.testing.assert_close(actual.float(), expected, rtol=1e-2, atol=1e-2)
     assert torch.equal(packed.weight, layer.weight)
 
 

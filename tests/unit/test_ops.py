@@ -1,8 +1,10 @@
 """Fast paths against the reference, and the reference against a loop that anybody can read."""
 
+import dataclasses
 import itertools
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from loraplex.adapters.weights import LoRAWeights
 from loraplex.model.lora_linear import SHORT, ActiveSegments, MultiLoRALinear, Segment, Segments
 from loraplex.ops import attention, reference
-from loraplex.ops.layout import Span, layout_of
+from loraplex.ops import layout as layout_module
+from loraplex.ops.layout import Layout, Span, layout_of
 
 CPU = torch.device("cpu")
 CACHED = torch.tensor([5, 4, 9, 10, 11])  # in any order of slots
@@ -26,9 +29,19 @@ TREE = (
     Span(start=15, end=21, position=16, cached=CACHED, ancestors=((0, 7), (10, 14))),
     Span(start=21, end=32, position=5, cached=CACHED),
 )
+LAST = tuple(dataclasses.replace(span, row=row) for row, span in enumerate(TREE))
+
+
+def long(spans: tuple[Span, ...]) -> Layout:
+    """As if they were too many tokens to be grouped."""
+    with mock.patch.object(layout_module, "SHORT", 0):
+        return layout_of(spans, CPU)
+
+
 LAYOUTS = {
     "alone": layout_of(tuple(Span(start=start, end=end) for start, end in ALONE), CPU),
     "tree": layout_of(TREE, CPU),
+    "long tree": long(TREE),
 }
 
 
@@ -53,8 +66,19 @@ def test_attention_equals_the_reference(
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_spans_share_is_attended_to_in_one_call_each() -> None:
-    contexts = LAYOUTS["tree"].contexts
+@pytest.mark.parametrize("grouped", [True, False])
+def test_where_only_the_last_tokens_ask_each_sees_the_same(grouped: bool) -> None:
+    query, key, value, *cache = random_inputs(4, 2)
+    settings: dict[str, Any] = dict(scaling=0.3, cache=tuple(cache))
+    everything = reference.packed_attention(query, key, value, LAYOUTS["tree"], **settings)
+    last = [span.end - 1 for span in TREE]
+    layout = layout_of(LAST, CPU) if grouped else long(LAST)
+    actual = attention.packed_attention(query[last], key, value, layout, **settings)
+    torch.testing.assert_close(actual, everything[last], atol=1e-5, rtol=1e-5)
+
+
+def test_what_long_spans_share_is_attended_to_in_one_call_each() -> None:
+    contexts = LAYOUTS["long tree"].contexts
     assert [(context.start, context.end, context.cached is CACHED) for context in contexts] == [
         (0, 0, True),
         (0, 7, False),
@@ -63,6 +87,19 @@ def test_what_spans_share_is_attended_to_in_one_call_each() -> None:
     assert contexts[1].rows == slice(10, 21)
     assert isinstance(contexts[0].rows, torch.Tensor)
     assert contexts[0].rows.tolist() == [*range(0, 7), *range(10, 32)]
+
+
+def test_short_spans_that_see_the_same_attend_in_one_call() -> None:
+    tree = LAYOUTS["tree"]
+    keys = [group.keys for group in tree.groups]
+    assert keys == [((0, 7), (21, 32)), ((0, 7), (10, 15)), ((0, 7), (10, 14), (15, 21))]
+    assert isinstance(tree.groups[0].rows, torch.Tensor)
+    assert tree.groups[0].rows.tolist() == [*range(0, 7), *range(21, 32)]
+    assert tree.groups[1].rows == slice(10, 15)
+    assert [span.start for span in tree.alone] == [7]
+    many = layout_of(tuple(Span(start=60 * i, end=60 * i + 60) for i in range(9)), CPU)
+    assert [group.keys for group in many.groups] == [((0, 240),), ((240, 480),)]
+    assert [span.start for span in many.alone] == [480]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -105,14 +142,14 @@ def test_multi_lora_linear_adds_each_segments_delta_at_its_own_rank() -> None:
     torch.testing.assert_close(layer(x)[0, 6:9], base(x[0, 6:9]))
 
 
+@pytest.mark.parametrize("lengths", [[3, 1, 5, 2, 4, 4, 3, 2, SHORT + 1, 2], [3] * 10])
 @pytest.mark.parametrize("conv1d", [False, True])
-def test_short_segments_are_computed_together_and_give_the_same(conv1d: bool) -> None:
-    """Six of one rank, two of another, one of a rank and too long, one whose slot is empty."""
+def test_short_segments_are_computed_together_and_give_the_same(conv1d: bool, lengths: list[int]) -> None:
+    """Six of one rank, two of another, one that may be too long, one whose slot is empty; all alike or not."""
     torch.manual_seed(0)
     segments = ActiveSegments()
     base = Conv1D(8, 6) if conv1d else torch.nn.Linear(6, 8)
     layer = MultiLoRALinear(base, segments).requires_grad_(False)
-    lengths = [3, 1, 5, 2, 4, 4, 3, 2, SHORT + 1, 2]
     ranks = [3] * 6 + [2] * 2 + [3, 0]
     adapters = {}
     for slot, rank in enumerate(ranks):

@@ -14,6 +14,7 @@ from loraplex.engine.outcomes import read_outcomes
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, Target
 from loraplex.engine.step import Step
 from loraplex.errors import LoraplexError, UnsupportedModelError
+from loraplex.model.decoder_layer import fuse_layers
 from loraplex.model.fuse import fuse
 from loraplex.model.kv_cache import KVCache, slot_bytes
 from loraplex.model.multi_lora import MultiLoRA
@@ -26,6 +27,7 @@ class ModelRunner:
         self.model = model
         self.device = model.device
         fuse(model)
+        fuse_layers(model)
         self._lora = MultiLoRA(model)
         self._cache: KVCache | None = None
         self._kv_shapes: dict[int, tuple[int, int]] = {}

@@ -45,6 +45,36 @@ class CapturedKV:
         return self
 
 
+class Probe:
+    """Stands for a batch while a layer is tried out: notes what attention is asked, and answers with the queries."""
+
+    layout: Any = None
+
+    def __init__(self) -> None:
+        self.asked: list[torch.Tensor] = []  # query, key, value, each [T, heads, D]
+        self.settings: dict[str, Any] = {}
+
+
+def attend(
+    layer: int,
+    query: torch.Tensor,  # [T, H, D], or [L, H, D] where the layout's spans name their rows
+    key: torch.Tensor,  # [T, G, D]
+    value: torch.Tensor,  # [T, G, D]
+    layout: Layout,
+    batch: PackedTokens | Probe,
+    **settings: Any,
+) -> torch.Tensor:  # like the query
+    """Keeps the keys and values that are to be kept, and computes the attention."""
+    if isinstance(batch, Probe):
+        batch.asked, batch.settings = [query, key, value], settings
+        return query
+    batch.kv_shapes[layer] = (key.shape[1], key.shape[2])
+    if batch.cache is not None and batch.kept_rows is not None and batch.kept_slots is not None:
+        batch.cache.write(layer, batch.kept_slots, key[batch.kept_rows], value[batch.kept_rows])
+    cache = None if batch.cache is None else batch.cache.layer(layer)
+    return packed_attention(query, key, value, layout, cache=cache, **settings)
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,  # [1, H, T, D]
@@ -52,7 +82,7 @@ def attention_forward(
     value: torch.Tensor,  # [1, G, T, D]
     attention_mask: torch.Tensor | None,
     *,
-    batch: PackedTokens | CapturedKV,
+    batch: PackedTokens | CapturedKV | Probe,
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -67,32 +97,15 @@ def attention_forward(
                 remedy="serve another base",
             )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    settings = {"scaling": scaling, "window": sliding_window, "softcap": softcap}
     layer = module.layer_idx
     assert isinstance(layer, int)
-    captured = batch if isinstance(batch, CapturedKV) else None
-    tokens = batch.batch if isinstance(batch, CapturedKV) else batch
-    layout = batch.layout
-    if captured is not None and layout is not None:
-        k, v = captured.key, captured.value
-    else:
-        tokens.kv_shapes[layer] = (k.shape[1], k.shape[2])
-        if tokens.cache is not None and tokens.kept_rows is not None and tokens.kept_slots is not None:
-            tokens.cache.write(layer, tokens.kept_slots, k[tokens.kept_rows], v[tokens.kept_rows])
-    if layout is None:
-        assert captured is not None
-        captured.key, captured.value = k, v
+    if not isinstance(batch, CapturedKV):
+        return attend(layer, q, k, v, batch.layout, batch, **settings).unsqueeze(0), None
+    if batch.layout is None:
+        batch.key, batch.value = k, v
         return query.new_zeros(()).expand(1, query.shape[2], query.shape[1], query.shape[3]), None
-    output = packed_attention(
-        q,
-        k,
-        v,
-        layout,
-        cache=tokens.cache.layer(layer) if tokens.cache is not None else None,
-        scaling=scaling,
-        window=sliding_window,
-        softcap=softcap,
-    )
-    return output.unsqueeze(0), None
+    return attend(layer, q, batch.key, batch.value, batch.layout, batch.batch, **settings).unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, attention_forward)

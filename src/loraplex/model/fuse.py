@@ -25,8 +25,19 @@ class PackedLinear(nn.Module):
         weight: torch.Tensor = self._packed.to_dense()
         return weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+    def forward(self, x: torch.Tensor, activation: str = "none") -> torch.Tensor:
+        """activation: as oneDNN calls it, computed with the product."""
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, activation, [], "")
+        return output
+
+    def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """self(x) * factor, in one pass."""
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, factor, self._packed, self.bias, "mul")
+        return output
+
+    def plus(self, x: torch.Tensor, summand: torch.Tensor) -> torch.Tensor:
+        """self(x) + summand, in one pass."""
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, summand, self._packed, self.bias, "add")
         return output
 
 
@@ -63,6 +74,8 @@ def _fused_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     shape, one_plus_weight = weight.shape, 1.0 + weight.detach().float()
 
     def llama(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.bfloat16 and not x.is_cuda:
+            return _norm_by_rows(x, eps).mul_(module.weight)
         return F.rms_norm(x, shape, module.weight, eps)
 
     def gemma(x: torch.Tensor) -> torch.Tensor:
@@ -75,3 +88,12 @@ def _fused_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
         if weight.ndim == 1 and torch.allclose(module(probe), forward(probe), tolerance, tolerance):
             return forward
     return None
+
+
+def _norm_by_rows(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x**2) + eps) over the last dimension. For bfloat16 on a CPU F.rms_norm is six passes over float32
+    copies. The kernel that reads and writes bfloat16 and scales in float32 is batch norm's, with rows as channels."""
+    rows = x.reshape(1, -1, x.shape[-1])
+    squares = torch.linalg.vector_norm(rows[0], dim=-1, dtype=torch.float32).square_().div_(x.shape[-1])
+    mean = torch.zeros_like(squares)
+    return F.batch_norm(rows, mean, squares, eps=eps).view(x.shape)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from loraplex.model.attention import CapturedKV, PackedTokens
+from loraplex.model.decoder_layer import FusedLayer
 from loraplex.model.fuse import PackedLinear
 from loraplex.model.lora_linear import ActiveSegments, Segments, wrap_linears
 from loraplex.ops.layout import Layout
@@ -36,6 +37,9 @@ def prune_last_layer(model: nn.Module, segments: ActiveSegments) -> bool:
         return False
     path, layers = found[0]
     layer: Any = layers[-1]
+    if isinstance(layer.forward, FusedLayer):
+        layer.forward.is_last = True
+        return True
     attention = getattr(layer, "self_attn", None)
     if not hasattr(layer, "input_layernorm") or not hasattr(attention, "o_proj"):
         return False

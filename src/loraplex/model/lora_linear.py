@@ -30,6 +30,7 @@ class Padded(NamedTuple):
     tokens: torch.Tensor  # [g * n] packed tokens; what is too short repeats its last one
     real: torch.Tensor  # [v] indices into the g * n
     targets: torch.Tensor  # [v] their packed tokens
+    start: int | None  # where the segments begin if they follow each other and none is shorter than n
 
 
 class Segments:
@@ -56,7 +57,10 @@ class Segments:
             tokens += [min(start + column, end - 1) for column in range(n)]
             real += range(row * n, row * n + end - start)
         targets = [tokens[i] for i in real]
-        return Padded(*(torch.tensor(values, device=self._device) for values in (tokens, real, targets)))
+        start = self.all[which[0]].start
+        is_even = tokens == list(range(start, start + len(tokens))) and len(real) == len(tokens)
+        tensors = [torch.tensor(values, device=self._device) for values in (tokens, real, targets)]
+        return Padded(tensors[0], tensors[1], tensors[2], start if is_even else None)
 
 
 class ActiveSegments:
@@ -152,11 +156,28 @@ class MultiLoRALinear(nn.Module):
     def clear_slot(self, slot: int) -> None:
         self.slots.pop(slot, None)
 
+    def is_active(self) -> bool:
+        """Whether an adapter changes what this layer gives for the tokens that are computed now."""
+        segments = self.segments.current
+        return segments is None or any(slot in self.slots for slot, _, _ in segments.all)
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """self(x) + residual [1, T, out], in one pass where no adapter does more than to add."""
+        segments = self.segments.current
+        if not isinstance(self.base_layer, PackedLinear) or segments is None:
+            return self(x).add_(residual)  # type: ignore[no-any-return]
+        updates = (self.slots.get(slot) for slot, _, _ in segments.all)
+        if any(update is not None and update.plain_rank is None for update in updates):
+            return self(x).add_(residual)  # type: ignore[no-any-return]
+        return self._updated(x, self.base_layer.plus(x, residual), segments)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [1, T, in] -> [1, T, out]
         segments = self.segments.current
         if segments is None:
             return x.new_zeros(()).expand(*x.shape[:-1], self.out_features)
-        output: torch.Tensor = self.base_layer(x)
+        return self._updated(x, self.base_layer(x), segments)
+
+    def _updated(self, x: torch.Tensor, output: torch.Tensor, segments: Segments) -> torch.Tensor:
         tokens, out = x[0], output[0]
         short: dict[int, list[int]] = {}  # rank -> segments
         for i, (slot, start, end) in enumerate(segments.all):
@@ -178,11 +199,16 @@ class MultiLoRALinear(nn.Module):
     def _apply_together(
         self, segments: Segments, which: tuple[int, ...], tokens: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Plain updates of one rank, in six calls however many they are."""
+        """Plain updates of one rank, in four or six calls however many they are."""
         updates = [self.slots[segments.all[i].slot] for i in which]
         lora_A = torch.stack([update.lora_A for update in updates if update.lora_A is not None])  # [g, rank, in]
         lora_B = torch.stack([update.lora_B for update in updates if update.lora_B is not None])  # [g, out, rank]
         padded = segments.padded(which)
+        if padded.start is not None:
+            rows = slice(padded.start, padded.start + len(padded.tokens))
+            x, target = (packed[rows].unflatten(0, (len(which), -1)) for packed in (tokens, out))
+            target.baddbmm_(torch.bmm(x, lora_A.mT), lora_B.mT)
+            return
         x = tokens.index_select(0, padded.tokens).view(len(which), -1, tokens.shape[1])  # [g, n, in]
         delta = torch.bmm(torch.bmm(x, lora_A.mT), lora_B.mT).view(-1, out.shape[1])  # [g * n, out]
         out.index_add_(0, padded.targets, delta.index_select(0, padded.real))

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import AdapterWeights, SavedModule
+from loraplex.model.decoder_layer import FusedLayer
 from loraplex.model.last_layer import prune_last_layer
 from loraplex.model.lora_embedding import MultiLoRAEmbedding
 from loraplex.model.lora_linear import ActiveSegments, MultiLoRALinear, Segments, wrap_linears
@@ -19,6 +20,9 @@ class MultiLoRA:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._segments, self._head_segments = ActiveSegments(), ActiveSegments()
+        for module in model.modules():
+            if isinstance(module.forward, FusedLayer):
+                module.forward.segments = self._segments
         self.is_pruned = prune_last_layer(model, self._segments)
         self._layers: dict[str, MultiLoRALinear | MultiLoRAEmbedding] = {}
         self._scores: dict[int, SavedModule] = {}

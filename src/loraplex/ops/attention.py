@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex.ops import reference
-from loraplex.ops.layout import Layout
+from loraplex.ops.layout import Group, Layout
 
 
 def packed_attention(
@@ -35,7 +35,19 @@ def packed_attention(
             k, v = cache[0][context.cached], cache[1][context.cached]
         attended, theirs = _attend(query[context.rows], k, v, is_causal=False, scaling=scaling)
         _merge(output, lse, context.rows, attended, theirs)
+    for group in layout.groups:
+        k, v = (_gathered(group, packed, cache and cache[side]) for side, packed in enumerate((key, value)))
+        output[group.rows], _ = _attend(query[group.rows], k, v, is_causal=False, scaling=scaling, mask=group.mask)
     return output
+
+
+def _gathered(group: Group, packed: torch.Tensor, cached: torch.Tensor | None) -> torch.Tensor:
+    """[num_keys, G, D]"""
+    parts = [packed[start:end] for start, end in group.keys]
+    if group.cached is not None:
+        assert cached is not None, "a span reads the cache, but there is none"
+        parts.insert(0, cached[group.cached])
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _attend_to_own(
@@ -47,7 +59,7 @@ def _attend_to_own(
         return _attend_varlen(query, key, value, layout.cu_seqlens, longest, scaling=scaling)
     output = torch.empty_like(query)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if layout.contexts else None
-    for span in layout.spans:
+    for span in layout.alone:
         rows, keys = slice(*span.queries), slice(span.start, span.end)
         is_causal = span.row is None  # else a single query, which sees all of them
         output[rows], own = _attend(query[rows], key[keys], value[keys], is_causal=is_causal, scaling=scaling)
@@ -63,6 +75,7 @@ def _attend(
     *,
     is_causal: bool,
     scaling: float,
+    mask: torch.Tensor | None = None,  # [n, m] float32, to be added; on CPU only
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [n, H, D], [n, H] float32
     """One attention call and the log-sum-exp of its scores."""
     if query.is_cuda and query.dtype != torch.float32:
@@ -70,7 +83,9 @@ def _attend(
     if query.is_cuda:  # no fused kernel takes float32 and returns the log-sum-exp
         return _attend_plain(query, key, value, is_causal=is_causal, scaling=scaling)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, n, D]
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scaling)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, attn_mask=mask, scale=scaling
+    )
     return output[0].transpose(0, 1), lse[0].T
 
 

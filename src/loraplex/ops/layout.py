@@ -1,9 +1,14 @@
 """Who attends to what in a packed step."""
 
 import itertools
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
+
+# Spans of at most so many tokens attend together, at most so many tokens a call: what the mask hides costs less than a
+# call for each of them.
+SHORT, GROUPED = 64, 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +41,24 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Short spans that see the same before themselves, for one attention call under a mask: of their queries `rows`, on
+    the `cached` tokens and the packed ranges in `keys`."""
+
+    rows: torch.Tensor | slice  # [n]
+    cached: torch.Tensor | None
+    keys: tuple[tuple[int, int], ...]
+    mask: torch.Tensor  # [n, num_keys] float32: 0 where a query sees a key, else -inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """cu_seqlens: where the spans end, for kernels that take all of them in one call; None where a span has `row`."""
+    """groups: of the spans that are short, on a CPU; `alone` are all others, and `contexts` is what these see.
+    cu_seqlens: where the spans end, for kernels that take all of them in one call; None where a span has `row`."""
 
     spans: tuple[Span, ...]
+    alone: tuple[Span, ...] = ()
+    groups: tuple[Group, ...] = ()
     contexts: tuple[Context, ...] = ()
     cu_seqlens: torch.Tensor | None = None  # [num_spans + 1] int32
 
@@ -50,9 +69,12 @@ class Layout:
 
 def layout_of(spans: tuple[Span, ...], device: torch.device) -> Layout:
     """Groups spans by what they see."""
+    members = _short_ones(spans) if device.type == "cpu" else []
+    grouped = {id(span) for group in members for span in group}
+    alone = tuple(span for span in spans if id(span) not in grouped)
     rows: dict[object, list[Span]] = {}
     cached: dict[object, torch.Tensor] = {}
-    for span in spans:
+    for span in alone:
         if span.cached is not None:
             rows.setdefault(id(span.cached), []).append(span)
             cached[id(span.cached)] = span.cached
@@ -60,11 +82,7 @@ def layout_of(spans: tuple[Span, ...], device: torch.device) -> Layout:
             rows.setdefault(ancestor, []).append(span)
     contexts = []
     for seen, by in rows.items():
-        ranges = sorted(span.queries for span in by)
-        if all(end == start for (_, end), (start, _) in itertools.pairwise(ranges)):
-            which: torch.Tensor | slice = slice(ranges[0][0], ranges[-1][1])
-        else:
-            which = torch.cat([torch.arange(start, end) for start, end in ranges]).to(device)
+        which = _rows_of(by, device)
         if isinstance(seen, tuple):
             contexts.append(Context(rows=which, start=seen[0], end=seen[1]))
         else:
@@ -72,4 +90,55 @@ def layout_of(spans: tuple[Span, ...], device: torch.device) -> Layout:
     ends = None
     if all(span.row is None for span in spans):
         ends = torch.tensor([0, *(span.end for span in spans)], dtype=torch.int32).to(device, non_blocking=True)
-    return Layout(spans=spans, contexts=tuple(contexts), cu_seqlens=ends)
+    return Layout(
+        spans=spans,
+        alone=alone,
+        groups=tuple(_group(group, device) for group in members),
+        contexts=tuple(contexts),
+        cu_seqlens=ends,
+    )
+
+
+def _rows_of(spans: Seq[Span], device: torch.device) -> torch.Tensor | slice:
+    """Their queries."""
+    ranges = sorted(span.queries for span in spans)
+    if all(end == start for (_, end), (start, _) in itertools.pairwise(ranges)):
+        return slice(ranges[0][0], ranges[-1][1])
+    return torch.cat([torch.arange(start, end) for start, end in ranges]).to(device)
+
+
+def _short_ones(spans: Seq[Span]) -> list[list[Span]]:
+    """The short spans that see the same, as many as go into one call. One that sees only itself needs no mask."""
+    groups: list[list[Span]] = []
+    open_at: dict[object, tuple[int, int]] = {}  # what is seen -> which group takes more of it, and its tokens so far
+    for span in spans:
+        if span.end - span.start <= SHORT:
+            seen = (None if span.cached is None else id(span.cached), span.ancestors)
+            at, num_tokens = open_at.get(seen, (0, GROUPED))
+            num_tokens += span.end - span.start
+            if num_tokens > GROUPED:
+                at, num_tokens = len(groups), span.end - span.start
+                groups.append([])
+            groups[at].append(span)
+            open_at[seen] = at, num_tokens
+    return [group for group in groups if len(group) > 1 or group[0].cached is not None or group[0].ancestors]
+
+
+def _group(spans: Seq[Span], device: torch.device) -> Group:
+    spans = sorted(spans, key=lambda span: span.queries)
+    first = spans[0]
+    num_seen = sum(end - start for start, end in first.ancestors) + (0 if first.cached is None else len(first.cached))
+    lengths = torch.tensor([span.end - span.start for span in spans])
+    owner = torch.repeat_interleave(lengths)  # [num_own] which span a token belongs to
+    sees = torch.ones(len(owner), len(owner), dtype=torch.bool).tril_() & (owner[:, None] == owner)
+    if first.row is not None:  # only the last token of each asks
+        sees = sees[lengths.cumsum(0) - 1]
+    mask = torch.zeros(len(sees), num_seen + len(owner))
+    mask[:, num_seen:].masked_fill_(~sees, float("-inf"))
+    keys: list[tuple[int, int]] = []
+    for start, end in (*first.ancestors, *((span.start, span.end) for span in spans)):
+        if keys and keys[-1][1] == start:
+            keys[-1] = (keys[-1][0], end)
+        else:
+            keys.append((start, end))
+    return Group(rows=_rows_of(spans, device), cached=first.cached, keys=tuple(keys), mask=mask.to(device))
