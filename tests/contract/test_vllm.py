@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import serving
 import tiny
@@ -25,7 +26,7 @@ from loraplex import Loraplex
 from loraplex.backends.base import GenerateRequest
 from loraplex.config import EngineConfig
 from loraplex.engine.sequence import NO_ADAPTER, Sequence, SequenceOutput, Target
-from loraplex.errors import AdapterError, ConfigurationError, QueueFullError, UnsupportedModelError
+from loraplex.errors import AdapterError, ConfigurationError, EngineError, QueueFullError, UnsupportedModelError
 from loraplex.types import ClassifyRequest
 
 pytestmark = [
@@ -102,6 +103,23 @@ def test_any_number_of_tokens_may_be_asked(vllm: Loraplex, bundle: Path) -> None
     expected = [log_probs[target.position, target.token_id].item() for target in targets]
     assert output.log_probs == pytest.approx(expected, abs=1e-3)
     assert output.tokens[0].id == log_probs[-1].argmax()
+
+
+def test_labels_of_many_tokens_do_not_compute_the_prompt_for_each(vllm: Loraplex, bundle: Path, root: Path) -> None:
+    contract = {**tiny.CONTRACT, "labels": ["yes, it is done at last", "no, it is not done at all"]}
+    tiny.save_adapter(bundle, root / "wordy", contract=contract, seed=3)
+    vllm.load_adapter("wordy", str(root / "wordy"))
+    text = "Customer: hello, I would like to book a table for two\nAgent: at what time?\n" * 2
+    first, again = (vllm.classify(text, "wordy") for _ in range(2))
+    vllm.unload_adapter("wordy")
+    with Loraplex.load(bundle, dtype="float32", adapter_root=(str(root),)) as native:
+        native.load_adapter("wordy", str(root / "wordy"))
+        expected = native.classify(text, "wordy")
+    assert first["wordy"].scores == pytest.approx(expected["wordy"].scores, abs=1e-3)
+    tokenizer = AutoTokenizer.from_pretrained(bundle)
+    num_tokens = sum(len(tokenizer(label)["input_ids"]) for label in contract["labels"])
+    assert first.usage.computed_tokens < first.usage.prompt_tokens + 64 * num_tokens
+    assert again.usage.computed_tokens < 64 * num_tokens
 
 
 def test_patterns_of_ranks_and_scalings_are_kept(vllm: Loraplex, bundle: Path, root: Path) -> None:
@@ -212,9 +230,13 @@ def test_what_it_cannot_do_is_refused_and_loses_nothing(vllm: Loraplex, bundle: 
     ("argument", "problem"),
     [
         ("max_model_len", "not KEY=VALUE"),
-        ("max_modell_len=9", "none of vLLM's"),
-        ("trust_remote_code=true", "no remote code"),
-        ("--load-format=pt", "only safetensors"),
+        ("max_modell_len=9", "for choice"),
+        ("trust_remote_code=true", "for choice"),
+        ("--load-format=pt", "for choice"),
+        ('lora_target_modules=["q_proj"]', "for choice"),  # would leave adapters out in silence
+        ("log_config_file=log.json", "for choice"),  # which may name any function to be called
+        ("worker_cls=os.system", "for choice"),
+        ("max_loras=abc", "vLLM refuses"),
         ("max_model_len=100000", "does not take"),
         ("max_model_len=auto", "does not take"),
         ("max_lora_rank=17", "vLLM refuses"),
@@ -226,6 +248,13 @@ def test_a_wrong_argument_is_refused_before_anything_is_loaded(bundle: Path, arg
     with pytest.raises(ConfigurationError, match=problem):
         Loraplex.load(bundle, **OPTIONS, vllm_arg=(argument,))
     assert time.monotonic() - started < 10
+
+
+def test_an_argument_given_twice_and_no_room_for_kv_are_refused(bundle: Path) -> None:
+    with pytest.raises(ConfigurationError, match="given twice"):
+        Loraplex.load(bundle, **OPTIONS, vllm_arg=("max_loras=2", "--max-loras=3"))
+    with pytest.raises(ConfigurationError, match="--kv-cache 0"):
+        Loraplex.load(bundle, **{**OPTIONS, "kv_cache": "0"})
 
 
 def test_the_other_device_is_refused(bundle: Path) -> None:
@@ -312,10 +341,32 @@ def test_a_killed_vllm_answers_what_waits_and_ends_the_server(bundle: Path, tmp_
     assert "the engine died" in (tmp_path / "log").read_text()
 
 
-def test_it_stops_at_a_signal_and_leaves_no_process(bundle: Path) -> None:
-    with serving.serve(bundle, *FLAGS) as server, serving.client(server) as http:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_it_ends_at_a_signal_and_leaves_nothing(bundle: Path, number: int) -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,  # a short path: vLLM's sockets go there, too
+        serving.serve(bundle, *FLAGS, TMPDIR=folder) as server,
+        serving.client(server) as http,
+    ):
         assert http.post("/v1/classify", json={"input": TEXT}).status_code == 200
         family = descendants(server)
-        assert len(family) > 1
-        assert server.stop() == 0
+        assert any("EngineCore" in " ".join(one.cmdline()) for one in family)
+        assert server.stop(number) == (0 if number == signal.SIGTERM else -number)
         assert gone(family)
+        assert number == signal.SIGKILL or not list(Path(folder).glob("loraplex-*"))
+
+
+def test_a_load_does_not_wait_for_a_dead_vllm(bundle: Path) -> None:
+    with Loraplex.load(bundle, **OPTIONS, vllm_arg=(EAGER,)) as loraplex, ThreadPoolExecutor(1) as pool:
+        processes = loraplex.backend._engine._llm.engine_core.resources.engine_manager.processes  # type: ignore[attr-defined]
+        [core] = [one.pid for one in processes]
+        os.kill(core, signal.SIGSTOP)
+        loading = pool.submit(loraplex.load_adapter, "again", str(bundle / "task0"))
+        unloading = pool.submit(loraplex.unload_adapter, "task1")
+        time.sleep(0.5)
+        assert not loading.done()
+        os.kill(core, signal.SIGKILL)
+        with pytest.raises(EngineError, match="vLLM died"):
+            loading.result(10)
+        unloading.result(10)
+        assert not loraplex.backend.alive

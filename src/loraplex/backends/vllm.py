@@ -9,15 +9,17 @@ import contextlib
 import json
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Coroutine, Mapping
 from collections.abc import Sequence as Seq
+from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future
-from dataclasses import fields
 from itertools import count
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,25 +74,19 @@ Result = TypeVar("Result")
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
 MAX_TARGETS = 128  # `logprob_token_ids` of one request
-CLOSE_S = 4.0  # that its processes get; then they are killed
-# Ours to say: what makes the answers ours, and what would read or run more than safetensors and a config.
-RESERVED = {
-    "model": "it is the bundle's base",
-    "tokenizer": "token ids are all that vLLM gets",
-    "skip_tokenizer_init": "token ids are all that vLLM gets",
-    "dtype": "use --dtype",
-    "enable_lora": "it is what this is for",
-    "load_format": "only safetensors are read",
-    "trust_remote_code": "no remote code is run",
-    "hf_overrides": "the base's config.json is what adapters are checked against",
-    "hf_config_path": "the base's config.json is what adapters are checked against",
-    "config_format": "the base's config.json is what adapters are checked against",
-    "lora_target_modules": "adapters are served whole",
-    "generation_config": "the base's own penalties and the like are no classifier's",
-    "disable_log_stats": "Loraplex has metrics of its own",
-    "logprobs_mode": "verdicts need the log probabilities of the model",
-    "max_logprobs": "it is what the API allows",
-}
+POLL_S = 0.2
+MOST_LORAS = 32  # that it keeps room for on the device, unless told otherwise
+CLOSE_S = 3.0  # that its processes get; then they are killed
+# The engine arguments that are for choice: what it takes of the machine, and how it divides the work. Others change
+# whose answers these are, or name code to import; and a bundle, whose file may hold arguments, comes from anywhere.
+ARGUMENTS = frozenset(
+    "async_scheduling attention_backend block_size cpu_offload_gb disable_cascade_attn disable_custom_all_reduce "
+    "enable_chunked_prefill enable_expert_parallel enable_prefix_caching enforce_eager fully_sharded_loras "
+    "gpu_memory_utilization kv_cache_dtype kv_cache_memory_bytes long_prefill_token_threshold max_cpu_loras "
+    "max_lora_rank max_loras max_model_len max_num_batched_tokens max_num_seqs max_parallel_loading_workers "
+    "optimization_level performance_mode pipeline_parallel_size quantization safetensors_load_strategy seed "
+    "tensor_parallel_size".split()
+)
 
 
 class VllmExecutor:
@@ -128,14 +124,13 @@ class VllmExecutor:
         if options.device != "auto":
             self._check_device(device)
         dtype = resolve_dtype(options.dtype, device)
-        num_slots = min(options.max_adapters, max(len(adapters), 1))
         arguments: dict[str, Any] = {
-            "max_loras": num_slots,
-            "max_cpu_loras": min(options.max_adapters, max(2 * num_slots, 64)),
+            "max_loras": min(options.max_adapters, max(len(adapters), 1), MOST_LORAS),
+            "max_cpu_loras": min(options.max_adapters, max(2 * len(adapters), 64)),
             "max_lora_rank": _rank_for(adapters),
             "max_num_seqs": min(options.max_step_sequences, options.max_step_tokens or sys.maxsize),
             **({} if options.max_step_tokens is None else {"max_num_batched_tokens": options.max_step_tokens}),
-            **({"kv_cache_memory_bytes": budget_bytes(options.kv_cache, device)} if device.type == "cpu" else {}),
+            **(_on_cpu(budget_bytes(options.kv_cache, device)) if device.type == "cpu" else {}),
             **self._arguments,
             "max_model_len": self.max_model_len(config) + 1,
             "model": str(base),
@@ -147,10 +142,10 @@ class VllmExecutor:
             "generation_config": "vllm",
             "disable_log_stats": True,
         }
-        self.max_slots = arguments["max_cpu_loras"] or arguments["max_loras"]
-        self._max_rank = int(arguments["max_lora_rank"])
         self._base, self.item_bytes, self.stop_ids = base, dtype.itemsize, read_stop_ids(base, config)
         self._engine = VllmEngine(arguments, options.max_queue, options.max_queue_tokens)
+        lora = self._engine.lora_config
+        self.max_slots, self._max_rank = lora.max_cpu_loras or lora.max_loras, int(lora.max_lora_rank)
         return self._engine
 
     @staticmethod
@@ -181,16 +176,20 @@ class VllmExecutor:
             )
         key = next(self._ids)
         # vLLM keeps as many in host memory as there are slots, so that it does not come back for the files.
-        with tempfile.TemporaryDirectory(prefix="loraplex-") as copy:
-            try:
+        try:
+            with tempfile.TemporaryDirectory(prefix="loraplex-") as copy:
                 write_adapter(Path(copy), weights)
                 self._running.set_slot(slot, LoRARequest(lora_name=str(key), lora_int_id=key, lora_path=copy))
-            except EngineDeadError:
-                raise _died() from None
-            except Exception as exc:
-                raise AdapterError(
-                    folder, f"vLLM does not take it: {_reason(exc)}", remedy="serve it with --backend native"
-                ) from None
+        except EngineDeadError:
+            raise _died() from None
+        except OSError as exc:
+            raise AdapterError(
+                folder, f"cannot be written out for vLLM: {exc}", remedy="see to TMPDIR, where a copy lies for a moment"
+            ) from None
+        except Exception as exc:
+            raise AdapterError(
+                folder, f"vLLM does not take it: {_reason(exc)}", remedy="serve it with --backend native"
+            ) from None
 
     def clear_slot(self, slot: int) -> None:
         self._running.clear_slot(slot)
@@ -213,7 +212,7 @@ class VllmEngine:
     """Computation. Whoever submits is on another thread: vLLM's client has one of its own, with its event loop."""
 
     def __init__(self, arguments: Mapping[str, Any], max_queue: int, max_queue_tokens: int | None) -> None:
-        """Starts vLLM. ConfigurationError, UnsupportedModelError: it does not."""
+        """Starts vLLM. ConfigurationError, UnsupportedModelError: it does not start, or compute."""
         self._slots: dict[int, LoRARequest] = {}
         self._turns = Turns()
         self._request_ids = count()
@@ -225,6 +224,7 @@ class VllmEngine:
         self._busy_since = 0.0
         self._steps = Steps()
         self._gauge = _Gauge()
+        self._sockets = tempfile.TemporaryDirectory(prefix="loraplex-")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, name="loraplex-vllm", daemon=True)
         self._thread.start()
@@ -237,8 +237,28 @@ class VllmEngine:
         self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens or 32 * batched
         # Known of vLLM 0.32 and its CPU kernels: a base's row beside adapters' rows gets the last slot's adapter.
         self._base_is_apart = current_platform.is_cpu()
+        self._watcher = _watch(self._llm)
+        self._probe(arguments["model"])
+
+    def _probe(self, base: str) -> None:
+        """Some bases load and do not compute. Eight tokens: of fewer, vLLM 0.32's int8 products for CPUs die."""
+        request = EngineRequest([Sequence(token_ids=(0,) * 8, slot=NO_ADAPTER)])
+        self.submit(request)
+        [outcome] = request.future.result()
+        if isinstance(outcome, LoraplexError):
+            self.close()
+            raise UnsupportedModelError(
+                base,
+                f"vLLM does not compute with it: {outcome.message}",
+                remedy="see vLLM's log above, or use --backend native",
+            )
 
     # ------------------------------------------------------------------------------------------- figures
+
+    @property
+    def lora_config(self) -> Any:
+        """As vLLM has it."""
+        return self._llm.vllm_config.lora_config
 
     @property
     def alive(self) -> bool:
@@ -272,14 +292,15 @@ class VllmEngine:
     # ------------------------------------------------------------------------------------------- adapters
 
     def set_slot(self, slot: int, request: LoRARequest) -> None:
-        """Raises what vLLM says where it does not take it."""
-        self._call(self._llm.add_lora(request))
+        """Raises what vLLM says where it does not take it; EngineDeadError."""
+        self._call(self._or_death(self._llm.add_lora(request)))
         self._slots[slot] = request
 
     def clear_slot(self, slot: int) -> None:
         request = self._slots.pop(slot, None)
-        if request is not None and self.alive:
-            self._call(self._llm.remove_lora(request.lora_int_id))
+        if request is not None:
+            with contextlib.suppress(EngineDeadError):  # and its adapters with it
+                self._call(self._or_death(self._llm.remove_lora(request.lora_int_id)))
 
     # ------------------------------------------------------------------------------------------- sequences
 
@@ -316,6 +337,8 @@ class VllmEngine:
             self._is_closing = True
         self._call(self._finish())
         self._llm.shutdown(timeout=CLOSE_S)
+        self._watcher.kill()
+        self._watcher.wait()
         self._end()
 
     def _begin(self, request: EngineRequest) -> None:
@@ -340,11 +363,9 @@ class VllmEngine:
         # Of a top k and of chosen tokens' log probabilities vLLM 0.32 gives a batch one or the other.
         kind = (sequence.sampling.num_top > 0, self._base_is_apart and sequence.slot == NO_ADAPTER)
         outcome: Outcome = CancelledError("nobody waits for it any more", remedy="none is needed")
-        num_computed = 0
         try:
             async with self._turns.turn(kind):
-                output = await self._compute(sequence)
-            outcome, num_computed = checked(output), output.num_computed_tokens
+                outcome = checked(await self._compute(sequence))
         except asyncio.CancelledError:
             pass
         except LoraplexError as exc:
@@ -360,7 +381,7 @@ class VllmEngine:
             self._num_open -= 1
             self._num_open_tokens -= num_tokens
             self._steps = self._steps._replace(
-                num_tokens=self._steps.num_tokens + num_computed,
+                num_tokens=self._steps.num_tokens + sequence.num_computed_tokens,
                 num_sequences=self._steps.num_sequences + 1,
                 seconds=self._steps.seconds + (0.0 if self._num_open else time.monotonic() - self._busy_since),
             )
@@ -380,21 +401,19 @@ class VllmEngine:
             for start in range(0, max(1, len(ids)), MAX_TARGETS)
         ]
         work = [self._generate(sequence, first[1], found), *(self._score(sequence, *one, found) for one in rest)]
-        counts = await asyncio.gather(*work, return_exceptions=True)  # all are over before another kind's turn
-        for failure in counts:
-            if isinstance(failure, BaseException):
+        for failure in await asyncio.gather(*work, return_exceptions=True):  # all are over before another kind's turn
+            if failure is not None:
                 raise failure
         return SequenceOutput(
             log_probs=tuple(found[target.position, target.token_id] for target in sequence.targets),
             tokens=sequence.tokens,
-            num_computed_tokens=sum(one for one in counts if isinstance(one, int)),
+            num_computed_tokens=sequence.num_computed_tokens,
             queued_s=sequence.started_s - sequence.arrived_s,
             computed_s=time.monotonic() - sequence.started_s,
         )
 
-    async def _generate(self, sequence: Sequence, ids: Seq[int], found: dict[tuple[int, int], float]) -> int:
-        """The tokens that follow, and of the first one's place the log probabilities of `ids`. Returns the number of
-        tokens that were computed."""
+    async def _generate(self, sequence: Sequence, ids: Seq[int], found: dict[tuple[int, int], float]) -> None:
+        """The tokens that follow, and of the first one's place the log probabilities of `ids`."""
         wanted = sequence.sampling
         params = SamplingParams(
             max_tokens=wanted.max_tokens,
@@ -410,23 +429,25 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        num_prompt, num_cached = sequence.num_tokens, 0
+        num_computed = sequence.num_tokens  # for the next token
         async with contextlib.aclosing(self._ask(sequence, sequence.token_ids, params)) as outputs:
             async for output in outputs:
-                num_cached = output.num_cached_tokens or num_cached
                 [completion] = output.outputs
                 for token_id, log_probs in zip(completion.token_ids, completion.logprobs or (), strict=True):
                     if not sequence.tokens:
+                        num_computed -= output.num_cached_tokens or 0
                         found.update({(-1, one): log_probs[one].logprob for one in ids})
+                    sequence.num_computed_tokens += num_computed
+                    num_computed = 1
                     if not sequence.append(_token(token_id, log_probs, wanted.num_top)):
-                        return num_prompt - num_cached + len(sequence.tokens) - 1
+                        return
         raise EngineError(
             f"vLLM ended after {len(sequence.tokens)} tokens", remedy="send it again; the server's log has the details"
         )
 
     async def _score(
         self, sequence: Sequence, position: int, ids: Seq[int], found: dict[tuple[int, int], float]
-    ) -> int:
+    ) -> None:
         """Of the token after `position` the log probabilities of `ids`."""
         prompt = sequence.token_ids[: sequence.num_tokens + position + 1]
         params = SamplingParams(
@@ -442,8 +463,7 @@ class VllmEngine:
                 [completion] = output.outputs
                 [log_probs] = completion.logprobs
                 found.update({(position, one): log_probs[one].logprob for one in ids})
-                return len(prompt) - (output.num_cached_tokens or 0)
-        raise EngineError("vLLM ended without an answer", remedy="send it again; the server's log has the details")
+                sequence.num_computed_tokens += len(prompt) - (output.num_cached_tokens or 0)
 
     def _ask(self, sequence: Sequence, token_ids: Seq[int], params: SamplingParams) -> Any:
         lora = None
@@ -458,16 +478,41 @@ class VllmEngine:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
+            self._loop.run_until_complete(_cancel_rest())
         finally:
             self._loop.close()
 
     def _call(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        """EngineDeadError: its loop is over."""
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError as exc:
+            coroutine.close()
+            raise EngineDeadError() from exc
+        try:
+            return future.result()
+        except FutureCancelledError as exc:
+            raise EngineDeadError() from exc
+
+    async def _or_death(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """EngineDeadError: vLLM died meanwhile. Its own calls would wait for ever."""
+        work = asyncio.ensure_future(coroutine)
+        while not (await asyncio.wait({work}, timeout=POLL_S))[0]:
+            if self._llm.errored:
+                work.cancel()
+                raise EngineDeadError()
+        return work.result()
 
     async def _start(self, arguments: Mapping[str, Any]) -> AsyncLLM:
+        if current_process().name != "MainProcess":
+            raise ConfigurationError(
+                "--backend vllm",
+                "is started from within a process of vLLM's, which imports the script that it belongs to",
+                remedy='put the script\'s work under `if __name__ == "__main__":`',
+            )
+        os.environ["VLLM_RPC_BASE_PATH"] = self._sockets.name
         try:
-            engine_args = AsyncEngineArgs(**arguments)
-            vllm_config = engine_args.create_engine_config()
+            vllm_config = AsyncEngineArgs(**arguments).create_engine_config()
         except Exception as exc:  # pydantic's, and whatever its many checks raise
             raise ConfigurationError(
                 "--backend vllm", f"vLLM refuses: {_reason(exc)}", remedy="correct --vllm-arg, or use --backend native"
@@ -478,7 +523,8 @@ class VllmEngine:
             raise UnsupportedModelError(
                 arguments["model"],
                 f"vLLM does not start with it: {_reason(exc)}",
-                remedy="see vLLM's log above; correct --vllm-arg, or use --backend native",
+                remedy="see vLLM's log above; correct --vllm-arg or --kv-cache, or use --backend native; a script "
+                "needs `if __name__ == '__main__':` around its use",
             ) from None
 
     async def _finish(self) -> None:
@@ -488,15 +534,16 @@ class VllmEngine:
             self._llm.output_handler.cancel()  # it would take the end of vLLM's processes for a failure
 
     def _end(self) -> None:
-        async def cancel_rest() -> None:  # vLLM's own
-            rest = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in rest:
-                task.cancel()
-            await asyncio.gather(*rest, return_exceptions=True)
-
-        self._call(cancel_rest())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._sockets.cleanup()
+
+
+async def _cancel_rest() -> None:
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    await asyncio.gather(*rest, return_exceptions=True)
 
 
 class _Gauge(StatLoggerBase):  # type: ignore[misc]
@@ -555,27 +602,65 @@ def _allowed_rank(rank: int) -> int:
     return next((one for one in RANKS if one >= rank), RANKS[-1])
 
 
+def _on_cpu(kv_bytes: int) -> dict[str, Any]:
+    """vLLM's own choice are blocks of 128 tokens, of which only full ones are found again: too many for a question."""
+    if not kv_bytes:
+        raise ConfigurationError("--kv-cache 0", "leaves vLLM no K/V to compute in", remedy="give it 256MiB or more")
+    return {"kv_cache_memory_bytes": kv_bytes, "block_size": 32}
+
+
 def _read_arguments(given: Seq[str]) -> dict[str, Any]:
     """KEY=VALUE, the value as JSON where it is JSON, else text."""
     arguments: dict[str, Any] = {}
-    known = {field.name for field in fields(AsyncEngineArgs)}
     for item in given:
         key, separator, value = item.partition("=")
         key = key.removeprefix("--").replace("-", "_")
-        if not separator or key not in known:
-            problem = "is none of vLLM's engine arguments" if separator else "is not KEY=VALUE"
+        problem = None
+        if not separator:
+            problem = "is not KEY=VALUE"
+        elif key not in ARGUMENTS:
+            problem = "is none of the engine arguments that are for choice"
+        elif key in arguments:
+            problem = "is given twice"
+        if problem is not None:
             raise ConfigurationError(
-                f"--vllm-arg {item}",
-                problem,
-                remedy="give one such as max_model_len=4096; `vllm serve --help` has them",
+                f"--vllm-arg {item}", problem, remedy=f"give each of these once at most: {', '.join(sorted(ARGUMENTS))}"
             )
-        if key in RESERVED:
-            raise ConfigurationError(f"--vllm-arg {key}", f"is not for choice: {RESERVED[key]}", remedy="leave it out")
         try:
             arguments[key] = json.loads(value)
         except ValueError:
             arguments[key] = value
     return arguments
+
+
+# Waits for the end of its standard input, which comes however its parent ends, and then kills the processes that it was
+# told of by number and start time, as long as they are still these.
+_WATCHER = """
+import os, signal, sys
+from pathlib import Path
+told = [line.split() for line in sys.stdin]
+for pid, started in told:
+    try:
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19] == started:
+            os.kill(int(pid), signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+def _watch(llm: AsyncLLM) -> subprocess.Popen[str]:
+    """A process that kills vLLM's where ours is killed: they would live on, and keep the device's memory."""
+    manager = llm.engine_core.resources.engine_manager
+    watcher = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _WATCHER], stdin=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert watcher.stdin is not None
+    for process in getattr(manager, "processes", ()):
+        with contextlib.suppress(OSError):  # gone already, or no /proc
+            stat = Path(f"/proc/{process.pid}/stat").read_text()
+            watcher.stdin.write(f"{process.pid} {stat.rpartition(')')[2].split()[19]}\n")
+    watcher.stdin.flush()
+    return watcher
 
 
 def _reason(exc: BaseException) -> str:
