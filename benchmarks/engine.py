@@ -2,16 +2,20 @@
 
     python -m benchmarks.engine --json FILE
 
+    python -m benchmarks.engine --vllm .venv-vllm/bin/python     beside vLLM, too
+
 A 116 M-parameter Mistral shape with 16 random adapters, r=16 on all linear layers. Every case runs once a round, in
 turn, so that what disturbs the machine disturbs all of them; the figures are medians over the rounds. Tokens/s count
 the prompt tokens that were asked for, the same for every system. Share of roofline: FLOPs of the work over the time,
-over the GEMM rate of this model's shapes, in the dtype that is served, measured in the same rounds.
+over the GEMM rate of this model's shapes, in the dtype that is served, measured in the same rounds. vLLM's processes
+would disturb the others' turns, so its rounds come after theirs.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.shapes import SHAPES, Work, base_config, random_adapter, save_base, work
+from loraplex.adapters.checkpoint import write_lora
 from loraplex.engine.block_pool import BASE_KV, BlockPool
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
@@ -114,6 +119,11 @@ def gemm_rate(shape: str, device: torch.device, dtype: torch.dtype, num_rows: in
     return flops / seconds
 
 
+def mixed_texts(shape: str) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, SHAPES[shape]["vocab_size"], (NUM_TEXTS, TEXT_TOKENS), generator=generator).tolist()
+
+
 def cases(
     shape: str, folder: Path, bench: Bench, device: torch.device, dtype: torch.dtype, with_peft: bool
 ) -> list[Case]:
@@ -123,7 +133,7 @@ def cases(
     def text(num_tokens: int) -> list[int]:
         return torch.randint(3, vocab_size, (num_tokens,), generator=generator).tolist()
 
-    texts = [text(TEXT_TOKENS) for _ in range(NUM_TEXTS)]
+    texts = mixed_texts(shape)
     total = NUM_TEXTS * TEXT_TOKENS
     keys = NUM_TEXTS * TEXT_TOKENS * (TEXT_TOKENS + 1) // 2
     base_work, mixed_work = (
@@ -260,15 +270,38 @@ def measure(shape: str, all_cases: Seq[Case], rounds: int, device: torch.device,
     rate = statistics.median(rates)
     report: dict[str, Any] = {"gemm_gflops": rate / 1e9, "cases": {}}
     for case in all_cases:
-        median = statistics.median(seconds[case.name])
-        report["cases"][case.name] = {
-            "ms": median * 1000,
-            "tokens_per_s": case.num_prompt_tokens / median,
-            "gflop": case.work.total / 1e9,
-            "share_of_roofline": case.work.total / median / rate,
-            "rounds_ms": [round(one * 1000, 1) for one in seconds[case.name]],
-        }
+        report["cases"][case.name] = figures(case, seconds[case.name], rate)
     return report
+
+
+def figures(case: Case, seconds: Seq[float], rate: float) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    return {
+        "ms": median * 1000,
+        "tokens_per_s": case.num_prompt_tokens / median,
+        "gflop": case.work.total / 1e9,
+        "share_of_roofline": case.work.total / median / rate,
+        "rounds_ms": [round(one * 1000, 1) for one in seconds],
+    }
+
+
+def measure_vllm(python: str, shape: str, folder: Path, bench: Bench, rounds: int) -> list[float]:
+    """Seconds of each round of the case "16 adapters mixed"."""
+    names = [f"a{i}" for i in range(NUM_ADAPTERS)]
+    for name, adapter in zip(names, bench.adapters, strict=True):
+        folder.joinpath(name).mkdir()
+        write_lora(folder / name, adapter)
+    job = {
+        "texts": mixed_texts(shape),
+        "adapters": [names[i % NUM_ADAPTERS] for i in range(NUM_TEXTS)],
+        "dtype": str(bench.runner.model.dtype).removeprefix("torch."),
+        "rounds": rounds,
+    }
+    folder.joinpath("job.json").write_text(json.dumps(job))
+    command = [python, "-m", "benchmarks.vllm_peer", str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
 
 
 def ratios(report: dict[str, Any]) -> dict[str, float]:
@@ -279,6 +312,7 @@ def ratios(report: dict[str, Any]) -> dict[str, float]:
         "shared / plain, next turn": ("next turn, plain", "next turn, shared"),
         "16 mixed / PEFT one by one": ("PEFT one by one", "16 adapters mixed"),
         "16 mixed / PEFT mixed batch": ("PEFT mixed batch", "16 adapters mixed"),
+        "16 mixed / vLLM": ("vLLM, 16 adapters mixed", "16 adapters mixed"),
     }
     return {name: ms[slow] / ms[fast] for name, (slow, fast) in pairs.items() if slow in ms and fast in ms}
 
@@ -304,6 +338,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM: measure it, too")
     args = parser.parse_args()
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
@@ -313,6 +348,10 @@ def main() -> None:
         bench = Bench(folder, device, dtype)
         all_cases = cases(args.shape, folder, bench, device, dtype, not args.no_peft)
         report = measure(args.shape, all_cases, args.rounds, device, dtype)
+        if args.vllm:
+            seconds = measure_vllm(args.vllm, args.shape, folder, bench, args.rounds)
+            [mixed] = [case for case in all_cases if case.name == "16 adapters mixed"]
+            report["cases"]["vLLM, 16 adapters mixed"] = figures(mixed, seconds, report["gemm_gflops"] * 1e9)
         report["ratios"] = ratios(report)
         report["profile"] = {
             case.name: profile(bench, case)

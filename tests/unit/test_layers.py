@@ -47,7 +47,7 @@ ONLY_IN = {
         "backends/peft",
         "backends/vllm",
     },
-    "safetensors": {"adapters/checkpoint", "backends/vllm", "model/loader"},
+    "safetensors": {"adapters/checkpoint", "model/loader"},
     "vllm": {"backends/vllm"},
     "fastapi": {"server"},
     "starlette": {"server"},

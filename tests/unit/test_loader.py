@@ -55,7 +55,7 @@ def test_a_layer_that_looks_across_texts_is_found(tmp_path: Path) -> None:
 
     runner = ModelRunner(model)
     runner.verify_packing()
-    model.get_submodule("model.layers.1.mlp").register_forward_hook(roll)
+    model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(roll)
     with pytest.raises(UnsupportedModelError, match="across packed texts"):
         runner.verify_packing()
 
@@ -152,7 +152,8 @@ def test_the_last_layer_computes_the_wanted_tokens_only_where_the_family_allows(
     tiny.save_base(tmp_path, gpt2 if family == "gpt2" else tiny.FAMILIES[family])
     model = load_base(read_config(tmp_path), tmp_path, torch.float32, CPU)
     seen = []
-    mlp = "transformer.h.1.mlp" if family == "gpt2" else "model.layers.2.mlp"
-    model.get_submodule(mlp).register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
-    ModelRunner(model).run(Step.of([lone_sequence([1, 2, 3])]))
+    runner = ModelRunner(model)
+    last = "transformer.h.1.mlp.c_proj" if family == "gpt2" else "model.layers.2.mlp.down_proj"
+    model.get_submodule(last).register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    runner.run(Step.of([lone_sequence([1, 2, 3])]))
     assert seen == [3 if family == "gpt2" else 1]

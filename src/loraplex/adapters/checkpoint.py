@@ -1,5 +1,7 @@
-"""A PEFT folder -> validated AdapterWeights with a content hash. Knows the format, not the model that runs it."""
+"""A PEFT folder -> validated AdapterWeights with a content hash, and back for plain LoRA. Knows the format, not the
+model that runs it."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from loraplex.adapters.peft_config import read_peft_config, short
 from loraplex.adapters.plan import MAGNITUDE, SAVE_AGAIN, TRAIN_PLAINER, WRONG_BASE, Plan, assemble, explain, make_plan
@@ -145,3 +148,16 @@ def _warn_of_fan_in_fan_out(plan: Plan) -> None:
             plan.folder / ADAPTER_CONFIG,
             plan.config.fan_in_fan_out,
         )
+
+
+def write_lora(folder: Path, weights: AdapterWeights) -> None:
+    """The linear layers' LoRA as a PEFT adapter of its plainest form, for others to read: in float32, the scaling in
+    lora_B, since what patterns of ranks and alphas mean is each reader's own matter."""
+    tensors = {}
+    for path, lora in weights.modules.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = lora.lora_A.float().contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = (lora.lora_B.float() * lora.scaling).contiguous()
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    names = sorted({path.rpartition(".")[2] for path in weights.modules})
+    config = {"peft_type": "LORA", "r": weights.rank, "lora_alpha": weights.rank, "target_modules": names}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")

@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
+from loraplex.adapters.checkpoint import write_lora
 from loraplex.adapters.peft_config import read_peft_config
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.backends.capabilities import VLLM
 from loraplex.backends.completion import MAX_TOP
 from loraplex.backends.turns import Turns
-from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterSource
+from loraplex.bundle import AdapterSource
 from loraplex.config import EngineConfig
 from loraplex.engine.engine import Steps
 from loraplex.engine.outcomes import checked
@@ -178,7 +178,7 @@ class VllmExecutor:
         # vLLM keeps as many in host memory as there are slots, so that it does not come back for the files.
         try:
             with tempfile.TemporaryDirectory(prefix="loraplex-") as copy:
-                write_adapter(Path(copy), weights)
+                write_lora(Path(copy), weights)
                 self._running.set_slot(slot, LoRARequest(lora_name=str(key), lora_int_id=key, lora_path=copy))
         except EngineDeadError:
             raise _died() from None
@@ -242,7 +242,8 @@ class VllmEngine:
 
     def _probe(self, base: str) -> None:
         """Some bases load and do not compute. Eight tokens: of fewer, vLLM 0.32's int8 products for CPUs die."""
-        request = EngineRequest([Sequence(token_ids=(0,) * 8, slot=NO_ADAPTER)])
+        num_tokens = min(8, self._llm.model_config.max_model_len - 1)
+        request = EngineRequest([Sequence(token_ids=(0,) * num_tokens, slot=NO_ADAPTER)])
         self.submit(request)
         [outcome] = request.future.result()
         if isinstance(outcome, LoraplexError):
@@ -338,7 +339,7 @@ class VllmEngine:
         self._call(self._finish())
         self._llm.shutdown(timeout=CLOSE_S)
         self._watcher.kill()
-        self._watcher.wait()
+        self._watcher.communicate()
         self._end()
 
     def _begin(self, request: EngineRequest) -> None:
@@ -562,20 +563,6 @@ class _Gauge(StatLoggerBase):  # type: ignore[misc]
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""
-
-
-def write_adapter(folder: Path, weights: AdapterWeights) -> None:
-    """A PEFT adapter of nothing but LoRA on linear layers, whose scaling is in lora_B: patterns of ranks and alphas are
-    each vLLM version's own matter."""
-    tensors = {}
-    for path, lora in weights.modules.items():
-        prefix = f"base_model.model.{path}"
-        tensors[f"{prefix}.lora_A.weight"] = lora.lora_A.float().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = (lora.lora_B.float() * lora.scaling).contiguous()
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    names = sorted({path.rpartition(".")[2] for path in weights.modules})
-    config = {"peft_type": "LORA", "r": weights.rank, "lora_alpha": weights.rank, "target_modules": names}
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
 
 
 def _died() -> EngineError:

@@ -1,0 +1,46 @@
+"""vLLM's part of `python -m benchmarks.engine --vllm PYTHON`, run by that interpreter.
+
+    PYTHON -m benchmarks.vllm_peer FOLDER
+
+FOLDER holds a base, adapters a0, a1, …, and job.json: texts (token ids), the adapter of each, dtype, rounds. Prints the
+seconds of each round as JSON on the last line.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / "job.json").read_text())
+    num_adapters = len(set(job["adapters"]))
+    llm = LLM(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        dtype=job["dtype"],
+        max_model_len=1024,
+        enable_lora=True,
+        max_loras=num_adapters,
+        max_lora_rank=16,
+        enable_prefix_caching=False,  # each round is the first
+        kv_cache_memory_bytes=2 * 2**30,
+    )
+    loras = [LoRARequest(name, int(name[1:]) + 1, lora_path=str(folder / name)) for name in job["adapters"]]
+    prompts = [{"prompt_token_ids": text} for text in job["texts"]]
+    params = SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=[1, 2], ignore_eos=True, detokenize=False)
+    seconds = []
+    for _ in range(job["rounds"] + 1):
+        started = time.perf_counter()
+        outputs = llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
+        seconds.append(time.perf_counter() - started)
+        assert len(outputs) == len(prompts)
+    print(json.dumps(seconds[1:]))
+
+
+if __name__ == "__main__":
+    main()
