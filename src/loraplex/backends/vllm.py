@@ -511,13 +511,14 @@ class VllmEngine:
                 "is started from within a process of vLLM's, which imports the script that it belongs to",
                 remedy='put the script\'s work under `if __name__ == "__main__":`',
             )
-        os.environ["VLLM_RPC_BASE_PATH"] = self._sockets.name
         try:
             vllm_config = AsyncEngineArgs(**arguments).create_engine_config()
         except Exception as exc:  # pydantic's, and whatever its many checks raise
             raise ConfigurationError(
                 "--backend vllm", f"vLLM refuses: {_reason(exc)}", remedy="correct --vllm-arg, or use --backend native"
             ) from None
+        sockets = os.environ.get("VLLM_RPC_BASE_PATH")
+        os.environ["VLLM_RPC_BASE_PATH"] = self._sockets.name
         try:
             return AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[lambda *_: self._gauge], disable_log_stats=True)
         except Exception as exc:
@@ -527,6 +528,11 @@ class VllmEngine:
                 remedy="see vLLM's log above; correct --vllm-arg or --kv-cache, or use --backend native; a script "
                 "needs `if __name__ == '__main__':` around its use",
             ) from None
+        finally:  # it is no other vLLM's, and goes with this one
+            if sockets is None:
+                del os.environ["VLLM_RPC_BASE_PATH"]
+            else:
+                os.environ["VLLM_RPC_BASE_PATH"] = sockets
 
     async def _finish(self) -> None:
         while self._tasks:
