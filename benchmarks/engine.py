@@ -16,6 +16,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -298,9 +299,8 @@ def measure_vllm(python: str, shape: str, folder: Path, bench: Bench, rounds: in
         "rounds": rounds,
     }
     folder.joinpath("job.json").write_text(json.dumps(job))
-    command = [python, "-m", "benchmarks.vllm_peer", str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    seconds: list[float] = json.loads(done.stdout.splitlines()[-1])
+    subprocess.run([python, "-m", "benchmarks.vllm_peer", str(folder)], stdout=sys.stderr, check=True)
+    seconds: list[float] = json.loads((folder / "seconds.json").read_text())
     return seconds
 
 

@@ -2,8 +2,8 @@
 
     PYTHON -m benchmarks.vllm_peer FOLDER
 
-FOLDER holds a base, adapters a0, a1, …, and job.json: texts (token ids), the adapter of each, dtype, rounds. Prints the
-seconds of each round as JSON on the last line.
+FOLDER holds a base, adapters a0, a1, …, and job.json: texts (token ids), the adapter of each, dtype, rounds. Writes the
+seconds of each round to seconds.json: vLLM logs on standard output.
 """
 
 import json
@@ -39,7 +39,7 @@ def main() -> None:
         outputs = llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
         seconds.append(time.perf_counter() - started)
         assert len(outputs) == len(prompts)
-    print(json.dumps(seconds[1:]))
+    (folder / "seconds.json").write_text(json.dumps(seconds[1:]))
 
 
 if __name__ == "__main__":
