@@ -48,7 +48,7 @@ ONLY_IN = {
         "backends/vllm",
     },
     "safetensors": {"adapters/checkpoint", "model/loader"},
-    "vllm": {"backends/vllm"},
+    "vllm": {"backends/vllm_engine"},
     "fastapi": {"server"},
     "starlette": {"server"},
     "uvicorn": {"server"},

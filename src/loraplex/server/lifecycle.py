@@ -35,7 +35,6 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-
         if scope["path"] in PROBES:
             return await self.app(scope, receive, send)
         self._lifecycle.check_ready()
