@@ -5,7 +5,6 @@ import asyncio
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal
 
@@ -22,6 +21,7 @@ from loraplex.errors import (
     NotReadyError,
     UnknownClassifierError,
 )
+from loraplex.threads import BriefThreads
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,8 @@ class AdapterStore(Generic[Version]):
         self._reserving = asyncio.Lock()  # first come, first served
         self._changed = asyncio.Event()  # a lease, a place or a pin was given up
         self._tasks: set[asyncio.Task[None]] = set()
-        self._placer = ThreadPoolExecutor(1, "loraplex-placer")
-        self._readers = ThreadPoolExecutor(4, "loraplex-reader")  # of their own: requests are tokenized in others
+        self._placer = BriefThreads(1, "loraplex-placer")
+        self._readers = BriefThreads(4, "loraplex-reader")
         self._is_closed = False
         self.num_loads = 0  # reads from disk so far
 
@@ -159,8 +159,7 @@ class AdapterStore(Generic[Version]):
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks)
-        await asyncio.to_thread(self._placer.shutdown)
-        self._readers.shutdown(wait=False)
+        await self._placer.close()
         self._entries.clear()
 
     # ------------------------------------------------------------------------------------------- leases
@@ -429,12 +428,12 @@ class AdapterStore(Generic[Version]):
 
     async def _in_reader(self, source: AdapterSource) -> tuple[Version, Any]:
         self._check_open()
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._loader.read, source)
+        return await self._readers.run(self._loader.read, source)
 
     async def _on_placer(self, work: Callable[..., None], *args: int) -> None:
         """Once begun it is done, in order, also where whoever began it is cancelled."""
         self._check_open()
-        done = asyncio.get_running_loop().run_in_executor(self._placer, work, *args)
+        done = self._placer.run(work, *args)
         done.add_done_callback(lambda _: done.cancelled() or done.exception())  # nobody may be left to hear of it
         await asyncio.shield(done)
 

@@ -52,6 +52,7 @@ from loraplex.model.loader import (
     resolve_device,
 )
 from loraplex.model.machine import budget_bytes, choose_threads
+from loraplex.threads import BriefThreads
 from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Message, Stats, Timings, Usage
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class ServingBackend:
             if self._state is not None:
                 self._state.acquire()
             preload = preloaded(self._config.preload, self._bundle, self._state)
-            await asyncio.to_thread(self._load)
+            await BriefThreads(1, "loraplex-load").run(self._load)
             await self._ready_registry().start(preload)
         except BaseException:
             await self.close()
