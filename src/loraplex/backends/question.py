@@ -52,16 +52,17 @@ class Question:
         self.error = self.error or next((outcome for outcome in outcomes if isinstance(outcome, LoraplexError)), None)
         self.outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
 
-    def verdict(self, tokenizer: Tokenizer) -> Verdict:
+    def verdict(self, tokenizer: Tokenizer, id: str | None = None) -> Verdict:
         ref = self.loaded.ref if self.loaded is not None else None
         if self.error is not None:
-            return Verdict(classifier=self.name, adapter=ref, error=ErrorInfo.of(self.error))
+            return Verdict(id=id, classifier=self.name, adapter=ref, error=ErrorInfo.of(self.error))
         assert self.loaded is not None and self.prompt is not None, "a question without an error was asked"
         warnings = self.prompt.warnings or None
         contract, labels = self.loaded.source.contract, self.loaded.labels
         if contract is not None:
             decision = contract.decide(_label_log_probs(self.outputs, self.loaded))
             return Verdict(
+                id=id,
                 classifier=self.name,
                 label=decision.label,
                 confidence=decision.confidence,
@@ -79,7 +80,13 @@ class Question:
             label = max(scores, key=scores.__getitem__)
             confidence = scores[label]
         return Verdict(
-            classifier=self.name, label=label, confidence=confidence, scores=scores, adapter=ref, warnings=warnings
+            id=id,
+            classifier=self.name,
+            label=label,
+            confidence=confidence,
+            scores=scores,
+            adapter=ref,
+            warnings=warnings,
         )
 
 

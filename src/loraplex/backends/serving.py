@@ -278,9 +278,12 @@ class ServingBackend:
         if len(errors) == len(questions):
             raise errors[0]
         outputs = [output for question in questions.values() for output in question.outputs]
+        id, tokenizer = f"cls-{uuid.uuid4().hex}", self._ready_tokenizer()
         return ClassifyResult(
-            id=f"cls-{uuid.uuid4().hex}",
-            verdicts=tuple(question.verdict(self._ready_tokenizer()) for question in questions.values()),
+            id=id,
+            verdicts=tuple(
+                question.verdict(tokenizer, f"{id}-{index}") for index, question in enumerate(questions.values())
+            ),
             usage=_usage(
                 sum(question.num_prompt_tokens for question in questions.values()),
                 sum(output.num_computed_tokens for output in outputs),

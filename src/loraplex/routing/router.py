@@ -184,15 +184,17 @@ class Router:
             raise
         verdicts = {verdict.classifier: verdict for verdict in result.verdicts}
         named = tuple(
-            replace(verdicts[adapter], id=f"{result.id}-{index}", classifier=name)
+            _as_asked(verdicts[adapter], name, f"{result.id}-{index}")
             for index, (name, adapter) in enumerate(adapters.items())
         )
         if self._log is not None:
             total_ms = result.timings.total_ms
-            self._log.add(
+            logged = (
                 _logged(verdict, verdict.id or "", verdict.classifier, adapter, total_ms)
                 for verdict, adapter in zip(named, adapters.values(), strict=True)
             )
+            # Once the answer is on its way, and before the loop takes another request.
+            asyncio.get_running_loop().call_soon(self._log.add, logged)
             self._ask_shadows(request, named, adapters, routes)
         return replace(result, verdicts=named)
 
@@ -312,6 +314,12 @@ def open_router(
         RouteStore(None if folder is None else folder / "routes.sqlite"),
         VerdictLog(None if folder is None else folder / "verdicts.sqlite", max_verdicts=num_kept) if num_kept else None,
     )
+
+
+def _as_asked(verdict: Verdict, name: str, id: str) -> Verdict:
+    """Most are so already, and a copy costs."""
+    asked = verdict.classifier == name and verdict.id == id
+    return verdict if asked else replace(verdict, id=id, classifier=name)
 
 
 def choose(route: Route, conversation_id: str | None) -> str:
