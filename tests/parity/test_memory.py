@@ -51,7 +51,7 @@ def check(folder: Path) -> None:
             loraplex.load_adapter("again", folder / "big")
             loraplex.unload_adapter("again")
         growth = (rss() - before) * MIB / num_bytes
-        assert growth < 0.5, growth
+        assert growth < 1.5, growth  # it would be ten at least; malloc may keep what one of its arenas had at the end
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import loraplex
 ROOT = Path(loraplex.__file__).parent
 # From the bottom up. A module may import its own layer and those before it.
 LAYERS = [
-    {"types", "errors", "config", "metrics", "database", "threads"},
+    {"types", "errors", "config", "metrics", "database"},
     {"classifier", "client"},
     {"bundle"},
     {"ops"},
@@ -48,6 +48,7 @@ ONLY_IN = {
         "backends/vllm",
     },
     "safetensors": {"adapters/checkpoint", "model/loader"},
+    "threadpoolctl": {"model/machine"},
     "vllm": {"backends/vllm_engine"},
     "fastapi": {"server"},
     "starlette": {"server"},

@@ -1,13 +1,20 @@
 """Budgets and threads."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+import tiny
+from loraplex import Loraplex
+from loraplex.backends.serving import ServingBackend
 from loraplex.model import machine
-from loraplex.model.machine import budget_bytes, choose_threads
+from loraplex.model.machine import budget_bytes, choose_threads, compute_alone
 
 CPU = torch.device("cpu")
 
@@ -41,3 +48,32 @@ def test_threads_fit_the_share_unless_told_otherwise(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("OMP_NUM_THREADS")
     choose_threads()
     assert chosen == [1]
+
+
+def test_a_thread_computes_alone_and_leaves_the_others_as_they_were() -> None:
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(1, initializer=compute_alone) as alone, ThreadPoolExecutor(1) as other:
+        assert alone.submit(torch.get_num_threads).result() == 1
+        alone.submit(torch.add, torch.ones(1 << 20), 1).result()
+        assert alone.submit(torch.get_num_threads).result() == 1
+        assert other.submit(torch.get_num_threads).result() == before
+    assert torch.get_num_threads() == before
+
+
+def test_beside_the_engine_adapters_are_read_and_placed_on_threads_that_compute_alone(tmp_path: Path) -> None:
+    seen: dict[str, set[int]] = {"read": set(), "place": set(), "_load": set()}
+
+    def noting(name: str) -> Any:
+        real = getattr(ServingBackend, name)
+
+        def wrapped(*args: Any) -> Any:
+            seen[name].add(torch.get_num_threads())
+            return real(*args)
+
+        return mock.patch.object(ServingBackend, name, wrapped)
+
+    bundle = tiny.save_shared_bundle(tmp_path / "bundle")
+    with noting("read"), noting("place"), noting("_load"), Loraplex.load(bundle, dtype="float32") as loraplex:
+        loraplex.load_adapter("again", bundle / "plain")
+        assert seen == {"read": {1}, "place": {1}, "_load": {torch.get_num_threads()}}
+        assert not [one for one in threading.enumerate() if one.name.startswith("loraplex-load")]

@@ -11,7 +11,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.weights import LoRAWeights
-from loraplex.model.lora_linear import SHORT, ActiveSegments, MultiLoRALinear, Segment, Segments
+from loraplex.model.lora_linear import ActiveSegments, MultiLoRALinear, Segment, Segments
 from loraplex.ops import attention, reference
 from loraplex.ops import layout as layout_module
 from loraplex.ops.layout import Layout, Span, layout_of
@@ -132,7 +132,7 @@ def test_multi_lora_linear_adds_each_segments_delta_at_its_own_rank() -> None:
     for slot, weights in adapters.items():
         layer.set_slot(slot, weights)
     cut = (Segment(-1, 0, 2), Segment(0, 2, 5), Segment(1, 5, 6), Segment(2, 6, 9))
-    segments.current = Segments(cut, torch.device("cpu"))
+    segments.current = Segments(cut)
     x = torch.randn(1, 9, 6)
     expected = base(x[0]).detach()
     expected[2:5] += reference.lora_delta(x[0, 2:5], adapters[0].lora_A, adapters[0].lora_B, adapters[0].scaling)
@@ -142,28 +142,38 @@ def test_multi_lora_linear_adds_each_segments_delta_at_its_own_rank() -> None:
     torch.testing.assert_close(layer(x)[0, 6:9], base(x[0, 6:9]))
 
 
-@pytest.mark.parametrize("lengths", [[3, 1, 5, 2, 4, 4, 3, 2, SHORT + 1, 2], [3] * 10])
+@pytest.mark.parametrize("is_kept", [False, True])
 @pytest.mark.parametrize("conv1d", [False, True])
-def test_short_segments_are_computed_together_and_give_the_same(conv1d: bool, lengths: list[int]) -> None:
-    """Six of one rank, two of another, one that may be too long, one whose slot is empty; all alike or not."""
+def test_segments_of_one_length_are_computed_together_and_give_the_same(conv1d: bool, is_kept: bool) -> None:
+    """Of several ranks; one slot is empty, one adapter has a bias, two segments are longer than the others."""
     torch.manual_seed(0)
     segments = ActiveSegments()
     base = Conv1D(8, 6) if conv1d else torch.nn.Linear(6, 8)
     layer = MultiLoRALinear(base, segments).requires_grad_(False)
-    ranks = [3] * 6 + [2] * 2 + [3, 0]
+    biased = 4
     adapters = {}
-    for slot, rank in enumerate(ranks):
+    for slot, rank in enumerate([3, 3, 1, 0, 2, 3, 3, 2, 4, 2]):
         if rank:
-            adapters[slot] = LoRAWeights(lora_A=torch.randn(rank, 6), lora_B=torch.randn(8, rank), scaling=1.0 + slot)
+            lora_bias = torch.randn(8) if slot == biased else None
+            lora_A, lora_B = torch.randn(rank, 6), torch.randn(8, rank)
+            adapters[slot] = LoRAWeights(lora_A=lora_A, lora_B=lora_B, scaling=1.0 + slot, lora_bias=lora_bias)
             layer.set_slot(slot, adapters[slot])
-    ends = list(itertools.accumulate(lengths))
-    cut = [Segment(slot, end - n, end) for slot, (n, end) in enumerate(zip(lengths, ends, strict=True))]
-    segments.current = Segments(cut, torch.device("cpu"))
+    ends = list(itertools.accumulate([2, *[3] * 7, 4, 4, 5]))
+    cut = [Segment(slot - 1, start, end) for slot, (start, end) in enumerate(itertools.pairwise([0, *ends]))]
+    segments.current = Segments(cut)
+    if is_kept:
+        segments.current.groups = {}
     x = torch.randn(1, ends[-1], 6)
     expected = base(x[0]).detach()
     for slot, start, end in cut:
         if slot in adapters:
             lora = adapters[slot]
             expected[start:end] += reference.lora_delta(x[0, start:end], lora.lora_A, lora.lora_B, lora.scaling)
-    torch.testing.assert_close(layer(x)[0], expected)
-    assert len(segments.current._padded) == 1, "nothing was computed together"
+            if lora.lora_bias is not None:
+                expected[start:end] += lora.lora_bias * lora.scaling
+    for _ in range(2):
+        torch.testing.assert_close(layer(x)[0], expected)
+    if segments.current.groups is not None:
+        [groups] = segments.current.groups.values()
+        slots = [tuple(segment.slot for segment in cut[group.first : group.last + 1]) for group in groups]
+        assert slots == [(0, 1, 2), (4,), (5, 6), (7, 8), (9,)]

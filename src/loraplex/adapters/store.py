@@ -5,6 +5,7 @@ import asyncio
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal
 
@@ -21,7 +22,6 @@ from loraplex.errors import (
     NotReadyError,
     UnknownClassifierError,
 )
-from loraplex.threads import BriefThreads
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,14 @@ class AdapterStore(Generic[Version]):
     forgotten, until they give it back. All methods are called on the event loop's thread. After `close` they raise
     NotReadyError."""
 
-    def __init__(self, loader: Loader[Version], slots: SlotTable, host: HostTier) -> None:
+    def __init__(
+        self,
+        loader: Loader[Version],
+        slots: SlotTable,
+        host: HostTier,
+        start_thread: Callable[[], object] = lambda: None,
+    ) -> None:
+        """start_thread: called first on each of the threads on which the loader reads and places."""
         self._loader, self.slots, self.host = loader, slots, host
         self._entries: dict[str, Entry[Version]] = {}
         # Live versions by kv_id. They are held here, so that an id below is never another version's.
@@ -87,8 +94,9 @@ class AdapterStore(Generic[Version]):
         self._reserving = asyncio.Lock()  # first come, first served
         self._changed = asyncio.Event()  # a lease, a place or a pin was given up
         self._tasks: set[asyncio.Task[None]] = set()
-        self._placer = BriefThreads(1, "loraplex-placer")
-        self._readers = BriefThreads(4, "loraplex-reader")
+        self._placer = ThreadPoolExecutor(1, "loraplex-placer", start_thread)
+        # Of their own: requests are tokenized in others.
+        self._readers = ThreadPoolExecutor(4, "loraplex-reader", start_thread)
         self._is_closed = False
         self.num_loads = 0  # reads from disk so far
 
@@ -159,7 +167,8 @@ class AdapterStore(Generic[Version]):
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks)
-        await self._placer.close()
+        await asyncio.to_thread(self._placer.shutdown)
+        self._readers.shutdown(wait=False)
         self._entries.clear()
 
     # ------------------------------------------------------------------------------------------- leases
@@ -428,12 +437,12 @@ class AdapterStore(Generic[Version]):
 
     async def _in_reader(self, source: AdapterSource) -> tuple[Version, Any]:
         self._check_open()
-        return await self._readers.run(self._loader.read, source)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._loader.read, source)
 
     async def _on_placer(self, work: Callable[..., None], *args: int) -> None:
         """Once begun it is done, in order, also where whoever began it is cancelled."""
         self._check_open()
-        done = self._placer.run(work, *args)
+        done = asyncio.get_running_loop().run_in_executor(self._placer, work, *args)
         done.add_done_callback(lambda _: done.cancelled() or done.exception())  # nobody may be left to hear of it
         await asyncio.shield(done)
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,8 +52,7 @@ from loraplex.model.loader import (
     read_config,
     resolve_device,
 )
-from loraplex.model.machine import budget_bytes, choose_threads
-from loraplex.threads import BriefThreads
+from loraplex.model.machine import budget_bytes, choose_threads, compute_alone
 from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Message, Stats, Timings, Usage
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,11 @@ class ServingBackend:
             if self._state is not None:
                 self._state.acquire()
             preload = preloaded(self._config.preload, self._bundle, self._state)
-            await BriefThreads(1, "loraplex-load").run(self._load)
+            thread = ThreadPoolExecutor(1, "loraplex-load")
+            try:
+                await asyncio.get_running_loop().run_in_executor(thread, self._load)
+            finally:
+                thread.shutdown(wait=False)  # which ends it, and its OpenMP threads: see `compute_alone`
             await self._ready_registry().start(preload)
         except BaseException:
             await self.close()
@@ -484,7 +488,8 @@ class ServingBackend:
             slots = SlotTable(budget_bytes=budget_bytes(config.adapter_memory, device), max_slots=config.max_adapters)
         else:
             slots = SlotTable(budget_bytes=sys.maxsize, max_slots=executor.max_slots)
-        self._store = AdapterStore(self, slots, HostTier(budget_bytes(config.host_memory, resolve_device("cpu"))))
+        host = HostTier(budget_bytes(config.host_memory, resolve_device("cpu")))
+        self._store = AdapterStore(self, slots, host, compute_alone)
         self._registry = AdapterRegistry(bundle, config, self._store, self._state)
         self._tokenizer, self._max_model_len, self._reader = tokenizer, max_model_len, reader
         self._stop_ids = executor.stop_ids

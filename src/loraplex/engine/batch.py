@@ -14,10 +14,13 @@ from loraplex.model.kv_cache import KVCache
 from loraplex.model.lora_linear import Segment, Segments
 from loraplex.ops.layout import Layout, Span, layout_of
 
+MOST_FILLED = 1 / 16  # of the tokens of segments that are made of one length
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """T packed tokens, sorted by slot; S sequences that are answered; L tokens whose logits are wanted; N targets.
+    """T packed tokens, of which some only fill a gap; S sequences that are answered; L tokens whose logits are wanted;
+    N targets.
 
     The last token of every sequence is among the rows: its distribution gives the top token.
     """
@@ -41,7 +44,8 @@ class Batch:
 
 
 def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batch:
-    """Sort the runs by slot, so that an adapter's tokens are one contiguous segment, and lay out without padding."""
+    """Sort the runs by slot, so that an adapter's tokens are one contiguous segment. Segments that are nearly of one
+    length follow each other and are made of one length: what their adapters do is one product then."""
 
     def tensor(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -50,19 +54,26 @@ def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batc
     position_ids: list[int] = []
     segments: list[Segment] = []
     start_of: dict[Run, int] = {}
-    runs = sorted(step.runs(), key=lambda run: run.slot)  # stable: parents stay before their children
-    for run in runs:
-        start_of[run] = start = len(input_ids)
-        input_ids.extend(run.token_ids)
-        position_ids.extend(range(run.start, run.end))
-        if segments and segments[-1].slot == run.slot:
-            segments[-1] = segments[-1]._replace(end=len(input_ids))
-        else:
-            segments.append(Segment(run.slot, start, len(input_ids)))
+    gaps: list[tuple[int, int]] = []
+    by_slot: dict[int, list[Run]] = {}
+    for run in step.runs():
+        by_slot.setdefault(run.slot, []).append(run)
+    for slot, length in _even_lengths({slot: sum(run.num_tokens for run in runs) for slot, runs in by_slot.items()}):
+        start = len(input_ids)
+        for run in by_slot[slot]:
+            start_of[run] = len(input_ids)
+            input_ids.extend(run.token_ids)
+            position_ids.extend(range(run.start, run.end))
+        end = start + length
+        if len(input_ids) < end:
+            gaps.append((len(input_ids), end))
+            input_ids.extend([0] * (end - len(input_ids)))
+            position_ids.extend([0] * (end - len(position_ids)))
+        segments.append(Segment(slot, start, end))
 
     cached: dict[tuple[int, ...], torch.Tensor | None] = {(): None}
     spans = []
-    for run in runs:
+    for run in start_of:
         path = run.path()
         if run.cached not in cached:
             slots = [slot for block in run.cached for slot in range(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)]
@@ -99,7 +110,7 @@ def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batc
             target_tokens.append(row_at(sequence.num_tokens + target.position))
             target_ids.append(target.token_id)
     # Sequences may share them. Of a step with nothing but chunks one is computed and not used: models expect one.
-    logit_rows = sorted({*last_tokens, *target_tokens}) or [len(input_ids) - 1]
+    logit_rows = sorted({*last_tokens, *target_tokens}) or [spans[-1].end - 1]
     row_of = {token: row for row, token in enumerate(logit_rows)}
     last_rows = [row_of[token] for token in last_tokens]
 
@@ -107,10 +118,10 @@ def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batc
         sequences=answered,
         input_ids=tensor(input_ids).unsqueeze(0),
         position_ids=tensor(position_ids).unsqueeze(0),
-        segments=Segments(segments, device),
-        layout=layout_of(tuple(spans), device),
+        segments=Segments(segments),
+        layout=layout_of(tuple(spans), device, gaps),
         last_layout=layout_of(tuple(_asking(spans, logit_rows)), device),
-        last_segments=Segments(_segments_of(segments, logit_rows), device),
+        last_segments=Segments(_segments_of(segments, logit_rows)),
         cache=cache,
         kept_rows=tensor(kept_rows) if kept_rows else None,
         kept_slots=tensor(kept_slots) if kept_rows else None,
@@ -121,6 +132,22 @@ def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batc
         target_rows=tensor([row_of[token] for token in target_tokens]),
         target_ids=tensor(target_ids),
     )
+
+
+def _even_lengths(lengths: Mapping[int, int]) -> Iterator[tuple[int, int]]:
+    """Slots in the order in which their tokens are packed, and to how many tokens each is filled up: the base and what
+    precedes an activation first, since others attend to it, then the shortest."""
+    yield from sorted((slot, length) for slot, length in lengths.items() if slot < 0)
+    others = sorted((length, slot) for slot, length in lengths.items() if slot >= 0)
+    first = num_tokens = 0
+    for i, (length, _) in enumerate(others):
+        # The i-th joins those before it where few tokens fill them up to its length.
+        num_filled = length * (i - first) - num_tokens
+        if num_filled > MOST_FILLED * length * (i - first + 1):
+            yield from ((slot, others[i - 1][0]) for _, slot in others[first:i])
+            first, num_tokens = i, 0
+        num_tokens += length
+    yield from ((slot, others[-1][0]) for _, slot in others[first:])
 
 
 def _asking(spans: Seq[Span], tokens: Seq[int]) -> Iterator[Span]:

@@ -80,6 +80,7 @@ class ModelRunner:
             logits_to_keep=0 if self._lora.is_pruned else batch.logit_rows,
             batch=batch,
         ).logits[0]
+        self._lora.end()
         self._kv_shapes = batch.kv_shapes
         if not batch.sequences:
             return []

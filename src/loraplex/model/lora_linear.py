@@ -1,19 +1,16 @@
-"""A linear layer with one update a slot, each at its own rank, for packed tokens sorted by slot."""
+"""A linear layer with one update a slot, each at its own rank, for packed tokens. Those of a slot follow each other."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.weights import LoRAWeights, SavedModule
 from loraplex.model.fuse import PackedLinear
-
-# Segments of at most so many tokens are computed together, if there are so many of one rank: then the calls cost more
-# than the arithmetic. On a CPU it pays up to about 40 tokens and is slower at 128.
-SHORT, FEW = 32, 4
 
 
 class Segment(NamedTuple):
@@ -24,43 +21,32 @@ class Segment(NamedTuple):
     end: int
 
 
-class Padded(NamedTuple):
-    """Some segments as rows of equal length: [g, n] of packed tokens, and which of these g * n are real."""
+class Group(NamedTuple):
+    """Segments first ... last of a step, which are of one length and updated together, by `lora_A` and `lora_B_T`; or
+    the one at `first`, by its `update`."""
 
-    tokens: torch.Tensor  # [g * n] packed tokens; what is too short repeats its last one
-    real: torch.Tensor  # [v] indices into the g * n
-    targets: torch.Tensor  # [v] their packed tokens
-    start: int | None  # where the segments begin if they follow each other and none is shorter than n
+    first: int
+    last: int
+    update: "Update | None" = None
+    lora_A: torch.Tensor | None = None  # [g, rank, in], the smaller ranks filled up with zeros
+    lora_B_T: torch.Tensor | None = None  # [g, rank, out]
 
 
 class Segments:
-    """Of one step, sorted by slot; all layers see the same."""
+    """Of one step; all layers see the same."""
 
-    def __init__(self, segments: Iterable[Segment], device: torch.device) -> None:
+    def __init__(self, segments: Iterable[Segment]) -> None:
         self.all = tuple(segments)
-        self.are_short = tuple(end - start <= SHORT for _, start, end in self.all)
-        self._device = device
-        self._padded: dict[tuple[int, ...], Padded] = {}
+        self.lengths = tuple(end - start for _, start, end in self.all)
+        self.num_tokens = sum(self.lengths)
+        # Of the layers that were asked, to be kept for steps of the same `key`; None: not to be kept.
+        self.groups: dict[MultiLoRALinear, tuple[Group, ...]] | None = None
 
-    def padded(self, which: tuple[int, ...]) -> Padded:
-        """Made once a step, whichever layer asks first."""
-        if which not in self._padded:
-            self._padded[which] = self._pad(which)
-        return self._padded[which]
-
-    def _pad(self, which: tuple[int, ...]) -> Padded:
-        n = max(self.all[i].end - self.all[i].start for i in which)
-        tokens: list[int] = []
-        real: list[int] = []
-        for row, i in enumerate(which):
-            _, start, end = self.all[i]
-            tokens += [min(start + column, end - 1) for column in range(n)]
-            real += range(row * n, row * n + end - start)
-        targets = [tokens[i] for i in real]
-        start = self.all[which[0]].start
-        is_even = tokens == list(range(start, start + len(tokens))) and len(real) == len(tokens)
-        tensors = [torch.tensor(values, device=self._device) for values in (tokens, real, targets)]
-        return Padded(tensors[0], tensors[1], tensors[2], start if is_even else None)
+    @property
+    def key(self) -> tuple[tuple[int, bool], ...]:
+        """Steps of the same key have the same groups: slots, and whether the one before is as long."""
+        before = (0, *self.lengths)
+        return tuple((one.slot, n == m) for one, n, m in zip(self.all, self.lengths, before, strict=False))
 
 
 class ActiveSegments:
@@ -75,21 +61,21 @@ class ActiveSegments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What a slot makes of a layer: out = gain * out + shift + x @ lora_A.T @ lora_B.T, the scaling within lora_B.
+    """What a slot makes of a layer: out = gain * out + shift + x @ lora_A.T @ lora_B_T, the scaling within lora_B_T.
     `saved` replaces the layer, `rows` the rows of its weight in `row_ids`."""
 
     lora_A: torch.Tensor | None = None  # [rank, in]
-    lora_B: torch.Tensor | None = None  # [out, rank]
+    lora_B_T: torch.Tensor | None = None  # [rank, out]
     gain: torch.Tensor | None = None  # [out]
     shift: torch.Tensor | None = None  # [out]
     saved: SavedModule | None = None
     row_ids: torch.Tensor | None = None  # [n]
     rows: torch.Tensor | None = None  # [n, in]
-    plain_rank: int | None = field(init=False)  # where it is nothing but lora_A and lora_B; asked by every step
+    is_plain: bool = field(init=False)  # nothing but lora_A and lora_B_T; asked by every step
 
     def __post_init__(self) -> None:
-        is_plain = all(other is None for other in (self.gain, self.shift, self.saved, self.rows))
-        object.__setattr__(self, "plain_rank", len(self.lora_A) if is_plain and self.lora_A is not None else None)
+        has_more = any(other is not None for other in (self.gain, self.shift, self.saved, self.rows))
+        object.__setattr__(self, "is_plain", self.lora_A is not None and not has_more)
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> None:  # [n, in], [n, out], changed in place
         if self.saved is not None:
@@ -100,8 +86,8 @@ class Update:
             out.mul_(self.gain)
         if self.shift is not None:
             out.add_(self.shift)
-        if self.lora_A is not None and self.lora_B is not None:
-            out.addmm_(x @ self.lora_A.T, self.lora_B.T)
+        if self.lora_A is not None and self.lora_B_T is not None:
+            out.addmm_(x @ self.lora_A.T, self.lora_B_T)
 
 
 class MultiLoRALinear(nn.Module):
@@ -143,7 +129,7 @@ class MultiLoRALinear(nn.Module):
             shift = _sum(shift, bias.float() - (0.0 if own is None else own))
         self.slots[slot] = Update(
             lora_A=self._placed(lora_A),
-            lora_B=self._placed(lora_B),
+            lora_B_T=self._placed(None if lora_B is None else lora_B.T),
             gain=self._placed(gain),
             shift=self._placed(shift),
             saved=None
@@ -167,7 +153,7 @@ class MultiLoRALinear(nn.Module):
         if not isinstance(self.base_layer, PackedLinear) or segments is None:
             return self(x).add_(residual)  # type: ignore[no-any-return]
         updates = (self.slots.get(slot) for slot, _, _ in segments.all)
-        if any(update is not None and update.plain_rank is None for update in updates):
+        if any(update is not None and not update.is_plain for update in updates):
             return self(x).add_(residual)  # type: ignore[no-any-return]
         return self._updated(x, self.base_layer.plus(x, residual), segments)
 
@@ -179,39 +165,36 @@ class MultiLoRALinear(nn.Module):
 
     def _updated(self, x: torch.Tensor, output: torch.Tensor, segments: Segments) -> torch.Tensor:
         tokens, out = x[0], output[0]
-        short: dict[int, list[int]] = {}  # rank -> segments
-        for i, (slot, start, end) in enumerate(segments.all):
-            update = self.slots.get(slot)
-            if update is None:
-                continue
-            if segments.are_short[i] and update.plain_rank is not None:
-                short.setdefault(update.plain_rank, []).append(i)
-            else:
-                update.apply(tokens[start:end], out[start:end])
-        for which in short.values():
-            if len(which) >= FEW:
-                self._apply_together(segments, tuple(which), tokens, out)
-                continue
-            for slot, start, end in (segments.all[i] for i in which):
-                self.slots[slot].apply(tokens[start:end], out[start:end])
+        for group in self._groups(segments):
+            rows = slice(segments.all[group.first].start, segments.all[group.last].end)
+            if group.update is not None:
+                group.update.apply(tokens[rows], out[rows])
+            elif group.lora_A is not None and group.lora_B_T is not None:
+                by_adapter = (len(group.lora_A), -1)
+                x_of, out_of = tokens[rows].unflatten(0, by_adapter), out[rows].unflatten(0, by_adapter)
+                out_of.baddbmm_(torch.bmm(x_of, group.lora_A.mT), group.lora_B_T)
         return output
 
-    def _apply_together(
-        self, segments: Segments, which: tuple[int, ...], tokens: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Plain updates of one rank, in four or six calls however many they are."""
-        updates = [self.slots[segments.all[i].slot] for i in which]
-        lora_A = torch.stack([update.lora_A for update in updates if update.lora_A is not None])  # [g, rank, in]
-        lora_B = torch.stack([update.lora_B for update in updates if update.lora_B is not None])  # [g, out, rank]
-        padded = segments.padded(which)
-        if padded.start is not None:
-            rows = slice(padded.start, padded.start + len(padded.tokens))
-            x, target = (packed[rows].unflatten(0, (len(which), -1)) for packed in (tokens, out))
-            target.baddbmm_(torch.bmm(x, lora_A.mT), lora_B.mT)
-            return
-        x = tokens.index_select(0, padded.tokens).view(len(which), -1, tokens.shape[1])  # [g, n, in]
-        delta = torch.bmm(torch.bmm(x, lora_A.mT), lora_B.mT).view(-1, out.shape[1])  # [g * n, out]
-        out.index_add_(0, padded.targets, delta.index_select(0, padded.real))
+    def _groups(self, segments: Segments) -> tuple[Group, ...]:
+        kept = segments.groups
+        if kept is None:
+            return tuple(self._make_groups(segments))
+        if self not in kept:
+            kept[self] = tuple(self._make_groups(segments))
+        return kept[self]
+
+    def _make_groups(self, segments: Segments) -> Iterator[Group]:
+        updates: list[Update] = []  # of the segments before the i-th
+        for i, (slot, length) in enumerate(zip((*segments.all, None), (*segments.lengths, 0), strict=True)):
+            update = None if slot is None else self.slots.get(slot.slot)
+            joins = update is not None and update.is_plain and length == segments.lengths[i - 1]
+            if updates and not joins:
+                yield _group(i - len(updates), updates)
+                updates = []
+            if update is not None and update.is_plain:
+                updates.append(update)
+            elif update is not None:
+                yield Group(i, i, update)
 
     def _norms(self, scaled_B: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
         """[out] of the rows of W + scaling * B @ A."""
@@ -225,7 +208,7 @@ class MultiLoRALinear(nn.Module):
         return None if tensor is None else self._copied(tensor)
 
     def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._device, self._dtype, copy=True).contiguous()
+        return tensor.to(self._device, self._dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def wrap_linears(model: nn.Module, modules: Iterable[str], segments: ActiveSegments) -> dict[str, MultiLoRALinear]:
@@ -240,6 +223,19 @@ def wrap_linears(model: nn.Module, modules: Iterable[str], segments: ActiveSegme
             setattr(model.get_submodule(parent), name, layer)
         wrapped[path] = layer
     return wrapped
+
+
+def _group(first: int, updates: list[Update]) -> Group:
+    if len(updates) == 1:
+        return Group(first, first, updates[0])
+    lora_A = [update.lora_A for update in updates if update.lora_A is not None]
+    lora_B_T = [update.lora_B_T for update in updates if update.lora_B_T is not None]
+    return Group(
+        first,
+        first + len(updates) - 1,
+        lora_A=pad_sequence(lora_A, batch_first=True),
+        lora_B_T=pad_sequence(lora_B_T, batch_first=True),
+    )
 
 
 def _sum(one: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

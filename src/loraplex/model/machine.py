@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from threadpoolctl import ThreadpoolController
 
 
 def budget_bytes(budget: str, device: torch.device) -> int:
@@ -42,6 +43,14 @@ def choose_threads() -> None:
     num_threads = min(len(os.sched_getaffinity(0)), math.ceil(_cpu_quota()))
     if num_threads < torch.get_num_threads():
         torch.set_num_threads(num_threads)
+
+
+def compute_alone() -> None:
+    """From now on PyTorch computes on the calling thread itself, without OpenMP threads of its own, which would live as
+    long as it does. When all of these in the process are more than the cores, OpenMP's waiting threads go to sleep at
+    once, and each parallel operation has to wake its own: the engine's small ones took four times as long."""
+    torch.get_num_threads()  # which sets it, the first time on a thread
+    ThreadpoolController().limit(limits=1, user_api="openmp")
 
 
 def _cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:

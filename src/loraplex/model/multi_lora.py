@@ -11,7 +11,11 @@ from loraplex.adapters.weights import AdapterWeights, SavedModule
 from loraplex.model.decoder_layer import FusedLayer
 from loraplex.model.last_layer import prune_last_layer
 from loraplex.model.lora_embedding import MultiLoRAEmbedding
-from loraplex.model.lora_linear import ActiveSegments, MultiLoRALinear, Segments, wrap_linears
+from loraplex.model.lora_linear import ActiveSegments, Group, MultiLoRALinear, Segments, wrap_linears
+
+# The weights that layers put together for a step are kept for the next steps of the same slots, if it has so few tokens
+# that putting them together takes a good part of its time; and for so many sets of slots, since it is a copy.
+SMALL_STEP, NUM_KEPT = 1024, 4
 
 
 class MultiLoRA:
@@ -26,6 +30,7 @@ class MultiLoRA:
         self.is_pruned = prune_last_layer(model, self._segments)
         self._layers: dict[str, MultiLoRALinear | MultiLoRAEmbedding] = {}
         self._scores: dict[int, SavedModule] = {}
+        self._kept: dict[object, dict[MultiLoRALinear, tuple[Group, ...]]] = {}  # the oldest first
         self._hidden = torch.empty(0)  # [L, hidden] of the wanted rows, as the output head saw them
         head: Any = model.get_output_embeddings()
         self._output_path = path_of(model, head)
@@ -33,7 +38,22 @@ class MultiLoRA:
 
     def begin(self, segments: Segments, last_segments: Segments) -> None:
         """The next forward pass is over these."""
+        if segments.num_tokens <= SMALL_STEP:
+            segments.groups, last_segments.groups = self._kept_of(segments.key), self._kept_of(last_segments.key)
         self._segments.current, self._head_segments.current = segments, last_segments
+
+    def end(self) -> None:
+        """The forward pass is over: what it used may be freed."""
+        for active in (self._segments, self._head_segments):
+            if active.current is not None:
+                active.current.groups = None
+
+    def _kept_of(self, key: object) -> dict[MultiLoRALinear, tuple[Group, ...]]:
+        everything = self._kept  # which another thread may replace: what is found then is used once more, and forgotten
+        kept = everything[key] = everything.pop(key, {})
+        while len(everything) > NUM_KEPT:
+            del everything[next(iter(everything))]
+        return kept
 
     def set_slot(self, slot: int, adapter: AdapterWeights) -> None:
         self.clear_slot(slot)
@@ -73,6 +93,7 @@ class MultiLoRA:
             )
 
     def clear_slot(self, slot: int) -> None:
+        self._kept = {}
         for layer in self._layers.values():
             layer.clear_slot(slot)
             layer.clear_slot(prefix_slot(slot))

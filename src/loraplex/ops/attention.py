@@ -41,6 +41,14 @@ def packed_attention(
     return output
 
 
+def _empty_like(query: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """To be filled span by span. What lies between is finite, too: all layers compute it on."""
+    output = torch.empty_like(query)
+    for start, end in layout.gaps:
+        output[start:end] = 0
+    return output
+
+
 def _gathered(group: Group, packed: torch.Tensor, cached: torch.Tensor | None) -> torch.Tensor:
     """[num_keys, G, D]"""
     parts = [packed[start:end] for start, end in group.keys]
@@ -55,9 +63,9 @@ def _attend_to_own(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, H, D], [T, H] float32
     """Each span to itself, causally, and the log-sum-exps where contexts are to be merged in."""
     if query.is_cuda and query.dtype != torch.float32 and layout.cu_seqlens is not None:
-        longest = max(span.end - span.start for span in layout.spans)
+        longest = max(end - start for start, end in (*((one.start, one.end) for one in layout.spans), *layout.gaps))
         return _attend_varlen(query, key, value, layout.cu_seqlens, longest, scaling=scaling)
-    output = torch.empty_like(query)
+    output = _empty_like(query, layout)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if layout.contexts else None
     for span in layout.alone:
         rows, keys = slice(*span.queries), slice(span.start, span.end)
@@ -174,7 +182,7 @@ def _windowed(
     window: int,
 ) -> torch.Tensor:
     """Span by span with an explicit mask: which part of a shared prefix a window shows differs from token to token."""
-    output = torch.empty_like(query)
+    output = _empty_like(query, layout)
     for span in layout.spans:
         q, k, v = (
             x.transpose(0, 1).unsqueeze(0)  # [1, heads, n, D]

@@ -1,6 +1,7 @@
 """Who attends to what in a packed step."""
 
 import itertools
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -54,20 +55,22 @@ class Group:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """groups: of the spans that are short, on a CPU; `alone` are all others, and `contexts` is what these see.
-    cu_seqlens: where the spans end, for kernels that take all of them in one call; None where a span has `row`."""
+    gaps: packed tokens of no span, whose attention nobody reads. cu_seqlens: where spans and gaps end, for kernels that
+    take all of them in one call; None where a span has `row`."""
 
     spans: tuple[Span, ...]
     alone: tuple[Span, ...] = ()
     groups: tuple[Group, ...] = ()
     contexts: tuple[Context, ...] = ()
-    cu_seqlens: torch.Tensor | None = None  # [num_spans + 1] int32
+    gaps: tuple[tuple[int, int], ...] = ()
+    cu_seqlens: torch.Tensor | None = None  # [num_spans + num_gaps + 1] int32
 
     @property
     def num_positions(self) -> int:
         return max((span.position + span.end - span.start for span in self.spans), default=0)
 
 
-def layout_of(spans: tuple[Span, ...], device: torch.device) -> Layout:
+def layout_of(spans: tuple[Span, ...], device: torch.device, gaps: Iterable[tuple[int, int]] = ()) -> Layout:
     """Groups spans by what they see."""
     members = _short_ones(spans) if device.type == "cpu" else []
     grouped = {id(span) for group in members for span in group}
@@ -87,15 +90,17 @@ def layout_of(spans: tuple[Span, ...], device: torch.device) -> Layout:
             contexts.append(Context(rows=which, start=seen[0], end=seen[1]))
         else:
             contexts.append(Context(rows=which, cached=cached[seen]))
-    ends = None
+    gaps, cu_seqlens = tuple(gaps), None
     if all(span.row is None for span in spans):
-        ends = torch.tensor([0, *(span.end for span in spans)], dtype=torch.int32).to(device, non_blocking=True)
+        ends = sorted([0, *(span.end for span in spans), *(end for _, end in gaps)])
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
     return Layout(
         spans=spans,
         alone=alone,
         groups=tuple(_group(group, device) for group in members),
         contexts=tuple(contexts),
-        cu_seqlens=ends,
+        gaps=gaps,
+        cu_seqlens=cu_seqlens,
     )
 
 

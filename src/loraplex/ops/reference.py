@@ -39,7 +39,7 @@ def packed_attention(
 ) -> torch.Tensor:  # [T, H, D]
     """Each span attends to what it sees. Scores are softcap * tanh(score / softcap) where it is given."""
     groups = query.shape[1] // key.shape[1]
-    output = torch.empty_like(query)
+    output = torch.zeros_like(query)
     for span in layout.spans:
         rows = slice(*span.queries)
         q = query[rows].float()

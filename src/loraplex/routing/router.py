@@ -235,12 +235,12 @@ class Router:
         """Of a route, or of a classifier by itself. UnknownRouteError; InvalidRequestError where none are kept."""
         if not self.knows(name):
             raise UnknownRouteError(name)
-        return await self._in_files(self._kept().stats, name)
+        return await self._in_files((await self._kept()).stats, name)
 
     async def set_truth(self, verdict_id: str, label: str) -> int:
         """What a verdict should have been; the last word counts. Returns how many targets' answers it judges.
         UnknownVerdictError; InvalidRequestError where it is no label of the classifier."""
-        log = self._kept()
+        log = await self._kept()
         valid_unicode(verdict_id + label)
         for target in await self._in_files(log.targets_of, verdict_id):
             info = self.backend.adapter(target) if self.backend.knows(target) else None
@@ -253,7 +253,9 @@ class Router:
     def num_shadows_shed(self) -> int:
         return self._shadows.num_shed
 
-    def _kept(self) -> VerdictLog:
+    async def _kept(self) -> VerdictLog:
+        """With all that was answered before."""
+        await asyncio.sleep(0)
         if self._log is None:
             raise InvalidRequestError("no verdicts are kept", remedy="start the server with --keep-verdicts above 0")
         return self._log
