@@ -120,6 +120,28 @@ def test_the_reference_is_causal_attention_with_a_window_and_a_softcap(layout: s
                 torch.testing.assert_close(actual[i, head], expected)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 3])
+def test_tokens_that_fill_a_gap_change_nothing_and_come_out_finite(window: int | None, softcap: float | None) -> None:
+    query, key, value, cached_key, cached_value = random_inputs(2, 1)
+    kept, gap = (0, 15), (15, 21)
+    spans = (*(span for span in TREE if span.end <= kept[1]), TREE[-1])
+    options: dict[str, Any] = {
+        "cache": (cached_key, cached_value), "scaling": 0.3, "window": window, "softcap": softcap
+    }  # fmt: skip
+    expected = reference.packed_attention(query, key, value, layout_of(TREE, CPU), **options)
+    for one in (query, key, value):
+        one[slice(*gap)] = 0
+    layout = layout_of(spans, CPU, [gap])
+    assert layout.cu_seqlens is not None
+    assert layout.cu_seqlens.tolist() == [0, 7, 10, 14, 15, 21, 32]
+    for attend in (attention.packed_attention, reference.packed_attention):
+        actual = attend(query, key, value, layout, **options)
+        torch.testing.assert_close(actual[:15], expected[:15])
+        torch.testing.assert_close(actual[21:], expected[21:])
+        assert not actual[slice(*gap)].any()
+
+
 def test_multi_lora_linear_adds_each_segments_delta_at_its_own_rank() -> None:
     torch.manual_seed(0)
     segments = ActiveSegments()
@@ -145,14 +167,14 @@ def test_multi_lora_linear_adds_each_segments_delta_at_its_own_rank() -> None:
 @pytest.mark.parametrize("is_kept", [False, True])
 @pytest.mark.parametrize("conv1d", [False, True])
 def test_segments_of_one_length_are_computed_together_and_give_the_same(conv1d: bool, is_kept: bool) -> None:
-    """Of several ranks; one slot is empty, one adapter has a bias, two segments are longer than the others."""
+    """Of several ranks, one far larger; one slot is empty, one adapter has a bias, some segments are longer."""
     torch.manual_seed(0)
     segments = ActiveSegments()
     base = Conv1D(8, 6) if conv1d else torch.nn.Linear(6, 8)
     layer = MultiLoRALinear(base, segments).requires_grad_(False)
     biased = 4
     adapters = {}
-    for slot, rank in enumerate([3, 3, 1, 0, 2, 3, 3, 2, 4, 2]):
+    for slot, rank in enumerate([3, 3, 1, 0, 2, 3, 9, 2, 4, 2]):
         if rank:
             lora_bias = torch.randn(8) if slot == biased else None
             lora_A, lora_B = torch.randn(rank, 6), torch.randn(8, rank)

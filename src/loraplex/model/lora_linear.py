@@ -12,6 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from loraplex.adapters.weights import LoRAWeights, SavedModule
 from loraplex.model.fuse import PackedLinear
 
+# Adapters are computed together where zeros that fill up the smaller ranks make it at most so many times the work.
+MOST_FILLED_RANKS = 2
+
 
 class Segment(NamedTuple):
     """Consecutive packed tokens start ... end - 1 that share the adapter in `slot`."""
@@ -71,11 +74,11 @@ class Update:
     saved: SavedModule | None = None
     row_ids: torch.Tensor | None = None  # [n]
     rows: torch.Tensor | None = None  # [n, in]
-    is_plain: bool = field(init=False)  # nothing but lora_A and lora_B_T; asked by every step
+    plain_rank: int | None = field(init=False)  # where it is nothing but lora_A and lora_B_T; asked by every step
 
     def __post_init__(self) -> None:
-        has_more = any(other is not None for other in (self.gain, self.shift, self.saved, self.rows))
-        object.__setattr__(self, "is_plain", self.lora_A is not None and not has_more)
+        is_plain = all(other is None for other in (self.gain, self.shift, self.saved, self.rows))
+        object.__setattr__(self, "plain_rank", len(self.lora_A) if is_plain and self.lora_A is not None else None)
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> None:  # [n, in], [n, out], changed in place
         if self.saved is not None:
@@ -153,7 +156,7 @@ class MultiLoRALinear(nn.Module):
         if not isinstance(self.base_layer, PackedLinear) or segments is None:
             return self(x).add_(residual)  # type: ignore[no-any-return]
         updates = (self.slots.get(slot) for slot, _, _ in segments.all)
-        if any(update is not None and not update.is_plain for update in updates):
+        if any(update is not None and update.plain_rank is None for update in updates):
             return self(x).add_(residual)  # type: ignore[no-any-return]
         return self._updated(x, self.base_layer.plus(x, residual), segments)
 
@@ -184,15 +187,21 @@ class MultiLoRALinear(nn.Module):
         return kept[self]
 
     def _make_groups(self, segments: Segments) -> Iterator[Group]:
-        updates: list[Update] = []  # of the segments before the i-th
-        for i, (slot, length) in enumerate(zip((*segments.all, None), (*segments.lengths, 0), strict=True)):
-            update = None if slot is None else self.slots.get(slot.slot)
-            joins = update is not None and update.is_plain and length == segments.lengths[i - 1]
-            if updates and not joins:
+        updates: list[Update] = []  # of the segments before the i-th, with so many ranks
+        most = total = 0
+        for i, (segment, length) in enumerate(zip((*segments.all, None), (*segments.lengths, 0), strict=True)):
+            update = None if segment is None else self.slots.get(segment.slot)
+            rank = None if update is None else update.plain_rank
+            if updates and (
+                rank is None
+                or length != segments.lengths[i - 1]
+                or max(most, rank) * (len(updates) + 1) > MOST_FILLED_RANKS * (total + rank)
+            ):
                 yield _group(i - len(updates), updates)
-                updates = []
-            if update is not None and update.is_plain:
+                updates, most, total = [], 0, 0
+            if update is not None and rank is not None:
                 updates.append(update)
+                most, total = max(most, rank), total + rank
             elif update is not None:
                 yield Group(i, i, update)
 

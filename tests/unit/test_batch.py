@@ -1,0 +1,50 @@
+"""How a step is packed."""
+
+import pytest
+import torch
+
+from loraplex.engine.batch import pack
+from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence
+from loraplex.engine.step import Step
+
+CPU = torch.device("cpu")
+
+
+def packed(*lengths: tuple[int, int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """(slot, tokens) of the segments of a step with a sequence for each (slot, tokens), and the packed ids, which count
+    up from 100 * the place of their sequence."""
+    sequences = [
+        Sequence(token_ids=tuple(range(100 * i, 100 * i + n)), slot=slot) for i, (slot, n) in enumerate(lengths)
+    ]
+    for sequence in sequences:
+        EngineRequest([sequence])
+    batch = pack(Step.of(sequences), CPU)
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, batch.segments.num_tokens)
+    for span in batch.layout.spans:
+        assert batch.position_ids[0, span.start : span.end].tolist() == list(range(span.end - span.start))
+    assert [row.item() + 1 for row in batch.logit_rows] == [span.end for span in batch.layout.spans]
+    assert sum(batch.last_segments.lengths) == len(batch.logit_rows) == len(sequences)
+    segments = [(slot, end - start) for slot, start, end in batch.segments.all]
+    return segments, batch.input_ids[0].tolist()
+
+
+def test_segments_of_nearly_one_length_are_made_of_one_length() -> None:
+    segments, ids = packed((1, 33), (2, 31), (3, 32), (4, 20), (5, 33))
+    assert segments == [(4, 20), (2, 33), (3, 33), (1, 33), (5, 33)]
+    assert ids[20:53] == [*range(100, 131), 0, 0]
+
+
+def test_little_is_filled() -> None:
+    segments, _ = packed(*((slot, 10 + 3 * slot) for slot in range(1, 9)))
+    assert sum(length for _, length in segments) <= 17 / 16 * sum(10 + 3 * slot for slot in range(1, 9))
+    assert [slot for slot, _ in segments] == list(range(1, 9))
+
+
+def test_the_base_comes_first_and_is_not_filled() -> None:
+    assert packed((3, 10), (NO_ADAPTER, 9))[0] == [(NO_ADAPTER, 9), (3, 10)]
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3])
+def test_several_sequences_of_an_adapter_are_one_segment(num_sequences: int) -> None:
+    segments, _ = packed(*[(1, 40)] * num_sequences, (2, 38 * num_sequences))
+    assert segments == [(2, 40 * num_sequences), (1, 40 * num_sequences)]
