@@ -13,6 +13,7 @@ from loraplex import ClassifyRequest, ClassifyResult, Loraplex
 from loraplex.engine import sequence
 from loraplex.engine.block_pool import block_hashes
 from loraplex.errors import ContractError, InvalidRequestError
+from loraplex.model import multi_lora
 
 TOLERANCE = 1e-4
 INVOCATION = tiny.SPECIAL_TOKENS.index("<|ask|>")
@@ -68,6 +69,23 @@ def test_without_the_adapters_identity_in_the_hash_it_fails(tmp_path: Path, monk
         assert loraplex.classify(text, "plain", conversation_id="x")["plain"].scores != pytest.approx(
             expected, abs=0.01
         )
+
+
+def test_what_layers_keep_for_small_steps_goes_with_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two places: the new adapter gets that of the old one, beside the same other."""
+    monkeypatch.setattr(multi_lora, "NUM_KEPT", 100)
+    bundle, text = tiny.save_bundle(tmp_path / "bundle", adapters=3), "Customer: hello"
+    with Loraplex.load(bundle, dtype="float32", max_adapters=2, preload="none") as loraplex:
+        expected = loraplex.classify(text, "task2")["task2"].scores
+        loraplex.classify(text, ["task0", "task1"])
+        before = loraplex.classify(text, ["task0", "task1"])["task0"].scores  # now that both are there, in one step
+        loraplex.unload_adapter("task0")
+        loraplex.load_adapter("task0", bundle / "task2")
+        after = loraplex.classify(text, ["task0", "task1"])["task0"].scores
+    assert after == pytest.approx(expected, abs=TOLERANCE)
+    assert after != pytest.approx(before, abs=0.01)
 
 
 def test_the_next_turn_is_computed_where_it_is_new(pair: Pair) -> None:
