@@ -245,6 +245,9 @@ def test_one_conversation_of_a_batch_that_fails_does_not_fail_the_others(http: h
     [
         ({}, "either `input` or `inputs`"),
         ({"input": TEXT, "inputs": [TEXT]}, "either `input` or `inputs`"),
+        ({"input": None, "inputs": [TEXT]}, "either `input` or `inputs`"),
+        ({"input": TEXT, "inputs": None}, "either `input` or `inputs`"),
+        ({"input": None}, "either `input` or `inputs`"),
         ({"inputs": []}, "inputs"),
         ({"inputs": [1]}, "inputs.0"),
         ({"inputs": [[{"role": "user"}]]}, "inputs.0.0.content"),

@@ -109,7 +109,8 @@ class ClassifyBody(_Body):
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
-        if (self.input is None) == (self.inputs is None):
+        given = {"input", "inputs"} & self.model_fields_set
+        if len(given) != 1 or (self.input is None and self.inputs is None):
             raise PydanticCustomError("input_or_inputs", "give either `input` or `inputs`")
         if self.inputs is not None and self.conversation_id is not None:
             raise PydanticCustomError("conversation_id", "`conversation_id` of `inputs` belongs into each of them")
