@@ -239,12 +239,14 @@ def _group(first: int, updates: list[Update]) -> Group:
         return Group(first, first, updates[0])
     lora_A = [update.lora_A for update in updates if update.lora_A is not None]
     lora_B_T = [update.lora_B_T for update in updates if update.lora_B_T is not None]
-    return Group(
-        first,
-        first + len(updates) - 1,
-        lora_A=pad_sequence(lora_A, batch_first=True),
-        lora_B_T=pad_sequence(lora_B_T, batch_first=True),
-    )
+    return Group(first, first + len(updates) - 1, lora_A=_stacked(lora_A), lora_B_T=_stacked(lora_B_T))
+
+
+def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """[rank, n] each -> [g, largest rank, n]"""
+    if len({len(tensor) for tensor in tensors}) == 1:
+        return torch.stack(tensors)  # far faster
+    return pad_sequence(tensors, batch_first=True)
 
 
 def _sum(one: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
