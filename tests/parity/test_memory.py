@@ -47,11 +47,13 @@ def check(folder: Path) -> None:
         loraplex.unload_adapter("two")
         growth = (rss() - before) * MIB / num_bytes
         assert growth < 0.3, growth
+        growths = []
         for _ in range(10):
             loraplex.load_adapter("again", folder / "big")
             loraplex.unload_adapter("again")
-        growth = (rss() - before) * MIB / num_bytes
-        assert growth < 1.5, growth  # it would be ten at least; malloc may keep what one of its arenas had at the end
+            growths.append((rss() - before) * MIB / num_bytes)
+        # What leaks adds up. Now and then malloc keeps, until the next time, what one of its arenas had at the end.
+        assert min(growths[5:]) < 0.5, growths
 
 
 if __name__ == "__main__":
