@@ -37,7 +37,9 @@ from loraplex.engine.block_pool import BASE_KV, BlockPool
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, SequenceOutput, Target
+from loraplex.model.cuda_graphs import CUDACapture
 from loraplex.model.loader import default_step_tokens, load_base, read_config, resolve_device, resolve_dtype
+from loraplex.model.multi_lora import CAPTURED_AT
 
 RANK, NUM_ADAPTERS = 16, 16
 NUM_TEXTS, TEXT_TOKENS = 32, 256
@@ -48,10 +50,10 @@ LABELS = (Target(position=-1, token_id=1), Target(position=-1, token_id=2))
 class Bench:
     """A runner and a scheduler driven without threads."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, cuda_graphs: bool = False) -> None:
         model = load_base(read_config(folder), folder, dtype, device)
         self.adapters = [random_adapter(model, RANK, seed + 1) for seed in range(NUM_ADAPTERS)]
-        self.runner = ModelRunner(model)
+        self.runner = ModelRunner(model, CUDACapture(device) if cuda_graphs else None)
         self.runner.verify_packing()
         for slot, adapter in enumerate(self.adapters):
             self.runner.set_slot(slot, adapter)
@@ -263,7 +265,8 @@ def measure(shape: str, all_cases: Seq[Case], rounds: int, device: torch.device,
     seconds: dict[str, list[float]] = {case.name: [] for case in all_cases}
     rates = []
     for case in all_cases:
-        timed(case, device)  # not counted: first use
+        for _ in range(CAPTURED_AT if device.type == "cuda" else 1):  # not counted: first use, what is captured
+            timed(case, device)
     for _ in track(range(rounds), description="rounds", console=Console(stderr=True)):
         rates.append(gemm_rate(shape, device, dtype))
         for case in all_cases:
@@ -323,11 +326,13 @@ def profile(bench: Bench, case: Case) -> list[tuple[str, float]]:
     from torch.profiler import profile as torch_profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    state = case.prepare()
     with torch_profile(activities=activities) as found:
-        case.run(case.prepare())
-    events = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    return [(event.key, event.self_cpu_time_total / total) for event in events[:10]]
+        case.run(state)
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    events = sorted(found.key_averages(), key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in events)
+    return [(event.key, getattr(event, key) / total) for event in events[:10]]
 
 
 def main() -> None:
@@ -338,6 +343,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument("--cuda-graphs", action="store_true", help="capture small steps, as `loraplex serve` does")
     parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM: measure it, too")
     args = parser.parse_args()
     device = resolve_device(args.device)
@@ -345,7 +351,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_base(args.shape, folder, dtype)
-        bench = Bench(folder, device, dtype)
+        bench = Bench(folder, device, dtype, args.cuda_graphs)
         all_cases = cases(args.shape, folder, bench, device, dtype, not args.no_peft)
         report = measure(args.shape, all_cases, args.rounds, device, dtype)
         if args.vllm:
@@ -362,6 +368,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype),
+        "cuda_graphs": args.cuda_graphs,
         "torch": torch.__version__,
         "parameters_m": round(sum(p.numel() for p in bench.runner.model.parameters()) / 1e6),
         "config": base_config(args.shape).to_diff_dict(),

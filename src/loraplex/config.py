@@ -47,6 +47,9 @@ class EngineConfig(BaseModel):
     max_queue_tokens: int | None = Field(
         None, ge=1, description="tokens to compute that may wait; over it 429; 32 steps' worth by default"
     )
+    cuda_graphs: bool = Field(
+        False, description="on CUDA: capture steps of few tokens that come again, and replay them; not measured yet"
+    )
     preload: str = Field(
         "all", description="read and proven at start: all, none, or names with commas, which are pinned"
     )

@@ -1,6 +1,7 @@
 """The same model on CUDA and on the CPU: adapters mixed, a conversation shared and kept, and text generated."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def test_a_shared_conversation_and_its_next_turn_equal_the_cpus(
             assert answer.usage.cached_tokens > 0
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_captured_steps_equal_the_cpus(
+    bundle: Path, cpu: Loraplex, dtype: str, tolerance: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Texts that come again, and an adapter replaced between them."""
+    names = ["active0", "active1", "active2", "plain"]
+    with Loraplex.load(bundle, device="cuda", dtype=dtype, kv_cache="0", cuda_graphs=True) as cuda:
+        for i in range(10):
+            if i == 5:
+                cuda.load_adapter("active1", bundle / "active1")
+            for text in TEXTS:
+                expected, actual = cpu.classify(text, names), cuda.classify(text, names)
+                for one, other in zip(expected.verdicts, actual.verdicts, strict=True):
+                    assert other.scores == pytest.approx(one.scores, abs=tolerance)
+    assert "no longer captured" not in caplog.text
+
+
 def test_generated_text_equals_the_cpus(bundle: Path, cpu: Loraplex) -> None:
     with Loraplex.load(bundle, device="cuda", dtype="float32") as cuda:
         for name in ("plain", "verbatim", None):
@@ -64,12 +82,14 @@ def test_the_fused_kernel_equals_the_reference(dtype: torch.dtype) -> None:
         Span(start=62, end=71, position=82, cached=cached, ancestors=((0, 50),)),
         Span(start=71, end=90),
     )
-    layout = layout_of(spans, device)
-    for window in (None, 7):
-        options = dict(cache=(cache[0], cache[1]), scaling=0.125, window=window)
-        actual = packed_attention(query, key, value, layout, **options)  # type: ignore[arg-type]
-        expected = reference.packed_attention(query, key, value, layout, **options)  # type: ignore[arg-type]
-        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-4)
+    last = tuple(replace(span, row=row) for row, span in enumerate(spans))
+    rows = [span.end - 1 for span in spans]
+    for asked, layout in ((query, layout_of(spans, device)), (query[rows], layout_of(last, device))):
+        for window in (None, 7):
+            options = dict(cache=(cache[0], cache[1]), scaling=0.125, window=window)
+            actual = packed_attention(asked, key, value, layout, **options)  # type: ignore[arg-type]
+            expected = reference.packed_attention(asked, key, value, layout, **options)  # type: ignore[arg-type]
+            torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
 def test_an_adapter_is_replaced_on_the_device(bundle: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import recorded
 import tiny
 from checks import check_pool
 from loraplex import ClassifyRequest, ClassifyResult, Loraplex
@@ -21,15 +22,18 @@ Pair = tuple[Loraplex, Loraplex]
 NAMES = ["active0", "active1", "active2", "plain"]
 
 
-@pytest.fixture(scope="module", params=["mistral", "mistral-window", "gemma2"])
+@pytest.fixture(scope="module", params=["mistral", "mistral-window", "mistral-captured", "gemma2"])
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Loraplex, Loraplex]]:
     """Without blocks, and with few and with steps of 64 tokens, so that long prompts run in chunks."""
-    bundle = tiny.save_shared_bundle(tmp_path_factory.mktemp("shared") / "bundle", tiny.FAMILIES[request.param])
+    family = request.param.removesuffix("-captured")
+    options = {"kv_cache": "180KiB", "max_step_tokens": 64, "cuda_graphs": family != request.param}
+    bundle = tiny.save_shared_bundle(tmp_path_factory.mktemp("shared") / "bundle", tiny.FAMILIES[family])
     with (
+        recorded.captures(at=1),
         Loraplex.load(bundle, dtype="float32", kv_cache="0") as plain,
-        Loraplex.load(bundle, dtype="float32", kv_cache="180KiB", max_step_tokens=64) as cached,
+        Loraplex.load(bundle, dtype="float32", **options) as cached,
     ):
         yield plain, cached
 

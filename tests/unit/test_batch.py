@@ -10,7 +10,7 @@ from loraplex.engine.step import Step
 CPU = torch.device("cpu")
 
 
-def packed(*lengths: tuple[int, int]) -> tuple[list[tuple[int, int]], list[int]]:
+def packed(*lengths: tuple[int, int], recurs: bool = False) -> tuple[list[tuple[int, int]], list[int]]:
     """(slot, tokens) of the segments of a step with a sequence for each (slot, tokens), and the packed ids, which count
     up from 100 * the place of their sequence."""
     sequences = [
@@ -18,7 +18,7 @@ def packed(*lengths: tuple[int, int]) -> tuple[list[tuple[int, int]], list[int]]
     ]
     for sequence in sequences:
         EngineRequest([sequence])
-    batch = pack(Step.of(sequences), CPU)
+    batch = pack(Step.of(sequences), CPU, recurs=recurs)
     assert batch.input_ids.shape == batch.position_ids.shape == (1, batch.segments.num_tokens)
     for span in batch.layout.spans:
         assert batch.position_ids[0, span.start : span.end].tolist() == list(range(span.end - span.start))
@@ -42,6 +42,15 @@ def test_little_is_filled() -> None:
 
 def test_the_base_comes_first_and_is_not_filled() -> None:
     assert packed((3, 10), (NO_ADAPTER, 9))[0] == [(NO_ADAPTER, 9), (3, 10)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "same"),
+    [([1, 3, 4], 4), ([9, 12], 12), ([61, 64], 64), ([65, 72], 72), ([113, 120], 120), ([961, 1024], 1024)],
+)
+def test_where_steps_are_to_recur_lengths_are_few(lengths: list[int], same: int) -> None:
+    for length in lengths:
+        assert packed((2, length), (NO_ADAPTER, length), recurs=True)[0] == [(NO_ADAPTER, same), (2, same)]
 
 
 @pytest.mark.parametrize("num_sequences", [1, 3])

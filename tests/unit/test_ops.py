@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 from unittest import mock
 
@@ -32,10 +33,10 @@ TREE = (
 LAST = tuple(dataclasses.replace(span, row=row) for row, span in enumerate(TREE))
 
 
-def long(spans: tuple[Span, ...]) -> Layout:
+def long(spans: tuple[Span, ...], gaps: Iterable[tuple[int, int]] = ()) -> Layout:
     """As if they were too many tokens to be grouped."""
     with mock.patch.object(layout_module, "SHORT", 0):
-        return layout_of(spans, CPU)
+        return layout_of(spans, CPU, gaps)
 
 
 LAYOUTS = {
@@ -75,6 +76,59 @@ def test_where_only_the_last_tokens_ask_each_sees_the_same(grouped: bool) -> Non
     layout = layout_of(LAST, CPU) if grouped else long(LAST)
     actual = attention.packed_attention(query[last], key, value, layout, **settings)
     torch.testing.assert_close(actual, everything[last], atol=1e-5, rtol=1e-5)
+
+
+def varlen_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What torch.nn.attention.varlen documents, on a CPU. No sequence may be longer than what is said."""
+    assert enable_gqa == (query.shape[1] != key.shape[1]) and return_aux.lse
+    assert [int(ends[-1]) for ends in (cu_seq_q, cu_seq_k)] == [len(query), len(key)]
+    outputs, lses = [], []
+    for q, k, v in zip(
+        query.split(cu_seq_q.diff().tolist()),
+        *(x.split(cu_seq_k.diff().tolist()) for x in (key, value)),
+        strict=True,
+    ):
+        assert len(q) <= max_q and len(k) <= max_k
+        is_causal = window_size == (-1, 0)
+        output, lse = attention._attend_plain(q, k, v, is_causal=is_causal, scaling=scale)
+        outputs.append(output)
+        lses.append(lse)
+    return torch.cat(outputs), torch.cat(lses)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("spans", ["tree", "last", "gap"])
+def test_as_cuda_computes_it_attention_equals_the_reference(spans: str, heads: tuple[int, int]) -> None:
+    """The calls that are made there, with a stand-in for its kernel: `tests/gpu` has the kernel."""
+    query, key, value, *cache = random_inputs(*heads)
+    settings: dict[str, Any] = dict(scaling=0.3, cache=tuple(cache))
+    layout, rows = {
+        "tree": (long(TREE), list(range(32))),
+        "last": (long(LAST), [span.end - 1 for span in TREE]),
+        "gap": (long(TREE[:4] + TREE[5:], [(15, 21)]), [*range(15), *range(21, 32)]),
+    }[spans]
+    expected = reference.packed_attention(query, key, value, LAYOUTS["tree"], **settings)
+    with (
+        mock.patch.object(attention, "_takes_varlen", lambda query: True),
+        mock.patch("torch.nn.attention.varlen.varlen_attn", varlen_attn),
+    ):
+        asked = query[rows] if spans == "last" else query
+        actual = attention.packed_attention(asked, key, value, layout, **settings)
+    actual = actual if spans == "last" else actual[rows]
+    torch.testing.assert_close(actual, expected[rows], atol=1e-5, rtol=1e-5)
 
 
 def test_what_long_spans_share_is_attended_to_in_one_call_each() -> None:
@@ -133,8 +187,7 @@ def test_tokens_that_fill_a_gap_change_nothing_and_come_out_finite(window: int |
     for one in (query, key, value):
         one[slice(*gap)] = 0
     layout = layout_of(spans, CPU, [gap])
-    assert layout.cu_seqlens is not None
-    assert layout.cu_seqlens.tolist() == [0, 7, 10, 14, 15, 21, 32]
+    assert layout.varlen.cu_queries.tolist() == layout.varlen.cu_keys.tolist() == [0, 7, 10, 14, 15, 21, 32]
     for attend in (attention.packed_attention, reference.packed_attention):
         actual = attend(query, key, value, layout, **options)
         torch.testing.assert_close(actual[:15], expected[:15])

@@ -14,6 +14,7 @@ from loraplex.engine.block_pool import BlockPool
 from loraplex.engine.engine import Engine
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
+from loraplex.model.cuda_graphs import CUDACapture
 from loraplex.model.loader import default_step_tokens, load_base, resolve_device, resolve_dtype, stop_token_ids
 from loraplex.model.machine import budget_bytes, give_back
 
@@ -35,7 +36,8 @@ class NativeExecutor:
     def load(self, base: Path, config: PreTrainedConfig, adapters: Seq[AdapterSource]) -> Engine:
         options = self._config
         device = resolve_device(options.device)
-        runner = ModelRunner(load_base(config, base, resolve_dtype(options.dtype, device), device))
+        capture = CUDACapture(device) if options.cuda_graphs else None
+        runner = ModelRunner(load_base(config, base, resolve_dtype(options.dtype, device), device), capture)
         runner.verify_packing()
         num_blocks = budget_bytes(options.kv_cache, device) // runner.block_bytes
         runner.allocate_cache(num_blocks)

@@ -15,6 +15,7 @@ from loraplex.model.lora_linear import Segment, Segments
 from loraplex.ops.layout import Layout, Span, layout_of
 
 MOST_FILLED = 1 / 16  # of the tokens of segments that are made of one length
+SHORTEST, NUM_LENGTHS = 4, 8  # where steps are to recur: multiples of so many tokens, so many up to twice a length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +44,10 @@ class Batch:
     target_ids: torch.Tensor  # [N] token ids
 
 
-def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batch:
+def pack(step: Step, device: torch.device, cache: KVCache | None = None, *, recurs: bool = False) -> Batch:
     """Sort the runs by slot, so that an adapter's tokens are one contiguous segment. Segments that are nearly of one
-    length follow each other and are made of one length: what their adapters do is one product then."""
+    length follow each other and are made of one length: what their adapters do is one product then.
+    recurs: make the lengths of all segments few, so that steps with the same ones come again."""
 
     def tensor(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -58,7 +60,10 @@ def pack(step: Step, device: torch.device, cache: KVCache | None = None) -> Batc
     by_slot: dict[int, list[Run]] = {}
     for run in step.runs():
         by_slot.setdefault(run.slot, []).append(run)
-    for slot, length in _even_lengths({slot: sum(run.num_tokens for run in runs) for slot, runs in by_slot.items()}):
+    lengths = {slot: sum(run.num_tokens for run in runs) for slot, runs in by_slot.items()}
+    if recurs:
+        lengths = {slot: _recurring(length) for slot, length in lengths.items()}
+    for slot, length in _even_lengths(lengths):
         start = len(input_ids)
         for run in by_slot[slot]:
             start_of[run] = len(input_ids)
@@ -148,6 +153,12 @@ def _even_lengths(lengths: Mapping[int, int]) -> Iterator[tuple[int, int]]:
             first, num_tokens = i, 0
         num_tokens += length
     yield from ((slot, others[-1][0]) for _, slot in others[first:])
+
+
+def _recurring(length: int) -> int:
+    """The next one that is not filled."""
+    unit = max(SHORTEST, (1 << length.bit_length() - 1) // NUM_LENGTHS)
+    return -(-length // unit) * unit
 
 
 def _asking(spans: Seq[Span], tokens: Seq[int]) -> Iterator[Span]:

@@ -14,6 +14,7 @@ from loraplex.engine.outcomes import read_outcomes
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sequence, Target
 from loraplex.engine.step import Step
 from loraplex.errors import LoraplexError, UnsupportedModelError
+from loraplex.model.cuda_graphs import Capture
 from loraplex.model.decoder_layer import fuse_layers
 from loraplex.model.fuse import fuse
 from loraplex.model.kv_cache import KVCache, slot_bytes
@@ -21,14 +22,15 @@ from loraplex.model.multi_lora import MultiLoRA
 
 
 class ModelRunner:
-    """Runs steps on one thread. Slots are small integers that the caller gives out; NO_ADAPTER is the bare base."""
+    """Runs steps on one thread. Slots are small integers that the caller gives out; NO_ADAPTER is the bare base.
+    capture: as of `MultiLoRA`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, capture: Capture | None = None) -> None:
         self.model = model
         self.device = model.device
         fuse(model)
         fuse_layers(model)
-        self._lora = MultiLoRA(model)
+        self._lora = MultiLoRA(model, capture)
         self._cache: KVCache | None = None
         self._kv_shapes: dict[int, tuple[int, int]] = {}
 
@@ -66,7 +68,7 @@ class ModelRunner:
     def run(self, step: Step) -> list[tuple[Sequence, Outcome]]:
         """One forward pass. A sequence of which only a chunk ran is not among the outcomes."""
         started = time.monotonic()
-        batch = pack(step, self.device, self._cache)
+        batch = pack(step, self.device, self._cache, recurs=self._lora.captures(step.num_tokens))
         for run in step.runs():
             run.owner.num_computed_tokens += run.num_tokens
         for placed in step.placed:

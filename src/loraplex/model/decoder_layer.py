@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from loraplex.model.attention import Probe, attend
+from loraplex.model.cuda_graphs import Piece, PieceRunner, Tensors
 from loraplex.model.fuse import PackedLinear
 from loraplex.model.lora_linear import ActiveSegments, MultiLoRALinear
 
@@ -21,6 +22,7 @@ class FusedLayer:
         self.layer, self.settings = layer, settings
         self.is_last = False
         self.segments = ActiveSegments()
+        self.pieces: PieceRunner | None = None  # None: nothing is captured
 
     def __call__(
         self,
@@ -30,24 +32,40 @@ class FusedLayer:
         batch: Any,
         **kwargs: Any,
     ) -> torch.Tensor:  # [1, T, hidden], of the last layer [1, L, hidden]
+        cos, sin = position_embeddings
+        before = self._run(self._before, hidden_states=hidden_states, cos=cos, sin=sin)
+        query, layout = before["query"], batch.layout
+        if self.is_last:  # of all other tokens nothing but keys and values is wanted
+            rows, layout, self.segments.current = batch.logit_rows, batch.last_layout, batch.last_segments
+            hidden_states, query = hidden_states[:, rows], rotated(query[rows], cos[0, rows], sin[0, rows])
+        index = self.layer.self_attn.layer_idx
+        attended = attend(index, query, before["key"], before["value"], layout, batch, **self.settings)
+        return self._run(self._after, attended=attended, hidden_states=hidden_states)["hidden_states"]
+
+    def _run(self, piece: Piece, **inputs: torch.Tensor) -> Tensors:
+        segments = self.segments.current
+        if self.pieces is None or self.is_last or segments is None or segments.graphs is None:
+            return piece(**inputs)
+        return self.pieces.run(segments.graphs, piece, segments.num_tokens, **inputs)
+
+    def _before(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
+        """What attention is asked: query, key, value, each [T, heads, D]."""
         attention = self.layer.self_attn
         x = self.layer.input_layernorm(hidden_states)
-        cos, sin = (one[0, :, None] for one in position_embeddings)  # [T, 1, D]
         query, key, value = (
             projection(x)[0].unflatten(-1, (-1, attention.head_dim))
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         if hasattr(attention, "q_norm"):
             query, key = attention.q_norm(query), attention.k_norm(key)
-        key = rotated(key, cos, sin)
-        layout = batch.layout
-        if self.is_last:  # of all other tokens nothing but keys and values is wanted
-            rows, layout, self.segments.current = batch.logit_rows, batch.last_layout, batch.last_segments
-            hidden_states, query, cos, sin = hidden_states[:, rows], query[rows], cos[rows], sin[rows]
-        query = rotated(query, cos, sin)
-        attended = attend(attention.layer_idx, query, key, value, layout, batch, **self.settings)
-        hidden_states = plus(attention.o_proj, attended.flatten(1)[None], hidden_states)
-        return plus(self.layer.mlp.down_proj, self._gated(hidden_states), hidden_states)
+        if not self.is_last:
+            query = rotated(query, cos[0], sin[0])
+        return {"query": query, "key": rotated(key, cos[0], sin[0]), "value": value}
+
+    def _after(self, attended: torch.Tensor, hidden_states: torch.Tensor) -> Tensors:
+        """What the layer gives."""
+        hidden_states = plus(self.layer.self_attn.o_proj, attended.flatten(1)[None], hidden_states)
+        return {"hidden_states": plus(self.layer.mlp.down_proj, self._gated(hidden_states), hidden_states)}
 
     def _gated(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the MLP projects down."""
@@ -71,8 +89,9 @@ def plus(layer: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> torch.Ten
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x * cos + rotate_half(x) * sin, without copies of x's halves. x: [n, heads, D]; cos, sin: [n, 1, D]."""
+    """x * cos + rotate_half(x) * sin, without copies of x's halves. x: [n, heads, D]; cos, sin: [n, D]."""
     half, output = x.shape[-1] // 2, torch.empty_like(x)
+    cos, sin = cos[:, None], sin[:, None]
     first, second = x[..., :half], x[..., half:]
     torch.mul(first, cos[..., :half], out=output[..., :half]).addcmul_(second, sin[..., :half], value=-1)
     torch.mul(second, cos[..., half:], out=output[..., half:]).addcmul_(first, sin[..., half:])

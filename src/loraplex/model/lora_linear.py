@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.weights import LoRAWeights, SavedModule
+from loraplex.model.cuda_graphs import Graphs
 from loraplex.model.fuse import PackedLinear
 
 # Adapters are computed together where zeros that fill up the smaller ranks make it at most so many times the work.
@@ -44,6 +45,8 @@ class Segments:
         self.num_tokens = sum(self.lengths)
         # Of the layers that were asked, to be kept for steps of the same `key`; None: not to be kept.
         self.groups: dict[MultiLoRALinear, tuple[Group, ...]] | None = None
+        # What was captured for steps of the same segments, and is to be; None: nothing is.
+        self.graphs: Graphs | None = None
 
     @property
     def key(self) -> tuple[tuple[int, bool], ...]:

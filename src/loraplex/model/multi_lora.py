@@ -1,6 +1,8 @@
 """A model with adapters in slots: which of its layers an adapter changes."""
 
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -8,49 +10,85 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import AdapterWeights, SavedModule
+from loraplex.model.cuda_graphs import Capture, Graphs, PieceRunner
 from loraplex.model.decoder_layer import FusedLayer
 from loraplex.model.last_layer import prune_last_layer
 from loraplex.model.lora_embedding import MultiLoRAEmbedding
-from loraplex.model.lora_linear import ActiveSegments, Group, MultiLoRALinear, Segments, wrap_linears
+from loraplex.model.lora_linear import ActiveSegments, Group, MultiLoRALinear, Segment, Segments, wrap_linears
 
 # The weights that layers put together for a step are kept for the next steps of the same slots, if it has so few tokens
 # that putting them together takes a good part of its time; and for so many sets of slots, since it is a copy.
 SMALL_STEP, NUM_KEPT = 1024, 4
+# Of such steps, those that come with the same segments for the third time are captured: so many for a set of slots.
+CAPTURED_AT, NUM_CAPTURED, NUM_COUNTED = 3, 16, 256
+
+
+@dataclass(slots=True)
+class Kept:
+    """For steps of the same slots, in the same order."""
+
+    groups: dict[MultiLoRALinear, tuple[Group, ...]] = field(default_factory=dict)
+    num_seen: Counter[Seq[Segment]] = field(default_factory=Counter)
+    graphs: dict[Seq[Segment], Graphs] = field(default_factory=dict)  # the oldest first; they use the groups
+
+    def graphs_of(self, segments: Seq[Segment]) -> Graphs | None:
+        """None: not seen often enough."""
+        if segments not in self.graphs:
+            if len(self.num_seen) > NUM_COUNTED:
+                self.num_seen.clear()
+            self.num_seen[segments] += 1
+            if self.num_seen[segments] < CAPTURED_AT:
+                return None
+        found = self.graphs[segments] = self.graphs.pop(segments, {})
+        while len(self.graphs) > NUM_CAPTURED:
+            del self.graphs[next(iter(self.graphs))]
+        return found
 
 
 class MultiLoRA:
-    """Wraps layers when the first adapter needs it. Slots are small integers that the caller gives out."""
+    """Wraps layers when the first adapter needs it. Slots are small integers that the caller gives out.
+    capture: of small steps, where the model's layers are fused; None: each is computed anew."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, capture: Capture | None = None) -> None:
         self.model = model
         self._segments, self._head_segments = ActiveSegments(), ActiveSegments()
+        self._pieces = None if capture is None else PieceRunner(capture, SMALL_STEP)
         for module in model.modules():
             if isinstance(module.forward, FusedLayer):
-                module.forward.segments = self._segments
+                module.forward.segments, module.forward.pieces = self._segments, self._pieces
         self.is_pruned = prune_last_layer(model, self._segments)
         self._layers: dict[str, MultiLoRALinear | MultiLoRAEmbedding] = {}
         self._scores: dict[int, SavedModule] = {}
-        self._kept: dict[object, dict[MultiLoRALinear, tuple[Group, ...]]] = {}  # the oldest first
+        self._kept: dict[tuple[tuple[int, bool], ...], Kept] = {}  # by the segments' key, the oldest first
         self._hidden = torch.empty(0)  # [L, hidden] of the wanted rows, as the output head saw them
         head: Any = model.get_output_embeddings()
         self._output_path = path_of(model, head)
         head.register_forward_pre_hook(self._keep_hidden)
 
+    def captures(self, num_tokens: int) -> bool:
+        """Whether steps of so many tokens are."""
+        return self._pieces is not None and not self._pieces.failed and num_tokens <= SMALL_STEP
+
     def begin(self, segments: Segments, last_segments: Segments) -> None:
         """The next forward pass is over these."""
         if segments.num_tokens <= SMALL_STEP:
-            segments.groups, last_segments.groups = self._kept_of(segments.key), self._kept_of(last_segments.key)
+            kept = self._kept_of(segments)
+            segments.groups, last_segments.groups = kept.groups, self._kept_of(last_segments).groups
+            if self.captures(segments.num_tokens):
+                segments.graphs = kept.graphs_of(segments.all)
         self._segments.current, self._head_segments.current = segments, last_segments
 
     def end(self) -> None:
         """The forward pass is over: what it used may be freed."""
         for active in (self._segments, self._head_segments):
             if active.current is not None:
-                active.current.groups = None
+                active.current.groups = active.current.graphs = None
+        if self._pieces is not None:
+            self._pieces.forget_inputs()
 
-    def _kept_of(self, key: object) -> dict[MultiLoRALinear, tuple[Group, ...]]:
+    def _kept_of(self, segments: Segments) -> Kept:
         everything = self._kept  # which another thread may replace: what is found then is used once more, and forgotten
-        kept = everything[key] = everything.pop(key, {})
+        kept = everything[segments.key] = everything.pop(segments.key, Kept())
         while len(everything) > NUM_KEPT:
             del everything[next(iter(everything))]
         return kept
@@ -93,7 +131,8 @@ class MultiLoRA:
             )
 
     def clear_slot(self, slot: int) -> None:
-        self._kept = {}
+        own = {slot, prefix_slot(slot)}
+        self._kept = {key: kept for key, kept in list(self._kept.items()) if own.isdisjoint(one for one, _ in key)}
         for layer in self._layers.values():
             layer.clear_slot(slot)
             layer.clear_slot(prefix_slot(slot))

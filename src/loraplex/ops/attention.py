@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex.ops import reference
-from loraplex.ops.layout import Group, Layout
+from loraplex.ops.layout import Group, Layout, Varlen
 
 
 def packed_attention(
@@ -33,7 +33,7 @@ def packed_attention(
         else:
             assert cache is not None, "a span reads the cache, but there is none"
             k, v = cache[0][context.cached], cache[1][context.cached]
-        attended, theirs = _attend(query[context.rows], k, v, is_causal=False, scaling=scaling)
+        attended, theirs = _attend(query[context.rows], k, v, context.varlen, is_causal=False, scaling=scaling)
         _merge(output, lse, context.rows, attended, theirs)
     for group in layout.groups:
         k, v = (_gathered(group, packed, cache and cache[side]) for side, packed in enumerate((key, value)))
@@ -62,9 +62,10 @@ def _attend_to_own(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, *, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, H, D], [T, H] float32
     """Each span to itself, causally, and the log-sum-exps where contexts are to be merged in."""
-    if query.is_cuda and query.dtype != torch.float32 and layout.cu_seqlens is not None:
-        longest = max(end - start for start, end in (*((one.start, one.end) for one in layout.spans), *layout.gaps))
-        return _attend_varlen(query, key, value, layout.cu_seqlens, longest, scaling=scaling)
+    if _takes_varlen(query):
+        if layout.own_keys is not None:
+            key, value = key[layout.own_keys], value[layout.own_keys]
+        return _attend_varlen(query, key, value, layout.varlen, is_causal=layout.own_keys is None, scaling=scaling)
     output = _empty_like(query, layout)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if layout.contexts else None
     for span in layout.alone:
@@ -80,14 +81,15 @@ def _attend(
     query: torch.Tensor,  # [n, H, D]
     key: torch.Tensor,  # [m, G, D]
     value: torch.Tensor,  # [m, G, D]
+    varlen: Varlen | None = None,  # all as one sequence; None where the device cannot take it
     *,
     is_causal: bool,
     scaling: float,
     mask: torch.Tensor | None = None,  # [n, m] float32, to be added; on CPU only
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [n, H, D], [n, H] float32
     """One attention call and the log-sum-exp of its scores."""
-    if query.is_cuda and query.dtype != torch.float32:
-        return _attend_cuda(query, key, value, is_causal=is_causal, scaling=scaling)
+    if varlen is not None and _takes_varlen(query):
+        return _attend_varlen(query, key, value, varlen, is_causal=is_causal, scaling=scaling)
     if query.is_cuda:  # no fused kernel takes float32 and returns the log-sum-exp
         return _attend_plain(query, key, value, is_causal=is_causal, scaling=scaling)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, n, D]
@@ -97,48 +99,24 @@ def _attend(
     return output[0].transpose(0, 1), lse[0].T
 
 
-def _attend_cuda(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if is_causal:
-        ends = torch.tensor([0, len(query)], dtype=torch.int32).to(query.device, non_blocking=True)
-        return _attend_varlen(query, key, value, ends, len(query), scaling=scaling)
-    ends = torch.tensor([[0, len(query)], [0, len(key)]], dtype=torch.int32).to(query.device, non_blocking=True)
-    return _varlen(query, key, value, ends[0], ends[1], len(query), len(key), window=(-1, -1), scaling=scaling)
+def _takes_varlen(query: torch.Tensor) -> bool:
+    return query.is_cuda and query.dtype != torch.float32
 
 
 def _attend_varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, longest: int, *, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, varlen: Varlen, *, is_causal: bool, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each of the consecutive spans to itself, causally, in one call."""
-    return _varlen(query, key, value, ends, ends, longest, longest, window=(-1, 0), scaling=scaling)
-
-
-def _varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_ends: torch.Tensor,
-    key_ends: torch.Tensor,
-    most_queries: int,
-    most_keys: int,
-    *,
-    window: tuple[int, int],
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each sequence to its keys, in one call."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     output, lse = varlen_attn(
         query,
         key,
         value,
-        query_ends,
-        key_ends,
-        most_queries,
-        most_keys,
+        *varlen,
         return_aux=AuxRequest(lse=True),
         scale=scaling,
-        window_size=window,
+        window_size=(-1, 0 if is_causal else -1),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     # Documented as [n, H]; the kernels that PyTorch 2.11 and 2.13 call say [H, n].

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -30,12 +31,23 @@ class Span:
         return (self.start, self.end) if self.row is None else (self.row, self.row + 1)
 
 
+class Varlen(NamedTuple):
+    """Several sequences of queries and keys for a kernel that takes all of them in one call: where each begins and the
+    last one ends, and of how many tokens the longest is."""
+
+    cu_queries: torch.Tensor  # [num_sequences + 1] int32
+    cu_keys: torch.Tensor  # the same
+    most_queries: int
+    most_keys: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """Tokens that other spans see whole: of this step (`start`, `end`), or `cached`. `rows` are the queries of the
     spans that see them, so one attention call serves all who share a prefix."""
 
     rows: torch.Tensor | slice  # [num_rows]
+    varlen: Varlen  # one sequence
     start: int = 0
     end: int = 0
     cached: torch.Tensor | None = None  # [num_cached]
@@ -55,15 +67,16 @@ class Group:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """groups: of the spans that are short, on a CPU; `alone` are all others, and `contexts` is what these see.
-    gaps: packed tokens of no span, whose attention nobody reads. cu_seqlens: where spans and gaps end, for kernels that
-    take all of them in one call; None where a span has `row`."""
+    gaps: packed tokens of no span, whose attention nobody reads. varlen: each span, and each gap, as a sequence, with
+    the keys that are its own; of packed tokens, these are `own_keys` where spans have a `row`."""
 
     spans: tuple[Span, ...]
     alone: tuple[Span, ...] = ()
     groups: tuple[Group, ...] = ()
     contexts: tuple[Context, ...] = ()
     gaps: tuple[tuple[int, int], ...] = ()
-    cu_seqlens: torch.Tensor | None = None  # [num_spans + num_gaps + 1] int32
+    varlen: Varlen
+    own_keys: torch.Tensor | None = None
 
     @property
     def num_positions(self) -> int:
@@ -85,23 +98,37 @@ def layout_of(spans: tuple[Span, ...], device: torch.device, gaps: Iterable[tupl
             rows.setdefault(ancestor, []).append(span)
     contexts = []
     for seen, by in rows.items():
-        which = _rows_of(by, device)
+        which, num_rows = _rows_of(by, device), sum(end - start for start, end in (span.queries for span in by))
         if isinstance(seen, tuple):
-            contexts.append(Context(rows=which, start=seen[0], end=seen[1]))
+            varlen = _varlen([num_rows], [seen[1] - seen[0]], device)
+            contexts.append(Context(rows=which, varlen=varlen, start=seen[0], end=seen[1]))
         else:
-            contexts.append(Context(rows=which, cached=cached[seen]))
-    gaps, cu_seqlens = tuple(gaps), None
+            varlen = _varlen([num_rows], [len(cached[seen])], device)
+            contexts.append(Context(rows=which, varlen=varlen, cached=cached[seen]))
+    gaps, own_keys = tuple(gaps), None
     if all(span.row is None for span in spans):
-        ends = sorted([0, *(span.end for span in spans), *(end for _, end in gaps)])
-        cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
+        ranges = sorted([*(span.queries for span in spans), *gaps])
+        lengths = [end - start for start, end in ranges]
+        varlen = _varlen(lengths, lengths, device)
+    else:
+        by_row = sorted(spans, key=lambda span: span.queries)
+        varlen = _varlen([1] * len(spans), [span.end - span.start for span in by_row], device)
+        own_keys = torch.cat([torch.arange(span.start, span.end) for span in by_row]).to(device)
     return Layout(
         spans=spans,
         alone=alone,
         groups=tuple(_group(group, device) for group in members),
         contexts=tuple(contexts),
         gaps=gaps,
-        cu_seqlens=cu_seqlens,
+        varlen=varlen,
+        own_keys=own_keys,
     )
+
+
+def _varlen(queries: list[int], keys: list[int], device: torch.device) -> Varlen:
+    ends = torch.tensor([[0, *itertools.accumulate(lengths)] for lengths in (queries, keys)], dtype=torch.int32)
+    cu_queries, cu_keys = ends.to(device, non_blocking=True)
+    return Varlen(cu_queries, cu_keys, max(queries), max(keys))
 
 
 def _rows_of(spans: Seq[Span], device: torch.device) -> torch.Tensor | slice:

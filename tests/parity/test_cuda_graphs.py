@@ -1,0 +1,104 @@
+"""Small steps that are captured and replayed, by a stand-in for CUDA's graphs: nothing but time may change."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import recorded
+import tiny
+from loraplex import Loraplex
+from loraplex.errors import UnsupportedModelError
+
+NAMES = ["active0", "active1", "active2", "plain"]
+TEXT = "Customer: hello, is it done?"
+NUM_PIECES = 2 * (tiny.FAMILIES["mistral"].num_hidden_layers - 1)  # before and after attention, but for the last layer
+
+
+class Counted:
+    """recorded.recorded, and how often."""
+
+    def __init__(self) -> None:
+        self.num_captured = self.num_replayed = 0
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        self.num_captured += 1
+        replay = recorded.recorded(function)
+
+        def counted() -> None:
+            self.num_replayed += 1
+            replay()
+
+        return counted
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_shared_bundle(tmp_path_factory.mktemp("graphs") / "bundle")
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2"])
+def test_steps_that_come_again_are_replayed(tmp_path: Path, family: str) -> None:
+    """Texts of other words and, nearly, other lengths are steps of the same segments."""
+    bundle, counted = tiny.save_shared_bundle(tmp_path / "bundle", tiny.FAMILIES[family]), Counted()
+    texts = [TEXT + word for word in (" seven", " is it?", " two", " hello")]  # of 12, 12, 11 and 11 tokens
+    with (
+        Loraplex.load(bundle, dtype="float32", kv_cache="0") as plain,
+        recorded.captures(counted, at=3),
+        Loraplex.load(bundle, dtype="float32", kv_cache="0", cuda_graphs=True) as captured,
+    ):
+        for name in NAMES:
+            captured.classify(TEXT + " hello, hello, hello", name)  # so that all are on the device
+        counted.num_replayed = 0
+        for i, text in enumerate(texts):
+            assert_equal(captured, plain, text, NAMES)
+            num_captured = 0 if family == "gemma2" or i < 2 else NUM_PIECES
+            assert (counted.num_captured, counted.num_replayed) == (num_captured, num_captured * max(0, i - 1))
+
+
+def test_what_is_captured_goes_with_the_adapter(bundle: Path) -> None:
+    """Two places: the new adapter gets that of the old one, and nobody else's graphs are lost."""
+    counted = Counted()
+    with recorded.captures(counted, at=1), Loraplex.load(bundle, dtype="float32", cuda_graphs=True) as captured:
+        other = captured.classify(TEXT, "plain")["plain"].scores
+        expected = captured.classify(TEXT, "active2")["active2"].scores
+        captured.unload_adapter("active0")
+        captured.load_adapter("active0", bundle / "active2")
+        assert captured.classify(TEXT, "active0")["active0"].scores == pytest.approx(expected, abs=1e-4)
+        num_captured = counted.num_captured
+        assert captured.classify(TEXT, "plain")["plain"].scores == other
+        assert counted.num_captured == num_captured
+
+
+def test_where_capturing_fails_steps_run_as_before(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    counted = Counted()
+
+    def third_fails(function: Callable[[], None]) -> Callable[[], None]:
+        if counted.num_captured == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return counted(function)
+
+    with (
+        Loraplex.load(bundle, dtype="float32", kv_cache="0") as plain,
+        recorded.captures(third_fails, at=1),
+        caplog.at_level(logging.WARNING),
+        Loraplex.load(bundle, dtype="float32", kv_cache="0", cuda_graphs=True) as captured,
+    ):
+        for _ in range(3):
+            assert_equal(captured, plain, TEXT, NAMES)
+    assert counted.num_captured == 2
+    assert [record.message for record in caplog.records] == [
+        "steps are no longer captured as CUDA graphs, and run as before"
+    ]
+
+
+def test_a_cpu_has_none(bundle: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="CUDA graphs are for CUDA devices only"):
+        Loraplex.load(bundle, device="cpu", cuda_graphs=True)
+
+
+def assert_equal(captured: Loraplex, plain: Loraplex, text: str, names: list[str]) -> None:
+    expected, actual = plain.classify(text, names), captured.classify(text, names)
+    for one, other in zip(expected.verdicts, actual.verdicts, strict=True):
+        assert other.scores == pytest.approx(one.scores, abs=1e-4)
