@@ -32,10 +32,10 @@ class Bundle:
     adapters: tuple[AdapterSource, ...]
     settings: BundleSettings = field(default_factory=BundleSettings)
 
-    @property
-    def base_name(self) -> str:
-        """By which the base is asked."""
-        return self.base.resolve().name
+    base_name: str = field(init=False)  # by which the base is asked
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "base_name", self.base.resolve().name)
 
 
 def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = None) -> Bundle:

@@ -44,25 +44,27 @@ def metrics_of(request: Request) -> Metrics:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Run `work`, or cancel it when the client leaves: what it queued is dropped at the engine's next step."""
+    """Do `work`, unless the client leaves: then it is cancelled, and the engine's next step drops what it queued."""
+    worker, has_left = asyncio.current_task(), False
+    assert worker is not None
 
-    async def gone() -> None:
+    async def watch() -> None:
+        nonlocal has_left
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        has_left = True
+        worker.cancel()
 
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    # The work stays in this task: to wait for another one would be two more rounds of the loop before the answer.
+    watching = asyncio.ensure_future(watch())
     try:
-        try:
-            await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:  # the time to drain is over
-            raise stopping() from None
-        if not task.done():
-            raise CancelledError("the client left", remedy="none is needed")
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if has_left and not worker.uncancel():
+            raise CancelledError("the client left", remedy="none is needed") from None
+        raise stopping() from None  # the time to drain is over
     finally:
-        watch.cancel()
-        task.cancel()
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else will look at it
+        watching.cancel()
 
 
 async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = False) -> ClassifyResult | BatchResult:
