@@ -82,49 +82,56 @@ def served(bundle: str, *options: str) -> Iterator[str]:
 
 
 class Load:
+    """The clients are bare sockets: what a client's library takes is not what HTTP adds to the engine, and the server
+    would lack it."""
+
     def __init__(self, url: str, num_classifiers: int | None, seed: int) -> None:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self.http = httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits)
         self.random = random.Random(seed)
-        self._num_classifiers = num_classifiers
-        self._classifiers: str | list[str] = "*"
-
-    async def prepare(self) -> int:
-        """The number of classifiers that are asked."""
-        models = (await self.http.get("/v1/models")).json()["data"]
+        host, _, port = url.removeprefix("http://").partition(":")
+        self._address = host, int(port)
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        models = httpx.get(f"{url}/v1/models").json()["data"]
         names = [model["id"] for model in models if model.get("parent")]
-        if self._num_classifiers is not None:
-            names = self._classifiers = names[: self._num_classifiers]
-        return len(names)
+        self._classifiers = names[:num_classifiers]
 
-    def body(self) -> dict[str, Any]:
-        """A conversation that no other begins like."""
+    @property
+    def num_classifiers(self) -> int:
+        return len(self._classifiers)
+
+    def request(self) -> bytes:
+        """About a conversation that no other begins like."""
         turns = [
             f"{('Customer', 'Agent')[i % 2]}: {' '.join(self.random.choices(WORDS, k=self.random.randint(6, 18)))}"
             for i in range(NUM_TURNS - 1)
         ]
-        return {"input": "\n".join(turns), "classifiers": self._classifiers}
+        body = json.dumps({"input": "\n".join(turns), "classifiers": self._classifiers}).encode()
+        head = b"POST /v1/classify HTTP/1.1\r\nHost: benchmark\r\nContent-Type: application/json\r\n"
+        return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
-    async def ask(self) -> tuple[str, dict[str, Any]]:
-        """Status, or "timeout" or what else went wrong, and the answer."""
+    async def ask(self) -> str:
+        """The answer's status, or "timeout" or what else went wrong."""
+        connection = None
         try:
-            response = await self.http.post("/v1/classify", json=self.body())
-        except httpx.TimeoutException:
-            return "timeout", {}
-        except httpx.HTTPError as exc:
-            return type(exc).__name__, {}
-        return str(response.status_code), response.json()
+            async with asyncio.timeout(TIMEOUT_S):
+                connection = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
+                reader, writer = connection
+                writer.write(self.request())
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(content_length(head))
+        except (TimeoutError, OSError, EOFError) as exc:
+            if connection is not None:
+                connection[1].close()
+            return "timeout" if isinstance(exc, TimeoutError) else type(exc).__name__
+        self._idle.append(connection)
+        return head.split(maxsplit=2)[1].decode()
 
     def one_at_a_time(self, num: int) -> tuple[list[float], list[float], int]:
-        """Seconds as the client sees them and as the engine tells them, and tokens asked for in one request. The client
-        is a bare socket: what a client's library takes is not what HTTP adds to the engine."""
+        """Seconds as the client sees them and as the engine tells them, and tokens asked for in one request."""
         seen, told, tokens = [], [], []
-        with socket.create_connection((self.http.base_url.host, self.http.base_url.port)) as sock:
+        with socket.create_connection(self._address) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for _ in range(num):
-                body = json.dumps(self.body()).encode()
-                head = b"POST /v1/classify HTTP/1.1\r\nHost: benchmark\r\nContent-Type: application/json\r\n"
-                request = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+                request = self.request()
                 started = time.perf_counter()
                 sock.sendall(request)
                 read = read_answer(sock)
@@ -142,7 +149,7 @@ class Load:
         async def client() -> None:
             nonlocal num
             while time.perf_counter() < end:
-                status, _ = await self.ask()
+                status = await self.ask()
                 num += status == "200"
                 await asyncio.sleep(status == "429")
 
@@ -154,7 +161,7 @@ class Load:
         """Poisson arrivals at the offered rate; returns when all are answered."""
 
         async def request(arrival: float) -> None:
-            status, _ = await self.ask()
+            status = await self.ask()
             outcomes.statuses[status] += 1
             if status == "200":
                 outcomes.seconds.append(time.perf_counter() - arrival)
@@ -175,33 +182,36 @@ def read_answer(sock: socket.socket) -> bytes:
         assert piece, f"the server closed the connection after {received!r}"
         received += piece
         head, end, body = received.partition(b"\r\n\r\n")
-        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-        if end and length and len(body) >= int(length[1]):
+        if end and len(body) >= content_length(head):
             return body
+
+
+def content_length(head: bytes) -> int:
+    length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+    assert length, f"an answer without a length: {head!r}"
+    return int(length[1])
 
 
 async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
     load = Load(url, args.classifiers, args.seed)
-    async with load.http:
-        num_classifiers = await load.prepare()
-        load.one_at_a_time(3)
-        seen, told, num_tokens = load.one_at_a_time(args.requests)
-        await load.capacity(args.clients, args.seconds / 4)  # warm
-        capacities = [await load.capacity(args.clients, args.seconds)]
-        rates = {share: Outcomes(offered=share * capacities[0]) for share in LOADS}
-        kinds = (None, *LOADS)
-        runs = [kind for _ in range(args.rounds) for kind in load.random.sample(kinds, len(kinds))]
-        for share in track(runs, "open loop", console=Console(stderr=True)):
-            if share is None:
-                capacities.append(await load.capacity(args.clients, args.seconds))
-            else:
-                await load.arrive(rates[share], args.seconds)
+    load.one_at_a_time(3)
+    seen, told, num_tokens = load.one_at_a_time(args.requests)
+    await load.capacity(args.clients, args.seconds / 4)  # warm
+    capacities = [await load.capacity(args.clients, args.seconds)]
+    rates = {share: Outcomes(offered=share * capacities[0]) for share in LOADS}
+    kinds = (None, *LOADS)
+    runs = [kind for _ in range(args.rounds) for kind in load.random.sample(kinds, len(kinds))]
+    for share in track(runs, "open loop", console=Console(stderr=True)):
+        if share is None:
+            capacities.append(await load.capacity(args.clients, args.seconds))
+        else:
+            await load.arrive(rates[share], args.seconds)
     reports = {share: outcomes.report() for share, outcomes in rates.items()}
     capacity = statistics.median(capacities)
     peak = max(capacity, *(report["answered_per_s"] for report in reports.values()))
     seen_ms, told_ms = 1000 * statistics.median(seen), 1000 * statistics.median(told)
     return {
-        "classifiers": num_classifiers,
+        "classifiers": load.num_classifiers,
         "prompt_tokens": num_tokens,
         "latency": {
             "http_p50_ms": seen_ms,
