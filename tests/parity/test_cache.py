@@ -11,6 +11,8 @@ import recorded
 import tiny
 from checks import check_pool
 from loraplex import ClassifyRequest, ClassifyResult, Loraplex
+from loraplex.backends.native import NativeExecutor
+from loraplex.backends.serving import ServingBackend
 from loraplex.engine import sequence
 from loraplex.engine.block_pool import block_hashes
 from loraplex.errors import ContractError, InvalidRequestError
@@ -90,6 +92,28 @@ def test_what_layers_keep_for_small_steps_goes_with_the_adapter(
         after = loraplex.classify(text, ["task0", "task1"])["task0"].scores
     assert after == pytest.approx(expected, abs=TOLERANCE)
     assert after != pytest.approx(before, abs=0.01)
+
+
+def test_what_layers_keep_stays_in_its_memory(tmp_path: Path) -> None:
+    bundle, text = tiny.save_bundle(tmp_path / "bundle", adapters=3), "Customer: hello"
+    names = ["task0", "task1", "task2"]
+    with Loraplex.load(bundle, dtype="float32") as loraplex:
+        assert isinstance(loraplex.backend, ServingBackend)
+        executor = loraplex.backend._executor
+        assert isinstance(executor, NativeExecutor)
+        lora = executor._loaded._lora
+        lora._kept.clear()
+        for _ in range(2):
+            expected = loraplex.classify(text, names)
+        num_bytes = [kept.num_bytes for kept in lora._kept.values()]
+        assert len(num_bytes) == 1 and num_bytes[0] > 0  # the last layer's have the same key: its slots' order
+        lora._kept_bytes = num_bytes[0]
+        assert_equal(loraplex.classify(text, names), expected)
+        assert len(lora._kept) == 1
+        lora._kept_bytes -= 1
+        for _ in range(2):
+            assert_equal(loraplex.classify(text, names), expected)
+            assert not lora._kept
 
 
 def test_the_next_turn_is_computed_where_it_is_new(pair: Pair) -> None:

@@ -35,6 +35,10 @@ class Group(NamedTuple):
     lora_A: torch.Tensor | None = None  # [g, rank, in], the smaller ranks filled up with zeros
     lora_B_T: torch.Tensor | None = None  # [g, rank, out]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(one.nbytes for one in (self.lora_A, self.lora_B_T) if one is not None)
+
 
 class Segments:
     """Of one step; all layers see the same."""

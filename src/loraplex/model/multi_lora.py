@@ -15,10 +15,12 @@ from loraplex.model.decoder_layer import FusedLayer
 from loraplex.model.last_layer import prune_last_layer
 from loraplex.model.lora_embedding import MultiLoRAEmbedding
 from loraplex.model.lora_linear import ActiveSegments, Group, MultiLoRALinear, Segment, Segments, wrap_linears
+from loraplex.model.machine import budget_bytes
 
 # The weights that layers put together for a step are kept for the next steps of the same slots, if it has so few tokens
-# that putting them together takes a good part of its time; and for so many sets of slots, since it is a copy.
-SMALL_STEP, NUM_KEPT = 1024, 4
+# that putting them together takes a good part of its time; and for so many sets of slots, in so much of the memory that
+# was free, since it is a copy.
+SMALL_STEP, NUM_KEPT, KEPT_MEMORY = 1024, 4, "5%"
 # Of such steps, those that come with the same segments for the third time are captured: so many for a set of slots.
 CAPTURED_AT, NUM_CAPTURED, NUM_COUNTED = 3, 16, 256
 
@@ -28,8 +30,16 @@ class Kept:
     """For steps of the same slots, in the same order."""
 
     groups: dict[MultiLoRALinear, tuple[Group, ...]] = field(default_factory=dict)
+    _counted: tuple[int, int] = 0, 0  # layers, and the bytes of their groups
     num_seen: Counter[Seq[Segment]] = field(default_factory=Counter)
     graphs: dict[Seq[Segment], Graphs] = field(default_factory=dict)  # the oldest first; they use the groups
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what was put together; what is a slot's own is not counted."""
+        if self._counted[0] != len(self.groups):
+            self._counted = len(self.groups), sum(one.num_bytes for groups in self.groups.values() for one in groups)
+        return self._counted[1]
 
     def graphs_of(self, segments: Seq[Segment]) -> Graphs | None:
         """None: not seen often enough."""
@@ -59,6 +69,7 @@ class MultiLoRA:
         self.is_pruned = prune_last_layer(model, self._segments)
         self._layers: dict[str, MultiLoRALinear | MultiLoRAEmbedding] = {}
         self._scores: dict[int, SavedModule] = {}
+        self._kept_bytes = budget_bytes(KEPT_MEMORY, model.device)
         self._kept: dict[tuple[tuple[int, bool], ...], Kept] = {}  # by the segments' key, the oldest first
         self._hidden = torch.empty(0)  # [L, hidden] of the wanted rows, as the output head saw them
         head: Any = model.get_output_embeddings()
@@ -85,12 +96,13 @@ class MultiLoRA:
                 active.current.groups = active.current.graphs = None
         if self._pieces is not None:
             self._pieces.forget_inputs()
+        kept = self._kept
+        while len(kept) > NUM_KEPT or sum(one.num_bytes for one in kept.values()) > self._kept_bytes:
+            del kept[next(iter(kept))]
 
     def _kept_of(self, segments: Segments) -> Kept:
         everything = self._kept  # which another thread may replace: what is found then is used once more, and forgotten
         kept = everything[segments.key] = everything.pop(segments.key, Kept())
-        while len(everything) > NUM_KEPT:
-            del everything[next(iter(everything))]
         return kept
 
     def set_slot(self, slot: int, adapter: AdapterWeights) -> None:
