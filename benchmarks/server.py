@@ -219,6 +219,7 @@ async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
             await load.arrive(rates[share], args.seconds)
             continue
         before = await load.capacity(args.clients, args.seconds)
+        rates[share].offered = share * before
         answered = await load.arrive(rates[share], args.seconds)
         capacities += [before, await load.capacity(args.clients, args.seconds)]
         goodputs.append(answered / statistics.mean(capacities[-2:]))

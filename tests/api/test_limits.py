@@ -182,6 +182,40 @@ def test_a_client_that_leaves_in_the_midst_of_its_body_harms_nobody(server: serv
             time.sleep(0.05)
 
 
+def test_a_client_that_sends_more_and_leaves_is_noticed(server: serving.Server) -> None:
+    """Bytes behind a request, which may be the next one's, wait until it is answered; the client's end does not."""
+    body = json.dumps({"inputs": ["hello"] * 400, "classifiers": "*"}).encode()
+    with serving.client(server) as http:
+        before = num_cancelled(http)
+        with serving.connect(server) as sock:
+            sock.sendall(HEAD + length(len(body)) + body)
+            time.sleep(0.2)
+            sock.sendall(b"\r\n")
+            time.sleep(0.05)
+        deadline = time.monotonic() + 10
+        while num_cancelled(http) != before + 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def num_cancelled(http: httpx.Client) -> float:
+    [line] = [
+        line for line in http.get("/metrics").text.splitlines() if line.startswith("loraplex_requests_cancelled_total ")
+    ]
+    return float(line.split()[1])
+
+
+def test_a_broken_chunk_behind_an_answer_closes_the_connection(tiny_bundle: Path, tmp_path: Path) -> None:
+    log, key = tmp_path / "log", f"key:infer:{'k' * 32}"
+    with serving.serve(tiny_bundle, "--dtype", "float32", log=str(log), LORAPLEX_API_KEYS=key) as server:
+        with serving.connect(server) as sock:
+            sock.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+            assert answer(sock)[0] == 401
+            sock.sendall(b"zzz\r\n")
+            assert serving.receive(sock) == b""
+    assert "Traceback" not in log.read_text()
+
+
 # ------------------------------------------------------------------------------------------- connections
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 
+import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loraplex.errors import BadInputError, BodyTooLargeError, CancelledError, RequestTimeoutError
@@ -76,7 +78,8 @@ class BodyLimit:
 class IdleLimit(H11Protocol):
     """Closes a connection whose client does not read its answer for `timeout_keep_alive` seconds, or on which no whole
     request head has come for as long. uvicorn's own timer starts with the first answer and stops with the next byte:
-    who sends nothing, or a head drop by drop, or no end of a body that was refused, would keep the connection."""
+    who sends nothing, or a head drop by drop, or no end of a body that was refused, would keep the connection.
+    And notices a client that leaves, whatever it sent before, and what is broken behind an answer."""
 
     @property
     def is_new(self) -> bool:
@@ -91,6 +94,15 @@ class IdleLimit(H11Protocol):
         # As uvicorn's, but that bytes do not stop the timer: `handle_events` does, at a request's head.
         self.conn.receive_data(data)
         self.handle_events()
+        # At bytes behind a request uvicorn stops reading until it is answered, and would not see its client leave.
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < HIGH_WATER_LIMIT:
+            self.flow.resume_reading()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # its request was answered before its body had come
+            self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -60,7 +60,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
     try:
         return await work
     except asyncio.CancelledError:
-        if has_left and not worker.uncancel():
+        if has_left:
+            worker.uncancel()
             raise CancelledError("the client left", remedy="none is needed") from None
         raise stopping() from None  # the time to drain is over
     finally:
