@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -50,14 +51,22 @@ def test_captured_steps_equal_the_cpus(
 ) -> None:
     """Texts that come again, and an adapter replaced between them."""
     names = ["active0", "active1", "active2", "plain"]
-    with Loraplex.load(bundle, device="cuda", dtype=dtype, kv_cache="0", cuda_graphs=True) as cuda:
+    with (
+        mock.patch.object(
+            torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=torch.cuda.CUDAGraph.replay
+        ) as replay,
+        Loraplex.load(bundle, device="cuda", dtype=dtype, kv_cache="0", cuda_graphs=True) as cuda,
+    ):
         for i in range(10):
-            if i == 5:
-                cuda.load_adapter("active1", bundle / "active1")
+            if i == 5:  # it leaves its place, and comes to the same one
+                cuda.unload_adapter("plain")
+                cuda.load_adapter("plain", bundle / "plain")
             for text in TEXTS:
                 expected, actual = cpu.classify(text, names), cuda.classify(text, names)
                 for one, other in zip(expected.verdicts, actual.verdicts, strict=True):
                     assert other.scores == pytest.approx(one.scores, abs=tolerance)
+        has_fused_layers = "no layers of which CUDA graphs" not in caplog.text
+    assert bool(replay.call_count) == has_fused_layers
     assert "no longer captured" not in caplog.text
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -114,6 +115,25 @@ def test_what_layers_keep_stays_in_its_memory(tmp_path: Path) -> None:
         for _ in range(2):
             assert_equal(loraplex.classify(text, names), expected)
             assert not lora._kept
+
+
+def test_what_was_kept_for_a_step_that_did_not_fit_is_given_back(tmp_path: Path) -> None:
+    """The head has memory for one row only, so the step is split until each has but one."""
+    bundle, text = tiny.save_bundle(tmp_path / "bundle", adapters=3), "Customer: hello"
+    names = ["task0", "task1", "task2"]
+
+    def fails(module: object, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape[1] > 1:
+            raise torch.OutOfMemoryError("no memory is left")
+
+    with Loraplex.load(bundle, dtype="float32") as loraplex:
+        expected = loraplex.classify(text, names)
+        assert isinstance(loraplex.backend, ServingBackend)
+        executor = loraplex.backend._executor
+        assert isinstance(executor, NativeExecutor)
+        executor._loaded.model.get_output_embeddings().register_forward_pre_hook(fails)
+        assert_equal(loraplex.classify(text, names), expected)
+        assert {len(key) for key in executor._loaded._lora._kept} == {1}
 
 
 def test_the_next_turn_is_computed_where_it_is_new(pair: Pair) -> None:

@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import recorded
 import tiny
 from loraplex import Loraplex
+from loraplex.backends.serving import ServingBackend
 from loraplex.errors import UnsupportedModelError
 
 NAMES = ["active0", "active1", "active2", "plain"]
@@ -57,18 +59,42 @@ def test_steps_that_come_again_are_replayed(tmp_path: Path, family: str) -> None
             assert (counted.num_captured, counted.num_replayed) == (num_captured, num_captured * max(0, i - 1))
 
 
-def test_what_is_captured_goes_with_the_adapter(bundle: Path) -> None:
-    """Two places: the new adapter gets that of the old one, and nobody else's graphs are lost."""
+def test_what_is_captured_goes_with_the_adapter(bundle: Path, tmp_path: Path) -> None:
+    """An adapter of other weights gets the place of one that has left, and nobody else's graphs are lost."""
     counted = Counted()
-    with recorded.captures(counted, at=1), Loraplex.load(bundle, dtype="float32", cuda_graphs=True) as captured:
-        other = captured.classify(TEXT, "plain")["plain"].scores
-        expected = captured.classify(TEXT, "active2")["active2"].scores
-        captured.unload_adapter("active0")
-        captured.load_adapter("active0", bundle / "active2")
-        assert captured.classify(TEXT, "active0")["active0"].scores == pytest.approx(expected, abs=1e-4)
+    tiny.save_adapter(bundle, tmp_path / "other", contract=tiny.CONTRACT, seed=7, r=2)
+    options: dict[str, Any] = {"dtype": "float32", "kv_cache": "0", "adapter_root": (str(tmp_path),)}
+    with (
+        Loraplex.load(bundle, **options) as plain,
+        recorded.captures(counted, at=1),
+        Loraplex.load(bundle, **options, cuda_graphs=True) as captured,
+    ):
+        for loraplex in (plain, captured):
+            loraplex.load_adapter("other", str(tmp_path / "other"))
+            loraplex.unload_adapter("active0")
+        for name in ("plain", "other"):
+            assert_equal(captured, plain, TEXT, [name])
+        slot, before = place_of(captured, "other"), captured.classify(TEXT, "other")["other"].scores
+        tiny.save_adapter(bundle, tmp_path / "another", contract=tiny.CONTRACT, seed=8, r=2)
+        for loraplex in (plain, captured):
+            loraplex.unload_adapter("other")
+            loraplex.load_adapter("other", str(tmp_path / "another"))
         num_captured = counted.num_captured
-        assert captured.classify(TEXT, "plain")["plain"].scores == other
+        assert_equal(captured, plain, TEXT, ["plain"])
         assert counted.num_captured == num_captured
+        assert_equal(captured, plain, TEXT, ["other"])
+        assert captured.classify(TEXT, "other")["other"].scores != pytest.approx(before, abs=1e-3)
+        assert place_of(captured, "other") == slot
+
+
+def place_of(loraplex: Loraplex, name: str) -> int:
+    """The slot of its version."""
+    backend = loraplex.backend
+    assert isinstance(backend, ServingBackend)
+    lease = backend._ready_store().try_lease(name)
+    assert lease is not None
+    lease.release()
+    return lease.slot
 
 
 def test_where_capturing_fails_steps_run_as_before(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:

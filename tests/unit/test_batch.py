@@ -10,7 +10,7 @@ from loraplex.engine.step import Step
 CPU = torch.device("cpu")
 
 
-def packed(*lengths: tuple[int, int], recurs: bool = False) -> tuple[list[tuple[int, int]], list[int]]:
+def packed(*lengths: tuple[int, int], recurs_up_to: int = 0) -> tuple[list[tuple[int, int]], list[int]]:
     """(slot, tokens) of the segments of a step with a sequence for each (slot, tokens), and the packed ids, which count
     up from 100 * the place of their sequence."""
     sequences = [
@@ -18,7 +18,7 @@ def packed(*lengths: tuple[int, int], recurs: bool = False) -> tuple[list[tuple[
     ]
     for sequence in sequences:
         EngineRequest([sequence])
-    batch = pack(Step.of(sequences), CPU, recurs=recurs)
+    batch = pack(Step.of(sequences), CPU, recurs_up_to=recurs_up_to)
     assert batch.input_ids.shape == batch.position_ids.shape == (1, batch.segments.num_tokens)
     for span in batch.layout.spans:
         assert batch.position_ids[0, span.start : span.end].tolist() == list(range(span.end - span.start))
@@ -50,7 +50,14 @@ def test_the_base_comes_first_and_is_not_filled() -> None:
 )
 def test_where_steps_are_to_recur_lengths_are_few(lengths: list[int], same: int) -> None:
     for length in lengths:
-        assert packed((2, length), (NO_ADAPTER, length), recurs=True)[0] == [(NO_ADAPTER, same), (2, same)]
+        assert packed((2, length), (NO_ADAPTER, length), recurs_up_to=2 * same)[0] == [
+            (NO_ADAPTER, same),
+            (2, same),
+        ]
+        assert packed((2, length), (NO_ADAPTER, length), recurs_up_to=2 * same - 1)[0] == [
+            (NO_ADAPTER, length),
+            (2, length),
+        ]
 
 
 @pytest.mark.parametrize("num_sequences", [1, 3])

@@ -44,10 +44,11 @@ class Batch:
     target_ids: torch.Tensor  # [N] token ids
 
 
-def pack(step: Step, device: torch.device, cache: KVCache | None = None, *, recurs: bool = False) -> Batch:
+def pack(step: Step, device: torch.device, cache: KVCache | None = None, *, recurs_up_to: int = 0) -> Batch:
     """Sort the runs by slot, so that an adapter's tokens are one contiguous segment. Segments that are nearly of one
     length follow each other and are made of one length: what their adapters do is one product then.
-    recurs: make the lengths of all segments few, so that steps with the same ones come again."""
+    recurs_up_to: make the lengths of all segments few, so that steps with the same ones come again, where the step has
+    at most so many tokens then."""
 
     def tensor(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -61,9 +62,11 @@ def pack(step: Step, device: torch.device, cache: KVCache | None = None, *, recu
     for run in step.runs():
         by_slot.setdefault(run.slot, []).append(run)
     lengths = {slot: sum(run.num_tokens for run in runs) for slot, runs in by_slot.items()}
-    if recurs:
-        lengths = {slot: _recurring(length) for slot, length in lengths.items()}
-    for slot, length in _even_lengths(lengths):
+    ordered = list(_even_lengths(lengths))
+    if recurs_up_to:
+        few = list(_even_lengths({slot: _recurring(length) for slot, length in lengths.items()}))
+        ordered = few if sum(length for _, length in few) <= recurs_up_to else ordered
+    for slot, length in ordered:
         start = len(input_ids)
         for run in by_slot[slot]:
             start_of[run] = len(input_ids)

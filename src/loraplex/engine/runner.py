@@ -68,21 +68,26 @@ class ModelRunner:
     def run(self, step: Step) -> list[tuple[Sequence, Outcome]]:
         """One forward pass. A sequence of which only a chunk ran is not among the outcomes."""
         started = time.monotonic()
-        batch = pack(step, self.device, self._cache, recurs=self._lora.captures(step.num_tokens))
+        batch = pack(step, self.device, self._cache, recurs_up_to=self._lora.max_captured)
         for run in step.runs():
             run.owner.num_computed_tokens += run.num_tokens
         for placed in step.placed:
             if placed.sequence.started_s is None:
                 placed.sequence.started_s = started
         self._lora.begin(batch.segments, batch.last_segments)
-        logits = self.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=0 if self._lora.is_pruned else batch.logit_rows,
-            batch=batch,
-        ).logits[0]
-        self._lora.end()
+        try:
+            logits = self.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=0 if self._lora.is_pruned else batch.logit_rows,
+                batch=batch,
+            ).logits[0]
+        except torch.OutOfMemoryError:
+            self._lora.forget()
+            raise
+        finally:
+            self._lora.end()
         self._kv_shapes = batch.kv_shapes
         if not batch.sequences:
             return []

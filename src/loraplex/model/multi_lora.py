@@ -1,5 +1,6 @@
 """A model with adapters in slots: which of its layers an adapter changes."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
@@ -17,12 +18,14 @@ from loraplex.model.lora_embedding import MultiLoRAEmbedding
 from loraplex.model.lora_linear import ActiveSegments, Group, MultiLoRALinear, Segment, Segments, wrap_linears
 from loraplex.model.machine import budget_bytes
 
+logger = logging.getLogger(__name__)
+
 # The weights that layers put together for a step are kept for the next steps of the same slots, if it has so few tokens
 # that putting them together takes a good part of its time; and for so many sets of slots, in so much of the memory that
 # was free, since it is a copy.
 SMALL_STEP, NUM_KEPT, KEPT_MEMORY = 1024, 4, "5%"
 # Of such steps, those that come with the same segments for the third time are captured: so many for a set of slots.
-CAPTURED_AT, NUM_CAPTURED, NUM_COUNTED = 3, 16, 256
+CAPTURED_AT, NUM_CAPTURED, NUM_COUNTED = 3, 48, 256
 
 
 @dataclass(slots=True)
@@ -51,7 +54,8 @@ class Kept:
                 return None
         found = self.graphs[segments] = self.graphs.pop(segments, {})
         while len(self.graphs) > NUM_CAPTURED:
-            del self.graphs[next(iter(self.graphs))]
+            evicted = next(iter(self.graphs))
+            del self.graphs[evicted], self.num_seen[evicted]
         return found
 
 
@@ -63,9 +67,12 @@ class MultiLoRA:
         self.model = model
         self._segments, self._head_segments = ActiveSegments(), ActiveSegments()
         self._pieces = None if capture is None else PieceRunner(capture, SMALL_STEP)
-        for module in model.modules():
-            if isinstance(module.forward, FusedLayer):
-                module.forward.segments, module.forward.pieces = self._segments, self._pieces
+        fused = [module.forward for module in model.modules() if isinstance(module.forward, FusedLayer)]
+        if self._pieces is not None and not fused:
+            logger.warning("%s has no layers of which CUDA graphs are captured", type(model).__name__)
+            self._pieces = None
+        for layer in fused:
+            layer.segments, layer.pieces = self._segments, self._pieces
         self.is_pruned = prune_last_layer(model, self._segments)
         self._layers: dict[str, MultiLoRALinear | MultiLoRAEmbedding] = {}
         self._scores: dict[int, SavedModule] = {}
@@ -76,29 +83,36 @@ class MultiLoRA:
         self._output_path = path_of(model, head)
         head.register_forward_pre_hook(self._keep_hidden)
 
-    def captures(self, num_tokens: int) -> bool:
-        """Whether steps of so many tokens are."""
-        return self._pieces is not None and not self._pieces.failed and num_tokens <= SMALL_STEP
+    @property
+    def max_captured(self) -> int:
+        """Tokens of the largest steps that are."""
+        return 0 if self._pieces is None or self._pieces.failed else SMALL_STEP
 
     def begin(self, segments: Segments, last_segments: Segments) -> None:
         """The next forward pass is over these."""
         if segments.num_tokens <= SMALL_STEP:
             kept = self._kept_of(segments)
             segments.groups, last_segments.groups = kept.groups, self._kept_of(last_segments).groups
-            if self.captures(segments.num_tokens):
+            if self.max_captured:
                 segments.graphs = kept.graphs_of(segments.all)
         self._segments.current, self._head_segments.current = segments, last_segments
 
     def end(self) -> None:
-        """The forward pass is over: what it used may be freed."""
+        """The forward pass is over, or failed: what it used may be freed."""
         for active in (self._segments, self._head_segments):
             if active.current is not None:
                 active.current.groups = active.current.graphs = None
         if self._pieces is not None:
             self._pieces.forget_inputs()
+            if self._pieces.failed:
+                self.forget()
         kept = self._kept
         while len(kept) > NUM_KEPT or sum(one.num_bytes for one in kept.values()) > self._kept_bytes:
             del kept[next(iter(kept))]
+
+    def forget(self) -> None:
+        """All that is kept between steps."""
+        self._kept = {}
 
     def _kept_of(self, segments: Segments) -> Kept:
         everything = self._kept  # which another thread may replace: what is found then is used once more, and forgotten

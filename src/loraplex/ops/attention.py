@@ -1,5 +1,8 @@
 """Attention over packed spans by PyTorch's fused kernels, on CPU and CUDA. What spans share they attend to together."""
 
+import inspect
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -109,16 +112,13 @@ def _attend_varlen(
     """Each sequence to its keys, in one call."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    output, lse = varlen_attn(
-        query,
-        key,
-        value,
-        *varlen,
-        return_aux=AuxRequest(lse=True),
-        scale=scaling,
-        window_size=(-1, 0 if is_causal else -1),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    window = (-1, 0 if is_causal else -1)
+    options: dict[str, Any] = {"return_aux": AuxRequest(lse=True), "scale": scaling, "window_size": window}
+    if (
+        "enable_gqa" in inspect.signature(varlen_attn).parameters
+    ):  # PyTorch 2.11 takes fewer key heads without being told
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    output, lse = varlen_attn(query, key, value, *varlen, **options)
     # Documented as [n, H]; the kernels that PyTorch 2.11 and 2.13 call say [H, n].
     return output, lse.T if lse.shape == (query.shape[1], query.shape[0]) else lse
 
