@@ -43,7 +43,7 @@ def test_the_server_benchmark_runs(tiny_bundle: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["classifiers"] == 2 and report["capacity_per_s"] > 0 and report["latency"]["http_p50_ms"] > 0
     assert len(report["loads"]) == 8 and all(one["other"] == 0 for one in report["loads"].values())
-    assert (tmp_path / "plot.svg").stat().st_size > 1000 and "of the peak" in run.stdout
+    assert (tmp_path / "plot.svg").stat().st_size > 1000 and "of the capacity" in run.stdout
 
 
 def test_the_backends_are_compared(tmp_path: Path) -> None:
