@@ -84,8 +84,11 @@ def test_a_star_asks_the_route_and_not_its_targets(own: httpx.Client) -> None:
     [invoked] = own.post("/invocations", json={"input_text": TEXT, "adapter_name": "done"}).json()
     assert invoked["predicted_text"] == ask(own, classifiers="task0")["verdicts"][0]["label"]
     raw = {"input_text": TEXT + "<|ask|>", "raw": True}
-    by_route = own.post("/invocations", json=raw | {"adapter_name": "done"}).json()
-    assert by_route == own.post("/invocations", json=raw | {"adapter_name": "task0"}).json()
+    [by_route] = own.post("/invocations", json=raw | {"adapter_name": "done"}).json()
+    [by_name] = own.post("/invocations", json=raw | {"adapter_name": "task0"}).json()
+    assert by_route["predicted_text"] == by_name["predicted_text"]
+    # One of them may have run beside a shadow, which changes the last digits.
+    assert by_route["confidence_score"] == pytest.approx(by_name["confidence_score"], abs=1e-4)
 
 
 def test_a_rollback_is_one_call(own: httpx.Client) -> None:
