@@ -31,7 +31,6 @@ class Bundle:
     root: Path | None = None  # the folder that holds all of it, if there is one
     adapters: tuple[AdapterSource, ...]
     settings: BundleSettings = field(default_factory=BundleSettings)
-
     base_name: str = field(init=False)  # by which the base is asked
 
     def __post_init__(self) -> None:

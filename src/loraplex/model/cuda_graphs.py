@@ -54,7 +54,7 @@ class PieceRunner:
             computed = piece(**buffers)  # what it allocates once and keeps must not come from the graphs' memory
             try:
                 graphs[piece] = self._captured(piece, buffers, computed, num_tokens)
-            except Exception:
+            except RuntimeError:  # CUDA's errors, and that memory is short; the piece itself has just run
                 logger.warning("steps are no longer captured as CUDA graphs, and run as before", exc_info=True)
                 self.failed = True
                 return computed

@@ -1,6 +1,8 @@
 """Attention over packed spans by PyTorch's fused kernels, on CPU and CUDA. What spans share they attend to together."""
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,13 +116,17 @@ def _attend_varlen(
 
     window = (-1, 0 if is_causal else -1)
     options: dict[str, Any] = {"return_aux": AuxRequest(lse=True), "scale": scaling, "window_size": window}
-    if (
-        "enable_gqa" in inspect.signature(varlen_attn).parameters
-    ):  # PyTorch 2.11 takes fewer key heads without being told
+    if _is_told_gqa(varlen_attn):
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     output, lse = varlen_attn(query, key, value, *varlen, **options)
     # Documented as [n, H]; the kernels that PyTorch 2.11 and 2.13 call say [H, n].
     return output, lse.T if lse.shape == (query.shape[1], query.shape[0]) else lse
+
+
+@functools.cache
+def _is_told_gqa(varlen_attn: Callable[..., Any]) -> bool:
+    """PyTorch 2.11 takes fewer key heads than query heads without being told."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _attend_plain(
