@@ -113,6 +113,9 @@ def test_where_capturing_fails_steps_run_as_before(bundle: Path, caplog: pytest.
     ):
         for _ in range(3):
             assert_equal(captured, plain, TEXT, NAMES)
+        backend: Any = captured.backend
+        kept = backend._executor._loaded._lora._kept
+        assert kept and not any(one.graphs for one in kept.values())
     assert counted.num_captured == 2
     assert [record.message for record in caplog.records] == [
         "steps are no longer captured as CUDA graphs, and run as before"

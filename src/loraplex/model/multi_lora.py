@@ -86,7 +86,7 @@ class MultiLoRA:
     @property
     def max_captured(self) -> int:
         """Tokens of the largest steps that are."""
-        return 0 if self._pieces is None or self._pieces.failed else SMALL_STEP
+        return 0 if self._pieces is None else SMALL_STEP
 
     def begin(self, segments: Segments, last_segments: Segments) -> None:
         """The next forward pass is over these."""
@@ -104,7 +104,8 @@ class MultiLoRA:
                 active.current.groups = active.current.graphs = None
         if self._pieces is not None:
             self._pieces.forget_inputs()
-            if self._pieces.failed:
+            if self._pieces.failed:  # its graphs are for nothing
+                self._pieces = None
                 self.forget()
         kept = self._kept
         while len(kept) > NUM_KEPT or sum(one.num_bytes for one in kept.values()) > self._kept_bytes:
