@@ -63,7 +63,6 @@ class Bench:
         return Scheduler(
             max_step_tokens=default_step_tokens(self.runner.device, self.runner.model.dtype),
             max_step_sequences=512,
-            max_queue=10_000,
             pool=BlockPool(4096),
         )
 
@@ -82,7 +81,7 @@ class Bench:
             if step is None:
                 return outputs
             outputs += [outcome for _, outcome in self.runner.run(step) if isinstance(outcome, SequenceOutput)]
-            scheduler.finish(step, computed=True)
+            scheduler.finish(step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,15 +18,11 @@ from loraplex import Loraplex
 from loraplex.backends.base import GenerateRequest, GenerateResult
 from loraplex.backends.serving import open_backend
 from loraplex.bundle import open_bundle
-from loraplex.config import EngineConfig
-from loraplex.engine.engine import Steps
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence
 from loraplex.errors import (
     CancelledError,
     DeadlineExceededError,
     InvalidRequestError,
-    LoraplexError,
-    QueueFullError,
     UnknownClassifierError,
 )
 
@@ -184,51 +180,5 @@ def test_who_is_late_is_not_told_that_it_left(bundle: Path) -> None:
         [outcome] = await backend._compute([sequence], time.monotonic() + 0.01)
         assert isinstance(outcome, DeadlineExceededError)
         assert sequence.request.cancelled
-
-    asyncio.run(ask())
-
-
-def test_what_the_engine_just_refused_is_not_tokenized_again(bundle: Path) -> None:
-    """Clients that try again at once would else keep the tokenizer's threads from those that are answered."""
-
-    class Engine:
-        steps, wait_s, num_waiting, num_running, is_full = Steps(), 3.0, 0, 0, True
-
-        def submit(self, request: EngineRequest) -> None:
-            if self.is_full:
-                raise QueueFullError("300 tokens wait already", remedy="wait")
-            for sequence in request.sequences:
-                request.resolve(sequence, DeadlineExceededError("late", remedy="none"))
-
-    async def ask() -> None:
-        backend: Any = open_backend(open_bundle(bundle), EngineConfig(dtype="float32", device="cpu"))
-        await backend.start()
-        real, engine, num_tokenized = backend._engine, Engine(), 0
-        run = backend._threads.run
-
-        async def counted(*args: Any) -> Any:
-            nonlocal num_tokenized
-            num_tokenized += 1
-            return await run(*args)
-
-        async def generate(text: str) -> LoraplexError:
-            with pytest.raises(LoraplexError) as caught:
-                await backend.generate(GenerateRequest(prompt=text, adapter=None))
-            return caught.value
-
-        backend._engine, backend._threads.run = engine, counted
-        backend._num_accepted = 1  # somebody is being answered
-        try:
-            assert isinstance(await generate("hello there"), QueueFullError) and num_tokenized == 1
-            again = await generate("hello there, again")
-            assert isinstance(again, QueueFullError) and num_tokenized == 1
-            assert (again.message, again.retry_after_s) == ("300 tokens wait already", 3.0)
-            engine.is_full = False
-            assert isinstance(await generate("hi"), DeadlineExceededError), "a smaller one may fit"
-            engine.steps = Steps(num_steps=1)
-            assert isinstance(await generate("hello there"), DeadlineExceededError), "something left the queue"
-        finally:
-            backend._engine = real
-            await backend.close()
 
     asyncio.run(ask())

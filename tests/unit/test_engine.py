@@ -1,12 +1,15 @@
 """The engine's thread around a runner whose behaviour each test sets."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import pytest
 
+from loraplex.engine.block_pool import BlockPool
 from loraplex.engine.engine import Engine
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sampling, Sequence, SequenceOutput, Token
@@ -27,7 +30,6 @@ def output(sequence: Sequence) -> SequenceOutput:
     return SequenceOutput(
         log_probs=(),
         tokens=(*sequence.tokens, Token(sequence.num_tokens, 0.0)),
-        num_computed_tokens=sequence.num_tokens,
         queued_s=0.0,
         computed_s=0.0,
     )
@@ -44,8 +46,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def scheduler(*, tokens: int = 100, sequences: int = 10, queue: int = 100) -> Scheduler:
-    return Scheduler(max_step_tokens=tokens, max_step_sequences=sequences, max_queue=queue)
+def scheduler(*, tokens: int = 100, sequences: int = 10) -> Scheduler:
+    return Scheduler(max_step_tokens=tokens, max_step_sequences=sequences)
 
 
 class FakeRunner:
@@ -278,3 +280,129 @@ def test_who_stops_waiting_gets_what_there_is() -> None:
     gate.set()
     assert_set(ended)
     engine.close()
+
+
+class RaisingAt:
+    """Stands before an object and raises at the `n`-th call of any of its methods, counted over all objects that share
+    the counter."""
+
+    def __init__(self, real: Any, calls: "itertools.count[int]", n: int) -> None:
+        self._real, self._calls, self._n = real, calls, n
+
+    def _count(self) -> None:
+        if next(self._calls) == self._n:
+            raise RuntimeError(f"call {self._n} fails")
+
+    def __len__(self) -> int:
+        self._count()
+        return len(self._real)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._real, name)
+        if not callable(found):
+            return found
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._count()
+            return found(*args, **kwargs)
+
+        return counted
+
+
+def fail_on_7(step: Seq[Sequence]) -> None:
+    if any(sequence.num_tokens == 7 for sequence in step):
+        raise ValueError("broken")
+
+
+@pytest.mark.parametrize("n", range(60))
+def test_every_accepted_request_resolves_whichever_call_of_the_engine_raises(n: int) -> None:
+    """The traffic makes the engine call everything that it ever calls: chunks, tokens, a step that fails, a probe."""
+    calls = itertools.count()
+    policy = Scheduler(max_step_tokens=32, max_step_sequences=4, pool=BlockPool(20))
+    runner: Any = RaisingAt(FakeRunner(fail_on_7), calls, n)
+    engine = Engine(runner, RaisingAt(policy, calls, n))  # type: ignore[arg-type]
+    generating = Sequence(token_ids=(1, 2, 3), slot=NO_ADAPTER, sampling=Sampling(max_tokens=3))
+    accepted = []
+    engine.start()
+    for one in (request(100, 2, 7), EngineRequest([generating]), request(3, deadline_s=0.0), request(5, 6)):
+        try:
+            engine.submit(one)
+        except (RuntimeError, NotReadyError):  # not accepted
+            continue
+        accepted.append(one)
+    for one in accepted:
+        assert len(one.future.result(TIMEOUT)) == len(one.sequences)
+    engine.close()
+
+
+def test_submitting_does_not_wait_for_a_step_to_be_laid_out() -> None:
+    laying_out, go_on = threading.Event(), threading.Event()
+
+    class Slow(Scheduler):
+        def next_step(self, now: float) -> Any:
+            laying_out.set()
+            assert_set(go_on)
+            return super().next_step(now)
+
+    engine = Engine(FakeRunner(), Slow(max_step_tokens=100, max_step_sequences=10))
+    engine.start()
+    first, second = request(1), request(2)
+    engine.submit(first)
+    assert_set(laying_out)
+    submitting = threading.Thread(target=engine.submit, args=(second,), daemon=True)
+    submitting.start()
+    submitting.join(2)
+    was_done = not submitting.is_alive()
+    assert engine.num_waiting == 2 or not was_done
+    go_on.set()
+    assert was_done, "submit waited for the step"
+    assert top_ids(first) == [1] and top_ids(second) == [2]
+    engine.close()
+
+
+def test_tokens_are_counted_once_however_often_their_step_was_split(engine_of: EngineOf) -> None:
+    def holds_two(step: Seq[Sequence]) -> None:
+        if len(step) > 2:
+            raise MemoryError
+
+    wanted = request(10, 20, 30, 40)
+    engine_of(FakeRunner(holds_two), scheduler()).submit(wanted)
+    top_ids(wanted)
+    assert [sequence.num_computed_tokens for sequence in wanted.sequences] == [10, 20, 30, 40]
+    failing = request(10, 7)
+    engine_of(FakeRunner(fail_on_7), scheduler()).submit(failing)
+    failing.future.result(TIMEOUT)
+    assert [sequence.num_computed_tokens for sequence in failing.sequences] == [10, 0]
+
+
+def test_a_step_that_is_split_reads_the_blocks_that_it_would_have_read() -> None:
+    """Else its halves would compute whole conversations, and memory that is short would get shorter."""
+    sizes: list[int] = []
+
+    class Runner(FakeRunner):
+        def run(self, step: Step) -> list[tuple[Sequence, Outcome]]:
+            sizes.append(step.num_tokens)
+            return super().run(step)
+
+    def asked(last: int) -> EngineRequest:
+        return EngineRequest(
+            [Sequence(token_ids=(*range(96), 200 + i, last), slot=NO_ADAPTER, num_kept=96) for i in range(4)]
+        )
+
+    def holds_two(step: Seq[Sequence]) -> None:
+        if len(step) > 2:
+            raise MemoryError
+
+    policy = Scheduler(max_step_tokens=1000, max_step_sequences=10, pool=BlockPool(100))
+    runner = Runner()
+    engine = Engine(runner, policy)
+    engine.start()
+    first, second = asked(1), asked(2)
+    engine.submit(first)
+    top_ids(first)
+    runner.before = holds_two
+    engine.submit(second)
+    top_ids(second)
+    engine.close()
+    assert sizes == [96 + 8, 8, 4, 4]
+    assert policy.pool.num_available == 100

@@ -1,6 +1,7 @@
 """The scheduler, steps and blocks on a simulated clock and a simulated model that knows what each block holds."""
 
 import itertools
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import pytest
@@ -11,7 +12,7 @@ from loraplex.engine.block_pool import BASE_KV, BLOCK_SIZE, BlockPool, block_has
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sampling, Sequence, Target, Token
 from loraplex.engine.step import Step
-from loraplex.errors import CancelledError, DeadlineExceededError, LoraplexError, QueueFullError
+from loraplex.errors import CancelledError, DeadlineExceededError, LoraplexError
 
 UNIQUE = itertools.count(1000)
 Content = tuple[tuple[bytes, int], ...]  # (K/V identity, token) of every position up to a block's end
@@ -43,16 +44,8 @@ def request(*num_tokens: int, slot: int = NO_ADAPTER, deadline_s: float | None =
     return EngineRequest([sequence(text, slot) for text in texts], deadline_s=deadline_s)
 
 
-def scheduler(
-    *, tokens: int = 100, sequences: int = 10, queue: int = 100, queue_tokens: int = 10**9, blocks: int = 0
-) -> Scheduler:
-    return Scheduler(
-        max_step_tokens=tokens,
-        max_step_sequences=sequences,
-        max_queue=queue,
-        max_queue_tokens=queue_tokens,
-        pool=BlockPool(blocks),
-    )
+def scheduler(*, tokens: int = 100, sequences: int = 10, blocks: int = 0) -> Scheduler:
+    return Scheduler(max_step_tokens=tokens, max_step_sequences=sequences, pool=BlockPool(blocks))
 
 
 class SimulatedModel:
@@ -66,25 +59,42 @@ class SimulatedModel:
         self.steps: list[int] = []
         self.dropped: list[tuple[Sequence, LoraplexError]] = []
 
-    def step(self, *, computed: bool = True) -> bool:
-        """A second for every 1,000 tokens; False where nothing was to be done."""
+    def step(self, *, fails: Callable[[int], bool] = lambda index: False) -> bool:
+        """A second for every 1,000 tokens; False where nothing was to be done. fails: whether the sequence of that
+        place in the step fails."""
         step, dropped = self.policy.next_step(self.now)
         self.dropped += dropped
         if step is None:
             return False
         self.check(step)
         self.steps.append(step.num_tokens)
+        self.check_budget(step)
         self.now += step.num_tokens / 1000
-        for placed in step.placed:
-            for index, block in placed.kept.items():
-                self.contents[block] = content(placed.sequence, placed.kept_positions(index).stop)
-        # A step that failed is run again without blocks and answers all the same.
-        answered = [placed.sequence for placed in step.placed if not (placed.is_chunk and computed)]
+        failed = {placed.sequence for index, placed in enumerate(step.placed) if fails(index)}
+        for half in step.halves() if failed else (step,):  # as the engine does, down to those that fail alone
+            assert half.num_tokens <= step.num_tokens
+            self.check(half)
+            for placed in half.placed:
+                for index, block in placed.kept.items():
+                    end = placed.kept_positions(index).stop
+                    self.contents[block] = () if placed.sequence in failed else content(placed.sequence, end)
+        answered = [one.sequence for one in step.placed if not one.is_chunk and one.sequence not in failed]
         generating = {one for one in answered if one.append(Token(7 + one.num_tokens % 5, 0.0))}
-        self.finished |= {one: self.now for one in answered if one not in generating}
-        self.policy.finish(step, computed=computed, generating=generating, seconds=step.num_tokens / 1000)
+        self.finished |= {one: self.now for one in (*answered, *failed) if one not in generating}
+        self.policy.finish(step, failed=failed, generating=generating, seconds=step.num_tokens / 1000)
         self.policy.pool.check()
         return True
+
+    def check_budget(self, step: Step) -> None:
+        """A step exceeds the budget only with one sequence, where there were too few blocks for a chunk of it, or where
+        the tokens whose logits are wanted, which are computed together, are more."""
+        budget = self.policy.max_step_tokens
+        if step.num_tokens > budget:
+            [placed] = step.placed
+            last_block = min((placed.start + budget) // BLOCK_SIZE, placed.sequence.num_cacheable_blocks)
+            num_wanted = last_block - placed.start // BLOCK_SIZE
+            num_free = self.policy.pool.num_available + sum(index >= len(placed.cached) for index in placed.kept)
+            assert num_wanted <= 0 or num_free < num_wanted, f"{step.num_tokens} tokens, {num_free} blocks are free"
 
     def check(self, step: Step) -> None:
         assert step.num_tokens == sum(run.num_tokens for run in step.runs())
@@ -140,39 +150,31 @@ def test_without_blocks_a_prompt_beyond_the_budget_runs_alone() -> None:
     assert model.steps == [500, 1]
 
 
-def test_is_bounded_and_takes_a_request_whole_or_not_at_all() -> None:
-    policy = scheduler(queue=4)
-    policy.add(request(1, 1, 1), 0.0)
-    with pytest.raises(QueueFullError):
-        policy.add(request(1, 1), 0.0)
-    assert len(policy) == 3
-
-
-def test_a_request_larger_than_the_queue_gets_in_when_nothing_waits() -> None:
-    policy = scheduler(queue=2, queue_tokens=2)
-    policy.add(request(1, 1, 1), 0.0)
-    assert len(policy) == 3
-
-
-def test_bounds_the_tokens_to_compute_and_says_when_to_come_back() -> None:
-    model = SimulatedModel(scheduler(queue_tokens=250, sequences=1))
+def test_knows_the_tokens_that_wait_and_how_long_they_take() -> None:
+    model = SimulatedModel(scheduler(sequences=1))
     model.policy.add(request(100), 0.0)
     model.step()
     texts = [[next(UNIQUE), *range(99)] for _ in range(2)]
     shared = EngineRequest([sequence(texts[0], 0, targets=1), sequence(texts[0], 0, targets=2)])
     model.policy.add(shared, 0.0)  # 100 tokens, which two sequences share
     model.policy.add(request(60, 40), 0.0)
-    with pytest.raises(QueueFullError, match="200 tokens wait") as caught:
-        model.policy.add(request(51), 0.0)
-    assert caught.value.retry_after_s == pytest.approx(0.2)  # at 1,000 tokens a second
-    model.policy.add(request(50), 0.0)
+    assert model.policy.num_waiting_tokens == 200
+    assert model.policy.wait_s == pytest.approx(0.2)  # at 1,000 tokens a second
     model.run()
-    assert model.policy.wait_s == 0
-    model.policy.add(request(250), 0.0)
+    assert model.policy.wait_s == model.policy.num_waiting_tokens == 0
 
 
-def test_what_is_dropped_or_cleared_waits_no_more() -> None:
-    model = SimulatedModel(scheduler(queue_tokens=1000))
+def test_what_a_request_costs_is_known_before_it_is_queued() -> None:
+    model = SimulatedModel(scheduler(tokens=1000, sequences=100, blocks=100))
+    asked = aloras(range(200, 300), 16)
+    assert model.policy.cost(asked.sequences) == 100 + 16 * 4
+    model.policy.add(asked, 0.0)
+    model.run()
+    assert model.policy.cost(aloras(range(200, 330), 16).sequences) == 130 - 96 + 16 * 4
+
+
+def test_what_is_dropped_waits_no_more() -> None:
+    model = SimulatedModel(scheduler())
     model.policy.add(request(10), 0.0)
     model.run()
     model.policy.add(request(40, 33, deadline_s=model.now + 1), model.now)
@@ -181,8 +183,6 @@ def test_what_is_dropped_or_cleared_waits_no_more() -> None:
     model.now += 2
     model.policy.next_step(model.now)  # drops the late ones and takes the 11
     assert model.policy.wait_s == pytest.approx(0.106)  # half of 211 was counted to it
-    model.policy.clear()
-    assert model.policy.wait_s == 0
 
 
 def test_drops_what_is_late_or_abandoned() -> None:
@@ -213,7 +213,7 @@ def test_the_shortest_work_comes_first_but_waiting_counts() -> None:
 
 def test_a_cold_adapter_is_not_starved_by_a_flood_of_a_hot_one() -> None:
     """A hot adapter keeps hundreds of requests waiting, the cold one asks now and then: it waits for about one step."""
-    model = SimulatedModel(scheduler(tokens=1000, sequences=100, queue=10_000))
+    model = SimulatedModel(scheduler(tokens=1000, sequences=100))
     cold: list[EngineRequest] = []
     for _ in range(200):
         for _ in range(15):  # more than a step takes
@@ -227,7 +227,7 @@ def test_a_cold_adapter_is_not_starved_by_a_flood_of_a_hot_one() -> None:
 
 
 def test_a_flow_that_comes_back_does_not_make_up_for_its_absence() -> None:
-    model = SimulatedModel(scheduler(tokens=100, queue=10_000))
+    model = SimulatedModel(scheduler(tokens=100))
     for _ in range(50):
         model.policy.add(request(100, slot=0), model.now)
     for _ in range(30):
@@ -322,6 +322,14 @@ def test_a_chunked_prompt_that_is_abandoned_gives_its_blocks_back() -> None:
     assert model.policy.pool.num_available == 40
 
 
+@pytest.mark.parametrize("blocks", [188, 200, 400])
+def test_a_long_prompt_keeps_to_the_budget_where_there_are_blocks_for_it(blocks: int) -> None:
+    model = SimulatedModel(scheduler(tokens=512, blocks=blocks))
+    model.policy.add(EngineRequest([sequence(range(3000))]), 0.0)
+    model.run()
+    assert model.steps == [512, 512, 512, 512, 512, 440]
+
+
 def test_two_long_prompts_that_do_not_fit_together_both_finish() -> None:
     model = SimulatedModel(scheduler(tokens=64, blocks=20))
     for slot in (0, 1):
@@ -360,13 +368,13 @@ def test_random_traffic_never_reads_a_block_that_holds_something_else(
 ) -> None:
     """Requests arrive, and after each a step runs, or fails, or the request is abandoned; the few blocks are evicted
     all the time. No reference stays behind."""
-    model = SimulatedModel(scheduler(tokens=tokens, queue=10_000, blocks=blocks))
+    model = SimulatedModel(scheduler(tokens=tokens, blocks=blocks))
     for sequences, event in traffic:
         wanted = EngineRequest(sequences)
         model.policy.add(wanted, model.now)
         if event == 0:
             wanted.future.cancel()
-        model.step(computed=event != 1)
+        model.step(fails=(lambda index: index % 2 == 0) if event == 1 else lambda index: False)
     model.run()
     assert len(model.policy) == 0
     assert model.policy.pool.num_available == blocks, "a reference stayed behind"

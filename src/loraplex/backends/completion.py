@@ -60,7 +60,7 @@ class Completion:
             num_top=request.num_top,
         )
         keep = request.conversation_id is not None
-        sequence = make_sequence(self._prompt, loaded, slot, keep=keep, sampling=sampling)
+        self._sequence = sequence = make_sequence(self._prompt, loaded, slot, keep=keep, sampling=sampling)
         if request.stop or self._tell is not None:  # else the engine's thread has better things to do
             sequence.on_token = self._take
         return sequence
@@ -71,7 +71,7 @@ class Completion:
         ended = self._detokenizer.stopped or self._tokens[-1].id in self._stop_ids
         num_prompt = len(self._prompt.token_ids)
         # Of what it generated all but the last token were computed, and are no part of the prompt.
-        num_computed = max(0, output.num_computed_tokens - len(self._tokens) + 1)
+        num_computed = max(0, self._sequence.num_computed_tokens - len(self._tokens) + 1)
         return GenerateResult(
             id=f"gen-{uuid.uuid4().hex}",
             text="".join(self._texts),

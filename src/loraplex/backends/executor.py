@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from loraplex.backends.capabilities import Capabilities
 from loraplex.bundle import AdapterSource
 from loraplex.engine.engine import Steps
-from loraplex.engine.sequence import EngineRequest
+from loraplex.engine.sequence import EngineRequest, Sequence
 
 
 class Computation(Protocol):
@@ -22,7 +22,17 @@ class Computation(Protocol):
         ...
 
     @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens to compute for these sequences."""
+        ...
+
+    @property
     def num_running(self) -> int: ...
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Tokens that one forward pass computes at most."""
+        ...
 
     @property
     def num_blocks(self) -> tuple[int, int]:
@@ -39,8 +49,13 @@ class Computation(Protocol):
         """What ran so far."""
         ...
 
+    def cost(self, sequences: Seq[Sequence]) -> int:
+        """Tokens to compute for `sequences`, as far as is known before they are submitted."""
+        ...
+
     def submit(self, request: EngineRequest) -> None:
-        """Its future resolves. QueueFullError, NotReadyError: it was not accepted."""
+        """Its future resolves. Returns at once, whatever the computation is busy with. NotReadyError: the request was
+        not accepted."""
         ...
 
     def close(self) -> None:

@@ -45,8 +45,6 @@ class NativeExecutor:
             pool=BlockPool(num_blocks),
             max_step_tokens=options.max_step_tokens or default_step_tokens(device, runner.model.dtype),
             max_step_sequences=options.max_step_sequences,
-            max_queue=options.max_queue,
-            max_queue_tokens=options.max_queue_tokens,
         )
         self._runner = runner
         engine = Engine(runner, scheduler)

@@ -74,8 +74,6 @@ class PeftExecutor:
             max_step_tokens=max_step_tokens,
             # One by one: each is answered as soon as it is computed, and looks at its deadline before.
             max_step_sequences=options.max_step_sequences if self._is_mixed else 1,
-            max_queue=options.max_queue,
-            max_queue_tokens=options.max_queue_tokens,
             shares=False,
         )
         engine = Engine(self._runner, scheduler)
@@ -168,7 +166,6 @@ class PeftRunner:
         started = time.monotonic()
         for sequence in sequences:
             sequence.started_s = started if sequence.started_s is None else sequence.started_s
-            sequence.num_computed_tokens += sequence.num_tokens
         # The wanted tokens are among the last K of each, which end together.
         num_last = max([1, *(-target.position for one in sequences for target in one.targets)])
         logits = self._logits(sequences, num_last)  # [sequences, K, vocab]

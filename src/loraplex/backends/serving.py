@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import importlib.util
 import logging
 import shutil
@@ -10,7 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,6 +21,7 @@ from loraplex.adapters.state import AdapterState
 from loraplex.adapters.store import AdapterStore
 from loraplex.adapters.version import Lease
 from loraplex.adapters.weights import AdapterWeights
+from loraplex.backends.admission import Admission
 from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult, OnToken
 from loraplex.backends.classifiers import ClassifierReader, LoadedClassifier
 from loraplex.backends.completion import Completion
@@ -29,7 +29,7 @@ from loraplex.backends.executor import Computation, Executor
 from loraplex.backends.proof import prove
 from loraplex.backends.question import Question, render
 from loraplex.backends.registry import BUNDLE, AdapterRegistry, preloaded
-from loraplex.backends.tokenizing import TokenizerThreads
+from loraplex.backends.tokenizing import LONG_CHARS, TokenizerThreads
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterSource, Bundle
 from loraplex.classifier import valid_unicode
 from loraplex.config import EngineConfig, resolve
@@ -43,7 +43,6 @@ from loraplex.errors import (
     InvalidRequestError,
     LoraplexError,
     NotReadyError,
-    QueueFullError,
 )
 from loraplex.model.loader import (
     base_layers,
@@ -71,9 +70,7 @@ class ServingBackend:
         self._engine: Computation | None = None
         self._max_model_len = 0
         self._threads = TokenizerThreads()
-        self._num_accepted = 0  # evaluations that are not answered yet
-        # The last request that the engine refused: steps that had run by then, its size, and why.
-        self._refused: tuple[int, int, QueueFullError | None] = (0, 0, None)
+        self._admission: Admission | None = None
         self._stop_ids: frozenset[int] = frozenset()
 
     @property
@@ -128,7 +125,8 @@ class ServingBackend:
     def num_waiting(self) -> int:
         if self._engine is None:
             return 0
-        return max(self._engine.num_waiting, self._num_accepted - self._engine.num_running)
+        num_accepted = 0 if self._admission is None else self._admission.num_evaluations
+        return max(self._engine.num_waiting, num_accepted - self._engine.num_running)
 
     def names(self) -> tuple[str, ...]:
         return tuple(one.name for one in self._ready_store().entries() if one.is_asked)
@@ -226,34 +224,8 @@ class ServingBackend:
         started = time.monotonic()
         self._ready_store()
         names = self._names(request)
-        with self._accepted(len(names), num_chars(request.input)):
+        with self._ready_admission().evaluations(len(names)):
             return await self._classify(request, names, started)
-
-    @contextlib.contextmanager
-    def _accepted(self, num_evaluations: int, num_chars: int) -> Iterator[None]:
-        """Counts what is in the house, from before it is tokenized until it is answered; refuses at once what would be
-        too much, but for a request that is too large alone."""
-        if self._engine is not None and self._num_accepted:
-            if self._num_accepted + num_evaluations > self._config.max_queue:
-                raise QueueFullError(
-                    f"{self._num_accepted} evaluations are being answered, of {self._config.max_queue} at most",
-                    remedy="send it again later, or raise --max-queue",
-                    retry_after_s=self._engine.wait_s,
-                )
-            # The engine counts tokens. To refuse what it would refuse, without tokenizing it first: nothing has left
-            # the queue since the last step, so what is no smaller than a request that was refused does not fit either.
-            num_steps, size, error = self._refused
-            if error is not None and num_steps == self._engine.steps.num_steps and num_evaluations * num_chars >= size:
-                raise QueueFullError(error.message, remedy=error.remedy, retry_after_s=self._engine.wait_s)
-        self._num_accepted += num_evaluations
-        try:
-            yield
-        except QueueFullError as exc:
-            if self._engine is not None:
-                self._refused = self._engine.steps.num_steps, num_evaluations * num_chars, exc
-            raise
-        finally:
-            self._num_accepted -= num_evaluations
 
     async def _classify(self, request: ClassifyRequest, names: Seq[str], started: float) -> ClassifyResult:
         deadline_s = _deadline(started, request.deadline_ms)
@@ -290,7 +262,7 @@ class ServingBackend:
             ),
             usage=_usage(
                 sum(question.num_prompt_tokens for question in questions.values()),
-                sum(output.num_computed_tokens for output in outputs),
+                sum(sequence.num_computed_tokens for one in questions.values() for sequence in one.sequences),
             ),
             timings=_timings(started, tokenized, outputs),
         )
@@ -327,17 +299,18 @@ class ServingBackend:
             for _, lease in leased:
                 lease.release()
 
-        def ask() -> None:
+        def ask() -> list[Sequence]:
             tokenizer = self._ready_tokenizer()
             conversations = Conversations(tokenizer)
             for question in questions:
                 question.ask(request, tokenizer, conversations, self._max_model_len)
+            return [sequence for question in questions for sequence in question.sequences]
 
         questions = [question for question, _ in leased]
         try:
             for question, lease in leased:
                 question.loaded, question.slot = lease.version, lease.slot
-            await self._threads.run(ask, num_chars(request.input), deadline_s)
+            sequences, num_tokens = await self._tokenize(ask, num_chars(request.input), deadline_s)
         except LoraplexError as exc:  # late, or too much waits
             release()
             for question in questions:
@@ -347,10 +320,9 @@ class ServingBackend:
             release()
             raise
         tokenized = time.monotonic()
-        sequences = [sequence for question in questions for sequence in question.sequences]
         try:
-            outcomes = iter(await self._compute(sequences, deadline_s, release))
-        except LoraplexError as exc:  # the queue is full, or the engine is gone
+            outcomes = iter(await self._compute(sequences, deadline_s, release, num_tokens))
+        except LoraplexError as exc:  # the engine is gone
             for question in questions:
                 question.error = question.error or exc
         else:
@@ -360,7 +332,7 @@ class ServingBackend:
 
     async def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> GenerateResult:
         started = time.monotonic()
-        with self._accepted(1, num_chars(request.prompt)):
+        with self._ready_admission().evaluations(1):
             return await self._generate(request, on_token, started)
 
     async def _generate(self, request: GenerateRequest, on_token: OnToken | None, started: float) -> GenerateResult:
@@ -381,13 +353,14 @@ class ServingBackend:
         loaded, slot = (None, NO_ADAPTER) if lease is None else (lease.version, lease.slot)
         release: Callable[[], None] = lease.release if lease is not None else lambda: None
         try:
-            make = functools.partial(completion.make_sequence, loaded, slot)
-            sequence = await self._threads.run(make, num_chars(request.prompt), deadline_s)
+            [sequence], num_tokens = await self._tokenize(
+                lambda: [completion.make_sequence(loaded, slot)], num_chars(request.prompt), deadline_s
+            )
         except BaseException:
             release()
             raise
         tokenized = time.monotonic()
-        [outcome] = await self._compute([sequence], deadline_s, release)
+        [outcome] = await self._compute([sequence], deadline_s, release, num_tokens)
         if isinstance(outcome, LoraplexError):
             raise outcome
         return completion.result(outcome, _timings(started, tokenized, [outcome]))
@@ -424,13 +397,38 @@ class ServingBackend:
             raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
         return self._store
 
+    def _ready_admission(self) -> Admission:
+        if self._admission is None:
+            raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
+        return self._admission
+
     def _ready_registry(self) -> "AdapterRegistry":
         if self._registry is None:
             raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
         return self._registry
 
+    async def _tokenize(
+        self, make: Callable[[], list[Sequence]], num_chars: int, deadline_s: float | None
+    ) -> tuple[list[Sequence], int]:
+        """The sequences that `make` makes in a tokenizer's thread, and the tokens to compute for them."""
+
+        def work() -> tuple[list[Sequence], int]:
+            sequences = make()
+            return sequences, self._engine.cost(sequences) if self._engine is not None else 0
+
+        admission = self._ready_admission()
+        if num_chars >= LONG_CHARS:
+            admission.check_long_text(self._threads.num_long_chars, num_chars)
+        sequences, num_tokens = await self._threads.run(work, num_chars, deadline_s)
+        admission.check_tokens(num_tokens)
+        return sequences, num_tokens
+
     async def _compute(
-        self, sequences: Seq[Sequence], deadline_s: float | None, release: Callable[[], None] = lambda: None
+        self,
+        sequences: Seq[Sequence],
+        deadline_s: float | None,
+        release: Callable[[], None] = lambda: None,
+        num_tokens: int = 0,
     ) -> Seq[Outcome]:
         loop = asyncio.get_running_loop()
 
@@ -444,7 +442,7 @@ class ServingBackend:
                 return ()
             if self._engine is None:
                 raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
-            request = EngineRequest(sequences, deadline_s=deadline_s, on_end=on_end)
+            request = EngineRequest(sequences, deadline_s=deadline_s, num_tokens=num_tokens, on_end=on_end)
             self._engine.submit(request)
         except BaseException:
             release()
@@ -494,6 +492,7 @@ class ServingBackend:
         self._tokenizer, self._max_model_len, self._reader = tokenizer, max_model_len, reader
         self._stop_ids = executor.stop_ids
         self._engine = engine
+        self._admission = Admission(engine, max_queue=config.max_queue, max_queue_tokens=config.max_queue_tokens)
         logger.info("%s with %s on %s, %d adapters", self.base_name, self.name, device, len(bundle.adapters))
 
 

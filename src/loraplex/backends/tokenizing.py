@@ -9,26 +9,25 @@ from contextlib import suppress
 from contextvars import copy_context
 from typing import TypeVar
 
-from loraplex.errors import DeadlineExceededError, NotReadyError, QueueFullError
+from loraplex.errors import DeadlineExceededError, NotReadyError
 
 Result = TypeVar("Result")
 
-LONG_CHARS = 1 << 16
-MAX_LONG_CHARS = 1 << 22
+LONG_CHARS = 1 << 16  # a text of so many characters is a long one
 
 
 class TokenizerThreads:
     """A text of a megabyte takes a tokenizer seconds: long texts have a thread of their own, so that others do not wait
-    behind them, and few may wait for it."""
+    behind them."""
 
     def __init__(self) -> None:
         self._short = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "loraplex-tokenizer")
         self._long = ThreadPoolExecutor(1, "loraplex-tokenizer-long")
         self._is_closed = False
-        self._num_long_chars = 0  # that wait or run, also of those whose clients have left
+        self.num_long_chars = 0  # of long texts that wait or run, also of those whose clients have left
 
     async def run(self, work: Callable[[], Result], num_chars: int, deadline_s: float | None) -> Result:
-        """What `work` returns. deadline_s: on the clock of `time.monotonic`. DeadlineExceededError; QueueFullError;
+        """What `work` returns. deadline_s: on the clock of `time.monotonic`. DeadlineExceededError;
         NotReadyError once closed."""
         loop, context = asyncio.get_running_loop(), copy_context()  # what is logged there is the request's, too
         if self._is_closed:
@@ -36,12 +35,7 @@ class TokenizerThreads:
         if num_chars < LONG_CHARS:
             future = self._short.submit(context.run, work)
         else:
-            if self._num_long_chars and self._num_long_chars + num_chars > MAX_LONG_CHARS:
-                raise QueueFullError(
-                    f"{self._num_long_chars} characters of long texts wait for the tokenizer, {MAX_LONG_CHARS} at most",
-                    remedy="send it again later, or shorten it",
-                )
-            self._num_long_chars += num_chars
+            self.num_long_chars += num_chars
 
             def done(_: Future[Result]) -> None:
                 with suppress(RuntimeError):  # the loop is closed
@@ -64,4 +58,4 @@ class TokenizerThreads:
             lane.shutdown(wait=False)
 
     def _free(self, num_chars: int) -> None:
-        self._num_long_chars -= num_chars
+        self.num_long_chars -= num_chars

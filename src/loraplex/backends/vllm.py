@@ -95,7 +95,7 @@ class VllmExecutor:
             "disable_log_stats": True,
         }
         self._base, self.item_bytes, self.stop_ids = base, dtype.itemsize, read_stop_ids(base, config)
-        self._engine = VllmEngine(arguments, options.max_queue, options.max_queue_tokens)
+        self._engine = VllmEngine(arguments)
         lora = self._engine.lora_config
         self.max_slots, self._max_rank = lora.max_cpu_loras or lora.max_loras, int(lora.max_lora_rank)
         return self._engine

@@ -30,7 +30,6 @@ from loraplex.errors import (
     EngineError,
     LoraplexError,
     NotReadyError,
-    QueueFullError,
     UnsupportedModelError,
 )
 
@@ -65,7 +64,7 @@ CLOSE_S = 3.0  # that its processes get; then they are killed
 class VllmEngine:
     """Computation. Whoever submits is on another thread: vLLM's client has one of its own, with its event loop."""
 
-    def __init__(self, arguments: Mapping[str, Any], max_queue: int, max_queue_tokens: int | None) -> None:
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
         """Starts vLLM. ConfigurationError, UnsupportedModelError: it does not start, or compute."""
         self._slots: dict[int, LoRARequest] = {}
         self._turns = Turns()
@@ -87,8 +86,7 @@ class VllmEngine:
         except BaseException:
             self._end()
             raise
-        batched: int = self._llm.vllm_config.scheduler_config.max_num_batched_tokens
-        self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens or 32 * batched
+        self.max_step_tokens: int = self._llm.vllm_config.scheduler_config.max_num_batched_tokens
         # Known of vLLM 0.32 and its CPU kernels: a base's row beside adapters' rows gets the last slot's adapter.
         self._base_is_apart = DEVICE_TYPE == "cpu"
         # Where ours is killed, they would live on and keep the device's memory.
@@ -124,6 +122,10 @@ class VllmEngine:
     @property
     def num_waiting(self) -> int:
         return self._num_open - self.num_running
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return self._num_open_tokens  # vLLM does not say which of them run
 
     @property
     def num_running(self) -> int:
@@ -166,27 +168,18 @@ class VllmEngine:
 
     # ------------------------------------------------------------------------------------------- sequences
 
+    def cost(self, sequences: Seq[Sequence]) -> int:
+        return sum(sequence.num_tokens for sequence in sequences)
+
     def submit(self, request: EngineRequest) -> None:
-        num_tokens = sum(one.num_tokens for one in request.sequences)
-        num_sequences = len(request.sequences)
-        wait_s = self.wait_s
+        num_tokens = self.cost(request.sequences)
         with self._lock:
             if not self.alive:
                 raise NotReadyError("the engine is not running", remedy="send the request to another server, or later")
-            for what, num_open, num, limit, option in (
-                ("sequences", self._num_open, num_sequences, self._max_queue, "--max-queue"),
-                ("tokens", self._num_open_tokens, num_tokens, self._max_queue_tokens, "--max-queue-tokens"),
-            ):
-                if num_open and num_open + num > limit:
-                    raise QueueFullError(
-                        f"{num_open} {what} wait already, of {limit} at most",
-                        remedy=f"send it again later, or raise {option}",
-                        retry_after_s=wait_s,
-                    )
             now = time.monotonic()
             if not self._num_open:
                 self._busy_since = now
-            self._num_open += num_sequences
+            self._num_open += len(request.sequences)
             self._num_open_tokens += num_tokens
             for sequence in request.sequences:
                 sequence.arrived_s = now
@@ -269,7 +262,6 @@ class VllmEngine:
         return SequenceOutput(
             log_probs=tuple(found[target.position, target.token_id] for target in sequence.targets),
             tokens=sequence.tokens,
-            num_computed_tokens=sequence.num_computed_tokens,
             queued_s=sequence.started_s - sequence.arrived_s,
             computed_s=time.monotonic() - sequence.started_s,
         )

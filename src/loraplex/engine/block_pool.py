@@ -45,6 +45,10 @@ class BlockPool:
         """Blocks that `allocate` could give out."""
         return len(self._free) + len(self._cached)
 
+    def num_evictable(self, blocks: Iterable[int]) -> int:
+        """How many of `blocks` nobody references, so that `allocate` could evict them."""
+        return sum(block in self._cached for block in blocks)
+
     def match(self, hashes: Iterable[bytes]) -> tuple[int, ...]:
         """The blocks of the longest known beginning of a chain; not acquired yet."""
         found = []

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence as Seq
 from typing import NamedTuple, Protocol, Self
 
@@ -43,15 +44,19 @@ class Steps(NamedTuple):
 
 
 class Engine:
-    """Continuous batching: each step takes what waits by then, within the scheduler's budgets."""
+    """Continuous batching: each step takes what waits by then, within the scheduler's budgets. The scheduler belongs to
+    the engine's thread; other threads hand their requests over and never wait for a step to be laid out."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self._runner = runner
         self._scheduler = scheduler
-        self._changed = threading.Condition()  # guards the scheduler and the two flags
+        self._changed = threading.Condition()  # guards the five below; held for moments only
+        self._arrived: deque[EngineRequest] = deque()  # handed over, not yet in the scheduler
+        self._num_arrived = 0, 0  # their sequences, and tokens to compute for them
+        self._open: set[EngineRequest] = set()  # accepted, not yet resolved
         self._stopping = False
         self._failure: BaseException | None = None
-        self._step_taken: Seq[Sequence] = ()  # off the queue, not yet resolved; the thread's own
+        self._running: Seq[Sequence] = ()
         self.steps = Steps()  # so far
         self._thread = threading.Thread(target=self._main, name="loraplex-engine", daemon=True)
 
@@ -62,12 +67,25 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Sequences in the queue."""
-        return len(self._scheduler)
+        return len(self._scheduler) + self._num_arrived[0]
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens to compute for them."""
+        return self._scheduler.num_waiting_tokens + self._num_arrived[1]
+
+    @property
+    def max_step_tokens(self) -> int:
+        return self._scheduler.max_step_tokens
+
+    def cost(self, sequences: Seq[Sequence]) -> int:
+        """Tokens to compute for `sequences`, from any thread, before they are submitted."""
+        return self._scheduler.cost(sequences)
 
     @property
     def num_running(self) -> int:
         """Sequences in the step that runs now."""
-        return len(self._step_taken)
+        return len(self._running)
 
     @property
     def num_blocks(self) -> tuple[int, int]:
@@ -83,11 +101,16 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: EngineRequest) -> None:
-        """Queue a request, from any thread; its future resolves. QueueFullError, NotReadyError: it was not accepted."""
+        """Hand over a request, from any thread; its future resolves. NotReadyError: it was not accepted."""
+        now = time.monotonic()
+        for sequence in request.sequences:
+            sequence.arrived_s = now
         with self._changed:
             if self._stopping or not self.alive:
                 raise NotReadyError("the engine is not running", remedy="send the request to another server, or later")
-            self._scheduler.add(request, time.monotonic())
+            self._open.add(request)
+            self._arrived.append(request)
+            self._count_arrived(request, 1)
             self._changed.notify()
 
     def close(self) -> None:
@@ -104,57 +127,79 @@ class Engine:
                 pass
         except BaseException as exc:
             logger.critical("the engine thread died", exc_info=exc)
-            with self._changed:
-                self._failure = exc
-                abandoned = self._scheduler.clear()
-            self._fail([*self._step_taken, *abandoned], exc)
+            self._fail_all(exc)
 
     def _step(self) -> bool:
         """Run one step; False when stopped and nothing waits."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._scheduler) or self._stopping)
-            if not len(self._scheduler):
-                return False
-            step, dropped = self._scheduler.next_step(time.monotonic())
+            self._changed.wait_for(lambda: self._arrived or len(self._scheduler) or self._stopping)
+        while self._arrived:
+            request = self._arrived.popleft()
+            self._scheduler.add(request, request.sequences[0].arrived_s)
+            with self._changed:
+                self._count_arrived(request, -1)
+        if not len(self._scheduler):
+            return not self._stopping
+        step, dropped = self._scheduler.next_step(time.monotonic())
         for sequence, error in dropped:
-            sequence.request.resolve(sequence, error)
+            self._resolve(sequence, error)
         if step is not None:
-            self._step_taken = [placed.sequence for placed in step.placed]
+            self._running = [placed.sequence for placed in step.placed]
             started = time.monotonic()
-            outcomes, computed = self._run(step)
+            outcomes, failed = self._run(step)
             seconds = time.monotonic() - started
             self.steps = self.steps.plus(step, seconds)
             outcomes, generating = _append_tokens(outcomes)
-            with self._changed:
-                self._scheduler.finish(step, computed=computed, generating=generating, seconds=seconds)
+            self._scheduler.finish(step, failed=failed, generating=generating, seconds=seconds)
             for sequence, outcome in outcomes:
                 if sequence not in generating:
-                    sequence.request.resolve(sequence, outcome)
-            self._step_taken = ()
+                    self._resolve(sequence, outcome)
+            self._running = ()
         return True
 
-    def _run(self, step: Step) -> tuple[list[tuple[Sequence, Outcome]], bool]:
-        """One forward pass; the flag says that this was all. Where it fails, or the device's memory does not hold it,
-        two halves, so that what fails in the end is one sequence, which carries the error while the others answer."""
+    def _run(self, step: Step) -> tuple[list[tuple[Sequence, Outcome]], set[Sequence]]:
+        """One forward pass. Where it fails, or the device's memory does not hold it, two halves, until one sequence is
+        left that fails: its error is its outcome, and the others answer. Returns the outcomes, and which failed."""
         try:
-            return self._runner.run(step), True
+            outcomes = self._runner.run(step)
         except Exception as exc:
             error = _engine_error(exc)
             if len(step) == 1:
                 logger.exception("a sequence of %d tokens failed", step.num_tokens)
             else:
                 logger.warning("a step of %d sequences failed, split: %s", len(step), error.message)
+        else:
+            for run in step.runs():
+                run.owner.num_computed_tokens += run.num_tokens
+            return outcomes, set()
         # Outside the except block: the failed step's tensors, which its traceback held, are free by now.
         if len(step) == 1:
             self._runner.probe()  # raises, and ends the engine, where not the sequence was at fault
-            return [(step.placed[0].sequence, error)], False
-        first, second = step.halves()
-        return self._run(first)[0] + self._run(second)[0], False
+            sequence = step.placed[0].sequence
+            return [(sequence, error)], {sequence}
+        (first, first_failed), (second, second_failed) = map(self._run, step.halves())
+        return first + second, first_failed | second_failed
 
-    @staticmethod
-    def _fail(sequences: Seq[Sequence], exc: BaseException) -> None:
-        for sequence in sequences:
-            sequence.request.resolve(sequence, _engine_error(exc))
+    def _count_arrived(self, request: EngineRequest, sign: int) -> None:
+        num_sequences, num_tokens = self._num_arrived
+        self._num_arrived = num_sequences + sign * len(request.sequences), num_tokens + sign * request.num_tokens
+
+    def _resolve(self, sequence: Sequence, outcome: Outcome) -> None:
+        if sequence.request.resolve(sequence, outcome):
+            with self._changed:
+                self._open.discard(sequence.request)
+
+    def _fail_all(self, exc: BaseException) -> None:
+        """Resolve every accepted request, wherever it was when the thread died."""
+        with self._changed:
+            self._failure = exc
+            abandoned = tuple(self._open)
+            self._open.clear()
+            self._arrived.clear()
+            self._num_arrived = 0, 0
+        for request in abandoned:
+            for sequence in request.sequences:
+                request.resolve(sequence, _engine_error(exc))
 
 
 def _append_tokens(outcomes: Seq[tuple[Sequence, Outcome]]) -> tuple[list[tuple[Sequence, Outcome]], set[Sequence]]:

@@ -36,7 +36,6 @@ def read_outcomes(
         output = SequenceOutput(
             log_probs=scored.get(sequence) or tuple(islice(remaining, len(sequence.targets))),
             tokens=(*sequence.tokens, token),
-            num_computed_tokens=sequence.num_computed_tokens,
             queued_s=sequence.started_s - sequence.arrived_s,
             computed_s=ended - sequence.started_s,
         )

@@ -69,8 +69,6 @@ class ModelRunner:
         """One forward pass. A sequence of which only a chunk ran is not among the outcomes."""
         started = time.monotonic()
         batch = pack(step, self.device, self._cache, recurs_up_to=self._lora.max_captured)
-        for run in step.runs():
-            run.owner.num_computed_tokens += run.num_tokens
         for placed in step.placed:
             if placed.sequence.started_s is None:
                 placed.sequence.started_s = started

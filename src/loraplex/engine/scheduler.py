@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from loraplex.engine.block_pool import BLOCK_SIZE, BlockPool
 from loraplex.engine.sequence import EngineRequest, Sequence
 from loraplex.engine.step import Placed, Step
-from loraplex.errors import CancelledError, DeadlineExceededError, LoraplexError, QueueFullError
+from loraplex.errors import CancelledError, DeadlineExceededError, LoraplexError
 
 # Tokens by which a request's work counts as shorter for every second that it is older than another.
 WAITING_BONUS = 2000.0
@@ -48,55 +48,44 @@ class Scheduler:
         *,
         max_step_tokens: int,
         max_step_sequences: int,
-        max_queue: int,
-        max_queue_tokens: int | None = None,
         pool: BlockPool | None = None,
         shares: bool = True,
     ) -> None:
-        """max_queue, max_queue_tokens: sequences, and tokens to compute for them, that may wait; by default 32 steps'
-        worth, which is seconds on any device that the steps are sized for. shares: whether the sequences of a step
-        compute once what they have in common."""
+        """shares: whether the sequences of a step compute once what they have in common."""
         self.max_step_tokens = max_step_tokens
         self.max_step_sequences = max_step_sequences
-        self.max_queue = max_queue
-        self.max_queue_tokens = max_queue_tokens or 32 * max_step_tokens
         self.pool = pool or BlockPool(0)
         self._shares = shares
         self._flows: dict[Flow, list[_Waiting]] = {}  # heaps
         self._served: dict[Flow, float] = {}  # tokens, for the flows that wait
         self._level = 0.0  # of the flow that was served last
         self._num_waiting = 0
-        self._num_waiting_tokens = 0
+        self.num_waiting_tokens = 0  # to compute for what waits
         self._tokens_per_s: float | None = None  # of late
         self._pinned: dict[Sequence, tuple[int, tuple[int, ...]]] = {}  # of sequences between steps: tokens, blocks
 
     def __len__(self) -> int:
         return self._num_waiting
 
-    def add(self, request: EngineRequest, now: float) -> None:
-        """Queue all of a request's sequences, or QueueFullError and none of them. A request larger than the whole
-        queue is let in when nothing waits, else it could never run."""
-        self._check_room("sequences", self._num_waiting, len(request.sequences), self.max_queue, "--max-queue")
+    def cost(self, sequences: Seq[Sequence]) -> int:
+        """Tokens to compute for `sequences`, which are not queued yet, in a step of their own as things are cached now.
+        The one method that any thread may call: it only looks blocks up."""
         alone = Step(shares=self._shares)
+        for sequence in sequences:
+            alone.add(self._place(sequence))
+        return alone.num_tokens
+
+    def add(self, request: EngineRequest, now: float) -> None:
+        """Queue all of a request's sequences."""
         for sequence in request.sequences:
             sequence.arrived_s = now
-            alone.add(self._place(sequence))
-        num_tokens = alone.num_tokens
-        self._check_room("tokens", self._num_waiting_tokens, num_tokens, self.max_queue_tokens, "--max-queue-tokens")
+        num_tokens = request.num_tokens or self.cost(request.sequences)
         self._push(_Waiting(request, deque(request.sequences), num_tokens + WAITING_BONUS * now, num_tokens))
 
     @property
     def wait_s(self) -> float:
         """How long what waits now will take, as far as the last steps tell."""
-        return 1.0 if self._tokens_per_s is None else self._num_waiting_tokens / self._tokens_per_s
-
-    def _check_room(self, what: str, num_waiting: int, num: int, limit: int, option: str) -> None:
-        if self._num_waiting and num_waiting + num > limit:
-            raise QueueFullError(
-                f"{num_waiting} {what} wait already, of {limit} at most",
-                remedy=f"send it again later, or raise {option}",
-                retry_after_s=self.wait_s,
-            )
+        return 1.0 if self._tokens_per_s is None else self.num_waiting_tokens / self._tokens_per_s
 
     def next_step(self, now: float) -> tuple[Step | None, list[tuple[Sequence, LoraplexError]]]:
         """Take the sequences of the next step, and those to be refused with why. The step is over with `finish`."""
@@ -115,7 +104,7 @@ class Scheduler:
             num_tokens = step.num_tokens
             self._reserve(placed, written)
             step.add(placed)
-            self._num_waiting_tokens -= waiting.pop()
+            self.num_waiting_tokens -= waiting.pop()
             self._num_waiting -= 1
             self._served[flow] = served + step.num_tokens - num_tokens
             if not waiting.pending:
@@ -127,16 +116,25 @@ class Scheduler:
         return (step if len(step) else None), dropped
 
     def finish(
-        self, step: Step, *, computed: bool, generating: Collection[Sequence] = (), seconds: float | None = None
+        self,
+        step: Step,
+        *,
+        failed: Collection[Sequence] = (),
+        generating: Collection[Sequence] = (),
+        seconds: float | None = None,
     ) -> None:
-        """Give the step's blocks back; what it computed can be found from now on. Chunks queue for their next one, and
-        so do the sequences that took a token and want another. Not computed: the step was run in other pieces, whole
-        sequences without blocks. seconds: that it took."""
+        """Give the step's blocks back, and let later requests find what the step computed. Chunks queue for their next
+        one, and so do the sequences that took a token and want another.
+
+        failed:   sequences that were not computed. They end here, and their blocks hold nothing.
+        seconds:  duration of the step.
+        """
         if seconds:
             rate = step.num_tokens / seconds
             self._tokens_per_s = rate if self._tokens_per_s is None else 0.9 * self._tokens_per_s + 0.1 * rate
         for placed in step.placed:
             sequence, pinned = placed.sequence, None
+            computed = sequence not in failed
             if computed:
                 for index, block in placed.kept.items():
                     if (index + 1) * BLOCK_SIZE <= placed.end:
@@ -169,7 +167,7 @@ class Scheduler:
             self._flows[flow], self._served[flow] = [], self._level
         heapq.heappush(self._flows[flow], waiting)
         self._num_waiting += len(waiting.pending)
-        self._num_waiting_tokens += waiting.num_tokens
+        self.num_waiting_tokens += waiting.num_tokens
 
     def _place(self, sequence: Sequence) -> Placed:
         """All of it that is not cached."""
@@ -190,8 +188,8 @@ class Scheduler:
             return None
         num_blocks = min(placed.start + self.max_step_tokens, sequence.num_cacheable_blocks * BLOCK_SIZE) // BLOCK_SIZE
         num_new = num_blocks - len(placed.cached)
-        # The cached blocks are not acquired yet, so they count as available; they must not be evicted for the chunk.
-        if 0 < num_new <= self.pool.num_available - len(placed.cached):
+        # Cached blocks that nobody references yet count as available. They must not be evicted for the chunk.
+        if 0 < num_new <= self.pool.num_available - self.pool.num_evictable(placed.cached):
             placed.end = num_blocks * BLOCK_SIZE
         return placed
 
@@ -246,7 +244,7 @@ class Scheduler:
     def _take(self, waiting: Seq[_Waiting]) -> list[Sequence]:
         sequences = [sequence for one in waiting for sequence in one.pending]
         self._num_waiting -= len(sequences)
-        self._num_waiting_tokens -= sum(one.num_tokens for one in waiting)
+        self.num_waiting_tokens -= sum(one.num_tokens for one in waiting)
         for sequence in sequences:
             self._unpin(sequence)
         return sequences

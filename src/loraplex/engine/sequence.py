@@ -1,5 +1,6 @@
 """One text under one adapter, on its way through the engine, and the request that it belongs to. No torch."""
 
+import logging
 import random
 import threading
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 from loraplex.engine.block_pool import BASE_KV, BLOCK_SIZE, block_hashes
 from loraplex.errors import LoraplexError
+
+logger = logging.getLogger(__name__)
 
 NO_ADAPTER = -1  # the slot of sequences that run on the bare base
 
@@ -57,12 +60,10 @@ class Token(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceOutput:
     """log_probs: one for each target, natural logarithm, over the whole vocabulary; of an adapter with a score head one
-    for each of its labels. tokens: what follows the sequence, one or as many as its sampling asks for.
-    num_computed_tokens: run through the model for this sequence and not counted for another that shares them."""
+    for each of its labels. tokens: what follows the sequence, one or as many as its sampling asks for."""
 
     log_probs: tuple[float, ...]
     tokens: tuple[Token, ...]
-    num_computed_tokens: int
     queued_s: float
     computed_s: float
 
@@ -77,6 +78,7 @@ class Sequence:
     num_kept:    leading tokens whose K/V is worth keeping for later requests, and is looked up in turn; where more than
                  one token is generated, all.
     on_token:    asked after each token, on the engine's thread, whether to go on; where it raises, that is the outcome.
+    num_computed_tokens:  run through the model so far; tokens that sequences share are counted for one of them.
     """
 
     token_ids: tuple[int, ...]
@@ -93,7 +95,7 @@ class Sequence:
     started_s: float | None = field(init=False, default=None)
     request: "EngineRequest" = field(init=False, repr=False)
     index: int = field(init=False, default=0)
-    num_computed_tokens: int = field(init=False, default=0)  # so far, in chunks that ran already
+    num_computed_tokens: int = field(init=False, default=0)
     tokens: tuple[Token, ...] = field(init=False, default=())  # generated so far, and appended to token_ids
     _hashes: Seq[bytes] = field(init=False, repr=False, default=())
     _random: random.Random | None = field(init=False, repr=False, default=None)
@@ -158,13 +160,16 @@ class EngineRequest:
         sequences: Seq[Sequence],
         *,
         deadline_s: float | None = None,
+        num_tokens: int = 0,
         on_end: Callable[[], object] = lambda: None,
     ) -> None:
-        """deadline_s: on the clock of `time.monotonic`. on_end: called once, on whatever thread, when the engine is
-        done with all sequences, also of a request whose future was cancelled."""
+        """deadline_s: on the clock of `time.monotonic`. num_tokens: to compute, as estimated before it is queued; 0
+        where nobody did. on_end: called once, on whatever thread, when the engine is done with all sequences, also of
+        a request whose future was cancelled."""
         assert sequences, "a request needs at least one sequence"
         self.sequences = tuple(sequences)
         self.deadline_s = deadline_s
+        self.num_tokens = num_tokens
         self._on_end = on_end
         self.future: Future[list[Outcome]] = Future()
         self._outcomes: list[Outcome | None] = [None] * len(self.sequences)
@@ -182,17 +187,22 @@ class EngineRequest:
         with self._lock:
             return [error if outcome is None else outcome for outcome in self._outcomes]
 
-    def resolve(self, sequence: Sequence, outcome: Outcome) -> None:
-        """Record one outcome; the first counts. The last one open resolves the future."""
+    def resolve(self, sequence: Sequence, outcome: Outcome) -> bool:
+        """Record the outcome of one sequence; only its first outcome counts. The last sequence resolves the future.
+        Returns whether all sequences have an outcome now."""
         with self._lock:
             if self._outcomes[sequence.index] is not None:
-                return
+                return not self._num_open
             self._outcomes[sequence.index] = outcome
             self._num_open -= 1
             if self._num_open:
-                return
-        self._on_end()
+                return False
+        try:
+            self._on_end()
+        except Exception:
+            logger.exception("a request's on_end failed")
         outcomes = [outcome for outcome in self._outcomes if outcome is not None]
         # A future that its owner cancelled takes no result; nobody waits for it any more.
         if self.future.set_running_or_notify_cancel():
             self.future.set_result(outcomes)
+        return True

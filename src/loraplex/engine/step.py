@@ -135,11 +135,13 @@ class Step:
             stack.extend(child for siblings in run.children.values() for child in siblings)
 
     def halves(self) -> "tuple[Step, Step]":
-        """Two steps with half of the sequences each, for when this one failed."""
-        sequences = [placed.sequence for placed in self.placed]
-        middle = len(sequences) // 2
-        shares = self._shares
-        return Step.of(sequences[:middle], shares=shares), Step.of(sequences[middle:], shares=shares)
+        """Two steps with half of the sequences each, for when this one failed. They read and write the same blocks, so
+        neither of them computes more tokens than this one."""
+        middle = len(self.placed) // 2
+        first, second = Step(shares=self._shares), Step(shares=self._shares)
+        for index, one in enumerate(self.placed):
+            (first if index < middle else second).add(Placed(one.sequence, one.end, one.start, one.cached, one.kept))
+        return first, second
 
     def _at_root(self, placed: Placed) -> list[Run] | None:
         return self._roots.get((placed.cached, *_key(placed.sequence, placed.start)))
