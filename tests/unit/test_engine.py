@@ -283,30 +283,23 @@ def test_who_stops_waiting_gets_what_there_is() -> None:
 
 
 class RaisingAt:
-    """Stands before an object and raises at the `n`-th call of any of its methods, counted over all objects that share
-    the counter."""
+    """Stands before an object and raises once the `n`-th call of any of its methods is done, counted over all objects
+    that share the counter."""
 
     def __init__(self, real: Any, calls: "itertools.count[int]", n: int) -> None:
         self._real, self._calls, self._n = real, calls, n
 
-    def _count(self) -> None:
+    def _done(self, result: Any) -> Any:
         if next(self._calls) == self._n:
             raise RuntimeError(f"call {self._n} fails")
+        return result
 
     def __len__(self) -> int:
-        self._count()
-        return len(self._real)
+        return int(self._done(len(self._real)))
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._real, name)
-        if not callable(found):
-            return found
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self._count()
-            return found(*args, **kwargs)
-
-        return counted
+        return (lambda *args, **kwargs: self._done(found(*args, **kwargs))) if callable(found) else found
 
 
 def fail_on_7(step: Seq[Sequence]) -> None:
@@ -314,13 +307,15 @@ def fail_on_7(step: Seq[Sequence]) -> None:
         raise ValueError("broken")
 
 
-@pytest.mark.parametrize("n", range(60))
+@pytest.mark.parametrize("n", range(150))
 def test_every_accepted_request_resolves_whichever_call_of_the_engine_raises(n: int) -> None:
-    """The traffic makes the engine call everything that it ever calls: chunks, tokens, a step that fails, a probe."""
+    """The traffic makes the engine call everything that it ever calls: chunks, tokens, a step that fails, a probe. The
+    scheduler's own calls, of the pool, fail within its methods."""
     calls = itertools.count()
-    policy = Scheduler(max_step_tokens=32, max_step_sequences=4, pool=BlockPool(20))
+    pool: Any = RaisingAt(BlockPool(20), calls, n)
+    policy: Any = RaisingAt(Scheduler(max_step_tokens=32, max_step_sequences=4, pool=pool), calls, n)
     runner: Any = RaisingAt(FakeRunner(fail_on_7), calls, n)
-    engine = Engine(runner, RaisingAt(policy, calls, n))  # type: ignore[arg-type]
+    engine = Engine(runner, policy)
     generating = Sequence(token_ids=(1, 2, 3), slot=NO_ADAPTER, sampling=Sampling(max_tokens=3))
     accepted = []
     engine.start()

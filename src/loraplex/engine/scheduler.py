@@ -54,7 +54,7 @@ class Scheduler:
         """shares: whether the sequences of a step compute once what they have in common."""
         self.max_step_tokens = max_step_tokens
         self.max_step_sequences = max_step_sequences
-        self.pool = pool or BlockPool(0)
+        self.pool = BlockPool(0) if pool is None else pool
         self._shares = shares
         self._flows: dict[Flow, list[_Waiting]] = {}  # heaps
         self._served: dict[Flow, float] = {}  # tokens, for the flows that wait
