@@ -26,10 +26,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.shapes import SHAPES, save_base
-from loraplex.backends.serving import ServingBackend, open_backend
 from loraplex.bundle import open_bundle
 from loraplex.config import EngineConfig
 from loraplex.model.loader import base_layers, build_skeleton, read_config
+from loraplex.service.service import Service
+from loraplex.service.start import start
 from loraplex.types import ClassifyRequest
 
 RANK, NUM_WORDS, ZIPF = 8, 96, 1.1
@@ -62,8 +63,8 @@ def save_adapter(folder: Path, layers: Any, seed: int) -> None:
 class Traffic:
     """Closed-loop clients, each of which asks one adapter at a time about a text of its own."""
 
-    def __init__(self, backend: ServingBackend, vocab_size: int) -> None:
-        self._backend, self._random, self._vocab_size = backend, random.Random(0), vocab_size
+    def __init__(self, service: Service, vocab_size: int) -> None:
+        self._service, self._random, self._vocab_size = service, random.Random(0), vocab_size
 
     def text(self) -> str:
         return " ".join(f"w{self._random.randrange(self._vocab_size)}" for _ in range(NUM_WORDS))
@@ -71,7 +72,7 @@ class Traffic:
     async def ask(self, name: str) -> float:
         """Seconds to the verdict."""
         started = time.perf_counter()
-        await self._backend.classify(ClassifyRequest(input=self.text(), classifiers=(name,)))
+        await self._service.classify(ClassifyRequest(input=self.text(), classifiers=(name,)))
         return time.perf_counter() - started
 
     async def run(self, names: Seq[str], weights: Seq[float], num_requests: int, num_clients: int) -> list[float]:
@@ -102,11 +103,10 @@ def rss_mib() -> float:
 async def cold_loads(folder: Path, rounds: int) -> dict[str, Any]:
     """First verdict of an adapter that nobody has read, beside its second and one that waits in host memory."""
     config = EngineConfig(dtype="float32", preload="none", max_adapters=4, host_memory="2GiB")
-    backend = open_backend(open_bundle(folder), config)
-    await backend.start()
+    service = await start(open_bundle(folder), config)
     try:
-        traffic = Traffic(backend, _vocab_size(folder))
-        names = [info.name for info in backend.adapters()]
+        traffic = Traffic(service, _vocab_size(folder))
+        names = [info.name for info in service.adapters()]
         await traffic.ask(names[-1])
         disk, host, device = [], [], []
         for name in names[:rounds]:
@@ -115,7 +115,7 @@ async def cold_loads(folder: Path, rounds: int) -> dict[str, Any]:
         for name in names[:rounds]:
             host.append(await traffic.ask(name))
     finally:
-        await backend.close()
+        await service.close()
     return {
         f"{tier}_ms": round(statistics.median(found) * 1000, 1)
         for tier, found in (("disk", disk), ("host", host), ("device", device))
@@ -124,11 +124,10 @@ async def cold_loads(folder: Path, rounds: int) -> dict[str, Any]:
 
 async def swaps(folder: Path, num_requests: int) -> dict[str, Any]:
     """Latency of 15 adapters before, while and after a 16th is replaced again and again."""
-    backend = open_backend(open_bundle(folder), EngineConfig(dtype="float32", preload="none", host_memory="2GiB"))
-    await backend.start()
+    service = await start(open_bundle(folder), EngineConfig(dtype="float32", preload="none", host_memory="2GiB"))
     try:
-        traffic = Traffic(backend, _vocab_size(folder))
-        names = [info.name for info in backend.adapters()][:16]
+        traffic = Traffic(service, _vocab_size(folder))
+        names = [info.name for info in service.adapters()][:16]
         for name in names:
             await traffic.ask(name)
         others, swapped, sources = names[1:], names[0], [str(folder / name) for name in names[:2]]
@@ -138,7 +137,7 @@ async def swaps(folder: Path, num_requests: int) -> dict[str, Any]:
             nonlocal num_swaps
             while not is_over:
                 num_swaps += 1
-                await backend.load_adapter(swapped, sources[num_swaps % 2])
+                await service.load_adapter(swapped, sources[num_swaps % 2])
 
         found = {}
         for phase in ("before", "during", "after"):
@@ -152,21 +151,20 @@ async def swaps(folder: Path, num_requests: int) -> dict[str, Any]:
                 await task
             found[phase] = quantiles(latencies) | {"requests_per_s": round(num_requests / seconds, 1)}
     finally:
-        await backend.close()
+        await service.close()
     return found | {"swaps": num_swaps}
 
 
 async def many(folder: Path, num_requests: int, rounds: int, num_places: int) -> dict[str, Any]:
     """Requests/s with Zipf traffic over all adapters, on `num_places` places, against 16 adapters."""
     config = EngineConfig(dtype="float32", preload="none", max_adapters=num_places, host_memory="8GiB")
-    backend = open_backend(open_bundle(folder), config)
-    await backend.start()
+    service = await start(open_bundle(folder), config)
     try:
-        traffic = Traffic(backend, _vocab_size(folder))
-        names = [info.name for info in backend.adapters()]
+        traffic = Traffic(service, _vocab_size(folder))
+        names = [info.name for info in service.adapters()]
         zipf = [1 / (rank + 1) ** ZIPF for rank in range(len(names))]
         for name in names:  # into host memory
-            await backend.loaded(name)
+            await service.version_of(name)
         rates: dict[str, list[float]] = {"16": [], "all": []}
         before = rss_mib()
         for _ in range(rounds):
@@ -176,10 +174,10 @@ async def many(folder: Path, num_requests: int, rounds: int, num_places: int) ->
                 rates[key].append(num_requests / (time.perf_counter() - started))
         after = rss_mib()
         for name in names:
-            await backend.unload_adapter(name)
+            await service.unload_adapter(name)
         unloaded = rss_mib()
     finally:
-        await backend.close()
+        await service.close()
     return {
         "adapters": len(names),
         "places": num_places,

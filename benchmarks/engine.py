@@ -31,15 +31,23 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.shapes import SHAPES, Work, base_config, random_adapter, save_base, work
+from benchmarks.shapes import SHAPES, Work, base_config, num_parameters, random_adapter, save_base, work
 from loraplex.adapters.checkpoint import write_lora
+from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.engine.block_pool import BASE_KV, BlockPool
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, SequenceOutput, Target
-from loraplex.model.cuda_graphs import CUDACapture
-from loraplex.model.loader import default_step_tokens, load_base, read_config, resolve_device, resolve_dtype
-from loraplex.model.multi_lora import CAPTURED_AT
+from loraplex.engine.sequence import EngineRequest, Sequence, SequenceOutput, Target
+from loraplex.model.graphs import CUDACapture
+from loraplex.model.loader import (
+    default_step_tokens,
+    load_model,
+    read_config,
+    read_layers,
+    resolve_device,
+    resolve_dtype,
+)
+from loraplex.model.step_memo import CAPTURED_AT
 
 RANK, NUM_ADAPTERS = 16, 16
 NUM_TEXTS, TEXT_TOKENS = 32, 256
@@ -51,17 +59,20 @@ class Bench:
     """A runner and a scheduler driven without threads."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, cuda_graphs: bool = False) -> None:
-        model = load_base(read_config(folder), folder, dtype, device)
-        self.adapters = [random_adapter(model, RANK, seed + 1) for seed in range(NUM_ADAPTERS)]
-        self.runner = ModelRunner(model, CUDACapture(device) if cuda_graphs else None)
+        config = read_config(folder)
+        layers, _ = read_layers(config, folder)
+        self.adapters = [random_adapter(layers, RANK, seed + 1) for seed in range(NUM_ADAPTERS)]
+        self.model = load_model(config, folder, dtype, device, CUDACapture(device) if cuda_graphs else None)
+        self.max_step_tokens = default_step_tokens(device, dtype, config)
+        self.runner = ModelRunner(self.model)
         self.runner.verify_packing()
         for slot, adapter in enumerate(self.adapters):
-            self.runner.set_slot(slot, adapter)
+            self.model.set_slot(slot, adapter)
         self.runner.allocate_cache(4096)
 
     def scheduler(self) -> Scheduler:
         return Scheduler(
-            max_step_tokens=default_step_tokens(self.runner.device, self.runner.model.dtype),
+            max_step_tokens=self.max_step_tokens,
             max_step_sequences=512,
             pool=BlockPool(4096),
         )
@@ -297,7 +308,7 @@ def measure_vllm(python: str, shape: str, folder: Path, bench: Bench, rounds: in
     job = {
         "texts": mixed_texts(shape),
         "adapters": [names[i % NUM_ADAPTERS] for i in range(NUM_TEXTS)],
-        "dtype": str(bench.runner.model.dtype).removeprefix("torch."),
+        "dtype": str(bench.model.dtype).removeprefix("torch."),
         "rounds": rounds,
     }
     folder.joinpath("job.json").write_text(json.dumps(job))
@@ -369,7 +380,7 @@ def main() -> None:
         "dtype": str(dtype),
         "cuda_graphs": args.cuda_graphs,
         "torch": torch.__version__,
-        "parameters_m": round(sum(p.numel() for p in bench.runner.model.parameters()) / 1e6),
+        "parameters_m": round(num_parameters(args.shape) / 1e6),
         "config": base_config(args.shape).to_diff_dict(),
     }
     _print(report)

@@ -1,15 +1,16 @@
 """Bases of real shapes with random weights, random adapters for them, and the work that a forward pass is."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import MistralConfig, MistralForCausalLM
 
-from loraplex.adapters.weights import AdapterWeights, LoRAWeights
-from loraplex.model.loader import base_layers
+from loraplex.adapters.weights import AdapterWeights, BaseLayers, LoRAWeights
+from loraplex.model.decoder import weight_shapes
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "tiny": dict(
@@ -70,7 +71,13 @@ def save_base(shape: str, folder: Path, dtype: torch.dtype) -> None:
     model.to(dtype).save_pretrained(folder)
 
 
-def random_adapter(model: PreTrainedModel, rank: int, seed: int) -> AdapterWeights:
+def num_parameters(shape: str) -> int:
+    """A tied head counts once."""
+    shapes = weight_shapes(base_config(shape))
+    return sum(math.prod(size) for name, size in shapes.items() if name != "lm_head.weight")
+
+
+def random_adapter(layers: BaseLayers, rank: int, seed: int) -> AdapterWeights:
     """LoRA on all linear layers."""
     generator = torch.Generator().manual_seed(seed)
     modules = {
@@ -79,7 +86,7 @@ def random_adapter(model: PreTrainedModel, rank: int, seed: int) -> AdapterWeigh
             lora_B=torch.randn(out, rank, generator=generator) / 100,
             scaling=2.0,
         )
-        for path, (out, n) in base_layers(model).linear.items()
+        for path, (out, n) in layers.linear.items()
     }
     return AdapterWeights(modules=modules, kv_id=bytes([seed]).hex() * 32)
 

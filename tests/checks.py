@@ -1,18 +1,29 @@
-"""What must hold after any traffic."""
+"""A look into a `Loraplex`, and what must hold after any traffic."""
 
 import time
 
 from loraplex import Loraplex
-from loraplex.backends.serving import ServingBackend
 from loraplex.engine.engine import Engine
+from loraplex.executors.native import NativeExecutor
+from loraplex.model.model import Model
+
+
+def engine_of(loraplex: Loraplex) -> Engine:
+    engine = loraplex.service.computing.computation
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def model_of(loraplex: Loraplex) -> Model:
+    executor = loraplex.service.executor
+    assert isinstance(executor, NativeExecutor)
+    return executor.model
 
 
 def check_pool(loraplex: Loraplex) -> None:
     """No block is lost, and nobody holds one."""
-    assert isinstance(loraplex.backend, ServingBackend)
-    assert isinstance(loraplex.backend._engine, Engine)
-    engine, end = loraplex.backend._engine, time.monotonic() + 10
-    pool = engine._scheduler.pool
+    engine, end = engine_of(loraplex), time.monotonic() + 10
+    pool = engine.scheduler.pool
     assert pool.num_blocks > 0
     # A request that was late may be in a step still.
     while engine.num_waiting or engine.num_running or pool.num_available != pool.num_blocks:

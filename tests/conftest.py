@@ -32,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Async tests, marked `anyio`, run on asyncio."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Mistral with three adapters that have contracts, and `verbatim`, which has none."""
     return tiny.save_bundle(tmp_path_factory.mktemp("tiny") / "bundle")

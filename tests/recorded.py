@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loraplex.backends import native
-from loraplex.model import multi_lora
-from loraplex.model.cuda_graphs import Capture
+from loraplex.executors import native
+from loraplex.model import step_memo
+from loraplex.model.graphs import Capture
 
 
 class Recorder(TorchDispatchMode):
@@ -46,20 +46,34 @@ class Recorder(TorchDispatchMode):
                     then.copy_(now)
 
 
-def recorded(function: Callable[[], None]) -> Callable[[], None]:
-    """As loraplex.model.cuda_graphs.Capture."""
-    recorder = Recorder()
-    with recorder:
-        function()
-    return recorder.replay
+class Recorded:
+    """As loraplex.model.graphs.Capture; counts."""
+
+    def __init__(self) -> None:
+        self.num_captured = self.num_replayed = 0
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        self.num_captured += 1
+        recorder = Recorder()
+        with recorder:
+            function()
+
+        def replay() -> None:
+            self.num_replayed += 1
+            recorder.replay()
+
+        return replay
+
+    def prove_over(self) -> None:
+        """Nothing is ever under way."""
 
 
 @contextmanager
-def captures(capture: Capture = recorded, *, at: int) -> Iterator[None]:
+def captures(capture: Capture | None = None, *, at: int) -> Iterator[None]:
     """With `cuda_graphs`, steps are captured here, too, the `at`-th time that they come."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "CUDACapture", lambda device: capture)
-        patch.setattr(multi_lora, "CAPTURED_AT", at)
+        patch.setattr(native, "CUDACapture", lambda device: capture or Recorded())
+        patch.setattr(step_memo, "CAPTURED_AT", at)
         yield
 
 

@@ -1,6 +1,6 @@
-"""What crosses the seams: a request to classify and its answer. Plain frozen data, the same in Python and JSON."""
+"""Requests and answers: plain frozen data, the same in Python and in JSON."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -157,6 +157,89 @@ class BatchResult:
     results: tuple[ClassifyResult | Failure, ...]
     usage: Usage
     timings: Timings
+
+
+MAX_TOP = 20  # likeliest tokens that a token may come with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """A prompt under an adapter or, with None, the bare base.
+
+    prompt:        text, taken verbatim, special tokens parsed; or token ids; or messages: in the adapter's contract if
+                   it has one, else in the base's chat template, special tokens in them kept as text.
+    max_tokens:    None: up to what the base takes.
+    temperature:   0 takes the likeliest token, else tokens are drawn from the smallest set of likeliest ones whose
+                   probabilities add up to `top_p`.
+    seed:          the same one draws the same tokens.
+    stop:          texts of which the first one ends the answer and is no part of it.
+    num_top:       likeliest tokens that come with each one, 20 at most.
+    logit_bias:    token id -> -100 to 100, added before a token is chosen; its log probability is as without.
+    allowed_token_ids:    where there are any, no other token is chosen.
+    add_special_tokens:   to a prompt that is text, as the tokenizer does by itself.
+    skip_special_tokens:  in the answer's text.
+    chat_template_kwargs: variables of the base's chat template.
+    conversation_id:      keeps what was computed for the conversation's next turn.
+    """
+
+    prompt: str | tuple[int, ...] | tuple[Message, ...]
+    adapter: str | None = None
+    max_tokens: int | None = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    num_top: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] = ()
+    add_special_tokens: bool = True
+    skip_special_tokens: bool = False
+    chat_template_kwargs: Mapping[str, bool | int | str] = field(default_factory=dict)
+    conversation_id: str | None = None
+    deadline_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LikelyToken:
+    """text: of the token alone. utf8: its bytes, which may be a part of a character; None where they are not known.
+    log_prob: over the whole vocabulary, before anything of the request changes it."""
+
+    id: int
+    text: str
+    utf8: bytes | None
+    log_prob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratedToken:
+    """As LikelyToken. offset: characters of the answer before it. top: the likeliest tokens in its place, `num_top` of
+    them, likeliest first; it need not be among them."""
+
+    id: int
+    text: str
+    utf8: bytes | None
+    log_prob: float
+    offset: int
+    top: tuple[LikelyToken, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateResult:
+    """tokens: what was generated, with the base's end-of-text token, or the tokens of a stop text, where they came
+    ("stop"). text: without these. warnings: what of the prompt was not taken as it was given."""
+
+    id: str
+    text: str
+    tokens: tuple[GeneratedToken, ...]
+    finish_reason: Literal["stop", "length"]
+    adapter: AdapterRef | None
+    usage: Usage
+    timings: Timings
+    warnings: tuple[str, ...] = ()
+
+
+# A token, and the text that became final with it: what may be the beginning of a stop text, or of a character, waits.
+OnToken = Callable[[GeneratedToken, str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

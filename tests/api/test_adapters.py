@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 import serving
 import tiny
 from loraplex import Loraplex
-from loraplex.backends import registry
 from loraplex.errors import BundleError, NotReadyError, StateError, UnknownClassifierError
+from loraplex.service import registry
 
 TEXT = "Customer: hello, I would like to book a table for two. Is it done?"
 INVOCATION = tiny.SPECIAL_TOKENS.index("<|ask|>")

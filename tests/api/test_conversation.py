@@ -10,7 +10,8 @@ import pytest
 import serving
 import tiny
 from loraplex.bundle import open_bundle
-from loraplex.engine.tokenizer import Conversations, Template, Tokenizer
+from loraplex.text.template import Template
+from loraplex.text.tokenizer import Conversations, Tokenizer
 
 INVOCATION = tiny.SPECIAL_TOKENS.index("<|ask|>")
 MAX_MODEL_LEN = 256

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -15,11 +15,10 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message
 
 import serving
-from loraplex.backends.serving import open_backend
-from loraplex.bundle import open_bundle
 from loraplex.config import ServerConfig
 from loraplex.routing.router import Router
 from loraplex.server.app import create_app
+from loraplex.server.lifecycle import Lifecycle
 
 KEY = "infer-secret-0123456789"
 SAID = "my-mothers-maiden-name"  # stands in what clients send, and must not stand in the log
@@ -157,8 +156,9 @@ def test_text_is_the_default_and_inputs_are_logged_when_asked_for(tiny_bundle: P
     assert "GET /v1/models 200 " in third and third.endswith(" ms")
 
 
-def app_of(bundle: Path, **config: Any) -> FastAPI:
-    app = create_app(Router(open_backend(open_bundle(str(bundle))), {}), ServerConfig(**config), ())
+def app_of(**config: Any) -> FastAPI:
+    router = cast(Router, object())  # these routes ask nobody
+    app = create_app(ServerConfig(**config), (), Lifecycle(router))
 
     async def fail() -> None:
         raise KeyError(SAID)
@@ -186,7 +186,7 @@ def get(app: FastAPI, path: str) -> httpx.Response:
 def test_an_unexpected_error_is_logged_with_its_place_and_without_its_message(
     tiny_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    response = get(app_of(tiny_bundle), "/fail")
+    response = get(app_of(), "/fail")
     assert response.status_code == 500 and response.json()["error"]["code"] == "engine_error"
     assert response.headers["X-Request-ID"] and SAID not in response.text
     [record] = [one for one in caplog.records if one.levelno >= logging.ERROR]
@@ -195,7 +195,7 @@ def test_an_unexpected_error_is_logged_with_its_place_and_without_its_message(
 
 
 def test_with_inputs_its_message_is_logged_too(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
-    get(app_of(tiny_bundle, log_inputs=True), "/fail")
+    get(app_of(log_inputs=True), "/fail")
     assert f"KeyError: '{SAID}'" in caplog.text
 
 
@@ -214,7 +214,7 @@ def test_an_answer_that_fails_after_its_beginning_is_logged_and_not_begun_again(
         sent.append(message)
 
     scope = {"type": "http", "method": "GET", "path": "/begin", "query_string": b"", "headers": []}
-    asyncio.run(app_of(tiny_bundle)(scope, receive, send))
+    asyncio.run(app_of()(scope, receive, send))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[1] == {"type": "http.response.body", "body": b"the first", "more_body": True}
     assert "in pieces" in caplog.text and SAID not in caplog.text

@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import httpx
 import pytest
@@ -12,12 +13,11 @@ from fastapi.routing import iter_route_contexts
 from prometheus_client.parser import text_string_to_metric_families
 
 import serving
-from loraplex.backends.serving import open_backend
-from loraplex.bundle import open_bundle
 from loraplex.config import ServerConfig
 from loraplex.routing.router import Router
 from loraplex.server.app import create_app
 from loraplex.server.keys import ApiKey, new_key, read_keys
+from loraplex.server.lifecycle import Lifecycle
 from loraplex.server.security import INFER, OPEN, PUBLIC
 
 INFER_KEY, OTHER_KEY, ADMIN_KEY = "infer-secret-0123456789", "other-secret-0123456789", "admin-secret-0123456789"
@@ -246,9 +246,8 @@ def test_keys_new_says_the_key_once_and_refuses_names_that_no_file_can_hold() ->
 # ------------------------------------------------------------------------------------------- all routes that there are
 
 
-def app_with_keys(bundle: Path, **config: object) -> FastAPI:
-    router = Router(open_backend(open_bundle(str(bundle))), {})
-    return create_app(router, ServerConfig.model_validate(config), keys())
+def app_with_keys(**config: object) -> FastAPI:
+    return create_app(ServerConfig.model_validate(config), keys(), Lifecycle(cast(Router, object())))
 
 
 def keys() -> tuple[ApiKey, ...]:
@@ -282,7 +281,7 @@ def ask_all(app: FastAPI, found: set[str], headers: dict[str, str]) -> dict[str,
 
 
 def test_every_route_needs_a_key_but_those_that_are_listed(tiny_bundle: Path) -> None:
-    app = app_with_keys(tiny_bundle)
+    app = app_with_keys()
     found = operations(app)
     assert {"PUT /v1/adapters/{name}", "POST /v1/load_lora_adapter", "GET /docs", "DELETE /adapters/{name}"} <= found
     assert found >= OPEN and found >= INFER, "a list names what is not there"
@@ -298,14 +297,14 @@ def test_every_route_needs_a_key_but_those_that_are_listed(tiny_bundle: Path) ->
 
 def test_public_opens_what_it_names_and_nothing_else(tiny_bundle: Path) -> None:
     for public in (["docs"], ["metrics", "docs"]):
-        app = app_with_keys(tiny_bundle, public=public)
+        app = app_with_keys(public=public)
         statuses = ask_all(app, operations(app), {})
         expected = OPEN.union(*(PUBLIC[what] for what in public))
         assert {one for one, status in statuses.items() if status != 401} == expected
 
 
 def test_below_a_root_path_the_same_holds(tiny_bundle: Path) -> None:
-    app = app_with_keys(tiny_bundle)
+    app = app_with_keys()
     app.root_path = "/loraplex"
 
     async def ask(path: str, key: str) -> int:

@@ -22,8 +22,8 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from loraplex.adapters.files import SourceLimits
-from loraplex.adapters.source import ResolvedSource, resolve_source
+from loraplex.adapters.files import ResolvedSource, SourceLimits
+from loraplex.adapters.source import resolve_source
 from loraplex.errors import AdapterError
 
 CONFIG, WEIGHTS, CONTRACT = "adapter_config.json", "adapter_model.safetensors", "classifier.yaml"

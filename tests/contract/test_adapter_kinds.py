@@ -10,18 +10,18 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import tiny
-from loraplex.adapters.checkpoint import read_adapter
-from loraplex.adapters.kinds import KINDS, kinds_of
-from loraplex.adapters.peft_config import read_peft_config
+from loraplex.adapters.checkpoint import read_unidentified
+from loraplex.adapters.kinds import KINDS
+from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.adapters.weights import AdapterWeights
-from loraplex.backends.capabilities import NATIVE, PEFT, PEFT_MIXED
-from loraplex.backends.peft import PeftExecutor
 from loraplex.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, SequenceOutput, Target
-from loraplex.engine.tokenizer import last_match
+from loraplex.engine.sequence import EngineRequest, Sequence, SequenceOutput, Target
 from loraplex.errors import AdapterError
+from loraplex.executors.capabilities import NATIVE, PEFT, PEFT_MIXED
+from loraplex.executors.peft import PeftExecutor
 from loraplex.model.loader import base_layers, build_skeleton, read_config
+from loraplex.text.prompt import last_match
 from peft_cases import BASES, CASES, TOKEN_IDS, Bases, Case, logits, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of embeddings, ties and what else it thinks unwise
@@ -55,8 +55,8 @@ class Model:
         self.slots: dict[str, tuple[int, AdapterWeights]] = {}
 
     def read(self, folder: Path) -> AdapterWeights:
-        weights = read_adapter(folder, self.layers).without_base_copies(self.executor.parameter)
-        self.executor.capabilities.check(folder, kinds_of(read_peft_config(folder), weights))
+        weights = read_unidentified(folder, self.layers).identify(self.executor.parameter)
+        self.executor.capabilities.check(folder, weights.kinds)
         return weights
 
     def place(self, name: str, folder: Path, slot: int) -> None:

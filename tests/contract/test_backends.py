@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 import tiny
 from loraplex import Loraplex
 from loraplex.errors import AdapterError, DeadlineExceededError, InputTooLongError, UnknownClassifierError
+from loraplex.model.decoder import Decoder
 from loraplex.types import ClassifyRequest, Verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, about its own use of transformers
@@ -120,7 +121,7 @@ def ask_all(loraplex: Loraplex, requests: list[ClassifyRequest]) -> list[tuple[V
     """At the same time."""
 
     async def gather() -> list[tuple[Verdict, ...]]:
-        results = await asyncio.gather(*(loraplex.backend.classify(request) for request in requests))
+        results = await asyncio.gather(*(loraplex.service.classify(request) for request in requests))
         return [result.verdicts for result in results]
 
     return asyncio.run_coroutine_threadsafe(gather(), loraplex._loop).result()
@@ -220,12 +221,12 @@ def test_too_long_is_refused(shared: Loraplex) -> None:
 
 
 def test_usage_counts_what_was_computed(shared: Loraplex) -> None:
-    before = shared.backend.stats().num_step_tokens
+    before = shared.service.stats().num_step_tokens
     usage = shared.classify(TEXTS[1], ["active1", "active0"]).usage
     assert usage.prompt_tokens > 0
-    if shared.backend.name == "peft":
+    if shared.service.backend == "peft":
         assert usage.computed_tokens == usage.prompt_tokens and usage.cached_tokens == 0
-    stats = shared.backend.stats()
+    stats = shared.service.stats()
     assert stats.num_step_tokens - before == usage.computed_tokens
     assert stats.num_steps > 0 and stats.num_step_tokens > 0 and set(stats.adapters.values()) == {"ready"}
 
@@ -273,8 +274,8 @@ def test_adapters_come_change_and_go_under_traffic(shared_bundle: Path, tmp_path
             loraplex.unload_adapter(name)
         assert loraplex.generate(PROMPT).tokens == base  # without any
         if backend.startswith("peft"):
-            engine: Any = loraplex.backend._engine  # type: ignore[attr-defined]
-            assert not [one for one in engine._runner.model.modules() if type(one).__module__.startswith("peft")]
+            engine: Any = loraplex.service.computing.computation
+            assert not [one for one in engine.runner.model.modules() if type(one).__module__.startswith("peft")]
         loraplex.load_adapter("plain", str(bundle / "plain"))  # and with the first again
         check_verdicts(loraplex.classify(TEXTS[1], "plain").verdicts, (before["plain"],))
 
@@ -287,14 +288,14 @@ def _below(bundle: Path, folder: Path) -> str:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_adapters_than_places(tiny_bundle: Path, backend: str) -> None:
     with load(tiny_bundle, "native") as native:
-        expected = {name: native.classify(TEXTS[0], name).verdicts for name in native.backend.names()}
+        expected = {name: native.classify(TEXTS[0], name).verdicts for name in native.service.names()}
     with load(tiny_bundle, backend, max_adapters=2) as loraplex, ThreadPoolExecutor(6) as pool:
         names = list(expected) * 4
         for name, verdicts in zip(
             names, pool.map(lambda name: loraplex.classify(TEXTS[0], name).verdicts, names), strict=True
         ):
             check_verdicts(verdicts, expected[name])
-        assert loraplex.backend.stats().num_slots <= 2
+        assert loraplex.service.stats().num_slots <= 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -340,7 +341,7 @@ def test_a_deadline_leaves_the_verdicts_that_were_reached(
     shared_bundle: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with load(shared_bundle, backend, max_step_sequences=1) as loraplex:
-        engine: Any = loraplex.backend._engine  # type: ignore[attr-defined]
+        engine: Any = loraplex.service.computing.computation
         if backend == "vllm":
             compute, one_by_one = engine._compute, asyncio.Lock()
 
@@ -351,13 +352,13 @@ def test_a_deadline_leaves_the_verdicts_that_were_reached(
 
             monkeypatch.setattr(engine, "_compute", compute_slowly)
         else:
-            run = engine._runner.run
+            run = engine.runner.run
 
             def run_slowly(step: Any) -> Any:
                 time.sleep(0.1)
                 return run(step)
 
-            monkeypatch.setattr(engine._runner, "run", run_slowly)
+            monkeypatch.setattr(engine.runner, "run", run_slowly)
         verdicts = loraplex.classify(TEXTS[1], ADAPTERS, deadline_ms=250).verdicts
         errors = [one.error.code for one in verdicts if one.error is not None]
         assert 0 < len(errors) < len(verdicts) and set(errors) == {"deadline_exceeded"}
@@ -374,24 +375,22 @@ def test_a_failed_forward_pass_leaves_nothing_behind(
     with load(shared_bundle, backend) as loraplex:
         before = [loraplex.classify(text, ADAPTERS).verdicts for text in TEXTS]
         base = loraplex.generate(PROMPT).tokens
-        engine: Any = loraplex.backend._engine  # type: ignore[attr-defined]
-        norm = engine._runner.model.model.norm
-        is_failing = True
+        engine: Any = loraplex.service.computing.computation
+        model = engine.runner.model
+        head = model.lm_head.base_layer if isinstance(model, Decoder) else model.lm_head
 
         def fail(*args: Any) -> None:
-            if is_failing:
-                raise RuntimeError("out of memory")
+            raise RuntimeError("out of memory")
 
         with monkeypatch.context() as patched:
-            patched.setattr(engine._runner, "probe", lambda: None)
-            handle = norm.register_forward_hook(fail)
+            patched.setattr(engine.runner, "probe", lambda: None)
+            handle = head.register_forward_hook(fail)
             for name in ADAPTERS:
                 with pytest.raises(Exception, match="out of memory"):
                     loraplex.classify(TEXTS[1], name)
-            is_failing = False
             handle.remove()
         if backend != "native":
-            assert not any(module._forward_pre_hooks for module in engine._runner.model.modules())
+            assert not any(module._forward_pre_hooks for module in engine.runner.model.modules())
         assert loraplex.generate(PROMPT).tokens == base
         for text, verdicts in zip(TEXTS, before, strict=True):
             check_verdicts(loraplex.classify(text, ADAPTERS).verdicts, verdicts)

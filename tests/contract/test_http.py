@@ -12,10 +12,9 @@ import pytest
 
 import serving
 import tiny
-from loraplex.backends import serving as backends
-from loraplex.bundle import open_bundle
 from loraplex.config import EngineConfig
 from loraplex.errors import ConfigurationError
+from loraplex.service import start
 
 TEXT = "Customer: hello\nAgent: at what time?"
 
@@ -97,11 +96,11 @@ def test_a_bundle_that_it_cannot_serve_does_not_start(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["peft", "vllm"])
 def test_without_it_the_error_says_how_to_install_it(
-    tiny_bundle: Path, backend: Literal["peft", "vllm"], monkeypatch: pytest.MonkeyPatch
+    backend: Literal["peft", "vllm"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "is_installed", lambda library: False)
+    monkeypatch.setattr(start, "is_installed", lambda library: False)
     with pytest.raises(ConfigurationError) as caught:
-        backends.open_backend(open_bundle(str(tiny_bundle)), EngineConfig(backend=backend))
+        start.open_executor(EngineConfig(backend=backend))
     extra = {"peft": "train", "vllm": "vllm"}[backend]
     assert f"pip install 'loraplex[{extra}]'" in caught.value.remedy
-    assert backends.open_backend(open_bundle(str(tiny_bundle))).name == "native"
+    assert start.open_executor(EngineConfig()).name == "native"

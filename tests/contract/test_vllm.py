@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 import serving
 import tiny
 from loraplex import Loraplex
-from loraplex.backends.base import GenerateRequest
+from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.config import EngineConfig
-from loraplex.engine.sequence import NO_ADAPTER, Sequence, SequenceOutput, Target
+from loraplex.engine.sequence import Sequence, SequenceOutput, Target
 from loraplex.errors import AdapterError, ConfigurationError, EngineError, QueueFullError, UnsupportedModelError
-from loraplex.types import ClassifyRequest
+from loraplex.types import ClassifyRequest, GenerateRequest
 
 pytestmark = [
     pytest.mark.skipif(not tiny.HAS_VLLM, reason="vLLM is not installed here: make test-vllm"),
@@ -74,9 +74,9 @@ def test_rows_of_the_base_and_top_tokens_beside_adapters_are_as_alone(vllm: Lora
 
     async def ask(one: Any) -> Any:
         if isinstance(one, ClassifyRequest):
-            [verdict] = (await vllm.backend.classify(one)).verdicts
+            [verdict] = (await vllm.service.classify(one)).verdicts
             return [(verdict.label, math.log(verdict.confidence or 0))]
-        tokens = (await vllm.backend.generate(one)).tokens
+        tokens = (await vllm.service.generate(one)).tokens
         assert all(len(token.top) == one.num_top for token in tokens)
         return [(token.id, token.log_prob) for token in tokens]
 
@@ -95,7 +95,7 @@ def test_any_number_of_tokens_may_be_asked(vllm: Loraplex, bundle: Path) -> None
     ids = tuple(range(40, 60))
     targets = [Target(position=-1, token_id=i) for i in range(300)] + [Target(position=-3, token_id=i) for i in (7, 9)]
     sequence = Sequence(token_ids=ids, slot=NO_ADAPTER, targets=tuple(targets))
-    [output] = run(vllm, vllm.backend._compute([sequence], None))  # type: ignore[attr-defined]
+    [output] = run(vllm, vllm.service.computing.compute_now([sequence]))
     assert isinstance(output, SequenceOutput)
     model: Any = AutoModelForCausalLM.from_pretrained(bundle, dtype=torch.float32)
     with torch.inference_mode():
@@ -259,10 +259,10 @@ def test_an_argument_given_twice_and_no_room_for_kv_are_refused(bundle: Path) ->
 
 
 def test_the_other_device_is_refused(bundle: Path) -> None:
-    from loraplex.backends.vllm import VllmExecutor
+    from loraplex.executors.vllm import VllmExecutor
 
     with pytest.raises(ConfigurationError, match="computes on cpu"):
-        VllmExecutor(EngineConfig(backend="vllm"))._check_device(torch.device("cuda"))
+        VllmExecutor(EngineConfig(backend="vllm")).check_device(torch.device("cuda"))
 
 
 def test_a_base_that_vllm_does_not_take_does_not_start(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_more_than_the_queue_holds_is_refused_at_once(vllm: Loraplex) -> None:
     request = ClassifyRequest(input="Customer: hello " * 10, classifiers="*")
 
     async def flood() -> list[Any]:
-        asked = (vllm.backend.classify(request) for _ in range(200))
+        asked = (vllm.service.classify(request) for _ in range(200))
         answers: list[Any] = await asyncio.gather(*asked, return_exceptions=True)
         return answers
 
@@ -290,25 +290,25 @@ def test_more_than_the_queue_holds_is_refused_at_once(vllm: Loraplex) -> None:
     refused = [one for one in results if isinstance(one, QueueFullError)]
     assert 0 < len(refused) < 200 and all(one.retry_after_s > 0 for one in refused)
     assert all(isinstance(one, QueueFullError) or len(one.verdicts) == 4 for one in results)
-    stats = vllm.backend.stats()
+    stats = vllm.service.stats()
     assert (stats.num_waiting, stats.num_running) == (0, 0)
 
 
 def test_who_leaves_is_dropped(vllm: Loraplex) -> None:
     async def leave() -> float:
         request = GenerateRequest(prompt="Customer: hi", max_tokens=200, logit_bias={1: -100.0})
-        tasks = [asyncio.create_task(vllm.backend.generate(request)) for _ in range(8)]
+        tasks = [asyncio.create_task(vllm.service.generate(request)) for _ in range(8)]
         await asyncio.sleep(0.05)
         for task in tasks:
             task.cancel()
         started = time.monotonic()
         await asyncio.gather(*tasks, return_exceptions=True)
-        while vllm.backend._engine._num_open:  # type: ignore[attr-defined]
+        while vllm.service.computing.computation.num_waiting_tokens:
             await asyncio.sleep(0.001)
         return time.monotonic() - started
 
     started = time.monotonic()
-    run(vllm, vllm.backend.generate(GenerateRequest(prompt="Customer: hi", max_tokens=200, logit_bias={1: -100.0})))
+    run(vllm, vllm.service.generate(GenerateRequest(prompt="Customer: hi", max_tokens=200, logit_bias={1: -100.0})))
     assert run(vllm, leave()) < time.monotonic() - started
     vllm.classify(TEXT)
 
@@ -359,8 +359,8 @@ def test_it_ends_at_a_signal_and_leaves_nothing(bundle: Path, number: int) -> No
 
 def test_a_load_does_not_wait_for_a_dead_vllm(bundle: Path) -> None:
     with Loraplex.load(bundle, **OPTIONS, vllm_arg=(EAGER,)) as loraplex, ThreadPoolExecutor(1) as pool:
-        processes = loraplex.backend._engine._llm.engine_core.resources.engine_manager.processes  # type: ignore[attr-defined]
-        [core] = [one.pid for one in processes]
+        engine: Any = loraplex.service.computing.computation
+        [core] = engine.pids
         os.kill(core, signal.SIGSTOP)
         loading = pool.submit(loraplex.load_adapter, "again", str(bundle / "task0"))
         unloading = pool.submit(loraplex.unload_adapter, "task1")
@@ -370,4 +370,4 @@ def test_a_load_does_not_wait_for_a_dead_vllm(bundle: Path) -> None:
         with pytest.raises(EngineError, match="vLLM died"):
             loading.result(10)
         unloading.result(10)
-        assert not loraplex.backend.alive
+        assert not loraplex.service.alive

@@ -20,13 +20,13 @@ import pytest
 BODY = {"input": "Customer: hello", "classifiers": "task0"}
 # Files in the working directory say what happens next.
 SLOW_LOAD = """
-from loraplex.backends.serving import ServingBackend
-load = ServingBackend._load
-def wait_and_load(self):
+from loraplex.executors.native import NativeExecutor
+load = NativeExecutor.load
+def wait_and_load(self, *args):
     while not os.path.exists("load"):
         time.sleep(0.02)
-    load(self)
-ServingBackend._load = wait_and_load
+    return load(self, *args)
+NativeExecutor.load = wait_and_load
 """
 SLOW_STEP = """
 from loraplex.engine.runner import ModelRunner
@@ -57,12 +57,12 @@ process.CLOSE_S = 0.5
 """
 HUNG_AND_FAILED = """
 import threading
-from loraplex.backends.serving import ServingBackend
-async def fail(self):
+from loraplex.service import start
+async def fail(*args):
     import asyncio
     asyncio.get_running_loop().run_in_executor(None, time.sleep, 1000)
     raise RuntimeError("as nobody expected")
-ServingBackend.start = fail
+start.start = fail
 """
 
 

@@ -13,6 +13,7 @@ from loraplex import Loraplex
 from loraplex.ops import reference
 from loraplex.ops.attention import packed_attention
 from loraplex.ops.layout import Span, layout_of
+from loraplex.ops.staging import Staging
 
 pytestmark = pytest.mark.gpu
 
@@ -93,7 +94,10 @@ def test_the_fused_kernel_equals_the_reference(dtype: torch.dtype) -> None:
     )
     last = tuple(replace(span, row=row) for row, span in enumerate(spans))
     rows = [span.end - 1 for span in spans]
-    for asked, layout in ((query, layout_of(spans, device)), (query[rows], layout_of(last, device))):
+    staging = Staging(device)
+    layouts = [(query, layout_of(spans, staging)), (query[rows], layout_of(last, staging))]
+    staging.send()
+    for asked, layout in layouts:
         for window in (None, 7):
             options = dict(cache=(cache[0], cache[1]), scaling=0.125, window=window)
             actual = packed_attention(asked, key, value, layout, **options)  # type: ignore[arg-type]

@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 
 import recorded
 import tiny
-from checks import check_pool
+from checks import check_pool, model_of
 from loraplex import ClassifyRequest, ClassifyResult, Loraplex
-from loraplex.backends.native import NativeExecutor
-from loraplex.backends.serving import ServingBackend
 from loraplex.engine import sequence
 from loraplex.engine.block_pool import block_hashes
 from loraplex.errors import ContractError, InvalidRequestError
-from loraplex.model import multi_lora
+from loraplex.model import step_memo
+from loraplex.model.decoder import Decoder
 
 TOLERANCE = 1e-4
 INVOCATION = tiny.SPECIAL_TOKENS.index("<|ask|>")
@@ -82,7 +81,7 @@ def test_what_layers_keep_for_small_steps_goes_with_the_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two places: the new adapter gets that of the old one, beside the same other."""
-    monkeypatch.setattr(multi_lora, "NUM_KEPT", 100)
+    monkeypatch.setattr(step_memo, "MAX_SETS", 100)
     bundle, text = tiny.save_bundle(tmp_path / "bundle", adapters=3), "Customer: hello"
     with Loraplex.load(bundle, dtype="float32", max_adapters=2, preload="none") as loraplex:
         expected = loraplex.classify(text, "task2")["task2"].scores
@@ -99,22 +98,18 @@ def test_what_layers_keep_stays_in_its_memory(tmp_path: Path) -> None:
     bundle, text = tiny.save_bundle(tmp_path / "bundle", adapters=3), "Customer: hello"
     names = ["task0", "task1", "task2"]
     with Loraplex.load(bundle, dtype="float32") as loraplex:
-        assert isinstance(loraplex.backend, ServingBackend)
-        executor = loraplex.backend._executor
-        assert isinstance(executor, NativeExecutor)
-        lora = executor._loaded._lora
-        lora._kept.clear()
+        memo = model_of(loraplex).memo
+        memo.clear()
         for _ in range(2):
             expected = loraplex.classify(text, names)
-        num_bytes = [kept.num_bytes for kept in lora._kept.values()]
-        assert len(num_bytes) == 1 and num_bytes[0] > 0  # the last layer's have the same key: its slots' order
-        lora._kept_bytes = num_bytes[0]
+        assert len(memo) == 1 and memo.num_bytes > 0  # the last layer's has the same key: its slots' order
+        memo.budget_bytes = memo.num_bytes
         assert_equal(loraplex.classify(text, names), expected)
-        assert len(lora._kept) == 1
-        lora._kept_bytes -= 1
+        assert len(memo) == 1
+        memo.budget_bytes -= 1
         for _ in range(2):
             assert_equal(loraplex.classify(text, names), expected)
-            assert not lora._kept
+            assert not len(memo)
 
 
 def test_what_was_kept_for_a_step_that_did_not_fit_is_given_back(tmp_path: Path) -> None:
@@ -123,17 +118,18 @@ def test_what_was_kept_for_a_step_that_did_not_fit_is_given_back(tmp_path: Path)
     names = ["task0", "task1", "task2"]
 
     def fails(module: object, args: tuple[torch.Tensor, ...]) -> None:
-        if args[0].shape[1] > 1:
+        if len(args[0]) > 1:
             raise torch.OutOfMemoryError("no memory is left")
 
     with Loraplex.load(bundle, dtype="float32") as loraplex:
         expected = loraplex.classify(text, names)
-        assert isinstance(loraplex.backend, ServingBackend)
-        executor = loraplex.backend._executor
-        assert isinstance(executor, NativeExecutor)
-        executor._loaded.model.get_output_embeddings().register_forward_pre_hook(fails)
+        model = model_of(loraplex)
+        assert isinstance(model, Decoder)
+        before = model.memo.num_bytes
+        assert before > 0
+        model.lm_head.base_layer.register_forward_pre_hook(fails)
         assert_equal(loraplex.classify(text, names), expected)
-        assert {len(key) for key in executor._loaded._lora._kept} == {1}
+        assert model.memo.num_bytes == 0, "single adapters are not stacked"
 
 
 def test_the_next_turn_is_computed_where_it_is_new(pair: Pair) -> None:

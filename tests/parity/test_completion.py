@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from checks import check_pool
 from loraplex import Loraplex
-from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult
 from loraplex.errors import InputTooLongError, InvalidRequestError
-from loraplex.types import Message
+from loraplex.types import GeneratedToken, GenerateRequest, GenerateResult, Message
 
 NUM_TOP = 20
 PROMPTS = ["Customer: hi<|ask|>Is it done?", "Customer: hello, a table for two\nAgent: at what time?<|ask|>done?"]
@@ -74,7 +73,7 @@ def generate_all(loraplex: Loraplex, *requests: GenerateRequest) -> list[Generat
     """At the same time."""
 
     async def all_of_them() -> list[GenerateResult]:
-        return await asyncio.gather(*(loraplex.backend.generate(request) for request in requests))
+        return await asyncio.gather(*(loraplex.service.generate(request) for request in requests))
 
     return loraplex._call(all_of_them())
 
@@ -83,7 +82,7 @@ def streamed(loraplex: Loraplex, request: GenerateRequest) -> tuple[GenerateResu
     told: list[tuple[GeneratedToken, str]] = []
 
     async def stream() -> GenerateResult:
-        return await loraplex.backend.generate(request, lambda token, text: told.append((token, text)))
+        return await loraplex.service.generate(request, lambda token, text: told.append((token, text)))
 
     return loraplex._call(stream()), told
 

@@ -9,30 +9,13 @@ import pytest
 
 import recorded
 import tiny
+from checks import model_of
 from loraplex import Loraplex
-from loraplex.backends.serving import ServingBackend
 from loraplex.errors import UnsupportedModelError
 
 NAMES = ["active0", "active1", "active2", "plain"]
 TEXT = "Customer: hello, is it done?"
 NUM_PIECES = 2 * (tiny.FAMILIES["mistral"].num_hidden_layers - 1)  # before and after attention, but for the last layer
-
-
-class Counted:
-    """recorded.recorded, and how often."""
-
-    def __init__(self) -> None:
-        self.num_captured = self.num_replayed = 0
-
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        self.num_captured += 1
-        replay = recorded.recorded(function)
-
-        def counted() -> None:
-            self.num_replayed += 1
-            replay()
-
-        return counted
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +26,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2"])
 def test_steps_that_come_again_are_replayed(tmp_path: Path, family: str) -> None:
     """Texts of other words and, nearly, other lengths are steps of the same segments."""
-    bundle, counted = tiny.save_shared_bundle(tmp_path / "bundle", tiny.FAMILIES[family]), Counted()
+    bundle, counted = tiny.save_shared_bundle(tmp_path / "bundle", tiny.FAMILIES[family]), recorded.Recorded()
     texts = [TEXT + word for word in (" seven", " is it?", " two", " hello")]  # of 12, 12, 11 and 11 tokens
     with (
         Loraplex.load(bundle, dtype="float32", kv_cache="0") as plain,
@@ -61,7 +44,7 @@ def test_steps_that_come_again_are_replayed(tmp_path: Path, family: str) -> None
 
 def test_what_is_captured_goes_with_the_adapter(bundle: Path, tmp_path: Path) -> None:
     """An adapter of other weights gets the place of one that has left, and nobody else's graphs are lost."""
-    counted = Counted()
+    counted = recorded.Recorded()
     tiny.save_adapter(bundle, tmp_path / "other", contract=tiny.CONTRACT, seed=7, r=2)
     options: dict[str, Any] = {"dtype": "float32", "kv_cache": "0", "adapter_root": (str(tmp_path),)}
     with (
@@ -89,33 +72,31 @@ def test_what_is_captured_goes_with_the_adapter(bundle: Path, tmp_path: Path) ->
 
 def place_of(loraplex: Loraplex, name: str) -> int:
     """The slot of its version."""
-    backend = loraplex.backend
-    assert isinstance(backend, ServingBackend)
-    lease = backend._ready_store().try_lease(name)
+    lease = loraplex.service.versions.try_lease(name)
     assert lease is not None
     lease.release()
     return lease.slot
 
 
 def test_where_capturing_fails_steps_run_as_before(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
-    counted = Counted()
+    class ThirdFails(recorded.Recorded):
+        def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+            if self.num_captured == 2:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super().__call__(function)
 
-    def third_fails(function: Callable[[], None]) -> Callable[[], None]:
-        if counted.num_captured == 2:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return counted(function)
+    counted = ThirdFails()
 
     with (
         Loraplex.load(bundle, dtype="float32", kv_cache="0") as plain,
-        recorded.captures(third_fails, at=1),
+        recorded.captures(counted, at=1),
         caplog.at_level(logging.WARNING),
         Loraplex.load(bundle, dtype="float32", kv_cache="0", cuda_graphs=True) as captured,
     ):
         for _ in range(3):
             assert_equal(captured, plain, TEXT, NAMES)
-        backend: Any = captured.backend
-        kept = backend._executor._loaded._lora._kept
-        assert kept and not any(one.graphs for one in kept.values())
+        memo = model_of(captured).memo
+        assert len(memo) and not memo.num_graphs
     assert counted.num_captured == 2
     assert [record.message for record in caplog.records] == [
         "steps are no longer captured as CUDA graphs, and run as before"

@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from checks import check_pool
 from loraplex import Loraplex
-from loraplex.backends.base import GenerateRequest, GenerateResult
-from loraplex.backends.serving import open_backend
-from loraplex.bundle import open_bundle
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence
+from loraplex.adapters.slots import NO_ADAPTER
+from loraplex.engine.sequence import EngineRequest, Sequence
 from loraplex.errors import (
     CancelledError,
     DeadlineExceededError,
     InvalidRequestError,
     UnknownClassifierError,
 )
+from loraplex.service.computing import Computing
+from loraplex.types import GenerateRequest, GenerateResult
 
 NUM_TOKENS = 40  # past two block boundaries, whatever the prompt's length
 PROMPTS = [
@@ -87,7 +87,7 @@ def generate_all(loraplex: Loraplex, *requests: GenerateRequest) -> list[Generat
     """At the same time."""
 
     async def all_of_them() -> list[GenerateResult]:
-        return await asyncio.gather(*(loraplex.backend.generate(request) for request in requests))
+        return await asyncio.gather(*(loraplex.service.generate(request) for request in requests))
 
     return loraplex._call(all_of_them())
 
@@ -164,20 +164,22 @@ def test_a_deadline_ends_it_and_gives_its_blocks_back(loraplex: Loraplex) -> Non
     check_pool(loraplex)
 
 
-def test_who_is_late_is_not_told_that_it_left(bundle: Path) -> None:
+def test_who_is_late_is_not_told_that_it_left() -> None:
     """Giving up cancels the request, which the engine may see at once."""
 
     class Engine:
+        max_step_tokens = 100
+
         def submit(self, request: EngineRequest) -> None:
             [sequence] = request.sequences
             left = CancelledError("the client left", remedy="none")
             request.future.add_done_callback(lambda _: request.resolve(sequence, left))
 
     async def ask() -> None:
-        backend: Any = open_backend(open_bundle(bundle))
-        backend._engine = Engine()
+        engine: Any = Engine()
+        computing = Computing(engine, max_queue=1, max_queue_tokens=None)
         sequence = Sequence(token_ids=(1, 2), slot=NO_ADAPTER)
-        [outcome] = await backend._compute([sequence], time.monotonic() + 0.01)
+        [outcome] = await computing.compute(EngineRequest([sequence], deadline_s=time.monotonic() + 0.01))
         assert isinstance(outcome, DeadlineExceededError)
         assert sequence.request.cancelled
 

@@ -10,15 +10,15 @@ import torch
 from peft import PeftModel
 
 import tiny
-from loraplex.adapters.checkpoint import read_adapter
+from loraplex.adapters.checkpoint import read_unidentified
+from loraplex.adapters.slots import NO_ADAPTER, prefix_slot
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.engine.block_pool import BASE_KV
 from loraplex.engine.runner import ModelRunner
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, SequenceOutput, Target
+from loraplex.engine.sequence import EngineRequest, Sequence, SequenceOutput, Target
 from loraplex.engine.step import Step
-from loraplex.engine.tokenizer import last_match
-from loraplex.model.loader import base_layers, build_skeleton, load_base, read_config
-from loraplex.model.multi_lora import prefix_slot
+from loraplex.model.loader import load_model, read_config, read_layers
+from loraplex.text.prompt import last_match
 from peft_cases import BASES, CASES, TOKEN_IDS, Bases, Case, case, logits, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of embeddings, ties and what else it thinks unwise
@@ -87,8 +87,8 @@ def check(base: str, cases: Mapping[str, Case], tmp_path: Path) -> None:
     bases = Bases(tmp_path / "bases")
     folder = bases.folder(base)
     config = read_config(folder)
-    layers = base_layers(build_skeleton(config, folder))
-    runner = ModelRunner(load_base(config, folder, torch.float32, torch.device("cpu")))
+    layers, _ = read_layers(config, folder)
+    runner = ModelRunner(load_model(config, folder, torch.float32, torch.device("cpu")))
     bare = logits(bases.load(base))[0, -1].log_softmax(-1)
     expected: dict[str | None, torch.Tensor] = {None: bare}
     adapters: dict[str | None, AdapterWeights | None] = {None: None}
@@ -98,8 +98,8 @@ def check(base: str, cases: Mapping[str, Case], tmp_path: Path) -> None:
         assert one.is_classifier or (expected[kind] - bare).abs().max() > 100 * LOG_TOLERANCE, (
             f"{kind} changes too little"
         )
-        adapter = adapters[kind] = read_adapter(where, layers).without_base_copies(runner.parameter)
-        runner.set_slot(slot, adapter)
+        adapter = adapters[kind] = read_unidentified(where, layers).identify(runner.model.parameter)
+        runner.model.set_slot(slot, adapter)
     sequences = [sequence_of(slot - 1, adapter) for slot, adapter in enumerate(adapters.values())]
     EngineRequest(sequences)
     outputs = dict(runner.run(Step.of(sequences)))
@@ -113,7 +113,7 @@ def check(base: str, cases: Mapping[str, Case], tmp_path: Path) -> None:
         assert found.argmax() == expected[name].argmax(), name
 
     for slot in range(len(cases)):
-        runner.clear_slot(slot)
+        runner.model.clear_slot(slot)
     again = Sequence(token_ids=tuple(TOKEN_IDS), slot=0, targets=EVERY_TOKEN)
     EngineRequest([again])
     [(_, output)] = runner.run(Step.of([again]))

@@ -14,16 +14,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from loraplex.adapters.checkpoint import read_adapter
+from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.engine.block_pool import BASE_KV
 from loraplex.engine.runner import ModelRunner
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sequence, SequenceOutput, Target
+from loraplex.engine.sequence import EngineRequest, Sequence, SequenceOutput, Target
 from loraplex.engine.step import Placed, Step
-from loraplex.engine.tokenizer import Tokenizer, last_match
-from loraplex.model import attention
-from loraplex.model.loader import base_layers, build_skeleton, load_base, read_config
+from loraplex.model import decoder, hooked
+from loraplex.model.loader import load_model, read_config, read_layers
 from loraplex.ops import attention as ops_attention
 from loraplex.ops.layout import Layout, Span, layout_of
+from loraplex.ops.staging import Staging
+from loraplex.text.prompt import last_match
+from loraplex.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
 TEXTS = [
@@ -54,11 +57,11 @@ class Case:
 
     def runner(self) -> ModelRunner:
         config = read_config(self.folder)
-        return ModelRunner(load_base(config, self.folder, torch.float32, torch.device("cpu")))
+        return ModelRunner(load_model(config, self.folder, torch.float32, torch.device("cpu")))
 
     def adapters(self) -> dict[str, AdapterWeights]:
-        shapes = base_layers(build_skeleton(read_config(self.folder), self.folder))
-        return {name: read_adapter(self.folder / name, shapes) for name in ADAPTERS}
+        layers, _ = read_layers(read_config(self.folder), self.folder)
+        return {name: read_adapter(self.folder / name, layers) for name in ADAPTERS}
 
     def actual(
         self,
@@ -71,7 +74,7 @@ class Case:
         adapters = adapters or self.adapters()
         slots: dict[str | None, int] = {None: NO_ADAPTER}
         for slot, (name, weights) in enumerate(adapters.items()):
-            runner.set_slot(slot, weights)
+            runner.model.set_slot(slot, weights)
             slots[name] = slot
         every_token = tuple(Target(position=-1, token_id=i) for i in range(tiny.VOCAB_SIZE))
         keys, sequences = [], []
@@ -219,7 +222,8 @@ def test_without_the_attention_feature_it_fails(
     def without(*args: Any, **kwargs: Any) -> torch.Tensor:
         return ops_attention.packed_attention(*args, **(kwargs | {feature: None}))
 
-    monkeypatch.setattr(attention, "packed_attention", without)
+    for module in (decoder, hooked):
+        monkeypatch.setattr(module, "packed_attention", without)
     assert difference(case.actual(), case.expected) > 100 * TOLERANCE
 
 
@@ -247,8 +251,8 @@ def test_without_separate_texts_it_fails(tmp_path: Path, monkeypatch: pytest.Mon
     case = make_case(tmp_path, "llama")
 
     def across(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: Layout, **kwargs: Any) -> torch.Tensor:
-        layout = layout_of((Span(start=0, end=len(query)),), query.device)
+        layout = layout_of((Span(start=0, end=len(query)),), Staging(query.device))
         return ops_attention.packed_attention(query, key, value, layout, **kwargs)
 
-    monkeypatch.setattr(attention, "packed_attention", across)
+    monkeypatch.setattr(decoder, "packed_attention", across)
     assert difference(case.actual(), case.expected) > 100 * TOLERANCE

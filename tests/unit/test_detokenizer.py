@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from loraplex.engine.detokenizer import REPLACEMENT, Detokenizer
-from loraplex.engine.tokenizer import Tokenizer
+from loraplex.text.detokenizer import REPLACEMENT, Detokenizer
+from loraplex.text.tokenizer import Tokenizer
 
 KINDS: Mapping[str, Callable[[], PreTrainedTokenizerFast]] = {
     "byte-level": tiny.byte_level_tokenizer,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.adapters.features import feature_table
 from loraplex.adapters.peft_config import REFUSED_KEYS, PeftConfig
-from loraplex.backends.capabilities import backend_table
+from loraplex.executors.capabilities import backend_table
+from peft_features import feature_table
 
 DOCS = Path(__file__).parents[2] / "docs"
 GENERATED = {("adapters.md", "features"): feature_table, ("backends.md", "backends"): backend_table}

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.engine.block_pool import BlockPool
 from loraplex.engine.engine import Engine
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Outcome, Sampling, Sequence, SequenceOutput, Token
+from loraplex.engine.sequence import EngineRequest, Outcome, Sampling, Sequence, SequenceOutput, Token
 from loraplex.engine.step import Step
 from loraplex.errors import DeadlineExceededError, EngineError, NotReadyError
 

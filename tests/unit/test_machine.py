@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import tiny
-from loraplex import Loraplex
-from loraplex.backends.serving import ServingBackend
-from loraplex.model import machine
-from loraplex.model.machine import budget_bytes, choose_threads, compute_alone
+from loraplex import Loraplex, machine
+from loraplex.executors.native import NativeExecutor
+from loraplex.machine import budget_bytes, choose_threads, compute_alone
+from loraplex.service.classifiers import ClassifierReader
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
     ("given", "expected"), [("0", 0), ("1KiB", 1024), ("1.5GiB", 3 * 2**29), ("50%", 500), ("0%", 0), ("12.5%", 125)]
 )
 def test_budgets(monkeypatch: pytest.MonkeyPatch, given: str, expected: int) -> None:
-    monkeypatch.setattr(machine, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 1000)
     assert budget_bytes(given, CPU) == expected
 
 
@@ -61,19 +61,24 @@ def test_a_thread_computes_alone_and_leaves_the_others_as_they_were() -> None:
 
 
 def test_beside_the_engine_adapters_are_read_and_placed_on_threads_that_compute_alone(tmp_path: Path) -> None:
-    seen: dict[str, set[int]] = {"read": set(), "place": set(), "_load": set()}
+    seen: dict[str, set[int]] = {"read": set(), "set_slot": set(), "load": set()}
 
-    def noting(name: str) -> Any:
-        real = getattr(ServingBackend, name)
+    def noting(owner: type, name: str) -> Any:
+        real = getattr(owner, name)
 
         def wrapped(*args: Any) -> Any:
             seen[name].add(torch.get_num_threads())
             return real(*args)
 
-        return mock.patch.object(ServingBackend, name, wrapped)
+        return mock.patch.object(owner, name, wrapped)
 
     bundle = tiny.save_shared_bundle(tmp_path / "bundle")
-    with noting("read"), noting("place"), noting("_load"), Loraplex.load(bundle, dtype="float32") as loraplex:
+    with (
+        noting(ClassifierReader, "read"),
+        noting(NativeExecutor, "set_slot"),
+        noting(NativeExecutor, "load"),
+        Loraplex.load(bundle, dtype="float32") as loraplex,
+    ):
         loraplex.load_adapter("again", bundle / "plain")
-        assert seen == {"read": {1}, "place": {1}, "_load": {torch.get_num_threads()}}
+        assert seen == {"read": {1}, "set_slot": {1}, "load": {torch.get_num_threads()}}
         assert not [one for one in threading.enumerate() if one.name.startswith("loraplex-load")]

@@ -1,7 +1,6 @@
 """Fast paths against the reference, and the reference against a loop that anybody can read."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -9,15 +8,14 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers.pytorch_utils import Conv1D
 
-from loraplex.adapters.weights import LoRAWeights
-from loraplex.model.lora_linear import ActiveSegments, MultiLoRALinear, Segment, Segments
 from loraplex.ops import attention, reference
 from loraplex.ops import layout as layout_module
 from loraplex.ops.layout import Layout, Span, layout_of
+from loraplex.ops.staging import Staging
 
 CPU = torch.device("cpu")
+STAGING = Staging(CPU)
 CACHED = torch.tensor([5, 4, 9, 10, 11])  # in any order of slots
 ALONE = [(0, 1), (1, 8), (8, 28), (28, 32)]
 # A tree: two children of a run that itself follows cached tokens, a grandchild, a second child of the cached tokens,
@@ -33,15 +31,15 @@ TREE = (
 LAST = tuple(dataclasses.replace(span, row=row) for row, span in enumerate(TREE))
 
 
-def long(spans: tuple[Span, ...], gaps: Iterable[tuple[int, int]] = ()) -> Layout:
+def long(spans: tuple[Span, ...], padding: Iterable[tuple[int, int]] = ()) -> Layout:
     """As if they were too many tokens to be grouped."""
-    with mock.patch.object(layout_module, "SHORT", 0):
-        return layout_of(spans, CPU, gaps)
+    with mock.patch.object(layout_module, "SHORT_SPAN", 0):
+        return layout_of(spans, STAGING, padding)
 
 
 LAYOUTS = {
-    "alone": layout_of(tuple(Span(start=start, end=end) for start, end in ALONE), CPU),
-    "tree": layout_of(TREE, CPU),
+    "alone": layout_of(tuple(Span(start=start, end=end) for start, end in ALONE), STAGING),
+    "tree": layout_of(TREE, STAGING),
     "long tree": long(TREE),
 }
 
@@ -73,7 +71,7 @@ def test_where_only_the_last_tokens_ask_each_sees_the_same(grouped: bool) -> Non
     settings: dict[str, Any] = dict(scaling=0.3, cache=tuple(cache))
     everything = reference.packed_attention(query, key, value, LAYOUTS["tree"], **settings)
     last = [span.end - 1 for span in TREE]
-    layout = layout_of(LAST, CPU) if grouped else long(LAST)
+    layout = layout_of(LAST, STAGING) if grouped else long(LAST)
     actual = attention.packed_attention(query[last], key, value, layout, **settings)
     torch.testing.assert_close(actual, everything[last], atol=1e-5, rtol=1e-5)
 
@@ -110,7 +108,7 @@ def varlen_attn(
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-@pytest.mark.parametrize("spans", ["tree", "last", "gap"])
+@pytest.mark.parametrize("spans", ["tree", "last", "padding"])
 def test_as_cuda_computes_it_attention_equals_the_reference(spans: str, heads: tuple[int, int]) -> None:
     """The calls that are made there, with a stand-in for its kernel: `tests/gpu` has the kernel."""
     query, key, value, *cache = random_inputs(*heads)
@@ -118,7 +116,7 @@ def test_as_cuda_computes_it_attention_equals_the_reference(spans: str, heads: t
     layout, rows = {
         "tree": (long(TREE), list(range(32))),
         "last": (long(LAST), [span.end - 1 for span in TREE]),
-        "gap": (long(TREE[:4] + TREE[5:], [(15, 21)]), [*range(15), *range(21, 32)]),
+        "padding": (long(TREE[:4] + TREE[5:], [(15, 21)]), [*range(15), *range(21, 32)]),
     }[spans]
     expected = reference.packed_attention(query, key, value, LAYOUTS["tree"], **settings)
     with (
@@ -151,7 +149,7 @@ def test_short_spans_that_see_the_same_attend_in_one_call() -> None:
     assert tree.groups[0].rows.tolist() == [*range(0, 7), *range(21, 32)]
     assert tree.groups[1].rows == slice(10, 15)
     assert [span.start for span in tree.alone] == [7]
-    many = layout_of(tuple(Span(start=60 * i, end=60 * i + 60) for i in range(9)), CPU)
+    many = layout_of(tuple(Span(start=60 * i, end=60 * i + 60) for i in range(9)), STAGING)
     assert [group.keys for group in many.groups] == [((0, 240),), ((240, 480),)]
     assert [span.start for span in many.alone] == [480]
 
@@ -176,79 +174,20 @@ def test_the_reference_is_causal_attention_with_a_window_and_a_softcap(layout: s
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 3])
-def test_tokens_that_fill_a_gap_change_nothing_and_come_out_finite(window: int | None, softcap: float | None) -> None:
+def test_padding_changes_nothing_and_comes_out_finite(window: int | None, softcap: float | None) -> None:
     query, key, value, cached_key, cached_value = random_inputs(2, 1)
-    kept, gap = (0, 15), (15, 21)
+    kept, padding = (0, 15), (15, 21)
     spans = (*(span for span in TREE if span.end <= kept[1]), TREE[-1])
     options: dict[str, Any] = {
         "cache": (cached_key, cached_value), "scaling": 0.3, "window": window, "softcap": softcap
     }  # fmt: skip
-    expected = reference.packed_attention(query, key, value, layout_of(TREE, CPU), **options)
+    expected = reference.packed_attention(query, key, value, layout_of(TREE, STAGING), **options)
     for one in (query, key, value):
-        one[slice(*gap)] = 0
-    layout = layout_of(spans, CPU, [gap])
+        one[slice(*padding)] = 0
+    layout = layout_of(spans, STAGING, [padding])
     assert layout.varlen.cu_queries.tolist() == layout.varlen.cu_keys.tolist() == [0, 7, 10, 14, 15, 21, 32]
     for attend in (attention.packed_attention, reference.packed_attention):
         actual = attend(query, key, value, layout, **options)
         torch.testing.assert_close(actual[:15], expected[:15])
         torch.testing.assert_close(actual[21:], expected[21:])
-        assert not actual[slice(*gap)].any()
-
-
-def test_multi_lora_linear_adds_each_segments_delta_at_its_own_rank() -> None:
-    torch.manual_seed(0)
-    segments = ActiveSegments()
-    base = torch.nn.Linear(6, 8)
-    layer = MultiLoRALinear(base, segments).requires_grad_(False)
-    adapters = {
-        slot: LoRAWeights(lora_A=torch.randn(rank, 6), lora_B=torch.randn(8, rank), scaling=0.5 + slot)
-        for slot, rank in ((0, 1), (2, 5))
-    }
-    for slot, weights in adapters.items():
-        layer.set_slot(slot, weights)
-    cut = (Segment(-1, 0, 2), Segment(0, 2, 5), Segment(1, 5, 6), Segment(2, 6, 9))
-    segments.current = Segments(cut)
-    x = torch.randn(1, 9, 6)
-    expected = base(x[0]).detach()
-    expected[2:5] += reference.lora_delta(x[0, 2:5], adapters[0].lora_A, adapters[0].lora_B, adapters[0].scaling)
-    expected[6:9] += reference.lora_delta(x[0, 6:9], adapters[2].lora_A, adapters[2].lora_B, adapters[2].scaling)
-    torch.testing.assert_close(layer(x)[0], expected)
-    layer.clear_slot(2)
-    torch.testing.assert_close(layer(x)[0, 6:9], base(x[0, 6:9]))
-
-
-@pytest.mark.parametrize("is_kept", [False, True])
-@pytest.mark.parametrize("conv1d", [False, True])
-def test_segments_of_one_length_are_computed_together_and_give_the_same(conv1d: bool, is_kept: bool) -> None:
-    """Of several ranks, one far larger; one slot is empty, one adapter has a bias, some segments are longer."""
-    torch.manual_seed(0)
-    segments = ActiveSegments()
-    base = Conv1D(8, 6) if conv1d else torch.nn.Linear(6, 8)
-    layer = MultiLoRALinear(base, segments).requires_grad_(False)
-    biased = 4
-    adapters = {}
-    for slot, rank in enumerate([3, 3, 30, 0, 2, 3, 9, 2, 4, 2]):
-        if rank:
-            lora_bias = torch.randn(8) if slot == biased else None
-            lora_A, lora_B = torch.randn(rank, 6), torch.randn(8, rank)
-            adapters[slot] = LoRAWeights(lora_A=lora_A, lora_B=lora_B, scaling=1.0 + slot, lora_bias=lora_bias)
-            layer.set_slot(slot, adapters[slot])
-    ends = list(itertools.accumulate([2, *[3] * 7, 4, 4, 5]))
-    cut = [Segment(slot - 1, start, end) for slot, (start, end) in enumerate(itertools.pairwise([0, *ends]))]
-    segments.current = Segments(cut)
-    if is_kept:
-        segments.current.groups = {}
-    x = torch.randn(1, ends[-1], 6)
-    expected = base(x[0]).detach()
-    for slot, start, end in cut:
-        if slot in adapters:
-            lora = adapters[slot]
-            expected[start:end] += reference.lora_delta(x[0, start:end], lora.lora_A, lora.lora_B, lora.scaling)
-            if lora.lora_bias is not None:
-                expected[start:end] += lora.lora_bias * lora.scaling
-    for _ in range(2):
-        torch.testing.assert_close(layer(x)[0], expected)
-    if segments.current.groups is not None:
-        [groups] = segments.current.groups.values()
-        slots = [tuple(segment.slot for segment in cut[group.first : group.last + 1]) for group in groups]
-        assert slots == [(0, 1), (2,), (4,), (5, 6), (7, 8), (9,)]
+        assert not actual[slice(*padding)].any()

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from loraplex.backends.admission import MAX_LONG_CHARS, STEPS_WORTH, Admission
 from loraplex.errors import QueueFullError
+from loraplex.service.admission import MAX_LONG_CHARS, STEPS_WORTH, Admission
 
 
 def admission(max_queue: int = 10, max_queue_tokens: int | None = 100) -> tuple[Admission, Any]:

@@ -1,4 +1,4 @@
-"""Routes, shadows and the verdict log, around a backend whose answers each test sets."""
+"""Routes, shadows and the verdict log, around a service whose answers each test sets."""
 
 import asyncio
 import sqlite3
@@ -7,11 +7,10 @@ from collections.abc import Callable, Coroutine
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from loraplex.backends.base import Backend
 from loraplex.config import RouteSettings
 from loraplex.errors import (
     AdapterInUseError,
@@ -44,29 +43,29 @@ from loraplex.types import (
     Verdict,
 )
 
+if TYPE_CHECKING:  # it imports torch
+    from loraplex.service.service import Service
+
 A, B, C = "a", "b", "c"
 
 
-class FakeBackend:
-    """Answers with a label for each adapter, or raises; honours what the router needs of the protocol."""
+class FakeService:
+    """Answers with a label for each adapter, or raises; honours what the router needs of a service."""
 
     base_name = "base"
 
     def __init__(self, labels: dict[str, str | LoraplexError]) -> None:
-        self.labels = labels
+        self.labels, self.is_running = labels, True
         self.num_waiting = 0
         self.asked: list[tuple[str, ...]] = []
         self.before: Callable[[], Coroutine[Any, Any, None]] | None = None
 
-    async def start(self) -> None:
-        self.is_running = True
-
     async def close(self) -> None:
         self.is_running = False
 
-    async def unload_adapter(self, name: str) -> None:
+    def unload_adapter(self, name: str) -> "asyncio.Task[None]":
         del self.labels[name]
-        await asyncio.sleep(0.002)
+        return asyncio.create_task(asyncio.sleep(0.002))
 
     def names(self) -> tuple[str, ...]:
         return tuple(self.labels)
@@ -99,24 +98,24 @@ class FakeBackend:
         )
 
 
-def as_backend(fake: FakeBackend) -> Backend:
-    return cast(Backend, fake)
+def as_service(fake: FakeService) -> "Service":
+    return cast("Service", fake)
 
 
 def routed(
     labels: dict[str, str | LoraplexError],
     routes: dict[str, RouteSettings],
-    use: Callable[[Router, FakeBackend], Coroutine[Any, Any, None]],
+    use: Callable[[Router, FakeService], Coroutine[Any, Any, None]],
     store: RouteStore | None = None,
 ) -> None:
     """Run `use` on a started router."""
 
     async def run() -> None:
-        backend = FakeBackend(labels)
-        router = Router(as_backend(backend), routes, store, VerdictLog(max_verdicts=1000))
+        service = FakeService(labels)
+        router = Router(as_service(service), routes, store, VerdictLog(max_verdicts=1000))
         await router.start()
         try:
-            await use(router, backend)
+            await use(router, service)
         finally:
             await router.close()
 
@@ -171,7 +170,7 @@ def test_without_an_id_targets_are_drawn_by_weight_and_none_of_weight_zero() -> 
 
 
 def test_verdicts_are_named_as_asked_and_say_who_answered() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         result = await router.classify(ask("alias", B))
         assert [(one.classifier, one.label) for one in result.verdicts] == [("alias", "yes"), (B, "no")]
         assert [one.adapter.name for one in result.verdicts if one.adapter] == [A, B]
@@ -181,16 +180,16 @@ def test_verdicts_are_named_as_asked_and_say_who_answered() -> None:
 
 
 def test_a_star_asks_every_route_once_and_what_no_route_leads_to() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         result = await router.classify(ClassifyRequest(input="hello"))
         assert [one.classifier for one in result.verdicts] == [A, "d"]
-        assert backend.asked == [(A, "d")]
+        assert service.asked == [(A, "d")]
 
     routed({A: "yes", B: "no", C: "yes", "d": "no"}, {A: to(a=1, b=0, shadows=(C,))}, use)
 
 
 def test_two_names_for_one_adapter_are_one_evaluation_and_two_verdicts() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         result = await router.classify(ask("one", "two", A))
         assert [one.classifier for one in result.verdicts] == ["one", "two", A]
         assert len({one.id for one in result.verdicts}) == 3
@@ -199,8 +198,8 @@ def test_two_names_for_one_adapter_are_one_evaluation_and_two_verdicts() -> None
 
 
 def test_a_target_that_was_unloaded_is_an_error_and_nobody_elses_answer() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
-        del backend.labels[A]
+    async def use(router: Router, service: FakeService) -> None:
+        del service.labels[A]
         result = await router.classify(ask("alias", B))
         assert result["alias"].error is not None and result["alias"].error.code == "unknown_classifier"
         assert result[B].label == "no"
@@ -209,7 +208,7 @@ def test_a_target_that_was_unloaded_is_an_error_and_nobody_elses_answer() -> Non
 
 
 def test_a_route_in_the_bundle_that_leads_nowhere_stops_the_start() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         raise AssertionError("it started")
 
     with pytest.raises(BundleError, match=r"routes\.alias.*'nope'"):
@@ -219,7 +218,7 @@ def test_a_route_in_the_bundle_that_leads_nowhere_stops_the_start() -> None:
 
 
 def test_what_a_client_sets_must_be_sound() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         for name, settings, error in (
             ("alias", to("nope"), RefusedError),
             ("alias", to(A, shadows=("nope",)), RefusedError),
@@ -263,7 +262,7 @@ def test_a_rollback_undoes_the_last_change_and_a_deletion_too() -> None:
 
 
 def test_nothing_that_a_client_does_leaves_a_route_that_leads_nowhere() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         await router.set_route("r", to(A))
         await router.set_route("r", to(B))
         for name in (B, C):
@@ -282,11 +281,11 @@ def test_nothing_that_a_client_does_leaves_a_route_that_leads_nowhere() -> None:
             return None
 
         for i in range(20):
-            backend.labels["x"] = "yes"
+            service.labels["x"] = "yes"
             works = [router.set_route("s", to("x")), router.unload_adapter("x")]
             outcomes = await asyncio.gather(*(outcome(work) for work in works[:: 1 if i % 2 else -1]))
             assert len([one for one in outcomes if one is None]) == 1, outcomes
-            assert "s" not in [one.name for one in router.routes()] or backend.knows("x")
+            assert "s" not in [one.name for one in router.routes()] or service.knows("x")
             if "s" in [one.name for one in router.routes()]:
                 await router.delete_route("s")
 
@@ -294,7 +293,7 @@ def test_nothing_that_a_client_does_leaves_a_route_that_leads_nowhere() -> None:
 
 
 def test_changes_at_once_are_all_in_effect() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         await asyncio.gather(*(router.set_route(f"r{i}", to(A)) for i in range(20)))
         assert {one.name for one in router.routes()} == {f"r{i}" for i in range(20)}
 
@@ -323,11 +322,11 @@ def test_routes_outlive_the_process_and_the_file_has_its_say_only_where_it_chang
 
 
 def test_a_shadow_is_asked_recorded_and_never_returned() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         result = await router.classify(ask("r", "s"))
-        assert [one.classifier for one in result.verdicts] == ["r", "s"] and backend.asked == [(A,) * 2]
-        await until(lambda: len(backend.asked) == 2)
-        assert backend.asked[1] == (B, C), "one request for all shadows"
+        assert [one.classifier for one in result.verdicts] == ["r", "s"] and service.asked == [(A,) * 2]
+        await until(lambda: len(service.asked) == 2)
+        assert service.asked[1] == (B, C), "one request for all shadows"
         stats = await router.stats("r")
         found = {(one.target, one.role): one for one in stats.targets}
         assert set(found) == {(A, "primary"), (B, "shadow")}
@@ -339,24 +338,24 @@ def test_a_shadow_is_asked_recorded_and_never_returned() -> None:
 
 
 def test_shadows_wait_for_an_idle_backend_and_the_oldest_are_shed() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
-        backend.num_waiting = 1
+    async def use(router: Router, service: FakeService) -> None:
+        service.num_waiting = 1
         for _ in range(MAX_WAITING + 10):
             await router.classify(ask("r"))
         await asyncio.sleep(0.05)
-        assert set(backend.asked) == {(A,)} and router.num_shadows_shed() == 10
-        backend.num_waiting = 0
-        await until(lambda: backend.asked.count((B,)) == MAX_WAITING)
+        assert set(service.asked) == {(A,)} and router.num_shadows_shed() == 10
+        service.num_waiting = 0
+        await until(lambda: service.asked.count((B,)) == MAX_WAITING)
         assert (await router.stats("r")).targets[1].num_verdicts == MAX_WAITING
 
     routed({A: "yes", B: "no"}, {"r": to(A, shadows=(B,))}, use)
 
 
 def test_a_shadow_that_fails_counts_and_the_next_is_asked() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         for _ in range(2):
             await router.classify(ask("r"))
-        await until(lambda: len(backend.asked) == 4)
+        await until(lambda: len(service.asked) == 4)
         shadow = (await router.stats("r")).targets[1]
         assert (shadow.num_verdicts, shadow.num_errors, shadow.agreement) == (2, 2, None)
 
@@ -460,7 +459,7 @@ def test_of_more_than_can_wait_the_newest_do(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_feedback_through_the_router_knows_the_labels() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         result = await router.classify(ask(A, B))
         ids = [one.id or "" for one in result.verdicts]
         assert await router.set_truth(ids[0], "no") == 1
@@ -477,7 +476,7 @@ def test_feedback_through_the_router_knows_the_labels() -> None:
 
 
 def test_a_request_that_fails_as_a_whole_counts_for_its_targets() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         with pytest.raises(EngineError):
             await router.classify(ask(A))
         [found] = (await router.stats(A)).targets
@@ -490,7 +489,7 @@ def test_a_request_that_fails_as_a_whole_counts_for_its_targets() -> None:
 
 
 def test_a_batch_answers_in_order_and_a_failure_stands_in_its_place() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         most = running = 0
 
         async def before() -> None:
@@ -500,7 +499,7 @@ def test_a_batch_answers_in_order_and_a_failure_stands_in_its_place() -> None:
             await asyncio.sleep(0.001)
             running -= 1
 
-        backend.before = before
+        service.before = before
         requests = [ask(A) for _ in range(3 * MAX_CONCURRENT)]
         requests[1] = replace(requests[1], classifiers=(B,))
         batch = await classify_batch(router, requests)
@@ -515,7 +514,7 @@ def test_a_batch_answers_in_order_and_a_failure_stands_in_its_place() -> None:
 
 
 def test_a_batch_paces_itself_and_is_shed_by_others_load_only() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         num_running = 0
         most = 3
 
@@ -527,10 +526,10 @@ def test_a_batch_paces_itself_and_is_shed_by_others_load_only() -> None:
             await asyncio.sleep(0.001)
             num_running -= 1
 
-        backend.before = before
+        service.before = before
         batch = await classify_batch(router, [ask(A) for _ in range(50)])
         assert all(isinstance(one, ClassifyResult) for one in batch.results)
-        assert len(backend.asked) < 50 * MAX_CONCURRENT, "it asks again when there is room, and not all the time"
+        assert len(service.asked) < 50 * MAX_CONCURRENT, "it asks again when there is room, and not all the time"
         assert (await router.stats(A)).targets[0].num_errors == 0
         most = 0
         with pytest.raises(QueueFullError):
@@ -540,11 +539,11 @@ def test_a_batch_paces_itself_and_is_shed_by_others_load_only() -> None:
 
 
 def test_a_batchs_deadline_counts_from_the_call() -> None:
-    async def use(router: Router, backend: FakeBackend) -> None:
+    async def use(router: Router, service: FakeService) -> None:
         async def before() -> None:
             await asyncio.sleep(0.03)
 
-        backend.before = before
+        service.before = before
         requests = [replace(ask(A), deadline_ms=20.0) for _ in range(MAX_CONCURRENT + 1)]
         batch = await classify_batch(router, requests)
         last = batch.results[-1]

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.engine.block_pool import BASE_KV, BLOCK_SIZE, BlockPool, block_hashes
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import NO_ADAPTER, EngineRequest, Sampling, Sequence, Target, Token
+from loraplex.engine.sequence import EngineRequest, Sampling, Sequence, Target, Token
 from loraplex.engine.step import Step
 from loraplex.errors import CancelledError, DeadlineExceededError, LoraplexError
 
@@ -167,10 +168,10 @@ def test_knows_the_tokens_that_wait_and_how_long_they_take() -> None:
 def test_what_a_request_costs_is_known_before_it_is_queued() -> None:
     model = SimulatedModel(scheduler(tokens=1000, sequences=100, blocks=100))
     asked = aloras(range(200, 300), 16)
-    assert model.policy.cost(asked.sequences) == 100 + 16 * 4
+    assert model.policy.cost(asked) == 100 + 16 * 4
     model.policy.add(asked, 0.0)
     model.run()
-    assert model.policy.cost(aloras(range(200, 330), 16).sequences) == 130 - 96 + 16 * 4
+    assert model.policy.cost(aloras(range(200, 330), 16)) == 130 - 96 + 16 * 4
 
 
 def test_what_is_dropped_waits_no_more() -> None:

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from loraplex.adapters.files import SourceLimits
-from loraplex.adapters.source import ResolvedSource, resolve_source
+from loraplex.adapters.files import ResolvedSource, SourceLimits
+from loraplex.adapters.source import resolve_source
 from loraplex.errors import AdapterError
 
 CONFIG, WEIGHTS, CONTRACT = "adapter_config.json", "adapter_model.safetensors", "classifier.yaml"

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.adapters.state import AdapterState, Remembered
 from loraplex.errors import BundleError
+from loraplex.service.state import AdapterState, Remembered
 
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from loraplex.adapters.state import AdapterState
+from loraplex.service.state import AdapterState
 state = AdapterState(Path(sys.argv[1]))
 for i in itertools.count():
     source = None if i % 3 == 2 else f"source {i}"

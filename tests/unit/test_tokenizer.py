@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from loraplex.classifier import Contract
-from loraplex.engine.tokenizer import Conversations, Template, Tokenizer, turn_starts, verbatim
 from loraplex.errors import BundleError, ContractError, InputTooLongError, InvalidRequestError
+from loraplex.text.prompt import verbatim
+from loraplex.text.template import Template, turn_starts
+from loraplex.text.tokenizer import Conversations, Tokenizer
 
 SOURCE = "classifier.yaml"
 KINDS: Mapping[str, Callable[[], PreTrainedTokenizerFast]] = {

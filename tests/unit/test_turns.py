@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from loraplex.backends.turns import Turns
+from loraplex.executors.turns import Turns
 
 
 def test_one_kind_is_in_together_and_two_never() -> None:

@@ -3,15 +3,17 @@ model that runs it."""
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from loraplex.adapters.peft_config import read_peft_config, short
+from loraplex.adapters.kinds import kinds_of
+from loraplex.adapters.peft_config import PeftConfig, read_peft_config, short
 from loraplex.adapters.plan import MAGNITUDE, SAVE_AGAIN, TRAIN_PLAINER, WRONG_BASE, Plan, assemble, explain, make_plan
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -26,7 +28,30 @@ MAX_TENSORS = 100_000
 LARGEST = torch.finfo(torch.bfloat16).max  # of the types that a base computes in, the smallest
 
 
+class Unidentified(NamedTuple):
+    """An adapter that was read and checked, but not yet compared with the base's weights."""
+
+    config: PeftConfig
+    weights: AdapterWeights  # without kv_id
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What it asks of a backend. "other_embedding" also where the tensors may turn out to be the base's own."""
+        return kinds_of(self.config, self.weights)
+
+    def identify(self, parameter: Callable[[str], torch.Tensor | None] = lambda name: None) -> AdapterWeights:
+        """The adapter with its content hash and kinds, without the tensors that only repeat the base's own. parameter:
+        the base's tensor of a name, such as "lm_head.weight"; None where there is none."""
+        weights = self.weights.without_base_copies(parameter)
+        return replace(weights.with_content_id(), kinds=kinds_of(self.config, weights))
+
+
 def read_adapter(folder: Path, layers: BaseLayers | Mapping[str, tuple[int, int]]) -> AdapterWeights:
+    """`read_unidentified`, and its content hash."""
+    return read_unidentified(folder, layers).identify()
+
+
+def read_unidentified(folder: Path, layers: BaseLayers | Mapping[str, tuple[int, int]]) -> Unidentified:
     """Read the adapter in `folder` for a base with these layers (or linear layers: path -> (out, in)).
 
     Every tensor is used and all that the config asks for is there, in shape, else AdapterError names the file and the
@@ -49,7 +74,7 @@ def read_adapter(folder: Path, layers: BaseLayers | Mapping[str, tuple[int, int]
         raise AdapterError(path, f"not readable as safetensors: {exc}", remedy="save or copy the file again") from None
     _check_finite(plan, tensors, path)
     _warn_of_fan_in_fan_out(plan)
-    return assemble(plan, tensors).with_content_id()
+    return Unidentified(config, assemble(plan, tensors))
 
 
 def _check_header_size(path: Path) -> None:

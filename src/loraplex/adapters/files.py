@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,22 @@ class SourceLimits:
 
 
 LIMITS = SourceLimits()
+
+SHAPES = "hf://org/name[/folder][@revision], s3://bucket/folder or s3://bucket/name.tar.gz"
+
+Progress = Callable[[int, int | None], None]  # bytes so far, and in all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedSource:
+    """A folder that holds an adapter's config and safetensors, and perhaps its contract.
+
+    `source` names it from any working directory and holds no credentials: to show, and to resolve again. Symlinks in
+    it are kept, so that one which is moved to the next version leads there."""
+
+    path: Path
+    source: str
+    remote: bool
 
 
 def sizes_of(folder: Path) -> dict[str, int]:

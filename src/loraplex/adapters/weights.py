@@ -63,6 +63,7 @@ class AdapterWeights:
     token_rows: Mapping[str, tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=dict)
     score: SavedModule | None = None  # SEQ_CLS: the head, [num_labels, hidden_size], in place of the base's output head
     output_path: str | None = None  # where the base has its output head
+    kinds: frozenset[str] = frozenset()  # of `adapters.kinds`: what it asks of a backend
 
     @property
     def rank(self) -> int:
@@ -141,7 +142,7 @@ class AdapterWeights:
                 for path, (ids, rows) in self.token_rows.items()
                 if not repeats(f"{path}.weight", rows, ids)
             },
-        ).with_content_id()
+        )
 
     def _loras(self) -> Iterator[LoRAWeights]:
         yield from self.modules.values()

@@ -116,7 +116,7 @@ def verify(
     with errors_to_exit():
         from dataclasses import asdict
 
-        from loraplex.backends.verify import verify as prove
+        from loraplex.service.verify import verify as prove
 
         quiet_libraries()
         with stderr.status(f"verifying {path} …"):

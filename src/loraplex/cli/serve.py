@@ -55,27 +55,27 @@ def serve(path: PathArgument, adapter: AdapterOption = None, **settings: Any) ->
         from loraplex.server import keys, logs, process
 
         api_keys = keys.read_keys(server_config.api_key_file, os.environ.get(keys.ENVIRONMENT, ""))
-        from loraplex.backends.serving import open_backend
-        from loraplex.routing.router import open_router
+        from loraplex.routing.router import Router, open_stores, start_router
+        from loraplex.service.start import open_executor, start
 
         quiet_libraries()
         logs.configure(server_config.log_format)
-        router = open_router(
-            open_backend(bundle, engine_config),
-            bundle.settings.routes,
-            state_dir=engine_config.state_dir,
-            num_kept=server_config.keep_verdicts,
-        )
+        executor = open_executor(engine_config)
+        stores = open_stores(engine_config.state_dir, max_verdicts=server_config.keep_verdicts)
         as_json = server_config.log_format == "json"
         sock = process.listen(server_config, api_keys)
     url = process.url_of(server_config, sock)
     _say(f"loading {bundle.base} with {len(bundle.adapters)} adapters …", as_json)
 
+    async def open_router() -> Router:
+        service = await start(bundle, engine_config, executor)
+        return await start_router(service, bundle.settings.routes, *stores)
+
     def announce() -> None:
         _say(f"ready: {url} (docs: {url}/docs). Try:", as_json)
         typer.echo(f"curl -s {url}/v1/classify -H 'Content-Type: application/json' -d {shlex.quote(EXAMPLE)}")
 
-    asyncio.run(_to_the_end(process.serve(router, server_config, api_keys, sock, announce), as_json))
+    asyncio.run(_to_the_end(process.serve(open_router, server_config, api_keys, sock, announce), as_json))
 
 
 async def _to_the_end(serving: Coroutine[Any, Any, None], as_json: bool) -> NoReturn:

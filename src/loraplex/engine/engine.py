@@ -48,8 +48,8 @@ class Engine:
     the engine's thread; other threads hand their requests over and never wait for a step to be laid out."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
-        self._runner = runner
-        self._scheduler = scheduler
+        self.runner = runner
+        self.scheduler = scheduler
         self._changed = threading.Condition()  # guards the five below; held for moments only
         self._arrived: deque[EngineRequest] = deque()  # handed over, not yet in the scheduler
         self._num_arrived = 0, 0  # their sequences, and tokens to compute for them
@@ -67,20 +67,20 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Sequences in the queue."""
-        return len(self._scheduler) + self._num_arrived[0]
+        return len(self.scheduler) + self._num_arrived[0]
 
     @property
     def num_waiting_tokens(self) -> int:
         """Tokens to compute for them."""
-        return self._scheduler.num_waiting_tokens + self._num_arrived[1]
+        return self.scheduler.num_waiting_tokens + self._num_arrived[1]
 
     @property
     def max_step_tokens(self) -> int:
-        return self._scheduler.max_step_tokens
+        return self.scheduler.max_step_tokens
 
-    def cost(self, sequences: Seq[Sequence]) -> int:
-        """Tokens to compute for `sequences`, from any thread, before they are submitted."""
-        return self._scheduler.cost(sequences)
+    def cost(self, request: EngineRequest) -> int:
+        """Tokens to compute for a request, from any thread, before it is submitted."""
+        return self.scheduler.cost(request)
 
     @property
     def num_running(self) -> int:
@@ -90,12 +90,12 @@ class Engine:
     @property
     def num_blocks(self) -> tuple[int, int]:
         """Of K/V: all, and those that are free or could be."""
-        return self._scheduler.pool.num_blocks, self._scheduler.pool.num_available
+        return self.scheduler.pool.num_blocks, self.scheduler.pool.num_available
 
     @property
     def wait_s(self) -> float:
         """How long what waits now will take."""
-        return self._scheduler.wait_s
+        return self.scheduler.wait_s
 
     def start(self) -> None:
         self._thread.start()
@@ -132,15 +132,15 @@ class Engine:
     def _step(self) -> bool:
         """Run one step; False when stopped and nothing waits."""
         with self._changed:
-            self._changed.wait_for(lambda: self._arrived or len(self._scheduler) or self._stopping)
+            self._changed.wait_for(lambda: self._arrived or len(self.scheduler) or self._stopping)
         while self._arrived:
             request = self._arrived.popleft()
-            self._scheduler.add(request, request.sequences[0].arrived_s)
+            self.scheduler.add(request, request.sequences[0].arrived_s)
             with self._changed:
                 self._count_arrived(request, -1)
-        if not len(self._scheduler):
+        if not len(self.scheduler):
             return not self._stopping
-        step, dropped = self._scheduler.next_step(time.monotonic())
+        step, dropped = self.scheduler.next_step(time.monotonic())
         for sequence, error in dropped:
             self._resolve(sequence, error)
         if step is not None:
@@ -150,7 +150,7 @@ class Engine:
             seconds = time.monotonic() - started
             self.steps = self.steps.plus(step, seconds)
             outcomes, generating = _append_tokens(outcomes)
-            self._scheduler.finish(step, failed=failed, generating=generating, seconds=seconds)
+            self.scheduler.finish(step, failed=failed, generating=generating, seconds=seconds)
             for sequence, outcome in outcomes:
                 if sequence not in generating:
                     self._resolve(sequence, outcome)
@@ -161,7 +161,7 @@ class Engine:
         """One forward pass. Where it fails, or the device's memory does not hold it, two halves, until one sequence is
         left that fails: its error is its outcome, and the others answer. Returns the outcomes, and which failed."""
         try:
-            outcomes = self._runner.run(step)
+            outcomes = self.runner.run(step)
         except Exception as exc:
             error = _engine_error(exc)
             if len(step) == 1:
@@ -174,7 +174,7 @@ class Engine:
             return outcomes, set()
         # Outside the except block: the failed step's tensors, which its traceback held, are free by now.
         if len(step) == 1:
-            self._runner.probe()  # raises, and ends the engine, where not the sequence was at fault
+            self.runner.probe()  # raises, and ends the engine, where not the sequence was at fault
             sequence = step.placed[0].sequence
             return [(sequence, error)], {sequence}
         (first, first_failed), (second, second_failed) = map(self._run, step.halves())

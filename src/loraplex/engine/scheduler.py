@@ -67,11 +67,11 @@ class Scheduler:
     def __len__(self) -> int:
         return self._num_waiting
 
-    def cost(self, sequences: Seq[Sequence]) -> int:
-        """Tokens to compute for `sequences`, which are not queued yet, in a step of their own as things are cached now.
-        The one method that any thread may call: it only looks blocks up."""
+    def cost(self, request: EngineRequest) -> int:
+        """Tokens to compute for a request that is not queued yet, in a step of its own as things are cached now. The
+        one method that any thread may call: it only looks blocks up."""
         alone = Step(shares=self._shares)
-        for sequence in sequences:
+        for sequence in request.sequences:
             alone.add(self._place(sequence))
         return alone.num_tokens
 
@@ -79,7 +79,7 @@ class Scheduler:
         """Queue all of a request's sequences."""
         for sequence in request.sequences:
             sequence.arrived_s = now
-        num_tokens = request.num_tokens or self.cost(request.sequences)
+        num_tokens = request.num_tokens or self.cost(request)
         self._push(_Waiting(request, deque(request.sequences), num_tokens + WAITING_BONUS * now, num_tokens))
 
     @property

@@ -9,12 +9,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.engine.block_pool import BASE_KV, BLOCK_SIZE, block_hashes
 from loraplex.errors import LoraplexError
 
 logger = logging.getLogger(__name__)
-
-NO_ADAPTER = -1  # the slot of sequences that run on the bare base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +185,11 @@ class EngineRequest:
         """Those that there are, and `error` for the rest, which the engine may still be busy with."""
         with self._lock:
             return [error if outcome is None else outcome for outcome in self._outcomes]
+
+    def abandon(self) -> None:
+        """The engine did not accept it."""
+        self.future.cancel()
+        self._on_end()
 
     def resolve(self, sequence: Sequence, outcome: Outcome) -> bool:
         """Record the outcome of one sequence; only its first outcome counts. The last sequence resolves the future.

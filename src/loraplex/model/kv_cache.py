@@ -1,21 +1,21 @@
 """Keys and values of the blocks, one pair of tensors a layer. Which block holds what is the block pool's matter."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+
+Shape = tuple[int, int]  # (num_kv_heads, head_dim)
 
 
 class KVCache:
     """K/V by token slot: block b holds slots b * block_size ... (b + 1) * block_size - 1."""
 
-    def __init__(
-        self, shapes: Mapping[int, tuple[int, int]], num_slots: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """shapes: layer index -> (num_kv_heads, head_dim)."""
-        self._layers = {
-            layer: tuple(torch.empty((num_slots, *shape), dtype=dtype, device=device) for _ in range(2))
-            for layer, shape in shapes.items()
-        }
+    def __init__(self, shapes: Sequence[Shape], num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        """shapes: of each layer in order."""
+        self._layers = [
+            tuple(torch.empty((num_slots, *shape), dtype=dtype, device=device) for _ in range(2)) for shape in shapes
+        ]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each [num_slots, num_kv_heads, head_dim]."""
@@ -28,6 +28,17 @@ class KVCache:
             cached.index_copy_(0, slots, new)
 
 
-def slot_bytes(shapes: Mapping[int, tuple[int, int]], dtype: torch.dtype) -> int:
+def kv_shapes(config: Any) -> tuple[Shape, ...]:
+    """(num_kv_heads, head_dim) of each layer, as the base's PreTrainedConfig says."""
+    num_heads = int(config.num_attention_heads)
+    num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
+    return ((num_kv_heads, head_dim(config)),) * int(config.num_hidden_layers)
+
+
+def head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def kv_bytes(shapes: Sequence[Shape], dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values over all layers."""
-    return sum(2 * heads * head_dim * dtype.itemsize for heads, head_dim in shapes.values())
+    return sum(2 * heads * dim * dtype.itemsize for heads, dim in shapes)

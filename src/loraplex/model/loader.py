@@ -1,17 +1,29 @@
-"""A base model's folder -> a model whose attention is packed, or a reason by name why it cannot be served."""
+"""A base's folder -> a model that computes packed steps, or a reason by name why it cannot be served.
 
+transformers' modelling code takes seconds to import, so it is imported where a base needs it: not for our own decoder.
+"""
+
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.weights import BaseLayers
 from loraplex.errors import UnsupportedModelError
-from loraplex.model.attention import NAME
+from loraplex.machine import free_bytes
+from loraplex.model.base_weights import BaseWeights
+from loraplex.model.decoder import Decoder, decoder_layers, decodes
+from loraplex.model.graphs import Capture
+from loraplex.model.model import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -37,14 +49,22 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        # Emulation counts as support otherwise, and FlashAttention's kernels refuse devices that emulate.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def default_step_tokens(device: torch.device, dtype: torch.dtype) -> int:
-    """Tokens in one forward pass: enough for full speed of the matrix products. More only costs memory, and on a CPU
-    its caches: past so many bytes what lies between the products takes several times longer a token."""
-    return 8192 if device.type == "cuda" else 4096 // dtype.itemsize
+def default_step_tokens(device: torch.device, dtype: torch.dtype, config: PreTrainedConfig) -> int:
+    """Tokens in one forward pass: enough for full speed of the matrix products. More only costs memory; on a CPU also
+    its caches: past so many bytes what lies between the products takes several times longer a token. On CUDA the
+    activations of a step take at most a tenth of the memory that is free."""
+    if device.type != "cuda":
+        return 4096 // dtype.itemsize
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    bytes_per_token = dtype.itemsize * (8 * hidden + 3 * inner)  # what is alive at once within a layer
+    num_tokens = max(256, min(16384 // dtype.itemsize, free_bytes(device) // 10 // bytes_per_token))
+    return 1 << num_tokens.bit_length() - 1  # the power of two below it
 
 
 def read_config(path: Path, *, packs: bool = True) -> PreTrainedConfig:
@@ -90,9 +110,21 @@ def _refused(path: Path, what: str, remedy: str = "serve another base") -> Unsup
     return UnsupportedModelError(path / "config.json", what, remedy=remedy)
 
 
-def build_skeleton(config: PreTrainedConfig, path: Path, *, packs: bool = True) -> PreTrainedModel:
-    """The model without its weights (on the meta device), to check adapters against before anything large is read.
-    packs: as `read_config`."""
+def read_layers(config: PreTrainedConfig, path: Path, *, packs: bool = True) -> tuple[BaseLayers, int]:
+    """The layers of the base that an adapter may change, and the number of tokens that it embeds, without reading its
+    weights. packs: as `read_config`. UnsupportedModelError: the base is no causal language model that is served."""
+    if packs and decodes(config, BaseWeights(path)):
+        return decoder_layers(config), int(config.vocab_size)
+    skeleton = build_skeleton(config, path, packs=packs)
+    embeddings = skeleton.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    return base_layers(skeleton), embeddings.num_embeddings
+
+
+def build_skeleton(config: PreTrainedConfig, path: Path, *, packs: bool = True) -> "PreTrainedModel":
+    """transformers' model without its weights, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -109,7 +141,7 @@ def build_skeleton(config: PreTrainedConfig, path: Path, *, packs: bool = True) 
     return model
 
 
-def base_layers(model: PreTrainedModel) -> BaseLayers:
+def base_layers(model: "PreTrainedModel") -> BaseLayers:
     """The layers that an adapter may change, by their paths and shapes; a skeleton is enough."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     linear: dict[str, tuple[int, int]] = {}
@@ -144,20 +176,8 @@ def base_layers(model: PreTrainedModel) -> BaseLayers:
     )
 
 
-def num_embedded_tokens(model: PreTrainedModel) -> int:
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, nn.Embedding)
-    return embeddings.num_embeddings
-
-
-def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens with which a text ends, as the base's generation_config.json or config.json names them."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    return frozenset([named] if isinstance(named, int) else named or ())
-
-
 def read_stop_ids(path: Path, config: PreTrainedConfig) -> frozenset[int]:
-    """As `stop_token_ids`, without the model."""
+    """The tokens with which a text ends, as the base's generation_config.json or config.json names them."""
     try:
         named = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
     except OSError:
@@ -165,21 +185,28 @@ def read_stop_ids(path: Path, config: PreTrainedConfig) -> frozenset[int]:
     return frozenset([named] if isinstance(named, int) else named or ())
 
 
-def read_parameter(path: Path, name: str) -> torch.Tensor | None:
-    """A tensor of the base ("lm_head.weight") as it is stored, or None where there is none of that name."""
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            if name in tensors.keys():
-                found: torch.Tensor = tensors.get_tensor(name)
-                return found
-    return None
+def load_model(
+    config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device, capture: Capture | None = None
+) -> Model:
+    """The base in `path` as a model with empty slots: our own decoder where it is built like Llama, else transformers'
+    model. capture: of small steps as CUDA graphs, which only our decoder does."""
+    weights = BaseWeights(path)
+    if decodes(config, weights):
+        return Decoder(config, weights, dtype, device, capture)
+    from loraplex.model.hooked import ATTENTION, Hooked
+
+    if capture is not None:
+        logger.warning("%s has no layers of which CUDA graphs are captured", config.model_type)
+    return Hooked(load_transformers_model(config, path, dtype, device, ATTENTION))
 
 
-def load_base(
-    config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device, attention: str = NAME
-) -> PreTrainedModel:
-    """Read the safetensors shard by shard in `dtype`, then move the model to `device`. attention: by its name in
+def load_transformers_model(
+    config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device, attention: str
+) -> "PreTrainedModel":
+    """transformers' model on `device`, its safetensors read shard by shard in `dtype`. attention: by its name in
     transformers' AttentionInterface."""
+    from transformers import AutoModelForCausalLM
+
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,

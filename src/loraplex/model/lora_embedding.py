@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from loraplex.adapters.weights import LoRAWeights, SavedModule
-from loraplex.model.lora_linear import ActiveSegments
+from loraplex.model.inputs import Segments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
+class EmbeddingUpdate:
     """embedded = gain * embedded + lora_A[ids] @ lora_B, the scaling within lora_B. `table` replaces the embedding,
     `rows` that of the tokens in `row_ids`, which are sorted."""
 
@@ -22,7 +22,8 @@ class Update:
     row_ids: torch.Tensor | None = None  # [n]
     rows: torch.Tensor | None = None  # [n, dim]
 
-    def apply(self, ids: torch.Tensor, out: torch.Tensor) -> None:  # [n], [n, dim], changed in place
+    def apply(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """ids: [n]; out: [n, dim], changed in place."""
         if self.table is not None:
             out.copy_(F.embedding(ids, self.table))
         if self.rows is not None and self.row_ids is not None:
@@ -35,22 +36,12 @@ class Update:
             out.addmm_(F.embedding(ids, self.lora_A), self.lora_B)
 
 
-class MultiLoRAEmbedding(nn.Module):
-    """base_layer(ids), and for the tokens of each segment whose slot is set its update."""
+class LoRAEmbedding:
+    """base_layer(ids), and for the tokens of each segment whose slot is set its update. ids: [T]; output: [T, dim]."""
 
-    def __init__(self, base_layer: nn.Embedding, segments: ActiveSegments) -> None:
-        super().__init__()
+    def __init__(self, base_layer: nn.Embedding) -> None:
         self.base_layer = base_layer
-        self.segments = segments
-        self.slots: dict[int, Update] = {}
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.base_layer.weight
-
-    @property
-    def num_embeddings(self) -> int:
-        return self.base_layer.num_embeddings
+        self._slots: dict[int, EmbeddingUpdate] = {}
 
     def set_slot(
         self,
@@ -60,21 +51,22 @@ class MultiLoRAEmbedding(nn.Module):
         saved: SavedModule | None = None,
         rows: tuple[tuple[int, ...], torch.Tensor] | None = None,
     ) -> None:
-        # Gemma's embedding multiplies by a factor: what replaces a row or adds to it is multiplied by it, too.
+        weight = self.base_layer.weight
+        # Gemma's embedding multiplies by a factor; what replaces a row or adds to it is multiplied by the factor, too.
         factor = float(getattr(self.base_layer, "embed_scale", 1.0))
         lora_A = lora_B = gain = row_ids = replaced = None
         if lora is not None:
             lora_A, lora_B = lora.lora_A.float().T, lora.lora_B.float().T * lora.scaling
             if lora.magnitude is not None:
-                weight = self.base_layer.weight.detach().float().cpu() + lora_A @ lora_B  # [num_embeddings, dim]
-                gain = lora.magnitude.float() / torch.linalg.norm(weight, dim=0)
+                merged = weight.detach().float().cpu() + lora_A @ lora_B  # [num_embeddings, dim]
+                gain = lora.magnitude.float() / torch.linalg.norm(merged, dim=0)
                 lora_B = lora_B * gain
             lora_B = lora_B * factor
         if rows is not None:
             order = sorted(range(len(rows[0])), key=rows[0].__getitem__)
-            row_ids = torch.tensor([rows[0][i] for i in order], device=self.weight.device)
+            row_ids = torch.tensor([rows[0][i] for i in order], device=weight.device)
             replaced = rows[1].float()[order] * factor
-        self.slots[slot] = Update(
+        self._slots[slot] = EmbeddingUpdate(
             lora_A=self._placed(lora_A),
             lora_B=self._placed(lora_B),
             gain=self._placed(gain),
@@ -84,16 +76,16 @@ class MultiLoRAEmbedding(nn.Module):
         )
 
     def clear_slot(self, slot: int) -> None:
-        self.slots.pop(slot, None)
+        self._slots.pop(slot, None)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [1, T] -> [1, T, dim]
+    def __call__(self, ids: torch.Tensor, segments: Segments) -> torch.Tensor:
         output: torch.Tensor = self.base_layer(ids)
-        assert self.segments.current is not None, "the embedding runs first, for all tokens"
-        for slot, start, end in self.segments.current.all:
-            update = self.slots.get(slot)
+        for slot, start, end in segments.all if self._slots else ():
+            update = self._slots.get(slot)
             if update is not None:
-                update.apply(ids[0, start:end], output[0, start:end])
+                update.apply(ids[start:end], output[start:end])
         return output
 
     def _placed(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(self.weight.device, self.weight.dtype, copy=True).contiguous()
+        weight = self.base_layer.weight
+        return None if tensor is None else tensor.to(weight.device, weight.dtype, copy=True).contiguous()

@@ -1,76 +1,25 @@
-"""A linear layer with one update a slot, each at its own rank, for packed tokens. Those of a slot follow each other."""
+"""A linear layer with one update a slot, each at its own rank, for packed tokens sorted by slot."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.weights import LoRAWeights, SavedModule
-from loraplex.model.cuda_graphs import Graphs
-from loraplex.model.fuse import PackedLinear
+from loraplex.model.inputs import Segments
+from loraplex.model.packed_linear import PackedLinear
 
-# Adapters are computed together where zeros that fill up the smaller ranks make it at most so many times the work.
-MOST_FILLED_RANKS = 2
-
-
-class Segment(NamedTuple):
-    """Consecutive packed tokens start ... end - 1 that share the adapter in `slot`."""
-
-    slot: int
-    start: int
-    end: int
-
-
-class Group(NamedTuple):
-    """Segments first ... last of a step, which are of one length and updated together, by `lora_A` and `lora_B_T`; or
-    the one at `first`, by its `update`."""
-
-    first: int
-    last: int
-    update: "Update | None" = None
-    lora_A: torch.Tensor | None = None  # [g, rank, in], the smaller ranks filled up with zeros
-    lora_B_T: torch.Tensor | None = None  # [g, rank, out]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(one.nbytes for one in (self.lora_A, self.lora_B_T) if one is not None)
-
-
-class Segments:
-    """Of one step; all layers see the same."""
-
-    def __init__(self, segments: Iterable[Segment]) -> None:
-        self.all = tuple(segments)
-        self.lengths = tuple(end - start for _, start, end in self.all)
-        self.num_tokens = sum(self.lengths)
-        # Of the layers that were asked, to be kept for steps of the same `key`; None: not to be kept.
-        self.groups: dict[MultiLoRALinear, tuple[Group, ...]] | None = None
-        # What was captured for steps of the same segments, and is to be; None: nothing is.
-        self.graphs: Graphs | None = None
-
-    @property
-    def key(self) -> tuple[tuple[int, bool], ...]:
-        """Steps of the same key have the same groups: slots, and whether the one before is as long."""
-        before = (0, *self.lengths)
-        return tuple((one.slot, n == m) for one, n, m in zip(self.all, self.lengths, before, strict=False))
-
-
-class ActiveSegments:
-    """The segments of the step that runs now. A model's forward hands its layers only their input, so the runner that
-    owns the model sets this one object, which the layers of that model share, before each step."""
-
-    __slots__ = ("current",)
-
-    def __init__(self) -> None:
-        self.current: Segments | None = None  # None: nobody wants the layer's output
+# Adapters are stacked where padding the smaller ranks with zeros makes it at most so many times the work.
+MAX_RANK_PADDING = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
+class LinearUpdate:
     """What a slot makes of a layer: out = gain * out + shift + x @ lora_A.T @ lora_B_T, the scaling within lora_B_T.
     `saved` replaces the layer, `rows` the rows of its weight in `row_ids`."""
 
@@ -81,15 +30,16 @@ class Update:
     saved: SavedModule | None = None
     row_ids: torch.Tensor | None = None  # [n]
     rows: torch.Tensor | None = None  # [n, in]
-    plain_rank: int | None = field(init=False)  # where it is nothing but lora_A and lora_B_T; asked by every step
+    plain_rank: int | None = field(init=False)  # set where it is nothing but lora_A and lora_B_T; every step asks
 
     def __post_init__(self) -> None:
         is_plain = all(other is None for other in (self.gain, self.shift, self.saved, self.rows))
         object.__setattr__(self, "plain_rank", len(self.lora_A) if is_plain and self.lora_A is not None else None)
 
-    def apply(self, x: torch.Tensor, out: torch.Tensor) -> None:  # [n, in], [n, out], changed in place
+    def apply(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """x: [n, in]; out: [n, out], changed in place."""
         if self.saved is not None:
-            out.copy_(torch.nn.functional.linear(x, self.saved.weight, self.saved.bias))
+            out.copy_(F.linear(x, self.saved.weight, self.saved.bias))
         if self.rows is not None and self.row_ids is not None:
             out[:, self.row_ids] = x @ self.rows.T
         if self.gain is not None:
@@ -100,17 +50,29 @@ class Update:
             out.addmm_(x @ self.lora_A.T, self.lora_B_T)
 
 
-class MultiLoRALinear(nn.Module):
-    """base_layer(x), and for the tokens of each segment whose slot is set its update."""
+class StackedUpdate(NamedTuple):
+    """Updates the segments first ... last of a step, which have one length, in one batched product of `lora_A` and
+    `lora_B_T`; or the one segment at `first`, by its `update`."""
 
-    def __init__(self, base_layer: nn.Linear | PackedLinear | Conv1D, segments: ActiveSegments) -> None:
-        super().__init__()
+    first: int
+    last: int
+    update: LinearUpdate | None = None
+    lora_A: torch.Tensor | None = None  # [g, rank, in], the smaller ranks padded with zeros
+    lora_B_T: torch.Tensor | None = None  # [g, rank, out]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(one.nbytes for one in (self.lora_A, self.lora_B_T) if one is not None)
+
+
+class LoRALinear:
+    """base_layer(x), and for the tokens of each segment whose slot is set its update. x: [T, in]; output: [T, out]."""
+
+    def __init__(self, base_layer: nn.Linear | PackedLinear | Conv1D) -> None:
         self.base_layer = base_layer
-        self.segments = segments
         weight = base_layer.weight
         self._device, self._dtype = weight.device, weight.dtype
-        self.out_features = base_layer.nf if isinstance(base_layer, Conv1D) else base_layer.out_features
-        self.slots: dict[int, Update] = {}
+        self._slots: dict[int, LinearUpdate] = {}
 
     def set_slot(
         self,
@@ -121,7 +83,7 @@ class MultiLoRALinear(nn.Module):
         saved: SavedModule | None = None,
         rows: tuple[tuple[int, ...], torch.Tensor] | None = None,
     ) -> None:
-        """bias: [out] replaces the layer's own."""
+        """bias: [out], replaces the layer's own. rows: token ids, and the rows of the weight that replace theirs."""
         lora_A = lora_B = gain = shift = None
         if lora is not None:
             # Scaled before the cast: one rounding instead of two in bf16.
@@ -133,11 +95,11 @@ class MultiLoRALinear(nn.Module):
             if lora.lora_bias is not None:
                 shift = lora.lora_bias.float() * lora.scaling
         own = None if self.base_layer.bias is None else self.base_layer.bias.detach().float().cpu()
-        if own is not None and gain is not None:  # DoRA scales what the weight gives and not the bias
+        if own is not None and gain is not None:  # DoRA scales the product and not the bias
             shift = _sum(shift, own - gain * own)
         if bias is not None:
             shift = _sum(shift, bias.float() - (0.0 if own is None else own))
-        self.slots[slot] = Update(
+        self._slots[slot] = LinearUpdate(
             lora_A=self._placed(lora_A),
             lora_B_T=self._placed(None if lora_B is None else lora_B.T),
             gain=self._placed(gain),
@@ -150,70 +112,67 @@ class MultiLoRALinear(nn.Module):
         )
 
     def clear_slot(self, slot: int) -> None:
-        self.slots.pop(slot, None)
+        self._slots.pop(slot, None)
 
-    def is_active(self) -> bool:
-        """Whether an adapter changes what this layer gives for the tokens that are computed now."""
-        segments = self.segments.current
-        return segments is None or any(slot in self.slots for slot, _, _ in segments.all)
+    def is_active(self, segments: Segments) -> bool:
+        """Whether an adapter changes the layer's output for these segments."""
+        return bool(self._slots) and any(slot in self._slots for slot, _, _ in segments.all)
 
-    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """self(x) + residual [1, T, out], in one pass where no adapter does more than to add."""
-        segments = self.segments.current
-        if not isinstance(self.base_layer, PackedLinear) or segments is None:
-            return self(x).add_(residual)  # type: ignore[no-any-return]
-        updates = (self.slots.get(slot) for slot, _, _ in segments.all)
-        if any(update is not None and update.plain_rank is None for update in updates):
-            return self(x).add_(residual)  # type: ignore[no-any-return]
-        return self._updated(x, self.base_layer.plus(x, residual), segments)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [1, T, in] -> [1, T, out]
-        segments = self.segments.current
-        if segments is None:
-            return x.new_zeros(()).expand(*x.shape[:-1], self.out_features)
+    def __call__(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
         return self._updated(x, self.base_layer(x), segments)
 
-    def _updated(self, x: torch.Tensor, output: torch.Tensor, segments: Segments) -> torch.Tensor:
-        tokens, out = x[0], output[0]
-        for group in self._groups(segments):
-            rows = slice(segments.all[group.first].start, segments.all[group.last].end)
-            if group.update is not None:
-                group.update.apply(tokens[rows], out[rows])
-            elif group.lora_A is not None and group.lora_B_T is not None:
-                by_adapter = (len(group.lora_A), -1)
-                x_of, out_of = tokens[rows].unflatten(0, by_adapter), out[rows].unflatten(0, by_adapter)
-                out_of.baddbmm_(torch.bmm(x_of, group.lora_A.mT), group.lora_B_T)
-        return output
+    def plus(self, x: torch.Tensor, residual: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """self(x) + residual [T, out], in one pass where every update only adds."""
+        layer = self.base_layer
+        if isinstance(layer, PackedLinear) and all(
+            update is None or update.plain_rank is not None
+            for update in (self._slots.get(slot) for slot, _, _ in segments.all)
+        ):
+            return self._updated(x, layer.plus(x, residual), segments)
+        return self(x, segments).add_(residual)
 
-    def _groups(self, segments: Segments) -> tuple[Group, ...]:
-        kept = segments.groups
-        if kept is None:
-            return tuple(self._make_groups(segments))
-        if self not in kept:
-            kept[self] = tuple(self._make_groups(segments))
-        return kept[self]
+    def _updated(self, x: torch.Tensor, out: torch.Tensor, segments: Segments) -> torch.Tensor:
+        for stacked in self._stacked(segments):
+            rows = slice(segments.all[stacked.first].start, segments.all[stacked.last].end)
+            if stacked.update is not None:
+                stacked.update.apply(x[rows], out[rows])
+            elif stacked.lora_A is not None and stacked.lora_B_T is not None:
+                by_adapter = (len(stacked.lora_A), -1)
+                x_of, out_of = x[rows].unflatten(0, by_adapter), out[rows].unflatten(0, by_adapter)
+                out_of.baddbmm_(torch.bmm(x_of, stacked.lora_A.mT), stacked.lora_B_T)
+        return out
 
-    def _make_groups(self, segments: Segments) -> Iterator[Group]:
-        updates: list[Update] = []  # of the segments before the i-th, with so many ranks
-        most = total = 0
+    def _stacked(self, segments: Segments) -> tuple[StackedUpdate, ...]:
+        if not self._slots:
+            return ()
+        memo = segments.stacked
+        if memo is None:
+            return tuple(self._stack(segments))
+        if self not in memo:
+            memo[self] = tuple(self._stack(segments))
+        return memo[self]
+
+    def _stack(self, segments: Segments) -> Iterator[StackedUpdate]:
+        updates: list[LinearUpdate] = []  # of the segments before the i-th that can be stacked
+        largest = total = 0  # of their ranks
         for i, (segment, length) in enumerate(zip((*segments.all, None), (*segments.lengths, 0), strict=True)):
-            update = None if segment is None else self.slots.get(segment.slot)
+            update = None if segment is None else self._slots.get(segment.slot)
             rank = None if update is None else update.plain_rank
             if updates and (
                 rank is None
                 or length != segments.lengths[i - 1]
-                or max(most, rank) * (len(updates) + 1) > MOST_FILLED_RANKS * (total + rank)
+                or max(largest, rank) * (len(updates) + 1) > MAX_RANK_PADDING * (total + rank)
             ):
-                yield _group(i - len(updates), updates)
-                updates, most, total = [], 0, 0
+                yield _stacked_update(i - len(updates), updates)
+                updates, largest, total = [], 0, 0
             if update is not None and rank is not None:
                 updates.append(update)
-                most, total = max(most, rank), total + rank
+                largest, total = max(largest, rank), total + rank
             elif update is not None:
-                yield Group(i, i, update)
+                yield StackedUpdate(i, i, update)
 
     def _norms(self, scaled_B: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
-        """[out] of the rows of W + scaling * B @ A."""
+        """[out], of the rows of W + scaling * B @ A."""
         weight = self.base_layer.weight.detach().float()
         if isinstance(self.base_layer, Conv1D):
             weight = weight.T
@@ -227,29 +186,16 @@ class MultiLoRALinear(nn.Module):
         return tensor.to(self._device, self._dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def wrap_linears(model: nn.Module, modules: Iterable[str], segments: ActiveSegments) -> dict[str, MultiLoRALinear]:
-    """Replace the named linear layers by MultiLoRALinear; those that are wrapped already are returned as they are."""
-    wrapped = {}
-    for path in modules:
-        layer = model.get_submodule(path)
-        if not isinstance(layer, MultiLoRALinear):
-            assert isinstance(layer, nn.Linear | PackedLinear | Conv1D), f"{path} is a {type(layer).__name__}"
-            layer = MultiLoRALinear(layer, segments)
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, layer)
-        wrapped[path] = layer
-    return wrapped
-
-
-def _group(first: int, updates: list[Update]) -> Group:
+def _stacked_update(first: int, updates: list[LinearUpdate]) -> StackedUpdate:
     if len(updates) == 1:
-        return Group(first, first, updates[0])
+        return StackedUpdate(first, first, updates[0])
     lora_A = [update.lora_A for update in updates if update.lora_A is not None]
     lora_B_T = [update.lora_B_T for update in updates if update.lora_B_T is not None]
-    return Group(first, first + len(updates) - 1, lora_A=_stacked(lora_A), lora_B_T=_stacked(lora_B_T))
+    last = first + len(updates) - 1
+    return StackedUpdate(first, last, lora_A=_padded_stack(lora_A), lora_B_T=_padded_stack(lora_B_T))
 
 
-def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _padded_stack(tensors: list[torch.Tensor]) -> torch.Tensor:
     """[rank, n] each -> [g, largest rank, n]"""
     if len({len(tensor) for tensor in tensors}) == 1:
         return torch.stack(tensors)  # far faster

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex.ops import reference
-from loraplex.ops.layout import Group, Layout, Varlen
+from loraplex.ops.layout import Layout, MaskedGroup, Varlen
 
 
 def packed_attention(
@@ -49,12 +49,12 @@ def packed_attention(
 def _empty_like(query: torch.Tensor, layout: Layout) -> torch.Tensor:
     """To be filled span by span. What lies between is finite, too: all layers compute it on."""
     output = torch.empty_like(query)
-    for start, end in layout.gaps:
+    for start, end in layout.padding:
         output[start:end] = 0
     return output
 
 
-def _gathered(group: Group, packed: torch.Tensor, cached: torch.Tensor | None) -> torch.Tensor:
+def _gathered(group: MaskedGroup, packed: torch.Tensor, cached: torch.Tensor | None) -> torch.Tensor:
     """[num_keys, G, D]"""
     parts = [packed[start:end] for start, end in group.keys]
     if group.cached is not None:
@@ -95,8 +95,9 @@ def _attend(
     """One attention call and the log-sum-exp of its scores."""
     if varlen is not None and _takes_varlen(query):
         return _attend_varlen(query, key, value, varlen, is_causal=is_causal, scaling=scaling)
-    if query.is_cuda:  # no fused kernel takes float32 and returns the log-sum-exp
-        return _attend_plain(query, key, value, is_causal=is_causal, scaling=scaling)
+    if query.is_cuda:
+        attend = _attend_efficient if _takes_efficient(query) else _attend_plain
+        return attend(query, key, value, is_causal=is_causal, scaling=scaling)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, n, D]
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, is_causal, attn_mask=mask, scale=scaling
@@ -105,7 +106,35 @@ def _attend(
 
 
 def _takes_varlen(query: torch.Tensor) -> bool:
-    return query.is_cuda and query.dtype != torch.float32
+    """Whether FlashAttention's kernel computes it: 16-bit numbers, heads of a size that it has, Ampere or newer."""
+    dim = query.shape[-1]
+    if not query.is_cuda or query.dtype == torch.float32 or dim > 256 or dim % 8:
+        return False
+    return _compute_capability(query.device) >= (8, 0)
+
+
+def _takes_efficient(query: torch.Tensor) -> bool:
+    """Whether the memory-efficient kernel computes it. Its rows are read 16 bytes at a time."""
+    return query.shape[-1] * query.dtype.itemsize % 16 == 0
+
+
+@functools.cache
+def _compute_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _attend_efficient(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Without materialised scores, which take gigabytes for spans of thousands of tokens. The causal mask is aligned
+    to the first query and key, so a causal call needs as many keys as queries."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))  # it takes no fewer key heads
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, n, D]
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, is_causal, scale=scaling
+    )
+    return output[0].transpose(0, 1), lse[0, :, : len(query)].T  # its rows are padded
 
 
 def _attend_varlen(

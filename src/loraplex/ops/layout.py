@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-# Spans of at most so many tokens attend together, at most so many tokens a call: what the mask hides costs less than a
-# call for each of them.
-SHORT, GROUPED = 64, 256
+from loraplex.ops.staging import Staging
+
+# On a CPU, spans of at most so many tokens attend together, at most so many tokens a call: computing what the mask
+# hides costs less than a call for each of them.
+SHORT_SPAN, MASKED_TOKENS = 64, 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,7 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class MaskedGroup:
     """Short spans that see the same before themselves, for one attention call under a mask: of their queries `rows`, on
     the `cached` tokens and the packed ranges in `keys`."""
 
@@ -66,15 +68,15 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """groups: of the spans that are short, on a CPU; `alone` are all others, and `contexts` is what these see.
-    gaps: packed tokens of no span, whose attention nobody reads. varlen: each span, and each gap, as a sequence, with
-    the keys that are its own; of packed tokens, these are `own_keys` where spans have a `row`."""
+    """groups: the spans that are short, on a CPU; `alone` are all others, and `contexts` is what these see.
+    padding: packed tokens of no span, whose attention nobody reads. varlen: each span, and each range of padding, as a
+    sequence, with the keys that are its own; of packed tokens, these are `own_keys` where spans have a `row`."""
 
     spans: tuple[Span, ...]
     alone: tuple[Span, ...] = ()
-    groups: tuple[Group, ...] = ()
+    groups: tuple[MaskedGroup, ...] = ()
     contexts: tuple[Context, ...] = ()
-    gaps: tuple[tuple[int, int], ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
     varlen: Varlen
     own_keys: torch.Tensor | None = None
 
@@ -83,9 +85,9 @@ class Layout:
         return max((span.position + span.end - span.start for span in self.spans), default=0)
 
 
-def layout_of(spans: tuple[Span, ...], device: torch.device, gaps: Iterable[tuple[int, int]] = ()) -> Layout:
-    """Groups spans by what they see."""
-    members = _short_ones(spans) if device.type == "cpu" else []
+def layout_of(spans: tuple[Span, ...], staging: Staging, padding: Iterable[tuple[int, int]] = ()) -> Layout:
+    """Groups spans by what they see. The tensors are on the device when `staging` has sent them."""
+    members = _short_spans(spans) if staging.device.type == "cpu" else []
     grouped = {id(span) for group in members for span in group}
     alone = tuple(span for span in spans if id(span) not in grouped)
     rows: dict[object, list[Span]] = {}
@@ -98,57 +100,56 @@ def layout_of(spans: tuple[Span, ...], device: torch.device, gaps: Iterable[tupl
             rows.setdefault(ancestor, []).append(span)
     contexts = []
     for seen, by in rows.items():
-        which, num_rows = _rows_of(by, device), sum(end - start for start, end in (span.queries for span in by))
+        which, num_rows = _rows_of(by, staging), sum(end - start for start, end in (span.queries for span in by))
         if isinstance(seen, tuple):
-            varlen = _varlen([num_rows], [seen[1] - seen[0]], device)
+            varlen = _varlen([num_rows], [seen[1] - seen[0]], staging)
             contexts.append(Context(rows=which, varlen=varlen, start=seen[0], end=seen[1]))
         else:
-            varlen = _varlen([num_rows], [len(cached[seen])], device)
+            varlen = _varlen([num_rows], [len(cached[seen])], staging)
             contexts.append(Context(rows=which, varlen=varlen, cached=cached[seen]))
-    gaps, own_keys = tuple(gaps), None
+    padding, own_keys = tuple(padding), None
     if all(span.row is None for span in spans):
-        ranges = sorted([*(span.queries for span in spans), *gaps])
+        ranges = sorted([*(span.queries for span in spans), *padding])
         lengths = [end - start for start, end in ranges]
-        varlen = _varlen(lengths, lengths, device)
+        varlen = _varlen(lengths, lengths, staging)
     else:
         by_row = sorted(spans, key=lambda span: span.queries)
-        varlen = _varlen([1] * len(spans), [span.end - span.start for span in by_row], device)
-        own_keys = torch.cat([torch.arange(span.start, span.end) for span in by_row]).to(device)
+        varlen = _varlen([1] * len(spans), [span.end - span.start for span in by_row], staging)
+        own_keys = staging.put([key for span in by_row for key in range(span.start, span.end)])
     return Layout(
         spans=spans,
         alone=alone,
-        groups=tuple(_group(group, device) for group in members),
+        groups=tuple(_masked_group(group, staging) for group in members),
         contexts=tuple(contexts),
-        gaps=gaps,
+        padding=padding,
         varlen=varlen,
         own_keys=own_keys,
     )
 
 
-def _varlen(queries: list[int], keys: list[int], device: torch.device) -> Varlen:
-    ends = torch.tensor([[0, *itertools.accumulate(lengths)] for lengths in (queries, keys)], dtype=torch.int32)
-    cu_queries, cu_keys = ends.to(device, non_blocking=True)
+def _varlen(queries: list[int], keys: list[int], staging: Staging) -> Varlen:
+    cu_queries, cu_keys = (staging.put([0, *itertools.accumulate(lengths)], torch.int32) for lengths in (queries, keys))
     return Varlen(cu_queries, cu_keys, max(queries), max(keys))
 
 
-def _rows_of(spans: Seq[Span], device: torch.device) -> torch.Tensor | slice:
+def _rows_of(spans: Seq[Span], staging: Staging) -> torch.Tensor | slice:
     """Their queries."""
     ranges = sorted(span.queries for span in spans)
     if all(end == start for (_, end), (start, _) in itertools.pairwise(ranges)):
         return slice(ranges[0][0], ranges[-1][1])
-    return torch.cat([torch.arange(start, end) for start, end in ranges]).to(device)
+    return staging.put([row for start, end in ranges for row in range(start, end)])
 
 
-def _short_ones(spans: Seq[Span]) -> list[list[Span]]:
+def _short_spans(spans: Seq[Span]) -> list[list[Span]]:
     """The short spans that see the same, as many as go into one call. One that sees only itself needs no mask."""
     groups: list[list[Span]] = []
     open_at: dict[object, tuple[int, int]] = {}  # what is seen -> which group takes more of it, and its tokens so far
     for span in spans:
-        if span.end - span.start <= SHORT:
+        if span.end - span.start <= SHORT_SPAN:
             seen = (None if span.cached is None else id(span.cached), span.ancestors)
-            at, num_tokens = open_at.get(seen, (0, GROUPED))
+            at, num_tokens = open_at.get(seen, (0, MASKED_TOKENS))
             num_tokens += span.end - span.start
-            if num_tokens > GROUPED:
+            if num_tokens > MASKED_TOKENS:
                 at, num_tokens = len(groups), span.end - span.start
                 groups.append([])
             groups[at].append(span)
@@ -156,7 +157,7 @@ def _short_ones(spans: Seq[Span]) -> list[list[Span]]:
     return [group for group in groups if len(group) > 1 or group[0].cached is not None or group[0].ancestors]
 
 
-def _group(spans: Seq[Span], device: torch.device) -> Group:
+def _masked_group(spans: Seq[Span], staging: Staging) -> MaskedGroup:
     spans = sorted(spans, key=lambda span: span.queries)
     first = spans[0]
     num_seen = sum(end - start for start, end in first.ancestors) + (0 if first.cached is None else len(first.cached))
@@ -173,4 +174,4 @@ def _group(spans: Seq[Span], device: torch.device) -> Group:
             keys[-1] = (keys[-1][0], end)
         else:
             keys.append((start, end))
-    return Group(rows=_rows_of(spans, device), cached=first.cached, keys=tuple(keys), mask=mask.to(device))
+    return MaskedGroup(rows=_rows_of(spans, staging), cached=first.cached, keys=tuple(keys), mask=mask)

@@ -1,4 +1,4 @@
-"""Stands before a backend: resolves names to adapters, asks shadows, and logs who answered what."""
+"""Stands before the service: resolves names to adapters, asks shadows, and logs who answered what."""
 
 import asyncio
 import logging
@@ -12,9 +12,8 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from loraplex.backends.base import Backend
 from loraplex.bundle import check_name
 from loraplex.classifier import valid_unicode
 from loraplex.config import RouteSettings
@@ -34,6 +33,9 @@ from loraplex.routing.shadows import Shadow, Shadows
 from loraplex.routing.verdict_log import LoggedVerdict, VerdictLog
 from loraplex.types import ClassifyRequest, ClassifyResult, ErrorInfo, Route, RouteStats, Verdict
 
+if TYPE_CHECKING:  # it imports torch
+    from loraplex.service.service import Service
+
 logger = logging.getLogger(__name__)
 
 FLUSH_EVERY_S = 1.0
@@ -41,49 +43,41 @@ Result = TypeVar("Result")
 
 
 class Router:
-    """Starts and closes the backend with itself. A route's name goes before an adapter's of the same name; targets are
-    always adapters. All methods are called from one event loop."""
+    """Owns the service, and closes it with itself. A route's name goes before an adapter's of the same name; targets
+    are always adapters. All methods are called from one event loop."""
 
     def __init__(
         self,
-        backend: Backend,
+        service: "Service",
         from_file: Mapping[str, RouteSettings],
         store: RouteStore | None = None,
         log: VerdictLog | None = None,
     ) -> None:
         """from_file: the bundle's own routes. log: None keeps no verdicts."""
-        self.backend, self._from_file, self._store, self._log = backend, from_file, store or RouteStore(), log
+        self.service, self._from_file, self._store, self._log = service, from_file, store or RouteStore(), log
         self._routes: dict[str, Route] = {}
         self._targeted: frozenset[str] = frozenset()  # routes, and adapters that some route leads to
-        self._shadows = Shadows(backend, self._log_shadows)
+        self._shadows = Shadows(service, self._log_shadows)
         self._flusher: asyncio.Task[None] | None = None
         self._is_closed = False
         self._changing = asyncio.Lock()  # what routes lead to, and whether that is there
         self._files = ThreadPoolExecutor(1, "loraplex-routing")  # waits for disks; nobody else waits with it
 
     async def start(self) -> None:
-        """Returns when requests are answered. BundleError where a route in the bundle's settings leads nowhere."""
-        await self.backend.start()
-        try:
-            await self._start()
-        except BaseException:
-            await self.close()
-            raise
-
-    async def _start(self) -> None:
+        """Read the routes. BundleError where a route in the bundle's settings leads nowhere."""
         for name, settings in self._from_file.items():
             source = f"loraplex.yaml, routes.{name}"
             check_name(name, source)
-            if name == self.backend.base_name:
+            if name == self.service.base_name:
                 raise BundleError(source, f"{name!r} is the base's name, too", remedy="choose another for the route")
             for target in (*settings.targets, *settings.shadows):
-                if not self.backend.knows(target):
+                if not self.service.knows(target):
                     raise BundleError(source, f"there is no classifier {target!r}", remedy="name one of the bundle's")
         await self._in_files(self._store.read_file, self._from_file)
         await self._reload()
         for route in self._routes.values():
             for target in (*route.targets, *route.shadows):
-                if not self.backend.knows(target):
+                if not self.service.knows(target):
                     logger.error("the route %s leads to %s, which is not there", route.name, target)
         self._shadows.start()
         if self._log is not None:
@@ -98,7 +92,7 @@ class Router:
         if self._flusher is not None:
             self._flusher.cancel()
             self._flusher = None
-        await self.backend.close()
+        await self.service.close()
         if self._log is not None:
             await self._flush()
         self._files.shutdown(wait=False)
@@ -116,7 +110,7 @@ class Router:
 
     def knows(self, name: str) -> bool:
         """Whether there is a route or an adapter of that name."""
-        return name in self._routes or self.backend.knows(name)
+        return name in self._routes or self.service.knows(name)
 
     def routes_to(self, adapter: str) -> list[str]:
         """Names of the routes that lead to it."""
@@ -128,7 +122,7 @@ class Router:
             check_name(name, "route")
         except ConfigurationError as exc:
             raise RefusedError(exc) from None
-        if name == self.backend.base_name:
+        if name == self.service.base_name:
             raise InvalidRequestError(f"{name!r} is the base's name", remedy="choose another for the route")
         async with self._changing:
             self._check_targets((*settings.targets, *settings.shadows))
@@ -153,18 +147,17 @@ class Router:
         return route
 
     async def unload_adapter(self, name: str) -> None:
-        """The backend's. AdapterInUseError: a route must not lead nowhere."""
+        """See `Service.unload_adapter`. AdapterInUseError: a route must not lead nowhere."""
         async with self._changing:
             if routes := self.routes_to(name):
                 raise AdapterInUseError(name, routes)
-            leaving = asyncio.ensure_future(self.backend.unload_adapter(name))
-            await asyncio.sleep(0)  # from here on it is not known; that it has drained takes longer
-        await leaving
+            unloading = self.service.unload_adapter(name)  # from here on it is not known
+        await unloading
 
     def _check_targets(self, targets: Iterable[str]) -> None:
         for target in targets:
-            if not self.backend.knows(target):
-                raise RefusedError(UnknownClassifierError(target, list(self.backend.names())))
+            if not self.service.knows(target):
+                raise RefusedError(UnknownClassifierError(target, list(self.service.names())))
 
     # ------------------------------------------------------------------------------------------- requests
 
@@ -174,10 +167,10 @@ class Router:
         return name if route is None else choose(route, conversation_id)
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResult:
-        """As the backend does, with verdicts named as they were asked, and ids for feedback."""
+        """As the service does, with verdicts named as they were asked, and ids for feedback."""
         adapters, routes = self._adapters(request), self._routes
         try:
-            result = await self.backend.classify(replace(request, classifiers=tuple(adapters.values())))
+            result = await self.service.classify(replace(request, classifiers=tuple(adapters.values())))
         except LoraplexError as exc:
             if not isinstance(exc, OverloadedError):  # which says nothing about who was asked
                 self._log_failure(adapters, exc)
@@ -199,9 +192,9 @@ class Router:
         return replace(result, verdicts=named)
 
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        """As the backend does, for each name as it was asked."""
+        """As the service does, for each name as it was asked."""
         adapters = self._adapters(request)
-        shown = await self.backend.show_prompt(replace(request, classifiers=tuple(adapters.values())))
+        shown = await self.service.show_prompt(replace(request, classifiers=tuple(adapters.values())))
         prompts = {adapter: (text, token_ids) for adapter, text, token_ids in shown}
         return tuple((name, *prompts[adapter]) for name, adapter in adapters.items())
 
@@ -209,7 +202,7 @@ class Router:
         """As it was asked -> who answers. `"*"` is every route once, and every classifier that no route leads to."""
         names: Iterable[str] = request.classifiers
         if request.classifiers == "*":
-            names = [*self._routes, *(name for name in self.backend.names() if name not in self._targeted)]
+            names = [*self._routes, *(name for name in self.service.names() if name not in self._targeted)]
         return {name: self.resolve(name, request.conversation_id) for name in names}
 
     def _ask_shadows(
@@ -243,7 +236,7 @@ class Router:
         log = await self._kept()
         valid_unicode(verdict_id + label)
         for target in await self._in_files(log.targets_of, verdict_id):
-            info = self.backend.adapter(target) if self.backend.knows(target) else None
+            info = self.service.adapter(target) if self.service.knows(target) else None
             if info is not None and info.labels and label not in info.labels:
                 raise InvalidRequestError(
                     f"{label!r} is no label of {target!r}", remedy=f"use one of: {', '.join(info.labels)}"
@@ -263,7 +256,7 @@ class Router:
     def _log_failure(self, adapters: Mapping[str, str], error: LoraplexError) -> None:
         """A request that had no answer at all: the targets' failures count all the same."""
         if self._log is not None:
-            known = {name: adapter for name, adapter in adapters.items() if self.backend.knows(adapter)}
+            known = {name: adapter for name, adapter in adapters.items() if self.service.knows(adapter)}
             failed = Verdict(classifier="", error=ErrorInfo.of(error))
             self._log.add(_logged(failed, uuid.uuid4().hex, name, adapter, None) for name, adapter in known.items())
 
@@ -305,17 +298,29 @@ class Router:
             await self._flush()
 
 
-def open_router(
-    backend: Backend, from_file: Mapping[str, RouteSettings], *, state_dir: str | None, num_kept: int
+async def start_router(
+    service: "Service",
+    from_file: Mapping[str, RouteSettings],
+    store: RouteStore | None = None,
+    log: VerdictLog | None = None,
 ) -> Router:
-    """With what `state_dir` remembers. num_kept: verdicts."""
+    """A router that has started. Where it does not start, the service is closed."""
+    router = Router(service, from_file, store, log)
+    try:
+        await router.start()
+    except BaseException:
+        await router.close()
+        raise
+    return router
+
+
+def open_stores(state_dir: str | None, *, max_verdicts: int) -> tuple[RouteStore, VerdictLog | None]:
+    """The routes and verdicts that `state_dir` remembers; without it they are forgotten with the process. max_verdicts:
+    kept at most; 0 keeps none. BundleError: a file cannot be read or written."""
     folder = None if state_dir is None else Path(state_dir)
-    return Router(
-        backend,
-        from_file,
-        RouteStore(None if folder is None else folder / "routes.sqlite"),
-        VerdictLog(None if folder is None else folder / "verdicts.sqlite", max_verdicts=num_kept) if num_kept else None,
-    )
+    store = RouteStore(None if folder is None else folder / "routes.sqlite")
+    file = None if folder is None else folder / "verdicts.sqlite"
+    return store, VerdictLog(file, max_verdicts=max_verdicts) if max_verdicts else None
 
 
 def _as_asked(verdict: Verdict, name: str, id: str) -> Verdict:

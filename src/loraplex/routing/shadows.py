@@ -5,10 +5,13 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from loraplex.backends.base import Backend
 from loraplex.errors import LoraplexError
 from loraplex.types import ClassifyRequest, ClassifyResult
+
+if TYPE_CHECKING:  # it imports torch
+    from loraplex.service.service import Service
 
 logger = logging.getLogger(__name__)
 MAX_WAITING = 256  # each holds its conversation
@@ -24,11 +27,11 @@ class Shadow:
 
 
 class Shadows:
-    """A bounded queue whose oldest are shed where it is full, as happens when the backend is always busy. One is asked
-    at a time, so that they hardly take others' place in the backend's queue."""
+    """A bounded queue whose oldest are shed where it is full, as happens when the service is always busy. One is asked
+    at a time, so that they hardly take others' place in the service's queue."""
 
-    def __init__(self, backend: Backend, answered: Callable[[Shadow, ClassifyResult | LoraplexError], None]) -> None:
-        self._backend, self._answered = backend, answered
+    def __init__(self, service: "Service", answered: Callable[[Shadow, ClassifyResult | LoraplexError], None]) -> None:
+        self._service, self._answered = service, answered
         self._waiting: deque[Shadow] = deque()
         self._come = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
@@ -53,7 +56,7 @@ class Shadows:
     async def _work(self) -> None:
         while True:
             await self._come.wait()
-            if self._backend.num_waiting:
+            if self._service.num_waiting:
                 await asyncio.sleep(LOOK_EVERY_S)
                 continue
             if not self._waiting:
@@ -61,7 +64,7 @@ class Shadows:
                 continue
             shadow = self._waiting.popleft()
             try:
-                self._answered(shadow, await self._backend.classify(shadow.request))
+                self._answered(shadow, await self._service.classify(shadow.request))
             except LoraplexError as exc:
                 self._answered(shadow, exc)
             except Exception:  # the next ones shall be asked all the same

@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 
 from loraplex.errors import ConfigurationError, RefusedError
 from loraplex.server.lifecycle import stopping
-from loraplex.server.routes import backend_of, router_of
+from loraplex.server.routes import router_of, service_of
 from loraplex.server.schemas import (
     AdapterBody,
     AdapterList,
@@ -48,19 +48,19 @@ async def _sound(loading: Awaitable[Result]) -> Result:
 @router.get("/v1/adapters")
 async def list_adapters(request: Request) -> AdapterList:
     """All adapters with their states."""
-    return AdapterList(adapters=list(backend_of(request).adapters()))
+    return AdapterList(adapters=list(service_of(request).adapters()))
 
 
 @router.get("/v1/adapters/{name}", responses=UNKNOWN)
 async def show_adapter(request: Request, name: str) -> AdapterInfo:
-    return backend_of(request).adapter(name)
+    return service_of(request).adapter(name)
 
 
 @router.put("/v1/adapters/{name}", responses=LOADING)
 async def put_adapter(request: Request, name: str, body: AdapterBody) -> AdapterInfo:
     """Load it, or replace the one of that name: requests in flight finish on the old version, later ones get the new.
     Answers when the new one has proven itself and is live; where it does not, the old one goes on."""
-    return await _sound(backend_of(request).load_adapter(name, body.source, pin=body.pinned))
+    return await _sound(service_of(request).load_adapter(name, body.source, pin=body.pinned))
 
 
 @router.delete("/v1/adapters/{name}", responses=UNLOADING)
@@ -73,18 +73,18 @@ async def delete_adapter(request: Request, name: str) -> dict[str, str]:
 @router.put("/v1/adapters/{name}/pin", responses=UNKNOWN | LOADING)
 async def pin_adapter(request: Request, name: str) -> AdapterInfo:
     """Keep its place on the device."""
-    return await _sound(backend_of(request).pin_adapter(name, True))
+    return await _sound(service_of(request).pin_adapter(name, True))
 
 
 @router.delete("/v1/adapters/{name}/pin", responses=UNKNOWN)
 async def unpin_adapter(request: Request, name: str) -> AdapterInfo:
-    return await _sound(backend_of(request).pin_adapter(name, False))
+    return await _sound(service_of(request).pin_adapter(name, False))
 
 
 @router.post("/v1/load_lora_adapter", responses=TEXT | LOADING, response_model=None)
 async def load_lora_adapter(request: Request, body: VllmLoadBody) -> Response:
     """vLLM's. A name that is taken is refused unless `load_inplace`."""
-    await _sound(backend_of(request).load_adapter(body.lora_name, body.lora_path, replace=body.load_inplace))
+    await _sound(service_of(request).load_adapter(body.lora_name, body.lora_path, replace=body.load_inplace))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -99,7 +99,7 @@ async def unload_lora_adapter(request: Request, body: VllmUnloadBody) -> Respons
 async def sagemaker_load(request: Request, body: SageMakerAdapterBody) -> AdapterInfo:
     """SageMaker's. A name that is taken is refused. `preload` changes nothing: an adapter is always read and proven
     before it is live."""
-    return await _sound(backend_of(request).load_adapter(body.name, body.src, pin=body.pin, replace=False))
+    return await _sound(service_of(request).load_adapter(body.name, body.src, pin=body.pin, replace=False))
 
 
 @router.delete("/adapters/{name}", responses=UNLOADING, tags=["sagemaker"])

@@ -1,4 +1,4 @@
-"""Puts a router and its backend behind HTTP."""
+"""Puts a router behind HTTP."""
 
 import time
 from collections.abc import Sequence
@@ -9,8 +9,7 @@ from starlette.routing import Route
 import loraplex
 from loraplex.config import ServerConfig
 from loraplex.metrics import Metrics
-from loraplex.routing.router import Router
-from loraplex.server import admin, openai, routes, routing, sagemaker
+from loraplex.server import admin, openai, routes, sagemaker, traffic
 from loraplex.server.answers import AnswerErrors, add_handlers
 from loraplex.server.keys import ApiKey
 from loraplex.server.lifecycle import Gate, LastAnswer, Lifecycle
@@ -20,11 +19,8 @@ from loraplex.server.schemas import COMMON
 from loraplex.server.security import Access
 
 
-def create_app(
-    router: Router, config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycle | None = None
-) -> FastAPI:
-    """An ASGI app over `router` and its backend, which the caller starts and closes. Without keys it answers everyone;
-    without a lifecycle it takes it that the backend has started."""
+def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycle) -> FastAPI:
+    """An ASGI app over the router that `lifecycle` has once it is ready. Without keys it answers everyone."""
     app = FastAPI(
         title="Loraplex",
         summary="Many LoRA classifiers from one base model, in one call",
@@ -32,28 +28,26 @@ def create_app(
         redirect_slashes=False,
         responses=COMMON,
     )
-    app.state.router = router
-    app.state.backend = router.backend
     app.state.metrics = Metrics(
-        router.backend.stats,
-        lambda name: name == router.backend.base_name or router.knows(name),
-        router.num_shadows_shed,
+        lambda: lifecycle.router.service.stats(),
+        lambda name: name == lifecycle.router.service.base_name or lifecycle.router.knows(name),
+        lambda: lifecycle.router.num_shadows_shed(),
     )
     app.state.created = int(time.time())
-    app.state.lifecycle = lifecycle or Lifecycle()
+    app.state.lifecycle = lifecycle
     paths = {route.path for route in app.routes if isinstance(route, Route)}  # of the documentation
-    for part in (routes, sagemaker, admin, routing, openai):
+    for part in (routes, sagemaker, admin, traffic, openai):
         app.include_router(part.router)
         paths |= {route.path for route in part.router.routes if isinstance(route, Route)}
     add_handlers(app)
     # From the inside out.
     app.add_middleware(sagemaker.JsonByDefault)
     app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes, body_timeout=config.body_timeout)
-    app.add_middleware(Gate, lifecycle=app.state.lifecycle)
+    app.add_middleware(Gate, lifecycle=lifecycle)
     if keys:
         app.add_middleware(Access, keys=keys, public=config.public, key_concurrency=config.key_concurrency)
     app.add_middleware(AnswerErrors, log_inputs=config.log_inputs)
-    app.add_middleware(LastAnswer, lifecycle=app.state.lifecycle)
+    app.add_middleware(LastAnswer, lifecycle=lifecycle)
     app.add_middleware(RequestLog, log_inputs=config.log_inputs, paths=paths)
     app.add_middleware(sagemaker.RuntimeApi)  # outermost: whatever refuses a request, AWS's clients understand it
     return app

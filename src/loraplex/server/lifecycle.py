@@ -5,6 +5,7 @@ from typing import Literal
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.errors import NotReadyError
+from loraplex.routing.router import Router
 
 PROBES = frozenset({"/health", "/ready", "/ping"})
 
@@ -14,16 +15,38 @@ def stopping() -> NotReadyError:
 
 
 class Lifecycle:
-    def __init__(self, phase: Literal["loading", "ready", "draining"] = "ready") -> None:
-        self.phase = phase
+    """Loading, then ready with a router, then draining."""
+
+    def __init__(self, router: Router | None = None) -> None:
+        """router: where it has started already."""
+        self.phase: Literal["loading", "ready", "draining"] = "loading" if router is None else "ready"
+        self._router = router
         self.num_in_flight = 0
+
+    @property
+    def router(self) -> Router:
+        """NotReadyError while the server loads."""
+        if self._router is None:
+            raise _loading()
+        return self._router
+
+    def loaded(self, router: Router) -> bool:
+        """The router has started. Returns whether requests are taken now: not where the server was told to stop."""
+        self._router = router
+        if self.phase == "loading":
+            self.phase = "ready"
+        return self.phase == "ready"
 
     def check_ready(self) -> None:
         """NotReadyError"""
         if self.phase == "loading":
-            raise NotReadyError("the model is loading", remedy="wait until /ready answers 200")
+            raise _loading()
         if self.phase == "draining":
             raise stopping()
+
+
+def _loading() -> NotReadyError:
+    return NotReadyError("the model is loading", remedy="wait until /ready answers 200")
 
 
 class Gate:

@@ -15,15 +15,15 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from loraplex.backends.base import GeneratedToken, GenerateRequest, GenerateResult
 from loraplex.errors import EngineError, LoraplexError
 from loraplex.server import logs
 from loraplex.server.answers import trace
 from loraplex.server.lifecycle import stopping
 from loraplex.server.openai_answers import Answer, ChatCompletion, Completion, Format, usage_of
 from loraplex.server.openai_schemas import ChatBody, CompletionBody
-from loraplex.server.routes import ERRORS, backend_of, metrics_of, router_of, while_connected
+from loraplex.server.routes import ERRORS, metrics_of, router_of, service_of, while_connected
 from loraplex.server.schemas import error_json
+from loraplex.types import GeneratedToken, GenerateRequest, GenerateResult
 
 logger = logging.getLogger(__name__)
 router = APIRouter(tags=["openai"])
@@ -34,7 +34,7 @@ EVENTS: dict[str, Any] = {"text/event-stream": {}}  # besides JSON, where `strea
 def resolve_model(request: Request, name: str, conversation_id: str | None) -> str | None:
     """The adapter that `name` leads to; None: the bare base. A name that nobody has stays as it is, and is 404."""
     router = router_of(request)
-    if name == backend_of(request).base_name and not router.knows(name):
+    if name == service_of(request).base_name and not router.knows(name):
         return None
     return router.resolve(name, conversation_id)
 
@@ -74,7 +74,7 @@ async def generated_texts(
     """At the same time, for as long as the client stays; counted. Where one fails, its error for all of them."""
 
     async def all_of_them() -> list[GenerateResult]:
-        backend = backend_of(request)
+        backend = service_of(request)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [

@@ -5,7 +5,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
-from loraplex.backends.base import GeneratedToken, GenerateResult, LikelyToken
+from loraplex.types import GeneratedToken, GenerateResult, LikelyToken
 
 LOWEST = -9999.0  # what is told of lower log probabilities: -inf has no word in JSON
 

@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Tag
 
-from loraplex.backends.base import GenerateRequest
 from loraplex.errors import InvalidRequestError
 from loraplex.server.openai_answers import ChatFormat, CompletionFormat
 from loraplex.server.schemas import MAX_ITEMS, either
-from loraplex.types import Message
+from loraplex.types import GenerateRequest, Message
 
 MAX_CHOICES = 2048  # prompts times `n`
 

@@ -7,8 +7,9 @@ import logging
 import math
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -62,14 +63,18 @@ def url_of(config: ServerConfig, sock: socket.socket) -> str:
 
 
 async def serve(
-    router: Router, config: ServerConfig, keys: Sequence[ApiKey], sock: socket.socket, on_ready: Callable[[], None]
+    start: Callable[[], Coroutine[Any, Any, Router]],
+    config: ServerConfig,
+    keys: Sequence[ApiKey],
+    sock: socket.socket,
+    on_ready: Callable[[], None],
 ) -> None:
-    """Answer probes on `sock`, start `router` and its backend, then answer everything and call `on_ready`; return after
+    """Answer probes on `sock` while `start` makes the router, then answer everything and call `on_ready`; return after
     SIGTERM or SIGINT, when the requests in flight are answered (`drain_timeout` seconds at most). ConfigurationError:
     it did not start. EngineError: the engine died."""
-    lifecycle = Lifecycle("loading")
+    lifecycle = Lifecycle()
     settings = uvicorn.Config(
-        create_app(router, config, keys, lifecycle),
+        create_app(config, keys, lifecycle),
         http=IdleLimit,
         ws="none",
         lifespan="off",
@@ -84,30 +89,32 @@ async def serve(
     # uvicorn raises the signal that stopped it once more for whoever handled it before us.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    running = asyncio.create_task(_run(router, lifecycle, on_ready))
+    running = asyncio.create_task(_run(start, lifecycle, on_ready))
     running.add_done_callback(lambda _: server.stop())
     try:
         await server.serve(sockets=[sock])
     finally:
         running.cancel()
-        await asyncio.wait({running}, timeout=CLOSE_S)  # a load that hangs in a thread does not end
-        try:
-            await asyncio.wait_for(router.close(), CLOSE_S)
-        except TimeoutError:
+        # A load that hangs in a thread does not end.
+        if (await asyncio.wait({running}, timeout=CLOSE_S))[1]:
             logger.warning("not closed within %g seconds", CLOSE_S)
-    if running.done() and not running.cancelled():
+    if not running.cancelled() and running.done():
         running.result()
 
 
-async def _run(router: Router, lifecycle: Lifecycle, on_ready: Callable[[], None]) -> None:
-    """Raises where the backend does not start, or when its engine dies; else it runs until it is cancelled."""
-    await router.start()
-    if router.backend.alive and lifecycle.phase == "loading":
-        lifecycle.phase = "ready"
-        on_ready()
-    while router.backend.alive:
-        await asyncio.sleep(POLL_S)
-    raise EngineError("the engine died", remedy="see the log above; start the server again")
+async def _run(
+    start: Callable[[], Coroutine[Any, Any, Router]], lifecycle: Lifecycle, on_ready: Callable[[], None]
+) -> None:
+    """Raises where the router does not start, or when the engine dies; else it runs until it is cancelled."""
+    router = await start()
+    try:
+        if router.service.alive and lifecycle.loaded(router):
+            on_ready()
+        while router.service.alive:
+            await asyncio.sleep(POLL_S)
+        raise EngineError("the engine died", remedy="see the log above; start the server again")
+    finally:
+        await router.close()
 
 
 class _Server(uvicorn.Server):

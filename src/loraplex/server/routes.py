@@ -2,18 +2,20 @@
 
 import asyncio
 from collections.abc import Coroutine, Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
-from loraplex.backends.base import Backend
 from loraplex.errors import CancelledError, LoraplexError, NotReadyError, UnknownClassifierError
 from loraplex.metrics import Metrics
 from loraplex.routing.batch import classify_batch
 from loraplex.routing.router import Router
-from loraplex.server.lifecycle import stopping
+from loraplex.server.lifecycle import Lifecycle, stopping
 from loraplex.server.schemas import ClassifyBody, ModelCard, ModelList, errors, result_json
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult
+
+if TYPE_CHECKING:  # it imports torch
+    from loraplex.service.service import Service
 
 Result = TypeVar("Result")
 
@@ -28,14 +30,15 @@ ERRORS = errors(
 )
 
 
-def backend_of(request: Request) -> Backend:
-    backend: Backend = request.app.state.backend
-    return backend
-
-
 def router_of(request: Request) -> Router:
-    router: Router = request.app.state.router
-    return router
+    """NotReadyError while the server loads."""
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    return lifecycle.router
+
+
+def service_of(request: Request) -> "Service":
+    """NotReadyError while the server loads."""
+    return router_of(request).service
 
 
 def metrics_of(request: Request) -> Metrics:
@@ -106,20 +109,20 @@ async def classify(request: Request, body: ClassifyBody) -> Response:
 @router.get("/v1/models", tags=["adapters"])
 async def models(request: Request) -> ModelList:
     """The base, then every route and every adapter."""
-    backend, created = backend_of(request), request.app.state.created
-    names = (*(route.name for route in router_of(request).routes()), *(info.name for info in backend.adapters()))
-    cards = [ModelCard(id=name, created=created, parent=backend.base_name) for name in dict.fromkeys(names)]
-    return ModelList(data=[ModelCard(id=backend.base_name, created=created), *cards])
+    service, created = service_of(request), request.app.state.created
+    names = (*(route.name for route in router_of(request).routes()), *(info.name for info in service.adapters()))
+    cards = [ModelCard(id=name, created=created, parent=service.base_name) for name in dict.fromkeys(names)]
+    return ModelList(data=[ModelCard(id=service.base_name, created=created), *cards])
 
 
 @router.get("/v1/models/{name}", tags=["adapters"], responses=errors(_404="no such model"))
 async def model(request: Request, name: str) -> ModelCard:
-    backend, created = backend_of(request), request.app.state.created
+    service, created = service_of(request), request.app.state.created
     if router_of(request).knows(name):
-        return ModelCard(id=name, created=created, parent=backend.base_name)
-    if name == backend.base_name:
+        return ModelCard(id=name, created=created, parent=service.base_name)
+    if name == service.base_name:
         return ModelCard(id=name, created=created)
-    raise UnknownClassifierError(name, list(backend.names()))
+    raise UnknownClassifierError(name, list(service.names()))
 
 
 @router.get("/metrics", tags=["health"], response_model=None, responses={200: {"content": {"text/plain": {}}}})
@@ -155,6 +158,6 @@ def _ready(request: Request) -> dict[str, str]:
 
 
 def _alive(request: Request) -> dict[str, str]:
-    if not backend_of(request).alive:
+    if not service_of(request).alive:
         raise NotReadyError("the engine does not run", remedy="see the server's log; restart it if this stays")
     return {"status": "ok"}

@@ -11,11 +11,10 @@ from fastapi import APIRouter, Header, Request, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraplex.backends.base import GenerateRequest
 from loraplex.server.openai import generated_texts
-from loraplex.server.routes import ERRORS, answer, answered, backend_of, router_of
+from loraplex.server.routes import ERRORS, answer, answered, router_of, service_of
 from loraplex.server.schemas import ClassifyBody, InvocationBody, InvocationResult, SageMakerBody
-from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult
+from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, GenerateRequest
 
 router = APIRouter(tags=["sagemaker"])
 
@@ -47,7 +46,7 @@ async def _invoke(request: Request, body: InvocationBody, adapter: str | None) -
         return InvocationResult(confidence_score=verdict.confidence, predicted_text=verdict.label)
     answers = None if adapter is None else router_of(request).resolve(adapter)
     [generated] = await generated_texts(
-        request, adapter or backend_of(request).base_name, [GenerateRequest(prompt=body.input_text, adapter=answers)]
+        request, adapter or service_of(request).base_name, [GenerateRequest(prompt=body.input_text, adapter=answers)]
     )
     [token] = generated.tokens
     return InvocationResult(confidence_score=math.exp(token.log_prob), predicted_text=token.text)

@@ -1,0 +1,39 @@
+"""Folders of adapters that were unpacked or downloaded, one for each version of a source."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from loraplex.adapters.files import sizes_of
+from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+
+def cached(cache_dir: Path, source: str, version: str, build: Callable[[Path], Path]) -> Path:
+    """The folder of this version of `source`: the one there is, or what `build` makes in the empty folder that it gets,
+    moved into place when it is whole. One at a time builds, whether thread or process."""
+    home = Path(os.path.abspath(cache_dir)) / digest_of(source)
+    path, work = home / digest_of(version), home / "work"
+    if not _whole(path):
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / "lock"):
+            if not _whole(path):
+                for leftover in (path, work):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                work.mkdir()
+                try:
+                    build(work).rename(path)
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def _whole(path: Path) -> bool:
+    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(sizes_of(path))
+
+
+def digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

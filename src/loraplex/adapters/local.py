@@ -1,0 +1,49 @@
+"""Adapters on this machine: folders and archives below the adapter roots."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from loraplex.adapters.archive import unpack
+from loraplex.adapters.cache import cached
+from loraplex.adapters.files import ARCHIVE, FILES, SHAPES, ResolvedSource, SourceLimits, check, sizes_of
+from loraplex.errors import AdapterError
+
+
+def from_roots(given: str, roots: Sequence[Path], cache_dir: Path, limits: SourceLimits) -> ResolvedSource:
+    """The adapter at a path below one of `roots`, symlinks followed. AdapterError: it lies elsewhere, or is none."""
+    tops = [os.path.realpath(root) for root in roots]
+
+    def inside(path: str | Path) -> bool:
+        return any(Path(os.path.realpath(path)).is_relative_to(top) for top in tops)
+
+    # Where it is comes before whether it is, so that nobody learns what lies elsewhere.
+    candidates = [path for root in roots if inside(path := Path(os.path.abspath(root)) / given)]
+    if not candidates:
+        raise AdapterError(
+            given,
+            "does not lie below an adapter root",
+            remedy="move it there, or start with --adapter-root DIR, a folder that holds it",
+        )
+    named = next((path for path in candidates if os.path.exists(path)), None)
+    if named is None:
+        raise AdapterError(
+            given, "no such folder below an adapter root", remedy=f"check the path and --adapter-root, or give {SHAPES}"
+        )
+    path = Path(os.path.realpath(named))
+    if path.is_file() and given.endswith(ARCHIVE):
+        archive, stat = path, path.stat()
+        version = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        path = cached(cache_dir, str(archive), version, lambda work: unpack(archive, work, given, limits))
+    elif not path.is_dir():
+        raise AdapterError(given, f"neither a folder nor a {ARCHIVE}", remedy="give the folder that PEFT saved")
+    else:
+        for name in FILES:
+            if not inside(path / name):
+                raise AdapterError(
+                    given,
+                    f"its {name} is a link that leads out of the adapter roots",
+                    remedy="copy the file there, or start with --adapter-root DIR, a folder that holds it too",
+                )
+    check(given, sizes_of(path), limits)
+    return ResolvedSource(path=path, source=str(named), remote=False)

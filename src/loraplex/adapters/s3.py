@@ -1,0 +1,154 @@
+"""Adapters in S3: folders and archives, fetched once for each version of theirs."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraplex.adapters.archive import unpack
+from loraplex.adapters.cache import cached, digest_of
+from loraplex.adapters.files import (
+    ARCHIVE,
+    CHUNK,
+    FILES,
+    PICKLE,
+    Progress,
+    ResolvedSource,
+    SourceLimits,
+    check,
+    check_size,
+    reason_of,
+    sizes_of,
+)
+from loraplex.bundle import CONTRACT
+from loraplex.errors import AdapterError
+
+ATTEMPTS = 5  # at taking up a download that was cut, and at one whose object changes meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    """An S3 object at one point of its life, which `etag` stands for."""
+
+    bucket: str
+    key: str
+    etag: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2]
+
+
+def from_s3(bucket: str, key: str, cache_dir: Path, limits: SourceLimits, progress: Progress | None) -> ResolvedSource:
+    """The adapter in a folder, or in an archive. AdapterError: S3 does not give it."""
+    source = f"s3://{bucket}" + (f"/{key}" if key else "")
+    try:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import ClientError
+    except ImportError:
+        raise AdapterError(source, "S3 needs boto3, which is missing", remedy="pip install 'loraplex[aws]'") from None
+
+    def build(work: Path) -> Path:
+        _download(client, objects, work, progress)
+        return unpack(work / objects[0].name, work, source, limits) if key.endswith(ARCHIVE) else work
+
+    try:
+        # A session of its own: boto3's default one may not be shared by threads.
+        client = boto3.session.Session().client("s3", config=Config(connect_timeout=10))
+        for _ in range(ATTEMPTS):
+            objects = _list(client, bucket, key)
+            sizes = {one.name: one.size for one in objects}
+            if key.endswith(ARCHIVE):
+                check_size(source, objects[0].name, objects[0].size, limits.max_bytes)
+            else:
+                check(source, sizes, limits)
+                objects = [one for one in objects if one.name in FILES]
+            version = " ".join(f"{one.key} {one.etag} {one.size}" for one in objects)
+            try:
+                path = cached(cache_dir, source, version, build)
+            except ClientError as exc:
+                if exc.response["ResponseMetadata"]["HTTPStatusCode"] != 412:
+                    raise
+                continue  # it changed since it was listed
+            check(source, sizes_of(path), limits)
+            return ResolvedSource(path=path, source=source, remote=True)
+    except (AdapterError, OSError):
+        raise
+    except Exception as exc:  # botocore has many kinds, and none of its own for an endpoint that is no URL or no S3
+        status = exc.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(exc, ClientError) else None
+        if status == 404:
+            remedy = "check the bucket and the key"
+        elif (status is not None and status < 500) or "Credentials" in type(exc).__name__:
+            remedy = "check AWS_PROFILE or the AWS keys; they need s3:GetObject and s3:ListBucket"
+        else:
+            remedy = "check the network, AWS_REGION and AWS_ENDPOINT_URL; then try again, it goes on where it was cut"
+        raise AdapterError(source, f"S3 did not give it: {reason_of(exc)}", remedy=remedy) from None
+    raise AdapterError(source, "changes faster than it can be fetched", remedy="try again when it is written")
+
+
+def _list(client: Any, bucket: str, key: str) -> list[_Object]:
+    if key.endswith(ARCHIVE):
+        head = client.head_object(Bucket=bucket, Key=key)
+        return [_Object(bucket, key, head["ETag"], head["ContentLength"])]
+    # Listed rather than asked for by name: a role that may not list gets the same answer for "missing" and "forbidden",
+    # and a contract must not go missing in silence. By two prefixes, for there may be a million others.
+    folder = f"{key}/" if key else ""
+    pages = [
+        page
+        for start in ("adapter_", CONTRACT)
+        for page in client.get_paginator("list_objects_v2").paginate(
+            Bucket=bucket, Prefix=f"{folder}{start}", Delimiter="/"
+        )
+    ]
+    found = [
+        _Object(bucket, one["Key"], one["ETag"], one["Size"]) for page in pages for one in page.get("Contents", ())
+    ]
+    return sorted((one for one in found if one.name in (*FILES, PICKLE)), key=lambda one: one.key)
+
+
+def _download(client: Any, objects: Sequence[_Object], work: Path, progress: Progress | None) -> None:
+    """Fetch `objects` into `work` by way of `.part` files beside it, which outlive a failure and say what they are
+    part of, so that a later call asks for the rest only."""
+    from botocore.exceptions import BotoCoreError, FlexibleChecksumError
+
+    folder = work.parent / "parts"
+    folder.mkdir(exist_ok=True)
+    parts = {folder / f"{digest_of(f'{one.key} {one.etag}')}.part": one for one in objects}
+    for stale in set(folder.iterdir()) - set(parts):
+        stale.unlink()
+    before, total = 0, sum(one.size for one in objects)
+    for part, one in parts.items():
+        part.touch()
+        for attempt in range(ATTEMPTS):
+            if (done := part.stat().st_size) == one.size:
+                break
+            place = {"Bucket": one.bucket, "Key": one.key, "IfMatch": one.etag}
+            if 0 < done < one.size:
+                place["Range"] = f"bytes={done}-"
+            response = client.get_object(**place)
+            resumed = response["ResponseMetadata"]["HTTPStatusCode"] == 206
+            try:
+                with closing(response["Body"]) as body, part.open("ab" if resumed else "wb") as file:
+                    for chunk in body.iter_chunks(CHUNK):
+                        file.write(chunk)
+                        if progress is not None:
+                            progress(before + file.tell(), total)
+                        if file.tell() > one.size:
+                            break
+            except BotoCoreError as exc:  # cut, or damaged
+                if isinstance(exc, FlexibleChecksumError):
+                    part.write_bytes(b"")
+                if attempt == ATTEMPTS - 1:
+                    raise
+        if part.stat().st_size != one.size:
+            raise AdapterError(
+                f"s3://{one.bucket}/{one.key}",
+                f"came with {part.stat().st_size:,} bytes instead of {one.size:,}",
+                remedy="try again; if it stays so, look at what stands between here and S3",
+            )
+        before += one.size
+    for part, one in parts.items():
+        part.rename(work / one.name)

@@ -1,0 +1,57 @@
+"""Work on an event loop that goes on where its caller leaves."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from loraplex.errors import LoraplexError, NotReadyError
+
+logger = logging.getLogger(__name__)
+
+
+class Tasks:
+    """Tasks of one event loop, ended together."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.is_closed = False
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def check_open(self) -> None:
+        """NotReadyError once closed."""
+        if self.is_closed:
+            raise closed()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    async def finish(self, task: "asyncio.Task[None]") -> None:
+        """Wait for a task, which goes on where the caller is cancelled. Raises what the task raised; NotReadyError
+        where it was ended by `close`."""
+        await asyncio.wait([task])
+        if task.cancelled():
+            raise closed()
+        task.result()
+
+    async def close(self) -> None:
+        """Cancel all tasks and wait for their end. Safe to call twice."""
+        self.is_closed = True
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and not isinstance(task.exception(), LoraplexError):
+            logger.error("an adapter's task failed", exc_info=task.exception())
+
+
+def closed() -> NotReadyError:
+    return NotReadyError("the server is stopping", remedy="send it to another server, or later")

@@ -1,0 +1,81 @@
+"""Loraplex's own engine: packed steps of many adapters, shared prefixes, K/V in blocks."""
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from loraplex.adapters.weights import AdapterWeights
+from loraplex.bundle import AdapterSource
+from loraplex.config import EngineConfig
+from loraplex.engine.block_pool import BlockPool
+from loraplex.engine.engine import Engine
+from loraplex.engine.runner import ModelRunner
+from loraplex.engine.scheduler import Scheduler
+from loraplex.executors.capabilities import NATIVE
+from loraplex.machine import budget_bytes, give_back
+from loraplex.model.graphs import CUDACapture, capturing
+from loraplex.model.loader import default_step_tokens, load_model, read_stop_ids, resolve_device, resolve_dtype
+from loraplex.model.model import Model
+
+
+class NativeExecutor:
+    """Executor. The engine's one thread owns the model; slots are set beside its steps."""
+
+    name = "native"
+    capabilities = NATIVE
+    max_slots = None
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._model: Model | None = None
+        self.stop_ids: frozenset[int] = frozenset()
+
+    def max_model_len(self, config: PreTrainedConfig) -> int:
+        return int(config.max_position_embeddings)
+
+    def load(self, base: Path, config: PreTrainedConfig, adapters: Seq[AdapterSource]) -> Engine:
+        options = self._config
+        device = resolve_device(options.device)
+        capture = CUDACapture(device) if options.cuda_graphs else None
+        model = load_model(config, base, resolve_dtype(options.dtype, device), device, capture)
+        runner = ModelRunner(model)
+        runner.verify_packing()
+        num_blocks = budget_bytes(options.kv_cache, device) // runner.block_bytes
+        runner.allocate_cache(num_blocks)
+        scheduler = Scheduler(
+            pool=BlockPool(num_blocks),
+            max_step_tokens=options.max_step_tokens or default_step_tokens(device, model.dtype, config),
+            max_step_sequences=options.max_step_sequences,
+        )
+        self._model, self.stop_ids = model, read_stop_ids(base, config)
+        engine = Engine(runner, scheduler)
+        engine.start()
+        return engine
+
+    @property
+    def item_bytes(self) -> int:
+        return self.model.dtype.itemsize
+
+    def parameter(self, name: str) -> torch.Tensor | None:
+        return self.model.parameter(name)
+
+    def set_slot(self, slot: int, folder: Path, weights: AdapterWeights) -> None:
+        self.model.set_slot(slot, weights)
+
+    def clear_slot(self, slot: int) -> None:
+        self.model.clear_slot(slot)
+
+    def give_back(self) -> None:
+        with capturing:  # the engine's thread may be about to capture a graph
+            give_back(self.model.device)
+
+    def close(self) -> None:
+        self._model = None
+
+    @property
+    def model(self) -> Model:
+        """Valid from `load` to `close`."""
+        assert self._model is not None, "the base is not loaded"
+        return self._model

@@ -1,0 +1,32 @@
+"""Score heads (PEFT's SEQ_CLS): labels instead of tokens, read off the hidden state of a sequence's last token."""
+
+import torch
+import torch.nn.functional as F
+
+from loraplex.adapters.weights import SavedModule
+
+
+class ScoreHeads:
+    """The score heads of the adapters that have one, by slot."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._heads: dict[int, SavedModule] = {}
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._heads
+
+    def set_slot(self, slot: int, head: SavedModule) -> None:
+        bias = head.bias
+        self._heads[slot] = SavedModule(
+            weight=head.weight.to(self._device, self._dtype, copy=True),
+            bias=None if bias is None else bias.to(self._device, self._dtype, copy=True),
+        )
+
+    def clear_slot(self, slot: int) -> None:
+        self._heads.pop(slot, None)
+
+    def score(self, slot: int, hidden: torch.Tensor) -> torch.Tensor:  # [hidden] -> [num_labels] float32
+        """Log probabilities of the labels."""
+        head = self._heads[slot]
+        return F.linear(hidden, head.weight, head.bias).float().log_softmax(-1)

@@ -1,0 +1,107 @@
+"""What small steps leave for the next ones of the same slots: stacked weights, and CUDA graphs."""
+
+from collections import Counter
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from threading import Lock
+
+from loraplex.model.graphs import Graphs
+from loraplex.model.inputs import Segment, Segments
+from loraplex.model.lora_linear import LoRALinear, StackedUpdate
+
+# Stacking the adapters' weights takes a good part of a step of so few tokens. The stacks are a copy of the weights, so
+# they are kept for few sets of slots, and within a budget in bytes.
+SMALL_STEP, MAX_SETS = 1024, 4
+# A small step whose segments come for the third time is captured; so many of them for each set of slots.
+CAPTURED_AT, MAX_CAPTURED, MAX_COUNTED = 3, 48, 256
+
+Key = tuple[tuple[int, bool], ...]
+
+
+@dataclass(slots=True)
+class _Memo:
+    """Of steps with the same slots in the same order."""
+
+    stacked: dict[LoRALinear, tuple[StackedUpdate, ...]] = field(default_factory=dict)
+    _counted: tuple[int, int] = 0, 0  # layers, and the bytes of their stacks
+    num_seen: Counter[Seq[Segment]] = field(default_factory=Counter)
+    graphs: dict[Seq[Segment], Graphs] = field(default_factory=dict)  # the oldest first; they read the stacks
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the stacks."""
+        if self._counted[0] != len(self.stacked):
+            self._counted = len(self.stacked), sum(one.num_bytes for layer in self.stacked.values() for one in layer)
+        return self._counted[1]
+
+    def graphs_of(self, segments: Seq[Segment]) -> Graphs | None:
+        """None: these segments have not come often enough."""
+        if segments not in self.graphs:
+            if len(self.num_seen) > MAX_COUNTED:
+                self.num_seen.clear()
+            self.num_seen[segments] += 1
+            if self.num_seen[segments] < CAPTURED_AT:
+                return None
+        found = self.graphs[segments] = self.graphs.pop(segments, {})
+        while len(self.graphs) > MAX_CAPTURED:
+            evicted = next(iter(self.graphs))
+            del self.graphs[evicted], self.num_seen[evicted]
+        return found
+
+
+class StepMemo:
+    """Memos of the last few sets of slots. `begin`, `end` and `clear` are called by the thread that runs the steps,
+    `clear_slot` by any thread."""
+
+    def __init__(self, budget_bytes: int, *, captures: bool = False) -> None:
+        """captures: whether steps are captured as CUDA graphs."""
+        self.budget_bytes, self.captures = budget_bytes, captures
+        self._memos: dict[Key, _Memo] = {}  # by the segments' key, the oldest first
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._memos)
+
+    @property
+    def num_bytes(self) -> int:
+        with self._lock:
+            return sum(memo.num_bytes for memo in self._memos.values())
+
+    @property
+    def num_graphs(self) -> int:
+        with self._lock:
+            return sum(len(graphs) for memo in self._memos.values() for graphs in memo.graphs.values())
+
+    def begin(self, segments: Segments, last_segments: Segments) -> None:
+        """Give a step, and its last layer, what earlier ones of the same slots left."""
+        if segments.num_tokens > SMALL_STEP:
+            return
+        with self._lock:
+            memo = self._memo(segments)
+            segments.stacked, last_segments.stacked = memo.stacked, self._memo(last_segments).stacked
+            if self.captures:
+                segments.graphs = memo.graphs_of(segments.all)
+
+    def end(self, *all_segments: Segments) -> None:
+        """The step is over, or failed: what it used may be freed."""
+        for segments in all_segments:
+            segments.stacked = segments.graphs = None
+        with self._lock:
+            total = sum(memo.num_bytes for memo in self._memos.values())
+            while self._memos and (len(self._memos) > MAX_SETS or total > self.budget_bytes):
+                total -= self._memos.pop(next(iter(self._memos))).num_bytes
+
+    def clear(self) -> None:
+        """Drop everything, where memory is short."""
+        with self._lock:
+            self._memos.clear()
+
+    def clear_slot(self, *slots: int) -> None:
+        """The adapters in these slots leave or are replaced."""
+        with self._lock:
+            for key in [key for key in self._memos if not {slot for slot, _ in key}.isdisjoint(slots)]:
+                del self._memos[key]
+
+    def _memo(self, segments: Segments) -> _Memo:
+        memo = self._memos[segments.key] = self._memos.pop(segments.key, _Memo())
+        return memo

@@ -1,0 +1,160 @@
+"""An adapter and its contract, checked against the base: one version of a classifier."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraplex.adapters.checkpoint import Unidentified, read_unidentified
+from loraplex.adapters.weights import AdapterWeights, BaseLayers
+from loraplex.bundle import CONTRACT, AdapterSource, open_adapter
+from loraplex.errors import AdapterError, ContractError
+from loraplex.executors.capabilities import Capabilities
+from loraplex.text.template import Template
+from loraplex.text.tokenizer import Tokenizer
+from loraplex.types import AdapterRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifierVersion:
+    """One version of a classifier: its adapter's weights and its contract.
+
+    id:             hash of `kv_id` and the contract, as answers show it.
+    labels:         in the order of the answer's scores; None where the top token is the answer.
+    shares_prefix:  the tokens before the activation are computed as the base's.
+    has_score:      a score head of its own answers.
+    """
+
+    source: AdapterSource
+    id: str
+    kv_id: str
+    template: Template | None
+    labels: tuple[str, ...] | None
+    invocation_tokens: tuple[int, ...] | None
+    shares_prefix: bool
+    has_score: bool
+    changes_layers: bool
+    rank: int
+    num_parameters: int
+    num_bytes: int
+    host_bytes: int
+
+    @property
+    def ref(self) -> AdapterRef:
+        return AdapterRef(name=self.source.name, version=self.id)
+
+    @property
+    def prefix_kv_id(self) -> bytes:
+        """Identity of the K/V before its activation, where they are not the base's."""
+        return hashlib.sha256(f"{self.kv_id} prefix".encode()).digest()
+
+    @property
+    def contract_path(self) -> Path:
+        return self.source.path / CONTRACT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedClassifier:
+    """A classifier that was read once and found sound, as far as that can be said without the base's weights."""
+
+    source: AdapterSource
+    adapter: Unidentified
+    template: Template | None
+    labels: tuple[str, ...] | None
+
+
+class ClassifierChecker:
+    """Reads classifiers for a base whose weights need not be loaded. Any thread may call."""
+
+    def __init__(
+        self, layers: BaseLayers, tokenizer: Tokenizer, max_model_len: int, capabilities: Capabilities
+    ) -> None:
+        self._layers, self._tokenizer, self._max_model_len = layers, tokenizer, max_model_len
+        self.capabilities = capabilities
+
+    def check(self, source: AdapterSource) -> CheckedClassifier:
+        """AdapterError, ContractError: what is wrong, with a remedy."""
+        adapter = read_unidentified(source.path, self._layers)
+        # PEFT often saves the base's own embedding beside LoRA on it: whether it is another is not known yet.
+        self.capabilities.check(source.path, adapter.kinds - {"other_embedding"})
+        _check_changes(source, adapter.weights)
+        labels, template = _labels(source, adapter.weights), None
+        if source.contract is not None:
+            template = Template(
+                self._tokenizer,
+                source.contract,
+                self._max_model_len,
+                source.path / CONTRACT,
+                adapter.weights.invocation_tokens,
+                reads_labels=adapter.weights.score is None,
+            )
+        return CheckedClassifier(source=source, adapter=adapter, template=template, labels=labels)
+
+
+class ClassifierReader:
+    """Folders -> versions and their weights, for a base that is loaded. Any thread may call."""
+
+    def __init__(self, checker: ClassifierChecker, parameter: Callable[[str], Any], item_bytes: int) -> None:
+        """parameter: the base's tensor of a name. item_bytes: bytes per adapter parameter on the device."""
+        self._checker, self._parameter, self._item_bytes = checker, parameter, item_bytes
+
+    def read(self, source: AdapterSource) -> tuple[ClassifierVersion, AdapterWeights]:
+        """AdapterError, ContractError: what is wrong, with a remedy."""
+        return self.identify(self._checker.check(open_adapter(source.name, source.path)))
+
+    def identify(self, checked: CheckedClassifier) -> tuple[ClassifierVersion, AdapterWeights]:
+        """The version that was checked. AdapterError: its backend does not serve it exactly."""
+        source, weights = checked.source, checked.adapter.identify(self._parameter)
+        self._checker.capabilities.check(source.path, weights.kinds)
+        _check_changes(source, weights)
+        version = ClassifierVersion(
+            source=source,
+            id=_version_id(weights.kv_id, source),
+            kv_id=weights.kv_id,
+            template=checked.template,
+            labels=checked.labels,
+            invocation_tokens=weights.invocation_tokens,
+            shares_prefix=weights.invocation_tokens is not None and not weights.changes_prefix,
+            has_score=weights.score is not None,
+            changes_layers=bool(weights.modules),
+            rank=weights.rank,
+            num_parameters=weights.num_parameters,
+            num_bytes=weights.num_placed * self._item_bytes,
+            host_bytes=weights.num_bytes,
+        )
+        return version, weights
+
+
+def _check_changes(source: AdapterSource, weights: AdapterWeights) -> None:
+    if weights.is_zero:
+        raise AdapterError(
+            source.path,
+            "changes nothing: all of its lora_B are zero, so every answer would be the base's",
+            remedy="save the adapter after its training",
+        )
+
+
+def _labels(source: AdapterSource, weights: AdapterWeights) -> tuple[str, ...] | None:
+    labels = None if source.contract is None else source.contract.labels
+    if weights.score is None:
+        return labels
+    num_labels = len(weights.score.weight)
+    if num_labels < 2:
+        raise AdapterError(
+            source.path,
+            "its score head has one output, a number and no choice between labels",
+            remedy="train it as a classifier, with two labels or more",
+        )
+    if labels is not None and len(labels) != num_labels:
+        raise ContractError(
+            f"{source.path / CONTRACT}, key 'labels'",
+            f"names {len(labels)} labels, the adapter's score head has {num_labels}",
+            remedy="name them all, in the order of the training's label ids",
+        )
+    return labels or tuple(f"LABEL_{i}" for i in range(num_labels))  # as transformers calls them
+
+
+def _version_id(kv_id: str, source: AdapterSource) -> str:
+    contract = source.contract.model_dump_json() if source.contract is not None else ""
+    return hashlib.sha256(f"{kv_id}\n{contract}".encode()).hexdigest()[:16]

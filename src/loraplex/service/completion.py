@@ -1,0 +1,152 @@
+"""One request for text: its sequence on the way in, its tokens and their text on the way out."""
+
+import functools
+import math
+import uuid
+
+from loraplex.engine.sequence import Sampling, Sequence, SequenceOutput, Token
+from loraplex.errors import InvalidRequestError
+from loraplex.service.base import Base
+from loraplex.service.classifiers import ClassifierVersion
+from loraplex.service.evaluation import make_sequence, render
+from loraplex.text.detokenizer import Detokenizer
+from loraplex.text.prompt import Prompt, chat, tokenized, verbatim
+from loraplex.text.tokenizer import Conversations
+from loraplex.types import (
+    MAX_TOP,
+    GeneratedToken,
+    GenerateRequest,
+    GenerateResult,
+    LikelyToken,
+    Message,
+    OnToken,
+    Timings,
+    Usage,
+)
+
+MAX_BIAS = 100.0
+
+
+class Completion:
+    """`make_sequence` first; then, once the engine is done with it, `result`."""
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        base: Base,
+        tell: OnToken | None = None,
+    ) -> None:
+        """tell: called on the engine's thread. InvalidRequestError names a parameter out of its range."""
+        _check(request)
+        base.tokenizer.check((*request.logit_bias, *request.allowed_token_ids))
+        self._request, self._base, self._tell = request, base, tell
+        self._tokens: list[GeneratedToken] = []
+        self._texts: list[str] = []
+
+    def make_sequence(self, version: ClassifierVersion | None, slot: int) -> Sequence:
+        """Under an adapter, or with None the bare base. InvalidRequestError, InputTooLongError: it makes no prompt."""
+        request = self._request
+        if version is not None and version.has_score:
+            raise InvalidRequestError(
+                f"{version.source.name!r} has a score head and generates no text", remedy="ask it through /v1/classify"
+            )
+        self._version, self._prompt = version, self._make_prompt(version)
+        # The last token is not computed, so it needs no position.
+        num_positions = self._base.max_model_len - len(self._prompt.token_ids) + 1
+        self._max_tokens = num_positions if request.max_tokens is None else min(request.max_tokens, num_positions)
+        decode = functools.partial(self._base.tokenizer.decode_part, skip_special_tokens=request.skip_special_tokens)
+        self._detokenizer = Detokenizer(decode, self._prompt.token_ids, request.stop)
+        sampling = Sampling(
+            max_tokens=self._max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            stop_ids=self._base.stop_ids,
+            biases=tuple(request.logit_bias.items()),
+            allowed_ids=request.allowed_token_ids,
+            num_top=request.num_top,
+        )
+        keep = request.conversation_id is not None
+        self._sequence = sequence = make_sequence(self._prompt, version, slot, keep=keep, sampling=sampling)
+        if request.stop or self._tell is not None:  # else the engine's thread has better things to do
+            sequence.on_token = self._take
+        return sequence
+
+    def result(self, output: SequenceOutput, timings: Timings) -> GenerateResult:
+        for token in output.tokens[len(self._tokens) :]:
+            self._take(token)
+        ended = self._detokenizer.stopped or self._tokens[-1].id in self._base.stop_ids
+        num_prompt = len(self._prompt.token_ids)
+        # Of what it generated all but the last token were computed, and are no part of the prompt.
+        num_computed = max(0, self._sequence.num_computed_tokens - len(self._tokens) + 1)
+        return GenerateResult(
+            id=f"gen-{uuid.uuid4().hex}",
+            text="".join(self._texts),
+            tokens=tuple(self._tokens),
+            finish_reason="stop" if ended else "length",
+            adapter=None if self._version is None else self._version.ref,
+            usage=Usage(
+                prompt_tokens=num_prompt,
+                computed_tokens=num_computed,
+                cached_tokens=max(0, num_prompt - num_computed),
+            ),
+            timings=timings,
+            warnings=self._prompt.warnings,
+        )
+
+    def _make_prompt(self, version: ClassifierVersion | None) -> Prompt:
+        request, tokenizer, limit = self._request, self._base.tokenizer, self._base.max_model_len
+        prompt, options = request.prompt, request.chat_template_kwargs
+        invocation = None if version is None else version.invocation_tokens
+        if isinstance(prompt, str):
+            return verbatim(prompt, tokenizer, limit, invocation, add_special_tokens=request.add_special_tokens)
+        messages = tuple(one for one in prompt if isinstance(one, Message))
+        if not messages:
+            return tokenized([one for one in prompt if isinstance(one, int)], tokenizer, limit, invocation)
+        if version is None or version.template is None:
+            return chat(messages, options, tokenizer, limit, invocation)
+        if options:
+            raise InvalidRequestError(
+                f"{version.source.name!r} has a contract, whose template takes no chat_template_kwargs",
+                remedy="leave them out",
+            )
+        return render(version, messages, self._base, Conversations(tokenizer))
+
+    def _take(self, token: Token) -> bool:
+        """Whether to go on."""
+        detokenizer, ends = self._detokenizer, token.id in self._base.stop_ids
+        offset = detokenizer.num_chars
+        text = "" if ends else detokenizer.push(token.id)
+        if ends or len(self._tokens) + 1 == self._max_tokens:
+            text += detokenizer.finish()
+        spelled, utf8 = self._base.tokenizer.spell(token.id)
+        top = tuple(self._likely(*one) for one in token.top)
+        taken = GeneratedToken(id=token.id, text=spelled, utf8=utf8, log_prob=token.log_prob, offset=offset, top=top)
+        self._tokens.append(taken)
+        self._texts.append(text)
+        if self._tell is not None:
+            self._tell(taken, text)
+        return not detokenizer.stopped
+
+    def _likely(self, token_id: int, log_prob: float) -> LikelyToken:
+        text, utf8 = self._base.tokenizer.spell(token_id)
+        return LikelyToken(id=token_id, text=text, utf8=utf8, log_prob=log_prob)
+
+
+def _check(request: GenerateRequest) -> None:
+    max_tokens, biases = request.max_tokens, request.logit_bias.values()
+    for name, value, wanted, is_good in (
+        ("max_tokens", max_tokens, "a number, at least 1", max_tokens is None or max_tokens >= 1),
+        ("temperature", request.temperature, "a number, 0 or above", 0 <= request.temperature < math.inf),
+        ("top_p", request.top_p, "a number above 0, at most 1", 0 < request.top_p <= 1),
+        ("num_top", request.num_top, f"a number from 0 to {MAX_TOP}", 0 <= request.num_top <= MAX_TOP),
+        ("stop", request.stop, "texts that are not empty", all(request.stop)),
+        (
+            "logit_bias",
+            request.logit_bias,
+            f"numbers from {-MAX_BIAS:g} to {MAX_BIAS:g}",
+            all(abs(bias) <= MAX_BIAS for bias in biases),
+        ),
+    ):
+        if not is_good:
+            raise InvalidRequestError(f"{name} is {value}", remedy=f"give {wanted}")

@@ -1,0 +1,193 @@
+"""A bundle's adapters and those that come at run time: where they are from, and what a restart must know of them."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from loraplex.adapters.files import Progress, ResolvedSource
+from loraplex.adapters.names import Entry
+from loraplex.adapters.source import resolve_source
+from loraplex.bundle import AdapterSource, Bundle, check_name, open_adapter
+from loraplex.config import EngineConfig
+from loraplex.errors import ConfigurationError, InvalidRequestError, LoraplexError, StateError
+from loraplex.service.classifiers import CheckedClassifier, ClassifierReader, ClassifierVersion
+from loraplex.service.state import AdapterState
+from loraplex.service.versions import Versions
+from loraplex.types import AdapterInfo, ErrorInfo
+
+logger = logging.getLogger(__name__)
+
+BUNDLE = "bundle:"  # as a source that is remembered: the bundle's own folder, wherever the bundle is
+
+
+class AdapterRegistry:
+    """Names and sources. Which version answers for a name is the matter of `Versions`."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: EngineConfig,
+        versions: Versions[ClassifierVersion],
+        reader: ClassifierReader,
+        state: AdapterState | None,
+    ) -> None:
+        self._bundle, self._config, self._versions, self._reader, self._state = bundle, config, versions, reader, state
+        self._remembering = asyncio.Lock()
+        self._sources: dict[str, tuple[Path, str]] = {}  # name -> folder, and what it was resolved from
+        self._resolvers = ThreadPoolExecutor(4, "loraplex-source")  # of their own: a download may hang
+
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        return tuple(map(self._info, self._versions.names.entries()))
+
+    def adapter(self, name: str) -> AdapterInfo:
+        return self._info(self._versions.entry(name))
+
+    def close(self) -> None:
+        self._resolvers.shutdown(wait=False, cancel_futures=True)
+
+    async def load(self, name: str, source: str, pin: bool | None, replace: bool) -> AdapterInfo:
+        check_name(name)
+        if name == self._bundle.base_name:
+            raise InvalidRequestError(f"{name!r} is the base's name", remedy="choose another for the adapter")
+        resolved = await self._resolve(source, _progress(name))
+        source_of_name = AdapterSource(name=name, path=resolved.path, contract=None)  # read with the weights
+        entry = await self._versions.load(source_of_name, pin=pin, replace=replace)
+        self._sources[name] = resolved.path, resolved.source
+        await self._remember(name)
+        return self._info(entry)
+
+    def unload(self, name: str) -> Coroutine[Any, Any, None]:
+        """See `Versions.unload`."""
+        unloading = self._versions.unload(name)
+
+        async def unload() -> None:
+            await unloading
+            await self._remember(name)
+
+        return unload()
+
+    async def pin(self, name: str, is_pinned: bool) -> AdapterInfo:
+        entry = await self._versions.pin(name, is_pinned)
+        await self._remember(name)
+        return self._info(entry)
+
+    async def start(self, preload: frozenset[str] | None, checked: dict[str, CheckedClassifier]) -> None:
+        """The bundle's adapters, changed by what the state remembers. A bundle's adapter that is broken stops the
+        start; one that was loaded at run time does not: its entry says what is wrong. preload: names to load now; None
+        for all. checked: the bundle's adapters that were read already; they are taken out of it."""
+        bundled = {source.name: source for source in self._bundle.adapters}
+        remembered = {} if self._state is None else {one.name: one for one in self._state.remembered()}
+        its_own: set[str] = set()
+        for name in {**bundled, **remembered}:
+            one = remembered.get(name)
+            if name in bundled and (one is None or one.source == BUNDLE):
+                self._versions.register(bundled[name])
+                its_own.add(name)
+            elif one is not None and one.source not in (None, BUNDLE):
+                await self._register_remembered(name, one.source)
+        for entry in self._versions.names.entries():
+            one_pinned = entry.name in remembered and remembered[entry.name].is_pinned
+            is_named = preload is not None and entry.name in preload
+            if entry.error is not None or not (preload is None or is_named or one_pinned):
+                continue
+            read = checked.pop(entry.name, None) if entry.name in its_own else None
+            try:
+                identified = None if read is None else await asyncio.to_thread(self._reader.identify, read)
+                await self._versions.load(entry.source, pin=one_pinned or is_named, read=identified)
+            except LoraplexError as exc:
+                # Its own files are wrong, and not that others take its place.
+                if entry.name in its_own and isinstance(exc, ConfigurationError):
+                    raise
+                logger.error("%s: %s", entry.name, exc)
+
+    async def _register_remembered(self, name: str, source: str) -> None:
+        try:
+            resolved = await self._resolve(source)
+            self._versions.register(open_adapter(name, resolved.path))
+            self._sources[name] = resolved.path, resolved.source
+        except LoraplexError as exc:
+            logger.error("%s, which was loaded from %s, cannot be: %s", name, source, exc)
+            self._versions.register(AdapterSource(name=name, path=Path(source), contract=None), exc)
+
+    async def _remember(self, name: str) -> None:
+        """What is now; in order, so that the last to change a name has the last word."""
+        if self._state is None:
+            return
+        entry = next((one for one in self._versions.names.entries() if one.name == name and not one.is_leaving), None)
+        source = None
+        if entry is not None:
+            path = entry.source.path
+            is_bundled = any(one.name == name and one.path.resolve() == path.resolve() for one in self._bundle.adapters)
+            resolved_path, resolved = self._sources.get(name, (path, str(path.absolute())))
+            source = BUNDLE if is_bundled else resolved if resolved_path == path else str(path.absolute())
+        is_pinned = entry is not None and entry.is_pinned
+        async with self._remembering:  # first come, first served
+            try:
+                await asyncio.to_thread(self._state.remember, name=name, source=source, is_pinned=is_pinned)
+            except ConfigurationError as exc:
+                logger.error("%s", exc)
+                raise StateError(name) from None
+
+    async def _resolve(self, source: str, progress: Progress | None = None) -> ResolvedSource:
+        def resolve() -> ResolvedSource:
+            return resolve_source(source, roots=self._adapter_roots(), cache_dir=self._cache_dir(), progress=progress)
+
+        return await asyncio.get_running_loop().run_in_executor(self._resolvers, resolve)
+
+    def _adapter_roots(self) -> list[Path]:
+        return [*map(Path, self._config.adapter_root), *([self._bundle.root] if self._bundle.root is not None else [])]
+
+    def _cache_dir(self) -> Path:
+        if self._config.state_dir is not None:
+            return Path(self._config.state_dir) / "adapters"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex"
+
+    def _info(self, entry: Entry[ClassifierVersion]) -> AdapterInfo:
+        live, contract = entry.live, entry.source.contract
+        return AdapterInfo(
+            name=entry.name,
+            state=entry.state,
+            version=None if live is None else live.id,
+            rank=None if live is None else live.rank,
+            num_parameters=None if live is None else live.num_parameters,
+            num_bytes=None if live is None else live.num_bytes,
+            labels=live.labels if live is not None else contract.labels if contract is not None else None,
+            question=contract.question if contract is not None else None,
+            path=str(entry.source.path),
+            pinned=entry.is_pinned,
+            on_device=live is not None and live.kv_id in self._versions.residence.slots,
+            error=None if entry.error is None else ErrorInfo.of(entry.error),
+        )
+
+
+def _progress(name: str) -> Callable[[int, int | None], None]:
+    """Logs a download every few seconds."""
+    logged = time.monotonic()
+
+    def log(num_bytes: int, total: int | None) -> None:
+        nonlocal logged
+        if time.monotonic() - logged > 5:
+            logged = time.monotonic()
+            logger.warning("%s: %d of %s MiB", name, num_bytes >> 20, "?" if total is None else total >> 20)
+
+    return log
+
+
+def preloaded(preload: str, bundle: Bundle, state: AdapterState | None) -> frozenset[str] | None:
+    """The names to read at start; None for all."""
+    if preload in ("all", "none"):
+        return None if preload == "all" else frozenset()
+    remembered = () if state is None else state.remembered()
+    known = {source.name for source in bundle.adapters} | {one.name for one in remembered}
+    names = frozenset(name.strip() for name in preload.split(",") if name.strip())
+    unknown = sorted(names - known)
+    if unknown:
+        raise ConfigurationError(
+            "--preload", f"there is no classifier {unknown[0]!r}", remedy="give all, none, or names that the bundle has"
+        )
+    return names

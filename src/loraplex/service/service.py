@@ -1,0 +1,323 @@
+"""Answers requests over one base: leases versions, tokenizes, computes, and makes verdicts and texts."""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+from loraplex.adapters.residence import Lease
+from loraplex.adapters.slots import NO_ADAPTER
+from loraplex.classifier import valid_unicode
+from loraplex.engine.sequence import Sequence, SequenceOutput
+from loraplex.errors import DeadlineExceededError, InvalidRequestError, LoraplexError
+from loraplex.executors.executor import Executor
+from loraplex.service.base import Base
+from loraplex.service.classifiers import ClassifierVersion
+from loraplex.service.completion import Completion
+from loraplex.service.computing import Computing, num_chars
+from loraplex.service.evaluation import Evaluation, render
+from loraplex.service.registry import AdapterRegistry
+from loraplex.service.state import AdapterState
+from loraplex.service.versions import Versions
+from loraplex.text.tokenizer import Conversations
+from loraplex.types import (
+    AdapterInfo,
+    ClassifyRequest,
+    ClassifyResult,
+    GeneratedToken,
+    GenerateRequest,
+    GenerateResult,
+    OnToken,
+    Stats,
+    Timings,
+    Usage,
+)
+
+Leased = tuple[Evaluation, Lease[ClassifierVersion]]
+
+
+class Service:
+    """One base, adapters that come and go, one executor. `service.start` makes it. All methods are called from one
+    event loop; none of them blocks it. Once closed they raise NotReadyError. Its parts are attributes, to look at."""
+
+    def __init__(
+        self,
+        *,
+        base: Base,
+        executor: Executor,
+        computing: Computing,
+        versions: Versions[ClassifierVersion],
+        registry: AdapterRegistry,
+        state: AdapterState | None,
+    ) -> None:
+        self.base, self.executor, self.computing = base, executor, computing
+        self.versions, self._registry, self._state = versions, registry, state
+
+    @property
+    def backend(self) -> str:
+        """Its name among the choices of `--backend`."""
+        return self.executor.name
+
+    @property
+    def base_name(self) -> str:
+        """The name by which the base is asked."""
+        return self.base.name
+
+    @property
+    def alive(self) -> bool:
+        """Able to compute."""
+        return self.computing.alive
+
+    async def close(self) -> None:
+        """Finish what was accepted, then free everything. Safe to call twice."""
+        await self.computing.close()
+        await self.versions.close()
+        self._registry.close()
+        if self._state is not None:
+            self._state.release()
+        self.executor.close()
+
+    # ------------------------------------------------------------------------------------------- adapters
+
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """All that are known, in the order in which they came."""
+        return self._registry.adapters()
+
+    def adapter(self, name: str) -> AdapterInfo:
+        """UnknownClassifierError where there is none."""
+        return self._registry.adapter(name)
+
+    def names(self) -> tuple[str, ...]:
+        """The classifiers that `"*"` asks."""
+        return self.versions.names.asked()
+
+    def knows(self, name: str) -> bool:
+        """Whether there is an adapter of that name that can be asked."""
+        return self.versions.names.knows(name)
+
+    async def load_adapter(
+        self, name: str, source: str, *, pin: bool | None = None, replace: bool = True
+    ) -> AdapterInfo:
+        """Load what `source` (a path below an adapter root, hf://…, s3://…) holds now as `name`, in place of the
+        adapter that has the name: requests in flight finish on the old version, later ones get the new. Returns when
+        the new version answers. Where it is not sound, AdapterError or ContractError says why, and the old version goes
+        on. AdapterExistsError where the name is taken and `replace` is False."""
+        return await self._registry.load(name, source, pin, replace)
+
+    def unload_adapter(self, name: str) -> "asyncio.Task[None]":
+        """Nobody finds the adapter from this call on. The task is over when its last request is answered and its memory
+        is free. UnknownClassifierError"""
+        unloading = self._registry.unload(name)
+
+        async def unload() -> None:
+            await unloading
+            await asyncio.to_thread(self.executor.give_back)
+
+        return asyncio.create_task(unload())
+
+    async def pin_adapter(self, name: str, is_pinned: bool) -> AdapterInfo:
+        """A pinned adapter keeps its place on the device; it is loaded where it was not."""
+        return await self._registry.pin(name, is_pinned)
+
+    @property
+    def num_waiting(self) -> int:
+        """Evaluations that were accepted and do not run yet. Cheap."""
+        return self.computing.num_waiting
+
+    def stats(self) -> Stats:
+        """Cheap: asked at every scrape and every answer."""
+        computing, residence, entries = self.computing, self.versions.residence, self.versions.names.entries()
+        num_blocks, num_available = computing.num_blocks
+        steps, slots = computing.steps, residence.slots
+        return Stats(
+            num_waiting=computing.num_waiting,
+            num_running=computing.num_running,
+            num_blocks=num_blocks,
+            num_available_blocks=num_available,
+            adapters={entry.name: entry.state for entry in entries},
+            active=tuple(one.name for one in entries if one.live and slots.num_leases(one.live.kv_id)),
+            placing=tuple(one.name for one in entries if one.live and residence.is_awaited(one.live)),
+            num_slots=len(slots),
+            max_slots=slots.max_slots,
+            device_bytes=slots.num_bytes,
+            host_bytes=residence.host.num_bytes,
+            num_reads=residence.num_reads,
+            num_steps=steps.num_steps,
+            num_step_tokens=steps.num_tokens,
+            num_step_sequences=steps.num_sequences,
+            step_seconds=steps.seconds,
+        )
+
+    # ------------------------------------------------------------------------------------------- requests
+
+    async def classify(self, request: ClassifyRequest) -> ClassifyResult:
+        """One verdict a classifier, in order. A classifier that fails carries its error in its verdict; where all fail,
+        the first one's error is raised."""
+        started = time.monotonic()
+        names = self._names(request)
+        with self.computing.admission.evaluations(len(names)):
+            return await self._classify(request, names, started)
+
+    async def _classify(self, request: ClassifyRequest, names: Seq[str], started: float) -> ClassifyResult:
+        deadline_s = _deadline(started, request.deadline_ms)
+        evaluations = [Evaluation(name=name) for name in names]
+        placed: list[Leased] = []
+        absent = []
+        for evaluation in evaluations:
+            try:
+                lease = self.versions.try_lease(evaluation.name)
+            except LoraplexError as exc:
+                evaluation.error = exc
+                continue
+            if lease is None:
+                absent.append(evaluation)
+            else:
+                placed.append((evaluation, lease))
+        # Those that are on the device do not wait for those that are not. They are answered in this task: one that was
+        # cancelled before it ran would never give their leases back.
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._place_and_answer(request, one, deadline_s)) for one in absent]
+            tokenized = await self._answer(request, placed, deadline_s) if placed else started
+        tokenized = max([tokenized, *(task.result() for task in tasks)])
+        errors = [evaluation.error for evaluation in evaluations if evaluation.error is not None]
+        if len(errors) == len(evaluations):
+            raise errors[0]
+        id, tokenizer = f"cls-{uuid.uuid4().hex}", self.base.tokenizer
+        return ClassifyResult(
+            id=id,
+            verdicts=tuple(one.verdict(tokenizer, f"{id}-{index}") for index, one in enumerate(evaluations)),
+            usage=_usage(evaluations),
+            timings=_timings(started, tokenized, [output for one in evaluations for output in one.outputs]),
+        )
+
+    async def _place_and_answer(
+        self, request: ClassifyRequest, evaluation: Evaluation, deadline_s: float | None
+    ) -> float:
+        """Load and place the version first, as far as the deadline allows."""
+        try:
+            lease = await self._lease(evaluation.name, deadline_s)
+        except LoraplexError as exc:
+            evaluation.error = exc
+            return time.monotonic()
+        return await self._answer(request, [(evaluation, lease)], deadline_s)
+
+    async def _answer(self, request: ClassifyRequest, leased: Seq[Leased], deadline_s: float | None) -> float:
+        """Compute evaluations together. Returns when they were tokenized. The leases are given back once the engine
+        needs the slots no more, whatever happens here."""
+
+        def release() -> None:
+            for _, lease in leased:
+                lease.release()
+
+        def tokenize() -> list[Sequence]:
+            conversations = Conversations(self.base.tokenizer)
+            for evaluation in evaluations:
+                evaluation.tokenize(request, self.base, conversations)
+            return [sequence for evaluation in evaluations for sequence in evaluation.sequences]
+
+        evaluations = [evaluation for evaluation, _ in leased]
+        for evaluation, lease in leased:
+            evaluation.version, evaluation.slot = lease.version, lease.slot
+        try:
+            work = await self.computing.tokenize(tokenize, num_chars(request.input), deadline_s, release)
+            tokenized = time.monotonic()
+            outcomes = iter(await self.computing.compute(work))
+        except LoraplexError as exc:  # late, too much waits, or the engine is gone
+            for evaluation in evaluations:
+                evaluation.error = evaluation.error or exc
+            return time.monotonic()
+        for evaluation in evaluations:
+            evaluation.take([next(outcomes) for _ in evaluation.sequences])
+        return tokenized
+
+    async def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> GenerateResult:
+        """The tokens that follow; `on_token` is called on the event loop with each as it comes, with all of them before
+        this returns. InvalidRequestError names a parameter out of its range, or says why messages make no prompt;
+        UnknownClassifierError for an adapter that is not loaded; never the base instead."""
+        started = time.monotonic()
+        with self.computing.admission.evaluations(1):
+            return await self._generate(request, on_token, started)
+
+    async def _generate(self, request: GenerateRequest, on_token: OnToken | None, started: float) -> GenerateResult:
+        deadline_s = _deadline(started, request.deadline_ms)
+        loop = asyncio.get_running_loop()
+
+        def tell(token: GeneratedToken, text: str) -> None:
+            assert on_token is not None
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+                loop.call_soon_threadsafe(on_token, token, text)
+
+        completion = Completion(request, self.base, None if on_token is None else tell)
+        lease = None
+        if request.adapter is not None:
+            lease = self.versions.try_lease(request.adapter) or await self._lease(request.adapter, deadline_s)
+        version, slot = (None, NO_ADAPTER) if lease is None else (lease.version, lease.slot)
+        release: Callable[[], None] = lease.release if lease is not None else lambda: None
+        work = await self.computing.tokenize(
+            lambda: [completion.make_sequence(version, slot)], num_chars(request.prompt), deadline_s, release
+        )
+        tokenized = time.monotonic()
+        [outcome] = await self.computing.compute(work)
+        if isinstance(outcome, LoraplexError):
+            raise outcome
+        return completion.result(outcome, _timings(started, tokenized, [outcome]))
+
+    async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """(classifier, prompt, token ids) for each classifier of the request, as they would be computed."""
+        conversations = Conversations(self.base.tokenizer)
+        shown = []
+        for name in self._names(request):
+            lease = await self.versions.lease(name)
+            try:
+                prompt = render(lease.version, request.input, self.base, conversations)
+            finally:
+                lease.release()
+            shown.append((name, prompt.text, prompt.token_ids))
+        return tuple(shown)
+
+    async def version_of(self, name: str) -> ClassifierVersion:
+        """The version that answers now, read if need be."""
+        lease = await self.versions.lease(name)
+        lease.release()
+        return lease.version
+
+    async def _lease(self, name: str, deadline_s: float | None) -> Lease[ClassifierVersion]:
+        try:
+            async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
+                return await self.versions.lease(name)
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"{name!r} was not on the device before the deadline", remedy="allow more time, or preload and pin it"
+            ) from None
+
+    def _names(self, request: ClassifyRequest) -> tuple[str, ...]:
+        every = self.names() if request.classifiers == "*" else map(valid_unicode, request.classifiers)
+        names = tuple(dict.fromkeys(every))
+        if not names:
+            raise InvalidRequestError(
+                "no classifier is asked", remedy='name at least one, or "*" for all that are loaded'
+            )
+        return names
+
+
+def _deadline(started: float, deadline_ms: float | None) -> float | None:
+    return None if deadline_ms is None else started + deadline_ms / 1000
+
+
+def _usage(evaluations: Seq[Evaluation]) -> Usage:
+    num_prompt = sum(evaluation.num_prompt_tokens for evaluation in evaluations)
+    num_computed = sum(one.num_computed_tokens for evaluation in evaluations for one in evaluation.sequences)
+    return Usage(
+        prompt_tokens=num_prompt, computed_tokens=num_computed, cached_tokens=max(0, num_prompt - num_computed)
+    )
+
+
+def _timings(started: float, tokenized: float, outputs: Seq[SequenceOutput]) -> Timings:
+    return Timings(
+        tokenize_ms=(tokenized - started) * 1000,
+        queue_ms=max((output.queued_s for output in outputs), default=0.0) * 1000,
+        compute_ms=max((output.computed_s for output in outputs), default=0.0) * 1000,
+        total_ms=(time.monotonic() - started) * 1000,
+    )

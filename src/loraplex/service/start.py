@@ -1,0 +1,174 @@
+"""A bundle and its settings -> a service that answers. What is cheap to check is checked before weights are read."""
+
+import asyncio
+import importlib.util
+import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex.adapters.host import HostTier
+from loraplex.adapters.residence import Residence
+from loraplex.adapters.slots import SlotTable
+from loraplex.adapters.tasks import Tasks
+from loraplex.adapters.threads import AdapterThreads
+from loraplex.bundle import Bundle
+from loraplex.config import EngineConfig, resolve
+from loraplex.errors import ConfigurationError
+from loraplex.executors.executor import Computation, Executor
+from loraplex.machine import budget_bytes, choose_threads, compute_alone
+from loraplex.model.loader import read_config, read_layers, resolve_device
+from loraplex.service.base import Base
+from loraplex.service.classifiers import CheckedClassifier, ClassifierChecker, ClassifierReader, ClassifierVersion
+from loraplex.service.computing import Computing
+from loraplex.service.proof import prove
+from loraplex.service.registry import BUNDLE, AdapterRegistry, preloaded
+from loraplex.service.service import Service
+from loraplex.service.state import AdapterState
+from loraplex.service.versions import Versions
+from loraplex.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+async def start(bundle: Bundle, config: EngineConfig | None = None, executor: Executor | None = None) -> Service:
+    """Load the base and the adapters. config: by default the bundle's own. executor: by default the one that `config`
+    names. ConfigurationError where something on disk or among the settings is wrong, or what the backend needs is not
+    installed."""
+    config = config or resolve(EngineConfig, bundle.settings.engine, {})
+    executor = executor or open_executor(config)
+    state = None if config.state_dir is None else AdapterState(Path(config.state_dir))
+    if state is not None:
+        state.acquire()
+    try:
+        preload = preloaded(config.preload, bundle, state)
+        thread = ThreadPoolExecutor(1, "loraplex-load")
+        try:
+            loaded = await asyncio.get_running_loop().run_in_executor(
+                thread, _load, bundle, config, executor, _own_adapters(bundle, state)
+            )
+        finally:
+            thread.shutdown(wait=False)  # which ends it, and its OpenMP threads: see `compute_alone`
+        service, registry = _assemble(bundle, config, executor, state, loaded)
+    except BaseException:
+        executor.close()
+        if state is not None:
+            state.release()
+        raise
+    try:
+        await registry.start(preload, loaded.checked)
+    except BaseException:
+        await service.close()
+        raise
+    logger.info("%s with %s, %d adapters", service.base_name, service.backend, len(bundle.adapters))
+    return service
+
+
+def is_installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def open_executor(config: EngineConfig) -> Executor:
+    """Each is imported only where it is asked for. ConfigurationError: what it needs is not installed."""
+    if config.backend == "peft":
+        if not is_installed("peft"):
+            raise ConfigurationError(
+                "--backend peft", "PEFT is not installed", remedy="pip install 'loraplex[train]', or --backend native"
+            )
+        from loraplex.executors.peft import PeftExecutor
+
+        return PeftExecutor(config)
+    if config.backend == "vllm":
+        if not is_installed("vllm"):
+            raise ConfigurationError(
+                "--backend vllm",
+                "vLLM is not installed",
+                remedy="pip install 'loraplex[vllm]', or --backend native; for a CPU see docs/backends.md",
+            )
+        try:
+            from loraplex.executors.vllm import VllmExecutor
+        except ImportError as exc:
+            raise ConfigurationError(
+                "--backend vllm",
+                f"the vLLM that is installed does not import: {exc}",
+                remedy="install 0.32 or newer; for a CPU see docs/backends.md",
+            ) from None
+        return VllmExecutor(config)
+    from loraplex.executors.native import NativeExecutor
+
+    return NativeExecutor(config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loaded:
+    base: Base
+    checker: ClassifierChecker
+    checked: dict[str, CheckedClassifier]  # those that were read before the base, as far as host memory holds them
+    computation: Computation
+
+
+def _own_adapters(bundle: Bundle, state: AdapterState | None) -> set[str]:
+    """The bundle's adapters that were not replaced or unloaded at run time."""
+    remembered = () if state is None else state.remembered()
+    return {source.name for source in bundle.adapters} - {one.name for one in remembered if one.source != BUNDLE}
+
+
+def _load(bundle: Bundle, config: EngineConfig, executor: Executor, own: set[str]) -> _Loaded:
+    """On a thread of its own. own: names of the bundle's adapters that are to be served."""
+    choose_threads()
+    packs = not executor.capabilities.other_bases
+    model_config = read_config(bundle.base, packs=packs)
+    layers, num_embeddings = read_layers(model_config, bundle.base, packs=packs)
+    tokenizer = Tokenizer(bundle.base, num_embeddings)
+    max_model_len = executor.max_model_len(model_config)
+    checker = ClassifierChecker(layers, tokenizer, max_model_len, executor.capabilities)
+    checked: dict[str, CheckedClassifier] = {}
+    room = budget_bytes(config.host_memory, resolve_device("cpu"))
+    for source in bundle.adapters if config.preload == "all" else ():
+        if source.name in own:
+            one = checker.check(source)
+            room -= one.adapter.weights.num_bytes
+            if room >= 0:
+                checked[source.name] = one
+    computation = executor.load(bundle.base, model_config, bundle.adapters)
+    base = Base(
+        name=bundle.base_name,
+        tokenizer=tokenizer,
+        max_model_len=max_model_len,
+        pad_token_id=getattr(model_config, "pad_token_id", None),
+        stop_ids=executor.stop_ids,
+    )
+    return _Loaded(base=base, checker=checker, checked=checked, computation=computation)
+
+
+def _assemble(
+    bundle: Bundle, config: EngineConfig, executor: Executor, state: AdapterState | None, loaded: _Loaded
+) -> tuple[Service, AdapterRegistry]:
+    computing = Computing(loaded.computation, max_queue=config.max_queue, max_queue_tokens=config.max_queue_tokens)
+    if executor.max_slots is None:
+        memory = budget_bytes(config.adapter_memory, resolve_device(config.device))
+        slots = SlotTable(budget_bytes=memory, max_slots=config.max_adapters)
+    else:
+        slots = SlotTable(budget_bytes=sys.maxsize, max_slots=executor.max_slots)
+    host = HostTier(budget_bytes(config.host_memory, resolve_device("cpu")))
+    reader = ClassifierReader(loaded.checker, executor.parameter, executor.item_bytes)
+    tasks = Tasks()
+    residence: Residence[ClassifierVersion] = Residence(
+        reader, executor, slots, host, AdapterThreads(compute_alone), tasks
+    )
+
+    async def prove_version(version: ClassifierVersion, slot: int) -> None:
+        await prove(version, slot, loaded.base, computing.compute_now)
+
+    versions = Versions(residence, prove_version, tasks)
+    registry = AdapterRegistry(bundle, config, versions, reader, state)
+    service = Service(
+        base=loaded.base,
+        executor=executor,
+        computing=computing,
+        versions=versions,
+        registry=registry,
+        state=state,
+    )
+    return service, registry

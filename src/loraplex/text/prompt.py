@@ -1,0 +1,91 @@
+"""Prompts without a contract: text verbatim, token ids, or messages in the base's chat template."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+from loraplex.classifier import valid_unicode
+from loraplex.errors import InputTooLongError, InvalidRequestError
+from loraplex.text.tokenizer import Tokenizer
+from loraplex.types import Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """num_conversation: leading tokens that the same conversation, grown, will begin with again, as far as is known.
+    activation: the first token that the adapter acts on."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    num_conversation: int
+    activation: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+def verbatim(
+    text: str,
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    invocation_tokens: tuple[int, ...] | None = None,
+    *,
+    add_special_tokens: bool = True,
+) -> Prompt:
+    """The article's prompt: `tokenizer(text)`, special tokens parsed. InputTooLongError: never cut.
+    InvalidRequestError where it lacks the adapter's invocation tokens: PEFT would answer from the base."""
+    ids = tokenizer.encode(valid_unicode(text), add_special_tokens=add_special_tokens) if text else []
+    return _prompt_of(ids, text, tokenizer, max_model_len, invocation_tokens)
+
+
+def tokenized(
+    token_ids: Seq[int], tokenizer: Tokenizer, max_model_len: int, invocation_tokens: tuple[int, ...] | None = None
+) -> Prompt:
+    """A prompt that the client tokenized. Errors as `verbatim`, and InvalidRequestError for what is no token."""
+    tokenizer.check(token_ids)
+    return _prompt_of(token_ids, "", tokenizer, max_model_len, invocation_tokens)
+
+
+def chat(
+    messages: Seq[Message],
+    options: Mapping[str, bool | int | str],
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    invocation_tokens: tuple[int, ...] | None = None,
+) -> Prompt:
+    """Messages in the base's chat template, see `Tokenizer.chat`. InputTooLongError: never cut."""
+    text, spelled = tokenizer.chat(messages, options)
+    ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes its own
+    prompt = _prompt_of(ids, text, tokenizer, max_model_len, invocation_tokens)
+    return replace(prompt, warnings=(kept_as_text(spelled),)) if spelled else prompt
+
+
+def kept_as_text(spelled: Seq[str]) -> str:
+    return f"the input spells special tokens, which were kept as text: {', '.join(map(repr, spelled))}"
+
+
+def _prompt_of(
+    ids: Seq[int], text: str, tokenizer: Tokenizer, max_model_len: int, invocation_tokens: tuple[int, ...] | None
+) -> Prompt:
+    if not ids:
+        raise InvalidRequestError("the input is empty", remedy="send the text to classify")
+    if len(ids) > max_model_len:
+        raise InputTooLongError(
+            f"the prompt has {len(ids)} tokens, the base takes {max_model_len}",
+            remedy="shorten it, or give the adapter a classifier.yaml, whose template cuts the oldest turns",
+        )
+    activation = 0 if invocation_tokens is None else last_match(ids, invocation_tokens)
+    if activation is None:
+        invocation = invocation_tokens or ()
+        raise InvalidRequestError(
+            f"the prompt lacks the adapter's invocation tokens {list(invocation)}",
+            remedy=f"write {''.join(map(tokenizer.decode, invocation))!r} where the adapter shall begin to act",
+        )
+    return Prompt(text=text, token_ids=tuple(ids), num_conversation=len(ids), activation=activation)
+
+
+def last_match(ids: Seq[int], wanted: Seq[int]) -> int | None:
+    """Where `wanted` begins in `ids` for the last time."""
+    ids, wanted = tuple(ids), tuple(wanted)
+    for at in range(len(ids) - len(wanted), -1, -1):
+        if ids[at] == wanted[0] and ids[at : at + len(wanted)] == wanted:
+            return at
+    return None
