@@ -1,18 +1,20 @@
-"""What small steps leave for the next ones of the same slots: stacked weights, and CUDA graphs."""
+"""Keeps stacks and CUDA graphs between small steps of the same slots."""
 
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from threading import Lock
 
+from loraplex.adapters.slots import prefix_slot
 from loraplex.model.graphs import Graphs
 from loraplex.model.inputs import Segment, Segments
 from loraplex.model.lora_linear import LoRALinear, StackedUpdate
 
-# Stacking the adapters' weights takes a good part of a step of so few tokens. The stacks are a copy of the weights, so
-# they are kept for few sets of slots, and within a budget in bytes.
+# Stacking the adapters' weights takes a large part of a step of at most SMALL_STEP tokens. Stacks are copies of the
+# weights, so they are kept for at most MAX_SETS sets of slots, within a budget in bytes.
 SMALL_STEP, MAX_SETS = 1024, 4
-# A small step whose segments come for the third time is captured; so many of them for each set of slots.
+# A small step is captured when its segments come for the third time. MAX_CAPTURED bounds the captured steps of each set
+# of slots, MAX_COUNTED the counted ones.
 CAPTURED_AT, MAX_CAPTURED, MAX_COUNTED = 3, 48, 256
 
 Key = tuple[tuple[int, bool], ...]
@@ -20,22 +22,22 @@ Key = tuple[tuple[int, bool], ...]
 
 @dataclass(slots=True)
 class _Memo:
-    """Of steps with the same slots in the same order."""
+    """What is kept for steps with the same slots in the same order."""
 
     stacked: dict[LoRALinear, tuple[StackedUpdate, ...]] = field(default_factory=dict)
-    _counted: tuple[int, int] = 0, 0  # layers, and the bytes of their stacks
+    _counted: tuple[int, int] = 0, 0  # number of layers, and the bytes of their stacks
     num_seen: Counter[Seq[Segment]] = field(default_factory=Counter)
-    graphs: dict[Seq[Segment], Graphs] = field(default_factory=dict)  # the oldest first; they read the stacks
+    graphs: dict[Seq[Segment], Graphs] = field(default_factory=dict)  # oldest first; the graphs read the stacks
 
     @property
     def num_bytes(self) -> int:
-        """Of the stacks."""
+        """Bytes of the stacks."""
         if self._counted[0] != len(self.stacked):
             self._counted = len(self.stacked), sum(one.num_bytes for layer in self.stacked.values() for one in layer)
         return self._counted[1]
 
     def graphs_of(self, segments: Seq[Segment]) -> Graphs | None:
-        """None: these segments have not come often enough."""
+        """Return the graphs for these segments; None where the segments have not come often enough."""
         if segments not in self.graphs:
             if len(self.num_seen) > MAX_COUNTED:
                 self.num_seen.clear()
@@ -50,13 +52,13 @@ class _Memo:
 
 
 class StepMemo:
-    """Memos of the last few sets of slots. `begin`, `end` and `clear` are called by the thread that runs the steps,
-    `clear_slot` by any thread."""
+    """Keeps the memos of the last few sets of slots. The thread that runs the steps calls `begin`, `end` and `clear`;
+    any thread may call `clear_slot`."""
 
     def __init__(self, budget_bytes: int, *, captures: bool = False) -> None:
         """captures: whether steps are captured as CUDA graphs."""
         self.budget_bytes, self.captures = budget_bytes, captures
-        self._memos: dict[Key, _Memo] = {}  # by the segments' key, the oldest first
+        self._memos: dict[Key, _Memo] = {}  # by the segments' key, oldest first
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ class StepMemo:
             return sum(len(graphs) for memo in self._memos.values() for graphs in memo.graphs.values())
 
     def begin(self, segments: Segments, last_segments: Segments) -> None:
-        """Give a step, and its last layer, what earlier ones of the same slots left."""
+        """Give a step and its last layer the stacks and graphs of earlier steps with the same slots."""
         if segments.num_tokens > SMALL_STEP:
             return
         with self._lock:
@@ -83,7 +85,7 @@ class StepMemo:
                 segments.graphs = memo.graphs_of(segments.all)
 
     def end(self, *all_segments: Segments) -> None:
-        """The step is over, or failed: what it used may be freed."""
+        """End a step, whether it succeeded or failed. Memos above the limits are evicted, oldest first."""
         for segments in all_segments:
             segments.stacked = segments.graphs = None
         with self._lock:
@@ -92,14 +94,15 @@ class StepMemo:
                 total -= self._memos.pop(next(iter(self._memos))).num_bytes
 
     def clear(self) -> None:
-        """Drop everything, where memory is short."""
+        """Drop all memos, to free memory."""
         with self._lock:
             self._memos.clear()
 
-    def clear_slot(self, *slots: int) -> None:
-        """The adapters in these slots leave or are replaced."""
+    def clear_slot(self, slot: int) -> None:
+        """Drop the memos that use the slot or its prefix slot, because its adapter is removed or replaced."""
+        own = {slot, prefix_slot(slot)}
         with self._lock:
-            for key in [key for key in self._memos if not {slot for slot, _ in key}.isdisjoint(slots)]:
+            for key in [key for key in self._memos if not own.isdisjoint(used for used, _ in key)]:
                 del self._memos[key]
 
     def _memo(self, segments: Segments) -> _Memo:
