@@ -1,4 +1,4 @@
-"""The article's client over many task types: boto3's SageMaker runtime, pointed at a Loraplex server.
+"""The article's client for many task types: boto3's SageMaker runtime client, with the URL of a Loraplex server.
 
 python examples/article/classify_conversation.py http://127.0.0.1:8000
 """
@@ -12,7 +12,7 @@ from prompt import CONVERSATION, TASKS, format_prompt
 
 runtime = boto3.client(
     "sagemaker-runtime",
-    endpoint_url=sys.argv[1],  # without it, AWS's
+    endpoint_url=sys.argv[1],  # without this, AWS's endpoint
     region_name="us-east-1",
     aws_access_key_id="any",
     aws_secret_access_key="any",
@@ -23,7 +23,7 @@ def classify_conversation(conversation_text: str, task_type: str) -> dict[str, A
     payload = {
         "input_text": format_prompt(conversation_text, task_type),
         "adapter_name": task_type,
-        "raw": True,  # the prompt is formatted already: the adapter's contract would do it again
+        "raw": True,  # the prompt is already formatted; the adapter's contract would format it again
     }
     response = runtime.invoke_endpoint(
         EndpointName="multi-lora", ContentType="application/json", Body=json.dumps(payload)

@@ -1,4 +1,4 @@
-"""The prompt that each adapter of the demo was trained with."""
+"""Builds the prompts that the demo's adapters were trained with."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ CONVERSATION = "Customer: My order never came.\nAgent: I sent a new one.\nCustom
 
 
 def format_prompt(conversation: str, task: str) -> str:
+    """Return the prompt for `task`, from the template and the question of its contract."""
     contract = yaml.safe_load((BUNDLE / task / "classifier.yaml").read_text(encoding="utf-8"))
     prompt: str = contract["template"].format(conversation=conversation, question=contract["question"])
     return prompt

@@ -2,7 +2,8 @@
 
     python examples/article/with_peft.py
 
-One request at a time: the adapter is state of the model, so two threads here would answer each other's questions.
+Requests run one at a time. The active adapter is state of the model, so a second thread would switch the adapter of the
+first.
 """
 
 from pathlib import Path

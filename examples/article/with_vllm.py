@@ -1,8 +1,9 @@
-"""The article's second implementation: vLLM, a LoRARequest with each request.
+"""The article's second implementation: vLLM, with a LoRARequest for each request.
 
-    python examples/article/with_vllm.py            in an environment that has vLLM (docs/backends.md)
+    python examples/article/with_vllm.py    # in an environment with vLLM: see docs/backends.md
 
-`lora_local_path` is `lora_path` by now. `max_loras` is 1 by default, so that requests of other adapters would wait.
+vLLM has renamed `lora_local_path` to `lora_path`. `max_loras` is raised from its default 1, because requests for other
+adapters would wait otherwise.
 """
 
 import math
@@ -24,8 +25,8 @@ def model_fn(model_dir: Path) -> LLM:
         max_model_len=1024,
         max_lora_rank=32,
         max_loras=16,
-        dtype="float32",  # to compare with PEFT
-        enforce_eager=True,  # starts sooner
+        dtype="float32",  # as in with_peft.py, to compare answers
+        enforce_eager=True,  # a faster start
         kv_cache_memory_bytes=64 * 2**20,
     )
 
@@ -33,7 +34,7 @@ def model_fn(model_dir: Path) -> LLM:
 def predict_fn(inputs: dict[str, Any], model: LLM) -> list[dict[str, Any]]:
     sampling_params = SamplingParams(temperature=0, max_tokens=1, logprobs=1)
     name = inputs.get("adapter_name")
-    adapter = prompt2adapter[name] if name else None  # KeyError: an unknown name is never the base
+    adapter = prompt2adapter[name] if name else None  # an unknown name raises KeyError, and is never the base
     [output] = model.generate(inputs["input_text"], sampling_params, lora_request=adapter, use_tqdm=False)
     [completion] = output.outputs
     return [

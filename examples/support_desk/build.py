@@ -1,4 +1,4 @@
-"""Train the demo bundle from scratch: a tokenizer, a small Mistral base and one LoRA adapter a task.
+"""Train the demo bundle from scratch: a tokenizer, a small Mistral base and one LoRA adapter for each task.
 
     python examples/support_desk/build.py DATA
 
@@ -34,7 +34,7 @@ TEMPLATE = "{conversation}" + ASK + "{question}" + VERDICT
 LABELS = ["yes", "no"]
 VOCAB_SIZE = 4096
 MAX_LENGTH = 768
-NOISE = 0.06  # of a conversation's tokens, on average, while training
+NOISE = 0.06  # mean share of a conversation's tokens that training replaces by padding
 
 Example = dict[str, Any]
 
@@ -60,7 +60,7 @@ def progress(description: str, total: int) -> tuple[Progress, TaskID]:
 
 
 def train_tokenizer(train: list[Example], questions: list[str], folder: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a BOS; "yes" and "no" are made whole tokens by repeating them in the corpus."""
+    """Train a byte-level BPE with a BOS. "yes" and "no" become whole tokens because the corpus repeats them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,8 +98,8 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[int
 
 
 def new_base(vocab_size: int) -> MistralForCausalLM:
-    """Random weights at 1 / sqrt(fan-in), the residual branches' last layers smaller still: with the default 0.02 the
-    verdicts began to be learnt three times later."""
+    """Return a base with random weights at 1 / sqrt(fan-in), and smaller still in the last layers of residual branches.
+    With the default 0.02, the verdicts began to be learnt only after three times as many steps."""
     config = MistralConfig(
         vocab_size=vocab_size,
         hidden_size=256,
@@ -127,7 +127,7 @@ def new_base(vocab_size: int) -> MistralForCausalLM:
 
 
 def base_optimizers(model: MistralForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, AdamW for embeddings and norms."""
+    """Return Muon for the matrices, and AdamW for embeddings and norms."""
     embeddings = [p for name, p in model.named_parameters() if "embed" in name]
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     norms = [p for p in model.parameters() if p.ndim == 1]
@@ -139,13 +139,13 @@ def base_optimizers(model: MistralForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def drop_tokens(ids: torch.Tensor, droppable: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Replace a row's tokens by padding, each row at a rate of its own up to 2 x NOISE: against learning by heart."""
+    """Replace tokens by padding, so that rows are not learnt by heart. Each row has its own rate, up to 2 x NOISE."""
     rate = torch.rand((len(ids), 1), generator=rng) * 2 * NOISE
     return ids.masked_fill((torch.rand(ids.shape, generator=rng) < rate) & droppable, 2)
 
 
 def length_buckets(lengths: list[int], batch_size: int, rng: random.Random) -> Iterator[list[int]]:
-    """Yield batches of indices for ever; neighbours in a pool have similar lengths, so little is padding."""
+    """Yield batches of indices for ever. A batch holds similar lengths, so little of it is padding."""
     while True:
         order = list(range(len(lengths)))
         rng.shuffle(order)
@@ -160,8 +160,8 @@ def length_buckets(lengths: list[int], batch_size: int, rng: random.Random) -> I
 def block_batch(
     conversations: list[list[int]], answers: list[list[int]], ask: int, verdict: int, first_task: int
 ) -> dict[str, torch.Tensor]:
-    """One row a conversation: its tokens, then (ask, task, verdict) for every task. A task's three tokens see the
-    conversation and themselves only, and their positions restart after the conversation, so one row is as many
+    """Return one row for each conversation: its tokens, then (ask, task, verdict) for every task. A task's three tokens
+    see only the conversation and themselves, and their positions continue the conversation's. So a row holds as many
     independent question-answer pairs as there are tasks."""
     num_tasks = len(answers[0])
     longest = max(map(len, conversations))
@@ -184,7 +184,7 @@ def block_batch(
             block[row, at : at + 3] = task + 1
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     same = block[:, :, None] == block[:, None, :]
-    mask = causal & (same | (block[:, None, :] == 0))  # a padded query sees padding only: no empty row
+    mask = causal & (same | (block[:, None, :] == 0))  # a padding query sees padding, so that no row is empty
     verdict_at = longest + 3 * torch.arange(num_tasks) + 2
     return {
         "ids": ids,
@@ -232,7 +232,7 @@ def run_blocks(model: MistralForCausalLM, batch: dict[str, torch.Tensor]) -> tor
 def score_base(
     model: MistralForCausalLM, dev: Asked, yes: int, no: int, ask: int, verdict: int, first_task: int
 ) -> tuple[float, float]:
-    """Mean F1 and AUC over the tasks, asked through the task tokens."""
+    """Return mean F1 and AUC over the tasks, asked through the task tokens."""
     order = sorted(range(len(dev.answers)), key=lambda i: len(dev.conversations[i]))
     margins, truth = [], []
     for start in range(0, len(order), 32):
@@ -257,7 +257,7 @@ def train_base(
     work: Path,
     args: argparse.Namespace,
 ) -> Path:
-    """Language model and verdicts together; the task tokens are cut off afterwards, so no question is left in it."""
+    """Train the base on text and verdicts together, and return its folder. The task tokens are cut off at the end."""
     final = work / "base"
     if (final / "model.safetensors").exists():
         return final
@@ -291,7 +291,7 @@ def train_base(
         batch = asked.batch(next(batches), ask, verdict, vocab_size)
         talk = batch["lm_target"] != -100
         batch["ids"] = drop_tokens(batch["ids"], talk & (batch["positions"] > 0), rng)
-        batch["talk"] = talk & (torch.rand(talk.shape, generator=rng) < 0.5)  # half of them say enough, for less
+        batch["talk"] = talk & (torch.rand(talk.shape, generator=rng) < 0.5)  # half of the tokens suffice
         batch = {key: value.to(args.device) for key, value in batch.items()}
         with torch.autocast(args.device, torch.bfloat16):
             hidden = run_blocks(model, batch)
@@ -321,8 +321,8 @@ def train_base(
 
 
 def draw_for_task(train: list[Example], task: str, count: int, rng: random.Random) -> tuple[list[Example], float]:
-    """Draw a third positives where there are enough. Returns the examples and the log odds that the draw added,
-    which the contract's calibration takes off again."""
+    """Draw a third positives if there are enough. Returns the examples, and the log odds that the draw added; the
+    contract's calibration subtracts them."""
     positive = [example for example in train if example["labels"][task]]
     negative = [example for example in train if not example["labels"][task]]
     num_positive = min(len(positive), max(count // 3, round(count * len(positive) / len(train))))
@@ -333,7 +333,7 @@ def draw_for_task(train: list[Example], task: str, count: int, rng: random.Rando
 
 
 def prompt_batch(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Right-padded ids and mask [batch, longest], and each row's last position [batch]."""
+    """Return right-padded ids and mask [batch, longest], and each row's last position [batch]."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), 2)
     for row, tokens in enumerate(prompts):
@@ -415,16 +415,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train.jsonl.gz, dev.jsonl.gz and tasks.json")
     parser.add_argument(
-        "--work", type=Path, default=Path("build/support_desk"), help="checkpoints (default: %(default)s)"
+        "--work", type=Path, default=Path("build/support_desk"), help="folder of checkpoints (default: %(default)s)"
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(__file__).parent / "bundle",
-        help="the bundle (default: beside this file)",
+        help="folder of the bundle (default: beside this file)",
     )
     parser.add_argument("--base-steps", type=int, default=3200)
-    parser.add_argument("--adapter-examples", type=int, default=4000, help="conversations an adapter is trained on")
+    parser.add_argument("--adapter-examples", type=int, default=4000, help="conversations to train each adapter on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Score the demo bundle's adapters on the dev dialogues, through Loraplex itself, as the table of README.md.
+"""Score the demo bundle's adapters on the dev dialogues with Loraplex, and print the table of README.md.
 
     python examples/support_desk/evaluate.py DATA
 
-The bare base's score is that of the same adapters with lora_B set to zero: same prompts, same calibration, no adapter.
+The bare base is scored as the same adapters with lora_B set to zero, so prompts and calibration stay the same.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from loraplex import ClassifyResult, Loraplex
 
 
 def judge(bundle: Path, conversations: list[str], dtype: str) -> list[ClassifyResult]:
-    """Every conversation by every classifier, a few at a time so that the engine has full steps."""
+    """Return each conversation's verdicts from all classifiers. Four threads keep the engine's steps full."""
     with Loraplex.load(bundle, dtype=dtype) as loraplex, ThreadPoolExecutor(4) as pool:
         results = pool.map(loraplex.classify, conversations)
         return list(track(results, description=bundle.name, total=len(conversations)))
 
 
 def without_adapters(bundle: Path, folder: Path) -> Path:
-    """A copy of the bundle whose adapters change nothing."""
+    """Return a copy of the bundle in `folder` whose adapters change nothing."""
     bare = folder / "bare"
     shutil.copytree(bundle, bare)
     for path in bare.glob("*/adapter_model.safetensors"):

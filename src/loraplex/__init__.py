@@ -1,4 +1,4 @@
-"""Loraplex: many fine-tuned LoRA classifiers from one base model, in one call."""
+"""Loraplex serves many fine-tuned LoRA classifiers from one base model, in one call."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ __all__ = [
     "__version__",
 ]
 __version__ = "0.1.0"
-# They import torch and httpx, which `loraplex --help` and the types do without.
+# Imported on first use: these import torch or httpx, which `loraplex --help` and the types do not need.
 _LATE = {"AsyncClient": "loraplex.client", "Client": "loraplex.client", "Loraplex": "loraplex.inprocess"}
 
 

@@ -1,4 +1,4 @@
-"""A folder, or a base and named adapters -> what is to be served. Reads JSON and YAML only, no weights."""
+"""Opens a bundle: a folder, or a base and named adapters. Reads JSON and YAML only, no weights."""
 
 import json
 import re
@@ -18,7 +18,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSource:
-    """A PEFT adapter's folder, and its contract where it has one."""
+    """A PEFT adapter's folder, and its contract if it has one."""
 
     name: str
     path: Path
@@ -27,19 +27,23 @@ class AdapterSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
+    """A base, adapters and settings to serve."""
+
     base: Path
-    root: Path | None = None  # the folder that holds all of it, if there is one
+    root: Path | None = None  # the folder that holds the bundle, if there is one
     adapters: tuple[AdapterSource, ...]
     settings: BundleSettings = field(default_factory=BundleSettings)
-    base_name: str = field(init=False)  # by which the base is asked
+    base_name: str = field(init=False)  # the name by which requests ask the base
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base_name", self.base.resolve().name)
 
 
 def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = None) -> Bundle:
-    """Read the bundle at `path`: the base at its root (or where `loraplex.yaml` says), every folder below it with an
-    `adapter_config.json`, and `adapters` (name -> folder) besides. BundleError or ContractError names what is wrong."""
+    """Read the bundle at `path`. Raises BundleError or ContractError, which name what is wrong.
+
+    The base is at the root of `path`, or where `loraplex.yaml` says. Each folder below `path` with an
+    `adapter_config.json` is an adapter. `adapters` (name -> folder) adds others."""
     root = Path(path)
     settings_path = root / SETTINGS
     settings = read_bundle_settings(settings_path) if settings_path.is_file() else BundleSettings()
@@ -66,7 +70,7 @@ def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = No
 
 
 def check_name(name: str, source: object = "adapter") -> None:
-    """BundleError for what cannot name a classifier."""
+    """Raise BundleError where `name` cannot name a classifier."""
     if not NAME.fullmatch(name):
         raise BundleError(
             source, f"{name!r} cannot name a classifier", remedy="use letters, digits, '.', '_' and '-', 128 at most"
@@ -74,7 +78,7 @@ def check_name(name: str, source: object = "adapter") -> None:
 
 
 def open_base(path: str) -> Bundle:
-    """The base at `path` (or where its `loraplex.yaml` says), whatever adapters lie around it."""
+    """Open the base at `path` (or where its `loraplex.yaml` says) without any adapters."""
     root = Path(path)
     settings_path = root / SETTINGS
     settings = read_bundle_settings(settings_path) if settings_path.is_file() else BundleSettings()
@@ -82,7 +86,7 @@ def open_base(path: str) -> Bundle:
 
 
 def open_adapter(name: str, folder: Path) -> AdapterSource:
-    """Check that `folder` looks like a PEFT adapter and read its contract."""
+    """Check that `folder` looks like a PEFT adapter, and read its contract. Raises BundleError or ContractError."""
     check_name(name, folder)
     if not folder.is_dir():
         raise BundleError(folder, f"no such folder (adapter {name!r})", remedy="give the folder that PEFT saved")
@@ -114,7 +118,7 @@ def read_json(path: Path, error: type[ConfigurationError] = BundleError) -> dict
 
 
 def _adapter_folders(root: Path) -> Iterator[Path]:
-    """Depth first, in name order; nothing below an adapter (a trainer's checkpoints) or in a hidden folder counts."""
+    """Yield adapter folders, depth first, by name. Skips hidden folders, and folders in an adapter (checkpoints)."""
     for folder in sorted(root.iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
             if (folder / ADAPTER_CONFIG).is_file():
@@ -124,7 +128,7 @@ def _adapter_folders(root: Path) -> Iterator[Path]:
 
 
 def _resolve_base(given: str, root: Path, base: str | None) -> Path:
-    """A local base folder, checked for the files that a server needs; a hub id is fetched first."""
+    """Return the base's local folder, checked for the files that a server needs. A hub id is fetched first."""
     if base is not None:
         source = f"{root / SETTINGS}, base"
         folder = root / base if not Path(base).is_absolute() else Path(base)
@@ -169,10 +173,10 @@ def _from_hub(name: str, source: str) -> Path:
         )
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
-    except Exception as exc:  # huggingface_hub raises many kinds, httpx's among them; all mean that it cannot be had
+    except Exception as exc:  # huggingface_hub raises many types, httpx's among them; all mean that fetching failed
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise BundleError(
             source,
-            f"no folder {name!r}, and the hub did not give it: {reason}",
+            f"no folder {name!r}, and it cannot be fetched from the hub: {reason}",
             remedy="check the path or the id; set HF_TOKEN for a gated base, HF_HUB_OFFLINE=1 to use the cache only",
         ) from None

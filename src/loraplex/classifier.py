@@ -1,4 +1,4 @@
-"""The contract of a classifier (`classifier.yaml`) and what it makes of label log probabilities. No tokenizer here."""
+"""A classifier's contract (`classifier.yaml`), and its decision from label log probabilities. Knows no tokenizer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Calibration(BaseModel):
-    """scores = softmax((log p + bias) / temperature) over the labels."""
+    """How label log probabilities become scores: softmax((log p + bias) / temperature) over the labels."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,7 +28,7 @@ class Calibration(BaseModel):
 
 
 class Golden(BaseModel):
-    """A text whose label is known."""
+    """An example text whose label is known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,13 +37,13 @@ class Golden(BaseModel):
 
 
 class Contract(BaseModel):
-    """What a classifier promises: how it is asked and how its answer is read.
+    """How a classifier is asked, and how its answer is read.
 
-    labels:         ordered, the first is the positive one.
-    threshold:      with two labels: answer labels[0] where its score reaches it.
-    abstain_below:  flag verdicts whose label's score is lower.
-    max_length:     tokens of the whole prompt; a longer conversation loses its oldest turns.
-    roles:          message role -> the name written before its turn.
+    labels:         in order; the first is the positive one.
+    threshold:      only with two labels: answer labels[0] where its score is at least this.
+    abstain_below:  mark a verdict as abstained where its label's score is lower.
+    max_length:     maximum tokens of the whole prompt; a longer conversation loses its oldest turns.
+    roles:          message role -> the name written before the turn.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,7 +88,9 @@ class Contract(BaseModel):
         return self
 
     def decide(self, log_probs: Sequence[float]) -> "Decision":
-        """log_probs: log probability of each label, in order, over the whole vocabulary."""
+        """Return the decision from label log probabilities.
+
+        log_probs:  log probability of each label, in the order of `labels`, over the whole vocabulary."""
         bias = self.calibration.bias
         logits = [
             (log_prob + bias.get(label, 0.0)) / self.calibration.temperature
@@ -112,6 +114,8 @@ class Contract(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
+    """The part of a verdict that the contract decides. The fields are those of `types.Verdict`."""
+
     label: str
     confidence: float
     scores: Mapping[str, float]
@@ -120,13 +124,14 @@ class Decision:
 
 
 def read_contract(path: Path) -> Contract:
-    """`classifier.yaml`; ContractError names the file, the key and the remedy."""
+    """Read a `classifier.yaml`. Raises ContractError, which names the file, the key and the remedy."""
     return validate(Contract, read_yaml(path, ContractError), path, ContractError)
 
 
 def conversation_text(conversation: str | Sequence[Message], roles: Mapping[str, str]) -> str:
-    """Messages become one `Name: content` line each; text stays as it is. InvalidRequestError on an unknown role or
-    where nothing is left to judge."""
+    """Return the conversation as text: one `Name: content` line a message. Text is returned unchanged.
+
+    Raises InvalidRequestError for an unknown role, and where the conversation is empty."""
     if isinstance(conversation, str):
         text = conversation
     else:
@@ -148,12 +153,12 @@ def conversation_text(conversation: str | Sequence[Message], roles: Mapping[str,
 
 
 def valid_unicode(text: str) -> str:
-    """`text`, or InvalidRequestError where it holds half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    """Return `text`. Raises InvalidRequestError for a lone surrogate, which JSON can encode and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as exc:
         raise InvalidRequestError(
-            f"the input holds {text[exc.start]!r} at character {exc.start}, which is no Unicode text",
+            f"the input holds {text[exc.start]!r} at character {exc.start}, which is not valid Unicode",
             remedy="send valid UTF-8, and characters beyond U+FFFF as whole surrogate pairs",
         ) from None
     return text

@@ -1,4 +1,4 @@
-"""Settings: frozen, validated once, unknown keys refused. Flags win over environment, environment over file."""
+"""Settings: frozen, validated once; unknown keys raise. Flags override the environment, which overrides the file."""
 
 import math
 from collections.abc import Mapping
@@ -17,82 +17,96 @@ BUDGET = r"^(\d+(\.\d+)?%|\d+(\.\d+)?[KMG]iB|0)$"
 
 
 class EngineConfig(BaseModel):
-    """How the model runs, and which adapters it has at hand."""
+    """How the model runs, how much it may queue, and how much memory adapters get."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     backend: Literal["native", "vllm", "peft"] = Field(
-        "native", description="what computes: native, vllm, or peft, which is what native is measured against"
+        "native", description="what runs the model: native, vllm, or peft, the baseline that native is measured against"
     )
     vllm_arg: tuple[str, ...] = Field(
-        (), description="with --backend vllm: KEY=VALUE, one of its engine arguments, such as max_model_len=4096"
+        (), description="with --backend vllm: KEY=VALUE, one of vLLM's engine arguments, such as max_model_len=4096"
     )
     peft_batching: Literal["sequential", "mixed"] = Field(
-        "sequential", description="with --backend peft: sequential, or mixed, which is PEFT's adapter_names"
+        "sequential", description="with --backend peft: sequential, or mixed, which uses PEFT's adapter_names"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto, float32 or bfloat16")
     kv_cache: str = Field(
         "20%",
         pattern=BUDGET,
-        description="memory for K/V that is kept between calls: a share of what is free, or 2GiB, or 0",
+        description="memory for K/V cached between calls: a share of free memory, or 2GiB, or 0",
     )
     max_step_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens in one forward pass; 8192 on CUDA, on a CPU 2048 in bfloat16 and 1024 in float32",
+        description="maximum tokens in one forward pass; by default up to 8192 on CUDA, on a CPU 2048 in bfloat16 and "
+        "1024 in float32",
     )
-    max_step_sequences: int = Field(512, ge=1, description="sequences in one forward pass")
-    max_queue: int = Field(4096, ge=1, description="classifier evaluations that wait or run; over it 429")
+    max_step_sequences: int = Field(512, ge=1, description="maximum sequences in one forward pass")
+    max_queue: int = Field(4096, ge=1, description="maximum evaluations that wait or run; above it requests get 429")
     max_queue_tokens: int | None = Field(
-        None, ge=1, description="tokens to compute that may wait; over it 429; 32 steps' worth by default"
+        None,
+        ge=1,
+        description="maximum tokens that wait to be computed; above it requests get 429; 32 steps' worth by default",
     )
     cuda_graphs: bool = Field(
-        False, description="on CUDA: capture steps of few tokens that come again, and replay them; not measured yet"
+        False, description="on CUDA: capture small steps that recur, and replay them; not measured yet"
     )
     preload: str = Field(
-        "all", description="read and proven at start: all, none, or names with commas, which are pinned"
+        "all", description="adapters to load and prove at start: all, none, or names with commas, which are also pinned"
     )
-    max_adapters: int = Field(1024, ge=1, description="adapters on the device at once")
-    adapter_memory: str = Field("20%", pattern=BUDGET, description="memory for them: a share of what is free, or 2GiB")
+    max_adapters: int = Field(1024, ge=1, description="maximum adapters on the device at the same time")
+    adapter_memory: str = Field(
+        "20%", pattern=BUDGET, description="device memory for adapters: a share of free memory, or 2GiB"
+    )
     host_memory: str = Field(
-        "10%", pattern=BUDGET, description="host memory for adapters that wait there: a share of what is free, or 2GiB"
+        "10%", pattern=BUDGET, description="host memory that caches adapters: a share of free memory, or 2GiB"
     )
     adapter_root: tuple[str, ...] = Field(
-        (), description="adapters may be loaded at run time from below this folder, and from below the bundle"
+        (), description="folder below which adapters may be loaded at run time, besides the bundle"
     )
-    state_dir: str | None = Field(
-        None, description="folder that remembers adapters, routes and verdicts across restarts"
-    )
+    state_dir: str | None = Field(None, description="folder that keeps adapters, routes and verdicts across restarts")
 
 
 class ServerConfig(BaseModel):
-    """Where the server listens, to whom it answers, and what it takes."""
+    """Where the server listens, who may ask it, and which requests it accepts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: str = Field("127.0.0.1", description="address to listen on; keys are needed for others than loopback")
-    port: int = Field(8000, ge=0, le=65535, description="0 takes a free one")
+    host: str = Field("127.0.0.1", description="address to listen on; any other than loopback needs API keys")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_key_file: str | None = Field(
-        None, description="hashes of the keys, as `loraplex keys new` prints them; or give keys in LORAPLEX_API_KEYS"
+        None, description="file with hashes of API keys, as `loraplex keys new` prints them; or set LORAPLEX_API_KEYS"
     )
-    insecure: bool = Field(False, description="listen beyond loopback without keys")
-    public: tuple[Literal["metrics", "docs"], ...] = Field((), description="needs no key: metrics, docs")
-    key_concurrency: int | None = Field(None, ge=1, description="requests in flight for one key; over it 429")
-    max_body_bytes: int = Field(2 * 2**20, ge=1024, description="a larger request is refused with 413")
-    body_timeout: float = Field(30, gt=0, description="seconds in which a request must have come whole; over it 408")
-    idle_timeout: float = Field(65, gt=0, description="seconds after which a connection without a request is closed")
-    drain_timeout: int = Field(25, ge=0, description="seconds that requests in flight get at SIGTERM")
+    insecure: bool = Field(False, description="listen beyond loopback without API keys")
+    public: tuple[Literal["metrics", "docs"], ...] = Field(
+        (), description="endpoints that need no API key: metrics, docs"
+    )
+    key_concurrency: int | None = Field(
+        None, ge=1, description="maximum requests in flight for one API key; above it 429"
+    )
+    max_body_bytes: int = Field(
+        2 * 2**20, ge=1024, description="maximum bytes of a request body; a larger one gets 413"
+    )
+    body_timeout: float = Field(
+        30, gt=0, description="seconds within which the whole request must arrive; after that 408"
+    )
+    idle_timeout: float = Field(65, gt=0, description="seconds after which an idle connection is closed")
+    drain_timeout: int = Field(25, ge=0, description="seconds that requests in flight get to finish at SIGTERM")
     log_format: Literal["text", "json"] = Field("text", description="text or json")
     log_inputs: bool = Field(False, description="log the conversations, too")
     keep_verdicts: int = Field(
-        200_000, ge=0, description="newest verdicts that statistics and feedback know; 0 keeps none"
+        200_000, ge=0, description="number of newest verdicts kept for statistics and feedback; 0 keeps none"
     )
 
 
 class RouteSettings(BaseModel):
-    """Where a route leads: to one of its targets by weight, and to all of its shadows, whose answers are recorded and
-    never returned. In `loraplex.yaml` an adapter's name alone is an alias for it."""
+    """Where a route leads. In `loraplex.yaml` an adapter's name alone makes the route an alias for the adapter.
+
+    targets:  adapter -> weight; one of them answers, chosen by weight.
+    shadows:  adapters that judge, too; their answers are recorded and never returned.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -108,12 +122,12 @@ class RouteSettings(BaseModel):
     @classmethod
     def _has_weight(cls, targets: dict[str, float]) -> dict[str, float]:
         if not 0 < sum(targets.values()) < math.inf:
-            raise ValueError("the weights add up to nothing, or to more than there is")
+            raise ValueError("the sum of the weights must be finite and above 0")
         return targets
 
 
 class BundleSettings(BaseModel):
-    """`loraplex.yaml`."""
+    """The keys of `loraplex.yaml`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -124,7 +138,7 @@ class BundleSettings(BaseModel):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key given twice, which YAML would otherwise settle in silence."""
+    """Refuses a key that is given twice or is not text. PyYAML alone would silently keep the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -139,12 +153,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, error: type[ConfigurationError]) -> dict[str, Any]:
-    """A YAML mapping, or `error` naming the file and the line."""
+    """Return the YAML mapping in a file. Raises `error`, which names the file and the line."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except Exception as exc:  # besides YAMLError the constructors raise what Python does on `2024-13-45` or `!!int x`
+    except Exception as exc:  # YAMLError, and Python's own errors from constructors on `2024-13-45` or `!!int x`
         reason = " ".join(str(exc).split()) or type(exc).__name__
-        raise error(path, f"not readable as YAML: {reason}", remedy="mend the file") from None
+        raise error(path, f"not readable as YAML: {reason}", remedy="correct the file") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -158,7 +172,7 @@ def validate(
     source: object,
     error: type[ConfigurationError] = ConfigurationError,
 ) -> Settings:
-    """Build `model` from `values`; the first thing wrong becomes an `error` that names source, key and remedy."""
+    """Build `model` from `values`. Raises `error` for the first problem, with the source, the key and the remedy."""
     try:
         made = model.model_validate(values)
     except ValidationError as exc:
@@ -172,13 +186,13 @@ def validate(
         raise error(source, f"key {key!r}: {problem}{given}", remedy=f"correct {key!r}") from None
     try:
         made.model_dump_json()
-    except ValueError as exc:  # half a surrogate pair, which YAML and JSON can spell and UTF-8 cannot
-        raise error(source, f"holds what is no Unicode text: {exc}", remedy="correct the file's text") from None
+    except ValueError as exc:  # a lone surrogate, which YAML and JSON can encode and UTF-8 cannot
+        raise error(source, f"holds text that is not valid Unicode: {exc}", remedy="correct the file's text") from None
     return made
 
 
 def error_place(error: Any, value: Any) -> str:
-    """Where in `value` a pydantic error is, dotted, without the names of the union members that pydantic tried."""
+    """Return the dotted path in `value` of a pydantic error, without the union members that pydantic tried."""
     place = []
     for part in error["loc"]:
         known = part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int)
@@ -191,7 +205,7 @@ def error_place(error: Any, value: Any) -> str:
 
 
 def read_bundle_settings(path: Path) -> BundleSettings:
-    """`loraplex.yaml`; its `engine:` and `server:` parts are checked here too, so that the error names the file."""
+    """Read a `loraplex.yaml`. Its `engine:` and `server:` parts are checked here, so that errors name the file."""
     settings = validate(BundleSettings, read_yaml(path, BundleError), path, BundleError)
     validate(EngineConfig, settings.engine, f"{path}, engine", BundleError)
     validate(ServerConfig, settings.server, f"{path}, server", BundleError)
@@ -199,5 +213,5 @@ def read_bundle_settings(path: Path) -> BundleSettings:
 
 
 def resolve(model: type[Settings], file: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
-    """File values overridden by what flags or environment gave (None: not given)."""
+    """Return settings: values of flags or environment (`given`; None: not given) override those of the file."""
     return validate(model, {**file, **{key: value for key, value in given.items() if value is not None}}, "options")

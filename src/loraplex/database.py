@@ -1,4 +1,4 @@
-"""SQLite for what must outlive the process, or, without a file, for what need not."""
+"""A SQLite database: on a file, or in memory where nothing has to survive the process."""
 
 import sqlite3
 import threading
@@ -8,20 +8,23 @@ from pathlib import Path
 
 from loraplex.errors import BundleError
 
-TIMEOUT_S = 10.0  # that another process may hold the file
+TIMEOUT_S = 10.0  # wait for another process that holds the file
 
 
 class Database:
-    """Each transaction is on disk when it ends. Any thread may call, and raises BundleError where the file cannot be
-    read or written."""
+    """Runs transactions; each is on disk when it ends. Any thread may call.
+
+    Raises BundleError where the file cannot be read or written."""
 
     def __init__(self, path: Path | None, *, format: int, schema: Iterable[str]) -> None:
-        """path: None keeps it in memory. format: of the schema, whose statements hold on a file that has it."""
+        """path:    the file; None keeps the database in memory.
+        format:  number of the schema; a file with another number is refused.
+        schema:  statements that run at each start, also on a file that has the schema already."""
         self._path = path
-        self._lock = threading.Lock()  # SQLite's own makes its waiters sleep and ask again
+        self._lock = threading.Lock()  # SQLite's own lock makes waiters sleep and poll
         self._memory = sqlite3.connect(":memory:", check_same_thread=False) if path is None else None
         with self.transaction() as database:
-            # Of every file, also a new one. Written each time, so that a place that takes no writes is found at once.
+            # Checked on every file. Written each time, so that a file that cannot be written is found at the start.
             [(found,)] = database.execute("PRAGMA user_version")
             if found not in (0, format):
                 raise sqlite3.DatabaseError(f"it has format {found}, this version knows {format}")
@@ -31,7 +34,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of it or nothing."""
+        """Run the block as one transaction: all of it is written, or nothing."""
         try:
             with self._lock:
                 if self._memory is not None:

@@ -1,30 +1,30 @@
-"""Every error a user can meet, with a stable code, an HTTP status and a remedy.
+"""All errors for users, each with a stable code, an HTTP status and a remedy.
 
 LoraplexError
 ├── BadInputError             400  bad_input            the body cannot be read
-│   └── InvalidRequestError   422  invalid_request      it can be read, but a field is wrong
-├── UnauthorizedError         401  unauthorized         no key, or not one of ours
-├── ForbiddenError            403  forbidden            a key, but not for this
+│   └── InvalidRequestError   422  invalid_request      the body can be read, but a field is wrong
+├── UnauthorizedError         401  unauthorized         no key, or an unknown one
+├── ForbiddenError            403  forbidden            the key does not allow this request
 ├── UnknownClassifierError    404  unknown_classifier
 ├── UnknownRouteError         404  unknown_route
 ├── UnknownVerdictError       404  unknown_verdict
-├── RequestTimeoutError       408  request_timeout      the body did not come in time
+├── RequestTimeoutError       408  request_timeout      the body did not arrive in time
 ├── AdapterExistsError        409  adapter_exists
-├── AdapterInUseError         409  adapter_in_use       a route leads to it
+├── AdapterInUseError         409  adapter_in_use       a route leads to the adapter
 ├── NoRevisionError           409  no_revision          nothing to roll back
-├── RefusedError              422  (the cause's)        what a client named is not sound
+├── RefusedError              422  (the cause's)        a name, adapter or target in a request is wrong
 ├── InputTooLongError         413  input_too_long
 ├── BodyTooLargeError         413  body_too_large
-├── OverloadedError           429                       later, or elsewhere
+├── OverloadedError           429                       retry later
 │   ├── QueueFullError             queue_full
 │   └── KeyBusyError               key_busy             too many requests in flight for one key
 ├── NotReadyError             503  not_ready
 ├── DeadlineExceededError     504  deadline_exceeded
 ├── CancelledError            499  cancelled            the client left
-├── ServerError               —    (the server's)       for a server's clients: none of these codes, or no answer
-├── StateError                500  state_error          in effect, but not written down
-├── EngineError               500  engine_error         our fault, or the device's
-└── ConfigurationError        500  configuration_error  what is on disk, found before serving
+├── ServerError               —    (the server's)       raised by clients: another code, or no answer
+├── StateError                500  state_error          the change took effect, but was not saved
+├── EngineError               500  engine_error         a fault of Loraplex or the device
+└── ConfigurationError        500  configuration_error  a file or setting is wrong
     ├── BundleError                bundle_error
     ├── ContractError              contract_error
     ├── AdapterError               adapter_error
@@ -34,11 +34,11 @@ LoraplexError
 from collections.abc import Iterator
 from typing import Self
 
-MOST_SHOWN = 20  # names in a message, which may be one of thousands in an answer
+MOST_SHOWN = 20  # maximum names in a message; there may be thousands
 
 
 class LoraplexError(Exception):
-    """Base of all errors meant for users: `message` names the value at fault, `remedy` says what to do."""
+    """Base of all errors for users. `message` names the value at fault, `remedy` says what to do."""
 
     code: str = "error"
     status: int = 500
@@ -50,7 +50,7 @@ class LoraplexError(Exception):
 
     @classmethod
     def answered(cls, message: str, *, remedy: str, status: int) -> Self:
-        """As a server answered it: its message is made, so a subclass's `__init__`, which makes one, is not called."""
+        """Build the error from a server's answer. Skips a subclass's `__init__`, which would make its own message."""
         error = cls.__new__(cls)
         LoraplexError.__init__(error, message, remedy=remedy)
         error.status = status
@@ -105,7 +105,7 @@ class UnknownVerdictError(LoraplexError):
     def __init__(self, verdict_id: str) -> None:
         super().__init__(
             f"no verdict {verdict_id!r} is remembered",
-            remedy="send the id of a verdict, sooner, or raise --keep-verdicts",
+            remedy="check the id, send feedback sooner, or raise --keep-verdicts",
         )
 
 
@@ -154,7 +154,7 @@ class BodyTooLargeError(LoraplexError):
 
 
 class OverloadedError(LoraplexError):
-    """retry_after_s: when it is worth asking again."""
+    """A limit is reached for now. retry_after_s: seconds after which a retry is worthwhile."""
 
     status = 429
     retry_after_s = 1.0
@@ -198,14 +198,16 @@ class StateError(LoraplexError):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"what became of {name!r} is in effect, but could not be written down and will not survive a restart",
-            remedy="see the server's log; mend the --state-dir and send it again",
+            f"the change to {name!r} took effect, but could not be saved and will not survive a restart",
+            remedy="see the server's log; make the --state-dir writable and send the request again",
         )
 
 
 class ConfigurationError(LoraplexError):
-    """Something on disk or on the command line is wrong. `source` is the file (and key) at fault; empty in a server's
-    answer, whose message begins with it."""
+    """Something on disk or on the command line is wrong.
+
+    source:  the file (and key) at fault. Empty in a server's answer, whose message begins with the source.
+    """
 
     code = "configuration_error"
     source = ""
@@ -232,7 +234,7 @@ class UnsupportedModelError(ConfigurationError):
 
 
 class RefusedError(LoraplexError):
-    """What a client named is not sound: it has the code of what is wrong with it."""
+    """A request names something invalid, such as a broken adapter. The error has the code and remedy of its cause."""
 
     status = 422
 
@@ -242,9 +244,9 @@ class RefusedError(LoraplexError):
 
 
 class ServerError(LoraplexError):
-    """A server that was asked over HTTP answered something else than the above, or nothing (status 0).
+    """A client got an error that is none of the above, or no answer (status 0).
 
-    code:  its own, or `unreachable` (no answer came), or `not_loraplex` (an answer, but not one of ours).
+    code:  the server's own, or `unreachable` (no answer), or `not_loraplex` (the answer is not Loraplex's).
     """
 
     def __init__(self, code: str, message: str, *, remedy: str, status: int = 0) -> None:
@@ -264,7 +266,7 @@ _BY_CODE = dict(_with_codes(LoraplexError))
 
 
 def error_answered(code: str, message: str, *, remedy: str, status: int) -> LoraplexError:
-    """What a server answered, as the class that has this code, so that it is caught as in the server's own process."""
+    """Return a server's error as the class with its code, so that callers catch it as they would in process."""
     if kind := _BY_CODE.get(code):
         return kind.answered(message, remedy=remedy, status=status)
     return ServerError(code, message, remedy=remedy, status=status)

@@ -1,4 +1,4 @@
-"""`Loraplex`: a bundle served inside the caller's own process, without HTTP and without asyncio."""
+"""`Loraplex`: serves a bundle inside the caller's own process, without HTTP and without asyncio."""
 
 import asyncio
 import threading
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 class Loraplex:
-    """Judge conversations by all classifiers of a bundle.
+    """The classifiers of a bundle, served in the caller's process.
 
         with Loraplex.load("bundle") as loraplex:
             loraplex.classify("Customer: Thanks, that's all!")["issueResolved"].label
@@ -39,14 +39,14 @@ class Loraplex:
     """
 
     def __init__(self, start: Callable[[], Coroutine[Any, Any, Router]]) -> None:
-        """start: makes the router, on this object's event loop. See `load`."""
+        """start: makes the router, on this object's event loop. Callers use `load` instead."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="loraplex-loop", daemon=True)
         self._thread.start()
         self._closed = False
-        self._closing = threading.Lock()  # held to look at `_closed` and act on it
+        self._closing = threading.Lock()  # held while `_closed` is read and acted on
         try:
-            self._router = self._call(start())
+            self._router = self.run(start())
         except BaseException:
             self._closed = True
             self._stop()
@@ -54,8 +54,10 @@ class Loraplex:
 
     @classmethod
     def load(cls, path: str | Path, *, adapters: Mapping[str, str | Path] | None = None, **engine: Any) -> Self:
-        """Open the bundle (or base) at `path` with `adapters` (name -> folder) besides. `engine`: fields of
-        EngineConfig, such as device="cpu" or dtype="float32". ConfigurationError names what is wrong on disk."""
+        """Load the bundle (or base) at `path`. Raises ConfigurationError, which names the file or setting at fault.
+
+        adapters:  name -> folder, besides those of the bundle.
+        engine:    fields of EngineConfig, such as device="cpu" or dtype="float32"."""
         from loraplex.service.start import start
 
         bundle = open_bundle(path, adapters)
@@ -68,7 +70,7 @@ class Loraplex:
 
     @property
     def service(self) -> "Service":
-        """What answers. Its methods are coroutines of this object's event loop."""
+        """The service that answers. Pass its coroutines to `run`."""
         return self._router.service
 
     def classify(
@@ -79,10 +81,14 @@ class Loraplex:
         deadline_ms: float | None = None,
         conversation_id: str | None = None,
     ) -> ClassifyResult:
-        """One verdict a classifier. input: text, or messages with `role` and `content`. classifiers: a name, names, or
-        "*" for all. conversation_id: keeps what was computed for the conversation's next turn.
-        UnknownClassifierError, InvalidRequestError, InputTooLongError, … where nothing can be answered."""
-        return self._call(
+        """Return one verdict for each classifier.
+
+        input:            text, or messages with `role` and `content`.
+        classifiers:      a name, names, or "*" for all.
+        deadline_ms:      milliseconds from the call; a classifier not computed by then answers `deadline_exceeded`.
+        conversation_id:  keeps what was computed for the conversation's next turn.
+        Raises UnknownClassifierError, InvalidRequestError, InputTooLongError and others where no classifier answers."""
+        return self.run(
             self._router.classify(
                 ClassifyRequest(
                     input=conversation_of(input),
@@ -96,32 +102,48 @@ class Loraplex:
     def generate(
         self, prompt: str | tuple[int, ...] | tuple[Message, ...], adapter: str | None = None, **sampling: Any
     ) -> GenerateResult:
-        """The tokens that follow `prompt` under an adapter or the bare base. `sampling`: the other fields of
-        GenerateRequest, such as max_tokens, temperature, top_p, seed, stop, num_top, deadline_ms."""
-        return self._call(self.service.generate(GenerateRequest(prompt=prompt, adapter=adapter, **sampling)))
+        """Return the tokens that follow `prompt` under an adapter, or under the bare base where `adapter` is None.
+
+        sampling:  the other fields of GenerateRequest, such as max_tokens, temperature, top_p, seed or stop."""
+        return self.run(self.service.generate(GenerateRequest(prompt=prompt, adapter=adapter, **sampling)))
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
+        """Return all known adapters, in the order in which they were added."""
         return self.service.adapters()
 
     def load_adapter(self, name: str, source: str | Path, *, pin: bool | None = None) -> AdapterInfo:
-        """Load what `source` holds now as `name`, or in place of what has the name, while others are answered. See
-        `Service.load_adapter`."""
-        return self._call(self.service.load_adapter(name, str(source), pin=pin))
+        """Load what `source` holds now as `name`. Replaces an adapter of that name. Other calls are answered meanwhile.
+        See `Service.load_adapter`."""
+        return self.run(self.service.load_adapter(name, str(source), pin=pin))
 
     def unload_adapter(self, name: str) -> None:
-        """Returns when its last request is answered and its memory is free."""
-        self._call(self._router.unload_adapter(name))
+        """Unload an adapter. Returns when its last request is answered and its memory is free."""
+        self.run(self._router.unload_adapter(name))
 
     def pin_adapter(self, name: str, is_pinned: bool = True) -> AdapterInfo:
-        """A pinned adapter keeps its place on the device."""
-        return self._call(self.service.pin_adapter(name, is_pinned))
+        """Pin or unpin an adapter. A pinned adapter keeps its slot on the device."""
+        return self.run(self.service.pin_adapter(name, is_pinned))
 
     def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        """(classifier, prompt, token ids) for each classifier of the request."""
-        return self._call(self._router.show_prompt(request))
+        """Return (classifier, prompt, token ids) for each classifier of the request."""
+        return self.run(self._router.show_prompt(request))
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Run a coroutine, such as one of `service`'s, on this object's event loop. Raises NotReadyError once
+        closed."""
+        with self._closing:
+            if self._closed:
+                coroutine.close()
+                raise NotReadyError("this Loraplex is closed", remedy="load it again")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # the caller was interrupted: nobody waits for the answer
+            raise
 
     def close(self) -> None:
-        """Answer what other threads asked by now, then free the model. Safe to call twice."""
+        """Finish the calls of other threads, then free the model. Safe to call twice."""
         with self._closing:
             if self._closed:
                 return
@@ -150,15 +172,3 @@ class Loraplex:
         if calls:
             await asyncio.wait(calls)
         await self._loop.shutdown_default_executor()
-
-    def _call(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        with self._closing:
-            if self._closed:
-                coroutine.close()
-                raise NotReadyError("this Loraplex is closed", remedy="load it again")
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # the caller was interrupted: nobody waits for the answer
-            raise

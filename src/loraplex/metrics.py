@@ -1,4 +1,4 @@
-"""What Prometheus sees. Labels are names of known adapters, stable codes and fixed words, nothing a client sends."""
+"""Prometheus metrics. Labels are names of known adapters, stable codes and fixed words, never a client's text."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,16 +13,16 @@ from loraplex.types import ClassifyResult, Stats, Timings, Usage
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 UNKNOWN = "(unknown)"
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # which would double the series
+disable_created_metrics()  # type: ignore[no-untyped-call]  # `_created` metrics would double the series
 
 
 class Metrics:
-    """Counts answers as they are given, and asks `stats` for everything else when it is scraped."""
+    """Counts answers as they are given. Reads everything else from `stats` when Prometheus scrapes."""
 
     def __init__(
         self, stats: Callable[[], Stats], is_known: Callable[[str], bool], num_shadows_shed: Callable[[], int]
     ) -> None:
-        """is_known: whether a name is a classifier's or a route's."""
+        """is_known: whether a name is a classifier's or a route's. num_shadows_shed: shadow requests dropped so far."""
         self._stats, self._is_known = stats, is_known
         self._registry = CollectorRegistry()
         self._verdicts = self._counter(
@@ -37,11 +37,11 @@ class Metrics:
         )
         self._completions = self._counter(
             "loraplex_completions",
-            "Texts by the model that was asked, the adapter that answered (empty: the base), and outcome",
+            "Generated texts by requested model, adapter that answered (empty: the base), and outcome",
             ["model", "adapter", "outcome"],
         )
         self._failures = Counter(
-            "loraplex_request_failures", "Requests that were answered by an error", ["code"], registry=self._registry
+            "loraplex_request_failures", "Requests answered with an error", ["code"], registry=self._registry
         )
         self._cancelled = Counter("loraplex_requests_cancelled", "Requests whose clients left", registry=self._registry)
         seconds = Histogram(
@@ -57,13 +57,13 @@ class Metrics:
         self._registry.register(_StatsCollector(stats, num_shadows_shed))
 
     def observe(self, result: ClassifyResult) -> None:
-        """A request that was answered."""
+        """Count a request that was answered."""
         for verdict in result.verdicts:
             name = self._known(verdict.classifier)
             adapter = "" if verdict.adapter is None else verdict.adapter.name
             outcome = verdict.error.code if verdict.error is not None else "abstained" if verdict.abstained else "ok"
             self._verdicts.inc(name, adapter, outcome)
-            if verdict.label is not None and verdict.scores:  # the labels of a contract are few
+            if verdict.label is not None and verdict.scores:  # without scores the label may be any token
                 is_positive = verdict.label == next(iter(verdict.scores))
                 self._labels.inc(name, adapter, verdict.label, str(is_positive).lower())
         self.observe_work(result.usage, result.timings)
@@ -75,27 +75,29 @@ class Metrics:
             seconds.observe(getattr(timings, f"{phase}_ms") / 1000)
 
     def fail(self, code: str) -> None:
-        """A request that was answered by an error. That its client left is no failure, and counted apart."""
+        """Count a request that was answered with an error. A request whose client left is counted apart."""
         if code == CancelledError.code:
             self._cancelled.inc()
         else:
             self._failures.labels(code).inc()
 
     def observe_failure(self, names: Iterable[str], code: str) -> None:
-        """The classifiers that such a request named."""
+        """Count the classifiers that a failed request named."""
         for name in names:
             self._verdicts.inc(self._known(name), "", code)
 
     def observe_completion(self, model: str, adapter: str | None, outcome: str) -> None:
-        """A text that was generated, or an error's code."""
+        """Count a generated text. outcome: "ok", or an error's code."""
         self._completions.inc(self._known(model), adapter or "", outcome)
 
     def _known(self, name: str) -> str:
         return name if self._is_known(name) else UNKNOWN
 
     def render(self) -> bytes:
-        """In Prometheus' text format. Adapters that nobody has asked count 0, instead of being absent; those that are
-        gone are absent, or names that come and go would add up for ever."""
+        """Return the metrics in Prometheus' text format.
+
+        Adapters that no request has asked count 0, instead of being absent. Series of removed names are dropped;
+        otherwise names that come and go would fill the memory."""
         for counter in (self._verdicts, self._labels, self._completions):
             counter.forget(lambda name: name not in ("", UNKNOWN) and not self._is_known(name))
         for name in self._stats().adapters:
@@ -111,7 +113,7 @@ class _NamedCounter:
 
     def __init__(self, counter: Counter) -> None:
         self._counter = counter
-        self._children: dict[tuple[str, ...], Counter] = {}  # which are slow to look up in the counter
+        self._children: dict[tuple[str, ...], Counter] = {}  # cached: the counter's own lookup is slow
 
     def inc(self, *labels: str, by: int = 1) -> None:
         child = self._children.get(labels)
@@ -132,31 +134,39 @@ class _StatsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
-        yield gauge("loraplex_sequences_waiting", "Evaluations accepted that do not run yet", stats.num_waiting)
-        yield gauge("loraplex_sequences_running", "Evaluations in the step that runs now", stats.num_running)
-        yield gauge("loraplex_kv_blocks", "Blocks of K/V", stats.num_blocks)
-        yield gauge("loraplex_kv_blocks_free", "Blocks that are free or could be evicted", stats.num_available_blocks)
+        yield gauge("loraplex_sequences_waiting", "Accepted evaluations that do not run yet", stats.num_waiting)
+        yield gauge("loraplex_sequences_running", "Evaluations in the present step", stats.num_running)
+        yield gauge("loraplex_kv_blocks", "K/V blocks", stats.num_blocks)
+        yield gauge("loraplex_kv_blocks_free", "K/V blocks that are free or can be evicted", stats.num_available_blocks)
         yield gauge("loraplex_adapters_on_device", "Adapters in slots", stats.num_slots)
-        yield gauge("loraplex_adapter_device_bytes", "What they take there", stats.device_bytes)
-        yield gauge("loraplex_adapter_host_bytes", "What adapters take in host memory", stats.host_bytes)
+        yield gauge("loraplex_adapter_device_bytes", "Bytes of adapters in slots", stats.device_bytes)
+        yield gauge("loraplex_adapter_host_bytes", "Bytes of adapters in host memory", stats.host_bytes)
         yield counter("loraplex_adapter_reads", "Adapters read from disk", stats.num_reads)
         yield counter("loraplex_steps", "Forward passes", stats.num_steps)
         yield counter(
-            "loraplex_step_tokens", "Tokens in them: over loraplex_steps, a step's size", stats.num_step_tokens
+            "loraplex_step_tokens",
+            "Tokens in forward passes; divided by loraplex_steps: tokens a step",
+            stats.num_step_tokens,
         )
-        yield counter("loraplex_step_sequences", "Sequences in them", stats.num_step_sequences)
-        yield counter("loraplex_step_seconds", "Time in them: its rate is how busy the engine is", stats.step_seconds)
-        yield counter("loraplex_shadows_shed", "Shadow requests given up under load", self._num_shadows_shed())
-        states = GaugeMetricFamily("loraplex_adapter_state", "1 for the state it is in", labels=["adapter", "state"])
+        yield counter("loraplex_step_sequences", "Sequences in forward passes", stats.num_step_sequences)
+        yield counter(
+            "loraplex_step_seconds",
+            "Seconds in forward passes; the rate is the engine's busy share",
+            stats.step_seconds,
+        )
+        yield counter("loraplex_shadows_shed", "Shadow requests dropped under load", self._num_shadows_shed())
+        states = GaugeMetricFamily(
+            "loraplex_adapter_state", "1 for the adapter's present state", labels=["adapter", "state"]
+        )
         for name, state in stats.adapters.items():
             states.add_metric([name, state], 1.0)
         yield states
-        # What routers that know LoRA read of vLLM.
-        yield gauge("vllm:num_requests_waiting", "As loraplex_sequences_waiting", stats.num_waiting)
-        yield gauge("vllm:num_requests_running", "As loraplex_sequences_running", stats.num_running)
+        # Routers that know LoRA read these names of vLLM's.
+        yield gauge("vllm:num_requests_waiting", "Same as loraplex_sequences_waiting", stats.num_waiting)
+        yield gauge("vllm:num_requests_running", "Same as loraplex_sequences_running", stats.num_running)
         lora = GaugeMetricFamily(
             "vllm:lora_requests_info",
-            "Adapters with requests on the device, and those whose requests wait for a place there; value: now",
+            "Adapters with running requests, and adapters that wait for a slot; value: time of the scrape",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
         lora.add_metric([str(stats.max_slots), ",".join(stats.active), ",".join(stats.placing)], time.time())

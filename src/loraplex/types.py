@@ -19,7 +19,7 @@ Input = str | Iterable[Message | Mapping[str, str]]  # text, or messages with `r
 
 
 def conversation_of(given: Input) -> str | tuple[Message, ...]:
-    """As a request has it. InvalidRequestError: neither text nor messages."""
+    """Return the conversation as requests hold it. Raises InvalidRequestError for anything but text or messages."""
     if isinstance(given, str):
         return given
     if not isinstance(given, Iterable):
@@ -42,19 +42,19 @@ Names = tuple[str, ...] | Literal["*"]
 
 
 def classifier_names(given: str | Iterable[str]) -> Names:
-    """A name, names, or "*", alone or as the only name, for every classifier."""
+    """Return the names as requests hold them. "*", alone or as the only name, means every classifier."""
     names = (given,) if isinstance(given, str) else tuple(given)
     return "*" if names == ("*",) else names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifyRequest:
-    """One conversation and the classifiers that shall judge it.
+    """One conversation, and the classifiers that judge it.
 
-    input:        text, or the turns in order.
-    classifiers:  names, in the order of the answer's verdicts, or "*" for every classifier.
-    deadline_ms:  from the call; a classifier not computed by then answers `deadline_exceeded`.
-    conversation_id:  the same for all turns of a conversation: keeps what was computed for its next turn.
+    input:            text, or the turns in order.
+    classifiers:      names, in the order of the answer's verdicts, or "*" for every classifier.
+    deadline_ms:      milliseconds from the call; a classifier not computed by then answers `deadline_exceeded`.
+    conversation_id:  the same for all turns of a conversation; keeps what was computed for the next turn.
     """
 
     input: str | tuple[Message, ...]
@@ -65,7 +65,7 @@ class ClassifyRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRef:
-    """Which adapter answered. `version` is a hash of its weights, its config and its contract."""
+    """The adapter that answered. `version` is a hash of its weights, its config and its contract."""
 
     name: str
     version: str
@@ -73,6 +73,8 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorInfo:
+    """An error as data: see `LoraplexError`."""
+
     code: str
     message: str
     remedy: str
@@ -84,15 +86,15 @@ class ErrorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One classifier's answer: either `label` and what belongs to it, or `error`.
+    """One classifier's answer: either `label` and the fields that describe it, or `error`.
 
-    id:          of this verdict, for feedback.
-    classifier:  as it was asked: a classifier's name or a route's. `adapter` is who answered.
-    confidence:  the returned label's score.
-    scores:      label -> calibrated probability, summing to 1.
-    label_mass:  the labels' share of the whole vocabulary, before calibration.
-    abstained:   the score is below the contract's `abstain_below`; `label` is still the winner.
-    Without a contract `label` is the decoded top token and `confidence` its probability.
+    id:          identifies the verdict, for feedback.
+    classifier:  the name in the request: a classifier's or a route's. `adapter` is the adapter that answered.
+    confidence:  score of the returned label.
+    scores:      label -> calibrated probability; the sum is 1.
+    label_mass:  probability of all labels together, over the whole vocabulary, before calibration.
+    abstained:   whether the score is below the contract's `abstain_below`; `label` is still the best one.
+    Without a contract or a score head, `label` is the decoded top token and `confidence` its probability.
     """
 
     id: str | None = None
@@ -109,8 +111,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """prompt_tokens: asked for, over all classifiers. computed_tokens: run through the model.
-    cached_tokens: the rest, computed for an earlier call or for another classifier in the same step."""
+    """How many tokens a request took.
+
+    prompt_tokens:    in the prompts of all classifiers.
+    computed_tokens:  run through the model for this request.
+    cached_tokens:    the rest: computed for an earlier call, or for another classifier in the same step.
+    """
 
     prompt_tokens: int = 0
     computed_tokens: int = 0
@@ -119,7 +125,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Milliseconds. queue: a sequence's longest wait; compute: the longest step that held one; total: all of it."""
+    """Milliseconds of a request's phases. For queue and compute the slowest sequence counts.
+
+    tokenize_ms:  until all prompts were tokenized; includes loading an adapter that was not on the device.
+    queue_ms:     from queueing to the first step.
+    compute_ms:   from the start of the first step to the end of the last.
+    """
 
     tokenize_ms: float = 0.0
     queue_ms: float = 0.0
@@ -129,13 +140,15 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifyResult:
+    """The answer to a ClassifyRequest: one verdict for each classifier, in the request's order."""
+
     id: str
     verdicts: tuple[Verdict, ...]
     usage: Usage
     timings: Timings
 
     def __getitem__(self, classifier: str) -> Verdict:
-        """The verdict of `classifier`; KeyError where it was not asked."""
+        """Return the verdict of `classifier`. Raises KeyError where the request did not ask it."""
         for verdict in self.verdicts:
             if verdict.classifier == classifier:
                 return verdict
@@ -144,42 +157,43 @@ class ClassifyResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """In the place of an answer."""
+    """An error in place of an answer."""
 
     error: ErrorInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchResult:
-    """results: an answer or a failure for each conversation, in order. usage: of all. timings: each phase's longest;
-    total: of the whole call."""
+    """results: an answer or a failure for each conversation, in order. usage: the sum. timings: the longest of each
+    phase; total: the whole call."""
 
     results: tuple[ClassifyResult | Failure, ...]
     usage: Usage
     timings: Timings
 
 
-MAX_TOP = 20  # likeliest tokens that a token may come with
+MAX_TOP = 20  # largest `num_top` of a GenerateRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """A prompt under an adapter or, with None, the bare base.
+    """A prompt to continue under an adapter, or under the bare base where `adapter` is None.
 
-    prompt:        text, taken verbatim, special tokens parsed; or token ids; or messages: in the adapter's contract if
-                   it has one, else in the base's chat template, special tokens in them kept as text.
-    max_tokens:    None: up to what the base takes.
-    temperature:   0 takes the likeliest token, else tokens are drawn from the smallest set of likeliest ones whose
-                   probabilities add up to `top_p`.
-    seed:          the same one draws the same tokens.
-    stop:          texts of which the first one ends the answer and is no part of it.
-    num_top:       likeliest tokens that come with each one, 20 at most.
-    logit_bias:    token id -> -100 to 100, added before a token is chosen; its log probability is as without.
-    allowed_token_ids:    where there are any, no other token is chosen.
-    add_special_tokens:   to a prompt that is text, as the tokenizer does by itself.
-    skip_special_tokens:  in the answer's text.
-    chat_template_kwargs: variables of the base's chat template.
-    conversation_id:      keeps what was computed for the conversation's next turn.
+    prompt:        text, token ids or messages. Text is taken verbatim, and its special tokens are parsed. Messages go
+                   through the adapter's contract, else the base's chat template; special tokens in them stay text.
+    max_tokens:    None: as many as the base's context allows.
+    temperature:   0 takes the likeliest token. Above 0, tokens are drawn from the smallest set of likeliest tokens
+                   whose probabilities add up to `top_p`.
+    seed:          the same seed draws the same tokens.
+    stop:          the first of these texts to appear ends the answer, and is not part of it.
+    num_top:       how many of the likeliest tokens to return with each token, 20 at most.
+    logit_bias:    token id -> -100 to 100, added before a token is chosen. Log probabilities do not include it.
+    allowed_token_ids:     if not empty, only these tokens are chosen.
+    add_special_tokens:    whether the tokenizer adds its special tokens to a prompt that is text.
+    skip_special_tokens:   whether the answer's text leaves special tokens out.
+    chat_template_kwargs:  variables of the base's chat template.
+    conversation_id:       keeps what was computed for the conversation's next turn.
+    deadline_ms:           milliseconds from the call.
     """
 
     prompt: str | tuple[int, ...] | tuple[Message, ...]
@@ -201,8 +215,12 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LikelyToken:
-    """text: of the token alone. utf8: its bytes, which may be a part of a character; None where they are not known.
-    log_prob: over the whole vocabulary, before anything of the request changes it."""
+    """A token that the model found likely.
+
+    text:      the token alone, decoded.
+    utf8:      the token's bytes, which may be a part of a character; None where they are not known.
+    log_prob:  over the whole vocabulary, before the request's parameters change it.
+    """
 
     id: int
     text: str
@@ -212,8 +230,11 @@ class LikelyToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratedToken:
-    """As LikelyToken. offset: characters of the answer before it. top: the likeliest tokens in its place, `num_top` of
-    them, likeliest first; it need not be among them."""
+    """A token of the answer, with the fields of LikelyToken.
+
+    offset:  number of characters in the answer before the token.
+    top:     the `num_top` likeliest tokens at this position, likeliest first. The token itself may be missing.
+    """
 
     id: int
     text: str
@@ -225,8 +246,12 @@ class GeneratedToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateResult:
-    """tokens: what was generated, with the base's end-of-text token, or the tokens of a stop text, where they came
-    ("stop"). text: without these. warnings: what of the prompt was not taken as it was given."""
+    """The answer to a GenerateRequest.
+
+    tokens:    all generated tokens, including an end-of-text token or the tokens of a stop text (reason "stop").
+    text:      the answer without an end-of-text token or stop text.
+    warnings:  which parts of the prompt were not taken as given.
+    """
 
     id: str
     text: str
@@ -238,17 +263,17 @@ class GenerateResult:
     warnings: tuple[str, ...] = ()
 
 
-# A token, and the text that became final with it: what may be the beginning of a stop text, or of a character, waits.
+# Called with a token and the text that it made final. Text that may begin a stop text, or half a character, waits.
 OnToken = Callable[[GeneratedToken, str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """An adapter as the API lists it. What is None is not known before it has been read.
+    """An adapter as the API lists it. Fields are None until the adapter has been read, or where they do not apply.
 
     state:      registered (not read yet), loading, ready, failed (never loaded; `error` says why) or draining.
-    error:      why the last load failed; a version that was ready before goes on answering.
-    num_bytes:  on the device.
+    error:      why the last load failed; a version that was ready before still answers.
+    num_bytes:  bytes on the device.
     """
 
     name: str
@@ -267,7 +292,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What can be named as a model. `parent` is the base; None for the base itself."""
+    """A name that a request can give as its model. `parent` is the base; None for the base itself."""
 
     id: str
     parent: str | None = None
@@ -275,8 +300,15 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """A backend now. adapters: name -> state. active: have requests; placing: have requests that wait for a place on
-    the device. Since the start: num_reads: adapters read from disk; num_steps and what was in them."""
+    """The state of a service now. `num_reads` and the fields about steps count since the start.
+
+    num_waiting:           accepted evaluations that do not run yet.
+    num_available_blocks:  K/V blocks that are free or can be evicted.
+    adapters:              name -> state.
+    active:                adapters with requests.
+    placing:               adapters that are being placed in a slot.
+    num_reads:             adapters read from disk.
+    """
 
     num_waiting: int
     num_running: int
@@ -300,9 +332,9 @@ class Stats:
 class Route:
     """A name that leads to one of its adapters by weight.
 
-    targets:   adapter -> weight; a target's share is its weight over all weights.
-    shadows:   adapters that judge too; their answers are recorded and never returned.
-    revision:  grows with each change of any route; one that was undone does not come again.
+    targets:   adapter -> weight; a target's share is its weight divided by the sum of all weights.
+    shadows:   adapters that judge, too; their answers are recorded and never returned.
+    revision:  increases with each change of any route. A revision that was rolled back is never used again.
     """
 
     name: str
@@ -313,7 +345,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """Milliseconds."""
+    """Milliseconds of the requests that a target answered: mean and percentiles."""
 
     mean: float
     p50: float
@@ -322,7 +354,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """share: of the `num_compared` conversations that a shadow and a primary judged, those with the same label."""
+    """share: part of the `num_compared` conversations that got the same label from a shadow and from its primary."""
 
     num_compared: int
     share: float
@@ -330,8 +362,8 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """share: of the `num_labelled` verdicts that feedback named a label for, those that are right; its 95 % interval is
-    low to high."""
+    """share: part of the `num_labelled` verdicts with feedback whose label was right. `low` to `high` is the 95 %
+    interval of the share."""
 
     num_labelled: int
     share: float
@@ -341,10 +373,10 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetStats:
-    """How a version of a route's target answered, over the verdicts that are kept. What is None was not observed.
+    """How a version of a route's target answered, over the verdicts that are kept. None means not observed.
 
     label_shares:     label -> its share of the verdicts.
-    mean_confidence:  of the returned labels.
+    mean_confidence:  mean score of the returned labels.
     """
 
     target: str
@@ -361,5 +393,7 @@ class TargetStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteStats:
+    """The statistics of a route or a classifier: one entry for each version of each target."""
+
     name: str
     targets: tuple[TargetStats, ...]

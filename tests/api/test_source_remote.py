@@ -246,9 +246,9 @@ def test_a_download_that_failed_is_taken_up_by_the_next_call(
     bucket.put("isDone.tar.gz", archive := packed(BIG))
     source = f"s3://{bucket.name}/isDone.tar.gz"
     between.cut_after = 500_000
-    with pytest.raises(AdapterError, match="S3 did not give it") as caught:
+    with pytest.raises(AdapterError, match="cannot be fetched from S3") as caught:
         resolve(source)
-    assert "goes on where it was cut" in caught.value.remedy
+    assert "the download resumes" in caught.value.remedy
     between.cut_after, failed = None, len(between.gets())
     steps: list[tuple[int, int | None]] = []
     assert contents(resolve(source, progress=lambda *step: steps.append(step)).path)[WEIGHTS] == BIG
@@ -333,7 +333,7 @@ def test_what_s3_lacks_or_forbids_says_what_to_do(
     bucket.put_adapter("big/", b"x" * 2000)
     for key, wrong, remedy in (
         ("nowhere", f"no {CONFIG}", "save_pretrained"),
-        ("nowhere.tar.gz", "S3 did not give it", "check the bucket and the key"),
+        ("nowhere.tar.gz", "cannot be fetched from S3", "check the bucket and the key"),
         ("pickled", "pickle", "python -c"),
         ("big", r"2,000 bytes .* 1,000 are allowed", "the limit"),
     ):
@@ -485,4 +485,4 @@ def test_what_the_hub_lacks_or_forbids_says_what_to_do(hub: HubResolve, asked: l
 
 def test_a_hub_that_is_not_there_is_our_error(hub: HubResolve) -> None:
     answer = hub("hf://org/open", HF_ENDPOINT="http://127.0.0.1:1")[0]
-    assert "the hub did not give it" in answer["message"] and "check the network" in answer["remedy"]
+    assert "cannot be fetched from the hub" in answer["message"] and "check the network" in answer["remedy"]

@@ -124,7 +124,7 @@ def ask_all(loraplex: Loraplex, requests: list[ClassifyRequest]) -> list[tuple[V
         results = await asyncio.gather(*(loraplex.service.classify(request) for request in requests))
         return [result.verdicts for result in results]
 
-    return asyncio.run_coroutine_threadsafe(gather(), loraplex._loop).result()
+    return loraplex.run(gather())
 
 
 def test_the_base_is_the_base_whatever_ran_before(shared: Loraplex, shared_bundle: Path) -> None:

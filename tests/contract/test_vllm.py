@@ -58,10 +58,6 @@ def vllm(bundle: Path, root: Path) -> Iterator[Loraplex]:
         yield loraplex
 
 
-def run(loraplex: Loraplex, coroutine: Any) -> Any:
-    return asyncio.run_coroutine_threadsafe(coroutine, loraplex._loop).result(60)
-
-
 # --------------------------------------------------------------------------------------------- answers
 
 
@@ -83,8 +79,8 @@ def test_rows_of_the_base_and_top_tokens_beside_adapters_are_as_alone(vllm: Lora
     async def ask_all(times: int) -> list[Any]:
         return await asyncio.gather(*(ask(one) for _ in range(times) for one in requests))
 
-    alone = [run(vllm, ask(one)) for one in requests]
-    for index, found in enumerate(run(vllm, ask_all(8))):
+    alone = [vllm.run(ask(one)) for one in requests]
+    for index, found in enumerate(vllm.run(ask_all(8))):
         for (answer, log_prob), (expected, expected_log_prob) in zip(found, alone[index % len(alone)], strict=True):
             assert answer == expected
             assert log_prob == pytest.approx(expected_log_prob, abs=1e-3)
@@ -95,7 +91,7 @@ def test_any_number_of_tokens_may_be_asked(vllm: Loraplex, bundle: Path) -> None
     ids = tuple(range(40, 60))
     targets = [Target(position=-1, token_id=i) for i in range(300)] + [Target(position=-3, token_id=i) for i in (7, 9)]
     sequence = Sequence(token_ids=ids, slot=NO_ADAPTER, targets=tuple(targets))
-    [output] = run(vllm, vllm.service.computing.compute_now([sequence]))
+    [output] = vllm.run(vllm.service.computing.compute_now([sequence]))
     assert isinstance(output, SequenceOutput)
     model: Any = AutoModelForCausalLM.from_pretrained(bundle, dtype=torch.float32)
     with torch.inference_mode():
@@ -231,12 +227,12 @@ def test_what_it_cannot_do_is_refused_and_loses_nothing(vllm: Loraplex, bundle: 
     ("argument", "problem"),
     [
         ("max_model_len", "not KEY=VALUE"),
-        ("max_modell_len=9", "for choice"),
-        ("trust_remote_code=true", "for choice"),
-        ("--load-format=pt", "for choice"),
-        ('lora_target_modules=["q_proj"]', "for choice"),  # would leave adapters out in silence
-        ("log_config_file=log.json", "for choice"),  # which may name any function to be called
-        ("worker_cls=os.system", "for choice"),
+        ("max_modell_len=9", "may be set"),
+        ("trust_remote_code=true", "may be set"),
+        ("--load-format=pt", "may be set"),
+        ('lora_target_modules=["q_proj"]', "may be set"),  # would leave adapters out in silence
+        ("log_config_file=log.json", "may be set"),  # which may name any function to be called
+        ("worker_cls=os.system", "may be set"),
         ("max_loras=abc", "vLLM refuses"),
         ("max_model_len=100000", "does not take"),
         ("max_model_len=auto", "does not take"),
@@ -286,7 +282,7 @@ def test_more_than_the_queue_holds_is_refused_at_once(vllm: Loraplex) -> None:
         answers: list[Any] = await asyncio.gather(*asked, return_exceptions=True)
         return answers
 
-    results = run(vllm, flood())
+    results = vllm.run(flood())
     refused = [one for one in results if isinstance(one, QueueFullError)]
     assert 0 < len(refused) < 200 and all(one.retry_after_s > 0 for one in refused)
     assert all(isinstance(one, QueueFullError) or len(one.verdicts) == 4 for one in results)
@@ -308,8 +304,8 @@ def test_who_leaves_is_dropped(vllm: Loraplex) -> None:
         return time.monotonic() - started
 
     started = time.monotonic()
-    run(vllm, vllm.service.generate(GenerateRequest(prompt="Customer: hi", max_tokens=200, logit_bias={1: -100.0})))
-    assert run(vllm, leave()) < time.monotonic() - started
+    vllm.run(vllm.service.generate(GenerateRequest(prompt="Customer: hi", max_tokens=200, logit_bias={1: -100.0})))
+    assert vllm.run(leave()) < time.monotonic() - started
     vllm.classify(TEXT)
 
 

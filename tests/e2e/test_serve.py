@@ -15,6 +15,7 @@ import pytest
 import serving
 import tiny
 from loraplex import Loraplex, UnknownClassifierError
+from loraplex.cli.serve import example_request
 from loraplex.config import ServerConfig
 from loraplex.errors import ConfigurationError, ContractError, InvalidRequestError, NotReadyError
 from loraplex.server.process import listen
@@ -67,6 +68,19 @@ def test_the_printed_curl_line_works(server: serving.Server) -> None:
     assert verdicts["issueResolved"] == "yes"
 
 
+def test_the_printed_request_loads_no_more_than_it_needs(tiny_bundle: Path) -> None:
+    with Loraplex.load(tiny_bundle, preload="none") as loraplex:
+        path, body = example_request(loraplex.service)
+        assert path == "/v1/classify" and body["classifiers"] in loraplex.service.names()
+        for name in loraplex.service.names():
+            loraplex.classify("hello", name)
+        assert example_request(loraplex.service)[1]["classifiers"] == "*"
+        for name in loraplex.service.names():
+            loraplex.unload_adapter(name)
+        path, body = example_request(loraplex.service)
+        assert path == "/v1/completions" and body["model"] == loraplex.service.base_name
+
+
 @pytest.mark.parametrize(("text", "yes", "no"), CONVERSATIONS)
 def test_verdicts_on_conversations_make_sense(server: serving.Server, text: str, yes: set[str], no: set[str]) -> None:
     with serving.client(server) as http:
@@ -104,8 +118,8 @@ def test_classify_reads_a_file_or_standard_input_and_prints_a_table(tiny_bundle:
 @pytest.mark.parametrize(
     ("arguments", "code", "mentions"),
     [
-        (["--all"], 2, "give the conversation once"),
-        (["--all", "--text", "x", "-"], 2, "give the conversation once"),
+        (["--all"], 2, "give exactly one conversation"),
+        (["--all", "--text", "x", "-"], 2, "give exactly one conversation"),
         (["--text", "x"], 2, "--classifier"),
         (["-c", "nope", "--text", "x"], 1, "unknown_classifier"),
         (["-c", "task0", "-c", "nope", "--text", "x", "--json"], 1, ""),

@@ -75,7 +75,7 @@ def generate_all(loraplex: Loraplex, *requests: GenerateRequest) -> list[Generat
     async def all_of_them() -> list[GenerateResult]:
         return await asyncio.gather(*(loraplex.service.generate(request) for request in requests))
 
-    return loraplex._call(all_of_them())
+    return loraplex.run(all_of_them())
 
 
 def streamed(loraplex: Loraplex, request: GenerateRequest) -> tuple[GenerateResult, list[tuple[GeneratedToken, str]]]:
@@ -84,7 +84,7 @@ def streamed(loraplex: Loraplex, request: GenerateRequest) -> tuple[GenerateResu
     async def stream() -> GenerateResult:
         return await loraplex.service.generate(request, lambda token, text: told.append((token, text)))
 
-    return loraplex._call(stream()), told
+    return loraplex.run(stream()), told
 
 
 def test_top_log_probabilities_equal_pefts(loraplex: Loraplex, bundle: Path, peft: Any) -> None:

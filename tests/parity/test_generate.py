@@ -89,7 +89,7 @@ def generate_all(loraplex: Loraplex, *requests: GenerateRequest) -> list[Generat
     async def all_of_them() -> list[GenerateResult]:
         return await asyncio.gather(*(loraplex.service.generate(request) for request in requests))
 
-    return loraplex._call(all_of_them())
+    return loraplex.run(all_of_them())
 
 
 def test_greedy_equals_peft(loraplex: Loraplex, expected: Answers) -> None:

@@ -143,6 +143,6 @@ def test_a_path_that_is_not_there_says_so(tmp_path: Path) -> None:
 def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BundleError, match="the hub did not give it") as caught:
+    with pytest.raises(BundleError, match="cannot be fetched from the hub") as caught:
         open_bundle("nobody/nothing")
     assert "HF_TOKEN" in caught.value.remedy

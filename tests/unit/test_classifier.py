@@ -77,7 +77,7 @@ def test_extreme_log_probs_neither_overflow_nor_divide_by_zero() -> None:
         ("labels: [a, !!int foo]", "YAML"),
         ("labels: " + "[" * 5000, "YAML"),
         ("labels: !!python/object:os.system [a]", "YAML"),
-        ('labels: [a, b]\ntemplate: "{conversation}\\ud800"', "no Unicode"),
+        ('labels: [a, b]\ntemplate: "{conversation}\\ud800"', "not valid Unicode"),
         ("labels: [a, b]\ncalibration: {temperature: 1e-310}", "temperature"),
         ("labels: [a, b]\ncalibration: {temperature: .inf}", "temperature"),
         ("labels: [a, b]\ncalibration: {bias: {a: 1.0e+308}}", "calibration.bias.a"),

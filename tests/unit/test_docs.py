@@ -1,6 +1,7 @@
 """The generated parts of the documentation are up to date. To write them: LORAPLEX_WRITE_DOCS=1 pytest <this file>"""
 
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,8 @@ def test_the_feature_table_names_every_key_that_matters() -> None:
         key for key in (*PeftConfig.model_fields, *REFUSED_KEYS) if f"`{key}`" not in table and key not in elsewhere
     ]
     assert not missing
+
+
+def test_the_diagram_is_what_its_script_draws() -> None:
+    draw = runpy.run_path(str(DOCS / "diagrams/one_pass.py"))["draw"]
+    assert (DOCS / "one_pass.svg").read_text(encoding="utf-8") == draw(), "run docs/diagrams/one_pass.py"

@@ -43,7 +43,7 @@ def test_the_environment_gives_several_and_a_secret_may_hold_colons() -> None:
         (f"ci:infer:{SECRET} ops:admin", "entry 2", "16 characters"),
         ("ci:infer:fifteen-letter.", "entry 1", "16 characters"),
         (f"ci:root:{SECRET}", "entry 1", "no such scope"),
-        (f"c/i:infer:{SECRET}", "entry 1", "name is not sound"),
+        (f"c/i:infer:{SECRET}", "entry 1", "name is not valid"),
         (f"ci:infer:{SECRET},ci:admin:{SECRET}2", "entry 2", "same name or secret"),
         (f"ci:infer:{SECRET},ops:admin:{SECRET}", "entry 2", "same name or secret"),
     ],

@@ -33,8 +33,8 @@ def test_budgets(monkeypatch: pytest.MonkeyPatch, given: str, expected: int) -> 
 def test_the_containers_share(tmp_path: Path, content: str, cores: float | None) -> None:
     (tmp_path / "cpu.max").write_text(content)
     every = float(os.cpu_count() or 1)
-    assert machine._cpu_quota(tmp_path / "cpu.max") == (cores or every)
-    assert machine._cpu_quota(tmp_path / "missing") == every
+    assert machine.cpu_quota(tmp_path / "cpu.max") == (cores or every)
+    assert machine.cpu_quota(tmp_path / "missing") == every
 
 
 def test_threads_fit_the_share_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +42,7 @@ def test_threads_fit_the_share_unless_told_otherwise(monkeypatch: pytest.MonkeyP
     chosen: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(machine, "_cpu_quota", lambda: 0.5)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 0.5)
     monkeypatch.setenv("OMP_NUM_THREADS", str(before))
     choose_threads()
     monkeypatch.delenv("OMP_NUM_THREADS")

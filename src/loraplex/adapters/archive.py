@@ -1,4 +1,4 @@
-"""A `.tar.gz` -> the adapter in it, whatever else it holds or claims to hold. Trusts nothing that it says of itself."""
+"""Unpacks the adapter in a `.tar.gz`. Trusts no name, size or header in the archive."""
 
 import gzip
 import tarfile
@@ -19,13 +19,13 @@ from loraplex.adapters.files import (
 from loraplex.bundle import ADAPTER_CONFIG
 from loraplex.errors import AdapterError
 
-HEADERS = 4 * 2**20  # bytes that tarfile may read of an archive; a thousand members need one or two thousand each
+HEADERS = 4 * 2**20  # bytes of headers that tarfile may read; each of a thousand members needs 1,000 to 2,000
 
 
 class _Unzipped:
-    """The file that tarfile reads: an archive unzipped, forward only, `limit` bytes of it.
+    """The file that tarfile reads: an unzipped archive, read forward only. Raises AdapterError beyond `limit` bytes.
 
-    tarfile believes headers: names of gigabytes would be read whole, and a size below zero leads in circles."""
+    tarfile trusts headers: it would read a name of gigabytes whole, and a negative size would make it loop for ever."""
 
     def __init__(self, file: BinaryIO, source: str, limit: int) -> None:
         self._file = gzip.GzipFile(fileobj=file)
@@ -36,19 +36,19 @@ class _Unzipped:
 
     def seek(self, position: int) -> None:
         if position < self._position:
-            raise tarfile.ReadError("a header leads backwards")
+            raise tarfile.ReadError("a header points backwards")
         while self._position < position and self.take(position - self._position):
             pass
 
     def read(self, size: int) -> bytes:
-        """For headers only, by tarfile."""
+        """Return at most `size` bytes of headers. Only tarfile calls this."""
         self._headers -= size
         if self._headers < 0:
             raise tarfile.ReadError("its headers are too long")
         return self.take(size)
 
     def take(self, size: int) -> bytes:
-        """The next bytes, `size` or CHUNK at most; none at the end."""
+        """Return the next bytes, at most `size` and at most CHUNK. Empty at the end of the archive."""
         data = self._file.read(min(size, CHUNK))
         self._position += len(data)
         check_size(self._source, "the archive, unpacked,", self._position, self._limit)
@@ -56,7 +56,10 @@ class _Unzipped:
 
 
 def unpack(archive: Path, work: Path, source: str, limits: SourceLimits) -> Path:
-    """The adapter at `archive`'s root or in its one folder with an adapter, unpacked to a folder in `work`."""
+    """Unpack the adapter in `archive` to a folder in `work`, and return that folder.
+
+    The adapter is at the archive's root, or in the only folder that holds one. Raises AdapterError where the archive is
+    damaged, exceeds `limits`, holds an unsafe member, or holds no adapter."""
     found: dict[str, dict[str, int]] = {}  # folder -> file -> bytes
     targets: dict[str, Path] = {}
     remedy = f"pack the folder that PEFT saved again: tar czhf NAME{ARCHIVE} -C FOLDER ."
@@ -68,7 +71,7 @@ def unpack(archive: Path, work: Path, source: str, limits: SourceLimits) -> Path
                 if number > limits.max_members:
                     raise AdapterError(source, f"holds more than {limits.max_members} members", remedy=remedy)
                 if path.is_absolute() or ".." in path.parts:
-                    raise AdapterError(source, f"member {member.name!r} leads out of the archive", remedy=remedy)
+                    raise AdapterError(source, f"member {member.name!r} points outside the archive", remedy=remedy)
                 if not (member.isreg() or member.isdir()) or member.issparse():
                     raise AdapterError(source, f"member {member.name!r} is a link, a device or sparse", remedy=remedy)
                 if member.isdir() or len(path.parts) > 2 or path.name not in (*FILES, PICKLE):
@@ -83,11 +86,11 @@ def unpack(archive: Path, work: Path, source: str, limits: SourceLimits) -> Path
                     target = targets.setdefault(top, work / f"unpacked-{len(targets)}")
                     target.mkdir(exist_ok=True)
                     _copy(unzipped, member, target / path.name)
-            while unzipped.take(CHUNK):  # the checksum stands at the end
+            while unzipped.take(CHUNK):  # read to the end: the checksum comes last
                 pass
     except AdapterError:
         raise
-    except Exception as exc:  # besides TarError: OSError, EOFError, zlib.error, and what headers full of nonsense cause
+    except Exception as exc:  # TarError, OSError, EOFError, zlib.error, and others where headers are nonsense
         raise AdapterError(source, f"cannot be unpacked: {reason_of(exc)}", remedy=remedy) from None
     tops = [top for top, files in found.items() if ADAPTER_CONFIG in files] or list(found) or ["."]
     if len(tops) > 1 and "." not in tops:
@@ -104,5 +107,5 @@ def _copy(unzipped: _Unzipped, member: tarfile.TarInfo, target: Path) -> None:
         while remaining > 0:
             data = unzipped.take(remaining)
             if not data:
-                raise EOFError("it ends within a file")
+                raise EOFError("the archive ends within a file")
             remaining -= file.write(data)

@@ -1,4 +1,4 @@
-"""Folders of adapters that were unpacked or downloaded, one for each version of a source."""
+"""A disk cache of adapters that were unpacked or downloaded: one folder for each version of a source."""
 
 import hashlib
 import os
@@ -13,8 +13,10 @@ from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def cached(cache_dir: Path, source: str, version: str, build: Callable[[Path], Path]) -> Path:
-    """The folder of this version of `source`: the one there is, or what `build` makes in the empty folder that it gets,
-    moved into place when it is whole. One at a time builds, whether thread or process."""
+    """Return the folder that holds this version of `source`. Builds the folder where the cache does not hold it yet.
+
+    build:  fills an empty folder and returns the folder with the adapter, which is then moved into the cache.
+    A file lock for each source lets one thread or process build at a time."""
     home = Path(os.path.abspath(cache_dir)) / digest_of(source)
     path, work = home / digest_of(version), home / "work"
     if not _whole(path):

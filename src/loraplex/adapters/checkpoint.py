@@ -1,5 +1,5 @@
-"""A PEFT folder -> validated AdapterWeights with a content hash, and back for plain LoRA. Knows the format, not the
-model that runs it."""
+"""Reads a PEFT folder into validated AdapterWeights with a content hash, and writes plain LoRA back. Knows the format,
+not the model that runs it."""
 
 import json
 import logging
@@ -25,38 +25,41 @@ PREFIX = "base_model.model."
 DTYPES = ("F16", "BF16", "F32", "F64")
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
-LARGEST = torch.finfo(torch.bfloat16).max  # of the types that a base computes in, the smallest
+LARGEST = torch.finfo(torch.bfloat16).max  # the smallest maximum among the types that a base computes in
 
 
 class Unidentified(NamedTuple):
     """An adapter that was read and checked, but not yet compared with the base's weights."""
 
     config: PeftConfig
-    weights: AdapterWeights  # without kv_id
+    weights: AdapterWeights  # with an empty kv_id
 
     @property
     def kinds(self) -> frozenset[str]:
-        """What it asks of a backend. "other_embedding" also where the tensors may turn out to be the base's own."""
+        """What the adapter needs from a backend. Includes "other_embedding" for a saved copy of an embedding or head,
+        although the copy may turn out to equal the base's own."""
         return kinds_of(self.config, self.weights)
 
     def identify(self, parameter: Callable[[str], torch.Tensor | None] = lambda name: None) -> AdapterWeights:
-        """The adapter with its content hash and kinds, without the tensors that only repeat the base's own. parameter:
-        the base's tensor of a name, such as "lm_head.weight"; None where there is none."""
+        """Return the adapter with its content hash and kinds, without the tensors that only copy the base's own.
+
+        parameter:  returns the base's tensor of a name, such as "lm_head.weight"; None where the base has none."""
         weights = self.weights.without_base_copies(parameter)
         return replace(weights.with_content_id(), kinds=kinds_of(self.config, weights))
 
 
 def read_adapter(folder: Path, layers: BaseLayers | Mapping[str, tuple[int, int]]) -> AdapterWeights:
-    """`read_unidentified`, and its content hash."""
+    """Read the adapter in `folder` and compute its content hash. See `read_unidentified`."""
     return read_unidentified(folder, layers).identify()
 
 
 def read_unidentified(folder: Path, layers: BaseLayers | Mapping[str, tuple[int, int]]) -> Unidentified:
-    """Read the adapter in `folder` for a base with these layers (or linear layers: path -> (out, in)).
+    """Read the adapter in `folder`, and check it against a base with these layers.
 
-    Every tensor is used and all that the config asks for is there, in shape, else AdapterError names the file and the
-    tensor or key. All of that is checked on the header, before a tensor is read. The tensors are copies: they outlive
-    the file and do not change with it.
+    layers:  a mapping stands for linear layers only: path -> (out_features, in_features).
+    Raises AdapterError where a tensor is unexpected, missing, of the wrong shape or not finite. The error names the
+    file and the tensor or key. Names and shapes are checked on the header, before any tensor is read. The tensors
+    returned are copies, so they do not change with the file.
     """
     base = layers if isinstance(layers, BaseLayers) else BaseLayers(linear=layers)
     config = read_peft_config(folder)
@@ -78,7 +81,7 @@ def read_unidentified(folder: Path, layers: BaseLayers | Mapping[str, tuple[int,
 
 
 def _check_header_size(path: Path) -> None:
-    """safetensors itself would parse 100 MB of JSON."""
+    """Refuse a header above MAX_HEADER_BYTES; safetensors itself would parse up to 100 MB of JSON."""
     with path.open("rb") as file:
         num_bytes = int.from_bytes(file.read(8), "little")
     if num_bytes > min(MAX_HEADER_BYTES, path.stat().st_size):
@@ -90,7 +93,7 @@ def _check_header_size(path: Path) -> None:
 
 
 def _read_names(file: Any, path: Path) -> dict[str, str]:
-    """Name without PEFT's prefix -> name in the file, of tensors of a type that is supported."""
+    """Return name without PEFT's prefix -> name in the file. Raises AdapterError for a name or type not supported."""
     keys = list(file.keys())
     if not keys:
         raise AdapterError(path, "holds no tensors", remedy=SAVE_AGAIN)
@@ -108,7 +111,7 @@ def _read_names(file: Any, path: Path) -> dict[str, str]:
             raise AdapterError(
                 path, f"tensor {short(key)} is not named as PEFT does ({PREFIX}…)", remedy="save the adapter with PEFT"
             )
-        if name.endswith(f".{MAGNITUDE}.weight"):  # PEFT reads either
+        if name.endswith(f".{MAGNITUDE}.weight"):  # PEFT reads both spellings
             name = name.removesuffix(".weight")
         if name in names:
             raise AdapterError(path, f"holds {short(name)} twice", remedy=SAVE_AGAIN)
@@ -152,17 +155,17 @@ def _check_finite(plan: Plan, tensors: Mapping[str, torch.Tensor], path: Path) -
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".lora_")
         factor = plan.scaling[layer] if part in ("B.weight", "B.bias", "embedding_B") else 1.0
-        low, high = (extreme.item() for extreme in tensor.aminmax())  # both NaN where one element is
+        low, high = (extreme.item() for extreme in tensor.aminmax())  # both are NaN where any element is
         if not (factor <= LARGEST and max(-low, high) * factor <= LARGEST):
             raise AdapterError(
                 path,
-                f"tensor {short(PREFIX + name)} holds NaN, infinity or what becomes it when scaled by {factor:g}",
+                f"tensor {short(PREFIX + name)} holds NaN or infinity, or overflows when scaled by {factor:g}",
                 remedy="train the adapter again",
             )
 
 
 def _warn_of_fan_in_fan_out(plan: Plan) -> None:
-    """As PEFT does, which then goes by the type of the layer."""
+    """Warn where fan_in_fan_out does not fit the types of the layers. The types decide, as in PEFT."""
     linear = {path for path in plan.scaling if path in plan.layers.linear}
     is_conv1d = bool(linear) and linear <= plan.layers.conv1d
     if (plan.config.fan_in_fan_out and linear.isdisjoint(plan.layers.conv1d)) or (
@@ -176,8 +179,8 @@ def _warn_of_fan_in_fan_out(plan: Plan) -> None:
 
 
 def write_lora(folder: Path, weights: AdapterWeights) -> None:
-    """The linear layers' LoRA as a PEFT adapter of its plainest form, for others to read: in float32, the scaling in
-    lora_B, since what patterns of ranks and alphas mean is each reader's own matter."""
+    """Write the linear layers' LoRA as a plain PEFT adapter in float32, for another library to read. The scaling is
+    multiplied into lora_B, because libraries differ in how they read patterns of ranks and alphas."""
     tensors = {}
     for path, lora in weights.modules.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = lora.lora_A.float().contiguous()

@@ -1,4 +1,4 @@
-"""The files that an adapter consists of: which are let in, how large they may be, and what is refused."""
+"""The files of an adapter: which are accepted, how large they may be, and which are refused."""
 
 import os
 import shlex
@@ -9,14 +9,14 @@ from pathlib import Path
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT
 from loraplex.errors import AdapterError
 
-FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT)  # all that is ever read, fetched or unpacked
+FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT)  # the only files that are read, fetched or unpacked
 PICKLE = "adapter_model.bin"
 ARCHIVE = ".tar.gz"
 CHUNK = 2**20
 CONVERT = "python -c " + shlex.quote(
     "import torch, safetensors.torch as s; "
     f'tensors = torch.load("{PICKLE}", map_location="cpu", weights_only=True); '
-    # save_file takes neither views nor tensors that share memory, which pickles may hold
+    # save_file refuses views and tensors that share memory; pickles may hold both
     "tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}; "
     f's.save_file(tensors, "{ADAPTER_WEIGHTS}", metadata={{"format": "pt"}})'
 )
@@ -24,10 +24,10 @@ CONVERT = "python -c " + shlex.quote(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceLimits:
-    """What an adapter from anywhere may weigh; an archive may neither hold nor unpack to more."""
+    """Size limits of an adapter from any source. An archive may not unpack to more than `max_bytes`."""
 
     max_bytes: int = 8 * 2**30
-    max_text_bytes: int = 4 * 2**20  # for its config and its contract, which are parsed in memory
+    max_text_bytes: int = 4 * 2**20  # of the config, and of the contract: both are parsed in memory
     max_members: int = 1000
 
 
@@ -35,15 +35,17 @@ LIMITS = SourceLimits()
 
 SHAPES = "hf://org/name[/folder][@revision], s3://bucket/folder or s3://bucket/name.tar.gz"
 
-Progress = Callable[[int, int | None], None]  # bytes so far, and in all
+Progress = Callable[[int, int | None], None]  # bytes so far, and in all (None: not known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedSource:
-    """A folder that holds an adapter's config and safetensors, and perhaps its contract.
+    """A local folder with an adapter's config and safetensors file, and its contract if it has one.
 
-    `source` names it from any working directory and holds no credentials: to show, and to resolve again. Symlinks in
-    it are kept, so that one which is moved to the next version leads there."""
+    source:  names the adapter from any working directory and holds no credentials. It can be shown and resolved again.
+             Symlinks in it are kept, so a link that is moved to the next version resolves to that version.
+    remote:  whether the adapter was downloaded.
+    """
 
     path: Path
     source: str
@@ -51,17 +53,17 @@ class ResolvedSource:
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
-    """The bytes of the files that count, of those that are there and regular."""
+    """Return name -> bytes of the adapter files (and the pickle) that `folder` holds as regular files."""
     return {name: (folder / name).stat().st_size for name in (*FILES, PICKLE) if os.path.isfile(folder / name)}
 
 
 def check(source: str, sizes: Mapping[str, int], limits: SourceLimits) -> None:
-    """Refuse what is no adapter or too large, of the files `sizes` (name -> bytes)."""
+    """Raise AdapterError where the files in `sizes` (name -> bytes) are not an adapter, or are too large."""
     if PICKLE in sizes and ADAPTER_WEIGHTS not in sizes:
         raise AdapterError(
             source,
             f"holds {PICKLE}, a pickle, which can run code and is never loaded",
-            remedy=f"convert it in its folder, which runs none: {CONVERT}",
+            remedy=f"convert the pickle in its folder; this command runs no code from it: {CONVERT}",
         )
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if name not in sizes:

@@ -1,11 +1,11 @@
-"""Weights in host memory, whatever they are."""
+"""A cache of adapter weights in host memory. Does not know what the weights are."""
 
 from collections import OrderedDict
 from typing import Any
 
 
 class HostTier:
-    """Weights by their identity in host memory, up to a budget, least recently used first out."""
+    """Caches weights by their identity, up to `budget_bytes`. Evicts the least recently used first."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes, self.num_bytes = budget_bytes, 0
@@ -21,7 +21,7 @@ class HostTier:
         return self._held[key][0]
 
     def put(self, key: str, weights: Any, num_bytes: int) -> None:
-        """What is larger than the budget is not held."""
+        """Cache the weights, and evict others where needed. Weights larger than the budget are not cached."""
         self.drop(key)
         if num_bytes > self.budget_bytes:
             return

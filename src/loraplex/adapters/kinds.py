@@ -1,11 +1,11 @@
-"""What an adapter asks of a backend beyond plain LoRA on linear layers."""
+"""The kinds of adapter: what an adapter may need from a backend."""
 
 from collections.abc import Mapping
 
 from loraplex.adapters.peft_config import PeftConfig
 from loraplex.adapters.weights import AdapterWeights
 
-# kind -> in words, with the key of adapter_config.json that brings it
+# kind -> description, with the key of adapter_config.json that causes it
 KINDS: Mapping[str, str] = {
     "lora": "LoRA on linear layers, of any rank, beside each other",
     "alora": "aLoRA (`alora_invocation_tokens`)",
@@ -22,7 +22,7 @@ KINDS: Mapping[str, str] = {
 
 
 def kinds_of(config: PeftConfig, weights: AdapterWeights) -> frozenset[str]:
-    """By the config where that alone makes PEFT treat it otherwise, whatever the tensors are."""
+    """Return the adapter's kinds. Where the config alone changes what PEFT does, the tensors do not matter."""
     has = {
         "lora": bool(weights.modules),
         "alora": config.invocation_tokens is not None,

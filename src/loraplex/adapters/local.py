@@ -1,4 +1,4 @@
-"""Adapters on this machine: folders and archives below the adapter roots."""
+"""Finds adapters on this machine: folders and archives below the adapter roots."""
 
 import os
 from collections.abc import Sequence
@@ -11,13 +11,15 @@ from loraplex.errors import AdapterError
 
 
 def from_roots(given: str, roots: Sequence[Path], cache_dir: Path, limits: SourceLimits) -> ResolvedSource:
-    """The adapter at a path below one of `roots`, symlinks followed. AdapterError: it lies elsewhere, or is none."""
+    """Return the adapter at a path below one of `roots`, after following symlinks.
+
+    Raises AdapterError where the path lies outside the roots, or holds no adapter."""
     tops = [os.path.realpath(root) for root in roots]
 
     def inside(path: str | Path) -> bool:
         return any(Path(os.path.realpath(path)).is_relative_to(top) for top in tops)
 
-    # Where it is comes before whether it is, so that nobody learns what lies elsewhere.
+    # Check the location before the existence, so that no client learns which files exist outside the roots.
     candidates = [path for root in roots if inside(path := Path(os.path.abspath(root)) / given)]
     if not candidates:
         raise AdapterError(
@@ -42,7 +44,7 @@ def from_roots(given: str, roots: Sequence[Path], cache_dir: Path, limits: Sourc
             if not inside(path / name):
                 raise AdapterError(
                     given,
-                    f"its {name} is a link that leads out of the adapter roots",
+                    f"its {name} is a link that points outside the adapter roots",
                     remedy="copy the file there, or start with --adapter-root DIR, a folder that holds it too",
                 )
     check(given, sizes_of(path), limits)

@@ -1,4 +1,4 @@
-"""The names of adapters: which version answers for each, and what state it is in."""
+"""Adapter names: the version that answers for each, and the state of each. Loads nothing."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -13,8 +13,11 @@ State = Literal["registered", "loading", "ready", "failed", "draining"]
 
 @dataclass(slots=True, eq=False)
 class Entry(Generic[Version]):
-    """A name. `live` answers until another version has proved itself; `error` says why the last load of its source, or
-    of what was to replace it, failed."""
+    """One adapter name.
+
+    live:   the version that answers, until a new version is proven.
+    error:  why the last load failed, whether of `source` or of its replacement.
+    """
 
     name: str
     source: AdapterSource
@@ -23,25 +26,25 @@ class Entry(Generic[Version]):
     is_pinned: bool = False
     is_registered: bool = False  # known without having been loaded
     is_leaving: bool = False
-    num_loading: int = 0  # loads that run or wait for the lock
+    num_loading: int = 0  # loads that run or wait for `lock`
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one load or unload at a time
-    first_load: "asyncio.Task[None] | None" = None  # while it runs
-    retiring: "set[asyncio.Task[None]]" = field(default_factory=set)  # until the last lease of an older version
+    first_load: "asyncio.Task[None] | None" = None  # set while it runs
+    retiring: "set[asyncio.Task[None]]" = field(default_factory=set)  # wait for the last leases of older versions
 
     @property
     def is_broken(self) -> bool:
-        """Its files are wrong, so it is not tried again unless somebody loads it."""
+        """Whether the files are wrong. Requests do not load such an adapter again; only an explicit load does."""
         return self.live is None and isinstance(self.error, ConfigurationError)
 
     @property
     def is_wanted(self) -> bool:
-        """False for a new name whose load failed: such a name is not known."""
+        """Whether to keep the entry. False for a new name whose load failed: such a name is not known."""
         is_busy = self.num_loading > 0 or self.first_load is not None or self.is_leaving
         return self.is_registered or self.live is not None or is_busy
 
     @property
     def is_asked(self) -> bool:
-        """Whether requests find it."""
+        """Whether requests find the name."""
         return not self.is_leaving and (self.live is not None or self.is_registered)
 
     @property
@@ -56,7 +59,7 @@ class Entry(Generic[Version]):
 
 
 class Names(Generic[Version]):
-    """All entries, in the order in which they came."""
+    """All entries, in the order in which they were added."""
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry[Version]] = {}
@@ -65,39 +68,39 @@ class Names(Generic[Version]):
         return tuple(self._entries.values())
 
     def asked(self) -> tuple[str, ...]:
-        """The names that can be asked: not those that are being unloaded, or loaded for the first time."""
+        """Return the names that requests find: live or registered, and not being unloaded."""
         return tuple(entry.name for entry in self._entries.values() if entry.is_asked)
 
     def knows(self, name: str) -> bool:
-        """Whether the name can be asked."""
+        """Return whether requests find the name."""
         entry = self._entries.get(name)
         return entry is not None and entry.is_asked
 
     def get(self, name: str) -> Entry[Version] | None:
-        """None where there is none, or it is being unloaded."""
+        """Return the entry of a name; None where there is none, or it is being unloaded."""
         entry = self._entries.get(name)
         return None if entry is None or entry.is_leaving else entry
 
     def entry(self, name: str) -> Entry[Version]:
-        """UnknownClassifierError where there is none, or it is being unloaded."""
+        """Return the entry of a name. Raises UnknownClassifierError where there is none, or it is being unloaded."""
         entry = self.get(name)
         if entry is None:
             raise UnknownClassifierError(name, [one.name for one in self.entries() if not one.is_leaving])
         return entry
 
     def add(self, entry: Entry[Version]) -> Entry[Version]:
-        """A new name, or one whose entry is being unloaded."""
+        """Add the entry of a new name, or of a name whose entry is being unloaded."""
         assert self.get(entry.name) is None, f"{entry.name} is known"
         self._entries[entry.name] = entry
         return entry
 
     def discard(self, entry: Entry[Version]) -> None:
-        """Unless another entry has its name by now."""
+        """Remove the entry, unless another entry has its name by now."""
         if self._entries.get(entry.name) is entry:
             del self._entries[entry.name]
 
     def is_pinned(self, kv_id: str) -> bool:
-        """Whether some name that has these weights is pinned: several names may have the same."""
+        """Return whether any name with these weights is pinned: several names may share weights."""
         pinned = (entry.live for entry in self._entries.values() if entry.is_pinned)
         return any(live is not None and live.kv_id == kv_id for live in pinned)
 

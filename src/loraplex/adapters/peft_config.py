@@ -1,4 +1,4 @@
-"""`adapter_config.json`: what PEFT means by each key, what is computed, and what is refused by name."""
+"""Reads `adapter_config.json`: what PEFT means by each key, which keys are served, and which are refused by name."""
 
 import math
 import re
@@ -18,13 +18,13 @@ Number = TypeVar("Number", int, float)
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_PATTERN_CHARS = 10_000
 
-# Keys of LoraConfig that do not change what a trained adapter computes. fan_in_fan_out says how a layer stores its
-# weight; PEFT corrects it by the layer's type, and lora_A and lora_B are stored alike either way.
+# Keys of LoraConfig that do not change what a trained adapter computes. The field fan_in_fan_out below is inert, too:
+# PEFT corrects it by the layer's type, and stores lora_A and lora_B alike in both cases.
 INERT_KEYS = frozenset(
     "auto_mapping base_model_name_or_path corda_config eva_config inference_mode loftq_config lora_dropout "
     "lora_ga_config megatron_config megatron_core peft_version qalora_group_size revision runtime_config".split()
 )
-# Keys that change the computation in a way that is not implemented: accepted only where they are not set.
+# Keys that change the computation in a way that is not implemented. They are accepted only where they are not set.
 REFUSED_KEYS = {
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA, which truncates the base's weights,",
@@ -33,16 +33,16 @@ REFUSED_KEYS = {
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
 }
-# Initialisations that leave the base as it is; what they start from is in the tensors.
+# Initialisations that do not change the base: the adapter's tensors hold their whole effect.
 INERT_INITS = ("eva", "gaussian", "mica", "orthogonal")
-# These change the base's own weights, which an adapter's file alone cannot say.
+# Initialisations that change the base's own weights. An adapter's file does not hold that change.
 BASE_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 SCORE_HEADS = ("score", "classifier")
-EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # PEFT ties these, by these names only
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # PEFT ties modules with these names only
 
 
 def _compiles(pattern: str) -> Callable[[str], str]:
-    """Checks the regular expression that PEFT makes of a value; `%s` stands for the value."""
+    """Return a validator of the regular expression that PEFT builds from a value; `%s` stands for the value."""
 
     def check(value: str) -> str:
         if len(value) > MAX_PATTERN_CHARS:
@@ -56,7 +56,7 @@ def _compiles(pattern: str) -> Callable[[str], str]:
     return check
 
 
-# What PEFT makes of a key of rank_pattern, of a layers_pattern and of a name in modules_to_save.
+# The expressions that PEFT builds from a key of rank_pattern, from layers_pattern, and from a name in modules_to_save.
 PATTERN_KEY, LAYERS, SAVED = r"(.*\.)?(%s)$", r"(?:^|.*?\.)%s\.(?P<idx>\d+)\.", r"(^|.*\.)%s($|\..*)"
 PatternKey = Annotated[str, AfterValidator(_compiles("%s")), AfterValidator(_compiles(PATTERN_KEY))]
 LayersPattern = Annotated[str, AfterValidator(_compiles(LAYERS))]
@@ -69,7 +69,7 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class PeftConfig(BaseModel):
-    """The keys of `adapter_config.json` that are read, as PEFT's LoraConfig means them."""
+    """The keys of `adapter_config.json` that are read. They mean what they mean in PEFT's LoraConfig."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
@@ -93,18 +93,18 @@ class PeftConfig(BaseModel):
     ensure_weight_tying: Flag = False
     init_lora_weights: bool | str | None = True
     alora_invocation_tokens: list[Annotated[int, Field(ge=0)]] | None = None
-    # These change how an adapter is trained; at inference it is plain LoRA.
+    # These keys change how an adapter is trained; at inference the adapter is plain LoRA.
     velora_config: dict[str, Any] | None = None
     monteclora_config: dict[str, Any] | None = None
 
     @property
     def invocation_tokens(self) -> tuple[int, ...] | None:
-        """None for an empty list too: PEFT then trains and runs plain LoRA."""
+        """The aLoRA invocation tokens. None also for an empty list: PEFT then trains and runs plain LoRA."""
         return tuple(self.alora_invocation_tokens or ()) or None
 
     @property
     def variants(self) -> list[str]:
-        """The variants of LoRA that are switched on. PEFT combines none with another."""
+        """The variants of LoRA that are switched on. PEFT does not combine two variants."""
         keys = ("use_dora", "alora_invocation_tokens", "velora_config", "monteclora_config")
         active = [key for key in keys if getattr(self, key)]
         return [*active, "init_lora_weights"] if self.init_lora_weights == "mica" else active
@@ -114,13 +114,13 @@ class PeftConfig(BaseModel):
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     def rank_and_scaling(self, path: str) -> tuple[int, float]:
-        """The first pattern that matches the path's end wins, else r and lora_alpha."""
+        """Return a layer's rank and scaling. The first pattern that matches the path's end beats r and lora_alpha."""
         rank = _pick(self._ranks, path, self.r)
         alpha = _pick(self._alphas, path, self.lora_alpha)
         return rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, path: str, is_linear: bool) -> bool:
-        """Whether the layer gets LoRA; `is_linear` for those that "all-linear" means, which the head is not."""
+        """Return whether the layer gets LoRA. is_linear: whether "all-linear" includes it; the head is not included."""
         if self.exclude_modules and _is_named(path, self.exclude_modules):
             return False
         if any(pattern.match(path) for pattern in self._saved):
@@ -134,12 +134,12 @@ class PeftConfig(BaseModel):
         return self._is_transformed(path)
 
     def saves(self, path: str) -> bool:
-        """Whether the module is trained in full. PEFT compares the ends of the texts, dots or not."""
+        """Return whether the module is trained in full. PEFT compares the ends of strings, not whole path parts."""
         return any(path.endswith(name) for name in self.modules_to_save or ())
 
     @property
     def ties_saved(self) -> bool:
-        """Whether a tied head follows the saved embedding (where the base is tied at all)."""
+        """Whether a tied head uses the saved embedding. Matters only where the base is tied."""
         names = {name.split(".")[-1] for name in self.modules_to_save or ()}
         return self.ensure_weight_tying and not names.isdisjoint(EMBEDDING_NAMES)
 
@@ -156,7 +156,7 @@ class PeftConfig(BaseModel):
         layers = self.layers_to_transform
         if layers is None or layers == []:
             return True
-        # The first number that follows, not the last: an expert's index is no layer's.
+        # Take the first number in the path, not the last, which may be an expert's index.
         match = next((found for pattern in self._layers if (found := pattern.match(path))), None)
         index = match.groupdict().get("idx") if match else None
         return index is not None and int(index) in ([layers] if isinstance(layers, int) else layers)
@@ -189,7 +189,9 @@ class PeftConfig(BaseModel):
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
-    """Every key is read, inert, or refused by name; so are the combinations that PEFT itself rejects or gets wrong."""
+    """Read the config of the adapter in `folder`. Every key is read, known to be inert, or refused by name.
+
+    Raises AdapterError, also for combinations of keys that PEFT rejects or computes wrongly."""
     path = folder / ADAPTER_CONFIG
     try:
         size = path.stat().st_size
@@ -222,7 +224,7 @@ def refused(folder: Path, key: str, message: str, remedy: str) -> AdapterError:
 
 
 def short(value: object) -> str:
-    """For messages: what a file holds may be megabytes long."""
+    """Return `repr(value)`, cut for a message: a value in a file may be megabytes long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
@@ -278,7 +280,7 @@ def _is_named(path: str, names: str | list[str]) -> bool:
 
 
 def token_targets(config: PeftConfig, embedding: str | None) -> Mapping[str, list[int]]:
-    """End of a path -> token ids. A bare list means the base's token embedding."""
+    """Return end of a path -> token ids. A bare list applies to the base's token embedding."""
     tokens = config.trainable_token_indices
     if isinstance(tokens, list):
         return {} if embedding is None else {embedding: tokens}

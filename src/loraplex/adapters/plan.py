@@ -1,5 +1,5 @@
-"""The tensors that a config demands of an adapter's file for a given base, and what they become. Knows PEFT's names
-for them; reads nothing."""
+"""Lists the tensors that a config requires in an adapter's file for a given base, and assembles the adapter from them.
+Knows PEFT's tensor names; reads no files."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loraplex.errors import AdapterError
 
 Shape = tuple[int, ...]
-Tensors = Mapping[str, torch.Tensor]  # names are those of the file without PEFT's prefix
+Tensors = Mapping[str, torch.Tensor]  # by name in the file, without PEFT's prefix
 
 WRONG_BASE = "serve the adapter on the base it was trained on"
 SAVE_AGAIN = "save the adapter again, config and weights together"
@@ -22,7 +22,7 @@ TRAIN_PLAINER = "train the adapter without it"
 
 LORA_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B")
 MAGNITUDE, ROWS = "lora_magnitude_vector", "token_adapter.trainable_tokens_delta"
-# What VeLoRA and MonteCLoRA train with and PEFT does not look at when it answers.
+# Tensors that VeLoRA and MonteCLoRA use in training. PEFT ignores them at inference.
 TRAINING_STATE = {
     "velora_config": ("lora_velora_embed",),
     "monteclora_config": tuple(
@@ -39,7 +39,7 @@ class Required(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Plan:
-    """What must be in the file, what may be, and of that what is not looked at."""
+    """The tensors that a file must hold, those that it may hold, and those that are ignored (`unused`)."""
 
     folder: Path
     config: PeftConfig
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def output(self) -> str | None:
-        """A classifier has its own head in place of the base's."""
+        """Path of the output head; None for a classifier, which has its own head in place of the base's."""
         return None if self.is_classifier else self.layers.output
 
     @property
@@ -68,18 +68,18 @@ class Plan:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Path -> shape of the weight, as PEFT saves it, of what is saved or has rows replaced."""
+        """Path -> shape of the weight, as PEFT saves it, for the embeddings and the output head."""
         heads = {} if self.output is None else {self.output: self.layers.output_shape}
         return {**self.layers.embeddings, **heads}
 
     @property
     def shares_rows(self) -> bool:
-        """Whether the tied head takes the embedding's token rows."""
+        """Whether the tied head uses the embedding's token rows."""
         rows = self.token_ids.get(self.embedding or "")
         return self.is_tied and rows is not None and self.token_ids.get(self.output or "") == rows
 
     def copy_name(self, path: str) -> str:
-        """The name under which PEFT puts the base's own weight, by what it wrapped the layer in."""
+        """Return the name under which PEFT stores the base's own weight. It depends on how PEFT wrapped the layer."""
         if path in self.scaling:
             return f"{path}.base_layer.weight"
         if path in self.saved:
@@ -97,8 +97,9 @@ class Plan:
 
 
 def make_plan(folder: Path, config: PeftConfig, layers: BaseLayers, found: Mapping[str, Shape]) -> Plan:
-    """The plan for a file that holds `found`. AdapterError where PEFT would not load the config onto this base, or
-    where it asks for what is not supported."""
+    """Return the plan for a file that holds the tensors `found` (name -> shape).
+
+    Raises AdapterError where PEFT would not load the config onto this base, or where the config is not supported."""
     heads = [head for head in SCORE_HEADS if f"{head}.weight" in found]
     is_classifier = config.task_type == "SEQ_CLS" or (
         config.task_type is None and any(config.saves(head) for head in heads)
@@ -124,7 +125,7 @@ def _plan_saved(plan: Plan) -> None:
     for name in config.modules_to_save or ():
         if not any(path.endswith(name) for path in known):
             raise plan.refuse(
-                "modules_to_save", f"{short(name)} is none of what may be trained in full: {', '.join(known)}"
+                "modules_to_save", f"{short(name)} may not be trained in full; only {', '.join(known)} may"
             )
     for path in layers.linear:
         if config.saves(path):
@@ -137,7 +138,7 @@ def _plan_saved(plan: Plan) -> None:
     for path in sorted(plan.saved):
         reason = f"{ADAPTER_CONFIG} names {path} in modules_to_save"
         plan.require(f"{path}.weight", plan.shapes[path], reason)
-        # With save_embedding_layers PEFT writes the same once more, and does not read it.
+        # With save_embedding_layers PEFT writes these as well, and never reads them.
         unused: dict[str, Shape] = {f"{path}.modules_to_save.weight": plan.shapes[path]}
         if path in layers.biases:
             shape = plan.shapes[path][:1]
@@ -158,7 +159,7 @@ def _plan_lora(plan: Plan) -> None:
     if is_tied:
         targeted |= {path for path in (plan.embedding, plan.output) if path is not None}
     if not targeted:
-        raise plan.refuse("target_modules", f"{short(config.target_modules)} is no layer of the base", WRONG_BASE)
+        raise plan.refuse("target_modules", f"{short(config.target_modules)} names no layer of the base", WRONG_BASE)
     for path in sorted(targeted):
         reason = f"{ADAPTER_CONFIG} targets {path}"
         rank, plan.scaling[path] = config.rank_and_scaling(path)
@@ -170,7 +171,7 @@ def _plan_lora(plan: Plan) -> None:
             num_magnitudes = dim
         else:
             if is_tied and path == plan.output:
-                rank, _ = config.rank_and_scaling(plan.embedding or "")  # it has the embedding's matrices
+                rank, _ = config.rank_and_scaling(plan.embedding or "")  # the tied head has the embedding's matrices
             num_magnitudes, in_features = linear[path]
             plan.require(f"{path}.lora_A.weight", (rank, in_features), reason)
             plan.require(f"{path}.lora_B.weight", (num_magnitudes, rank), reason)
@@ -205,14 +206,14 @@ def _plan_biases(plan: Plan) -> None:
         shape = (layers.linear[path][0] if path in layers.linear else layers.output_shape[0],)
         if config.bias == "all" or (config.bias == "lora_only" and path in plan.scaling):
             plan.require(plan.bias_name(path), shape, f"{ADAPTER_CONFIG} has bias {config.bias!r}")
-        elif path == plan.output:  # copied from the base, with its weight
+        elif path == plan.output:  # PEFT stores the base's bias beside the base's weight
             plan.optional[plan.bias_name(path)] = shape
 
 
 def _plan_token_rows(plan: Plan) -> None:
     key, config, layers = "trainable_token_indices", plan.config, plan.layers
     if config.trainable_token_indices is not None and plan.embedding is None:
-        raise plan.refuse(key, "the base has no token embedding that is known", WRONG_BASE)
+        raise plan.refuse(key, "the base has no known token embedding", WRONG_BASE)
     for name, ids in token_targets(config, plan.embedding).items():
         matched = [path for path in plan.shapes if path.endswith(name)]
         if not matched or any(path.endswith(name) for path in layers.linear):
@@ -231,7 +232,7 @@ def _plan_token_rows(plan: Plan) -> None:
     for path, row_ids in plan.token_ids.items():
         _check_token_rows(plan, path)
         shape = (len(row_ids), plan.shapes[path][1])
-        # With save_embedding_layers PEFT writes these too, and does not read them.
+        # With save_embedding_layers PEFT writes this as well, and never reads it.
         unused: dict[str, Shape] = {f"{path}.token_adapter.trainable_tokens_original": shape}
         if path == output and plan.shares_rows:
             unused[f"{path}.{ROWS}"] = shape
@@ -242,7 +243,9 @@ def _plan_token_rows(plan: Plan) -> None:
 
 
 def _check_token_rows(plan: Plan, path: str) -> None:
-    """PEFT wraps a layer for its token rows after all else, and most of what is wrapped already it takes amiss."""
+    """Raise AdapterError where PEFT cannot combine token rows with another change of the same layer.
+
+    PEFT wraps a layer for its token rows last, and rejects or damages most layers that are wrapped already."""
     key = "trainable_token_indices"
     if path in plan.saved:
         raise plan.refuse(key, f"PEFT does not combine it with modules_to_save on {path}")
@@ -253,8 +256,8 @@ def _check_token_rows(plan: Plan, path: str) -> None:
 
 
 def _plan_base_copies(plan: Plan) -> None:
-    """PEFT stores the base's embedding and head beside LoRA on either, and with save_embedding_layers, and puts them
-    in place of the base's when it loads."""
+    """Allow copies of the base's embedding and head. PEFT stores both beside LoRA on either, and with
+    save_embedding_layers. When PEFT loads the adapter, the copies replace the base's weights."""
     for path in (plan.embedding, plan.output):
         if path is not None:
             plan.optional.setdefault(plan.copy_name(path), plan.shapes[path])
@@ -271,12 +274,14 @@ def _plan_score(plan: Plan, heads: list[str], found: Mapping[str, Shape]) -> Non
     plan.score_head = heads[0]
     shape = found[f"{plan.score_head}.weight"]
     num_labels = max(shape[0], 1) if shape else 1
-    plan.require(f"{plan.score_head}.weight", (num_labels, plan.layers.hidden_size), "it is the classification head")
+    plan.require(
+        f"{plan.score_head}.weight", (num_labels, plan.layers.hidden_size), "the classification head needs this tensor"
+    )
     plan.optional[f"{plan.score_head}.bias"] = (num_labels,)
 
 
 def assemble(plan: Plan, tensors: Tensors) -> AdapterWeights:
-    """The adapter of the tensors that a plan asked for; `kv_id` is left empty."""
+    """Build the adapter from the tensors that the plan asked for. `kv_id` is left empty."""
     loras = {path: _lora(plan, path, tensors) for path in plan.scaling}
     output = loras.pop(plan.output or "", None)
     embeddings = {path: loras.pop(path) for path in plan.layers.embeddings if path in loras}
@@ -317,10 +322,10 @@ def _lora(plan: Plan, path: str, tensors: Tensors) -> LoRAWeights:
 
 
 def _saved(plan: Plan, tensors: Tensors) -> dict[str, SavedModule]:
-    """What is trained in full, and what the file has in place of the base's own weights."""
+    """Return the modules trained in full, and the file's copies of the base's embedding and head."""
     pair = [path for path in (plan.embedding, plan.output) if path is not None]
     copies = {path: tensors[name] for path in pair if (name := plan.copy_name(path)) in tensors}
-    if plan.is_tied and copies:  # one parameter in PEFT: whichever is replaced, both are
+    if plan.is_tied and copies:  # one parameter in PEFT: a copy of either replaces both
         _check_equal(plan, "copies", zip(list(copies.values())[:-1], list(copies.values())[1:], strict=True))
         copies = dict.fromkeys(pair, next(iter(copies.values())))
     saved = {path: SavedModule(weight=weight) for path, weight in copies.items()}
@@ -337,7 +342,7 @@ def _module(path: str, tensors: Tensors) -> SavedModule:
 
 
 def _check_equal(plan: Plan, what: str, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """PEFT loads tied tensors one after the other into one place, so other than equal they do not answer as trained."""
+    """Raise AdapterError where tied tensors differ: PEFT loads both into one parameter, so the first would be lost."""
     for one, other in pairs:
         if not torch.equal(one, other):
             raise AdapterError(
@@ -348,7 +353,7 @@ def _check_equal(plan: Plan, what: str, pairs: Iterable[tuple[torch.Tensor, torc
 
 
 def explain(plan: Plan, name: str) -> str:
-    """Why a tensor that is in the file has no place in the plan."""
+    """Return why the plan does not expect a tensor that is in the file."""
     config, layers = plan.config, plan.layers
     for part in (*LORA_PARTS, MAGNITUDE):
         path = name.removesuffix(f".{part}")
@@ -360,7 +365,11 @@ def explain(plan: Plan, name: str) -> str:
             return f"{ADAPTER_CONFIG} does not target that layer"
         if part == MAGNITUDE:
             return f"{ADAPTER_CONFIG} does not say use_dora"
-        return f"{ADAPTER_CONFIG} does not say lora_bias" if part == "lora_B.bias" else "another kind of layer has it"
+        return (
+            f"{ADAPTER_CONFIG} does not say lora_bias"
+            if part == "lora_B.bias"
+            else "only another kind of layer has this tensor"
+        )
     path, _, part = name.rpartition(".")
     path = path.removesuffix(".base_layer")
     if part == "bias" and path in layers.other_biases:
@@ -371,4 +380,4 @@ def explain(plan: Plan, name: str) -> str:
         return f"{ADAPTER_CONFIG} does not name that layer in trainable_token_indices"
     if part == "weight":
         return "only an embedding, the output head and a classification head may be trained in full"
-    return "it is not known, so it may change the answers"
+    return "the tensor is unknown, and may change the answers"

@@ -1,5 +1,5 @@
-"""Where the weights of adapter versions are: on disk, in host memory, in a slot of the device. Runs on one event loop;
-what blocks runs in threads. Knows no tensors."""
+"""Moves the weights of adapter versions between disk, host memory and the device's slots. Runs on one event loop;
+blocking work runs in threads. Knows no tensors."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Resident(Protocol):
-    """What has to be known of an adapter's version."""
+    """What Residence needs to know about an adapter version."""
 
     @property
     def source(self) -> AdapterSource: ...
@@ -31,7 +31,7 @@ class Resident(Protocol):
 
     @property
     def kv_id(self) -> str:
-        """Identity of its weights: versions that differ in their contract only share host memory and slot."""
+        """Identity of the weights. Versions that differ only in their contract share host memory and slot."""
         ...
 
     @property
@@ -49,12 +49,12 @@ Read = TypeVar("Read", bound=Resident, covariant=True)
 
 class Reader(Protocol[Read]):
     def read(self, source: AdapterSource) -> tuple[Read, Any]:
-        """A version and its weights, from disk; several threads may read at once. LoraplexError says what is wrong."""
+        """Read a version and its weights from disk. Called from several threads. Raises LoraplexError on failure."""
         ...
 
 
 class Device(Protocol):
-    """Called on one thread, in order."""
+    """Puts weights into slots. Called on one thread, in order."""
 
     def set_slot(self, slot: int, folder: Path, weights: Any) -> None: ...
 
@@ -62,7 +62,7 @@ class Device(Protocol):
 
 
 class Lease(Generic[Version]):
-    """A version in its slot, until `release`, which may be called twice."""
+    """Keeps a version in its slot until `release`. A second `release` does nothing."""
 
     def __init__(self, version: Version, slot: int, release: Callable[[Version], None]) -> None:
         self.version, self.slot, self._release = version, slot, release
@@ -75,8 +75,9 @@ class Lease(Generic[Version]):
 
 
 class Residence(Generic[Version]):
-    """Versions by their weights, and leases. A version that is leased stays in its slot and is not forgotten. All
-    methods are called on the event loop's thread. After `close` they raise NotReadyError."""
+    """Versions by their weights, and leases. A leased version stays in its slot and is not forgotten.
+
+    All methods are called on the event loop's thread. After `close`, those that read or place raise NotReadyError."""
 
     def __init__(
         self,
@@ -89,16 +90,17 @@ class Residence(Generic[Version]):
     ) -> None:
         self._reader, self._device, self.slots, self.host = reader, device, slots, host
         self._threads, self._tasks = threads, tasks
-        # Live versions by kv_id. They are held here, so that an id below is never another version's.
+        # Versions by kv_id. Holding them here keeps the ids in `_num_leases` unique.
         self._versions: defaultdict[str, list[Version]] = defaultdict(list)
-        self._num_leases: Counter[int] = Counter()  # by id() of the version, counting those that wait for theirs
-        self._waiting: dict[str, list[tuple[Version, asyncio.Future[Lease[Version]]]]] = {}  # by kv_id, while placed
-        self._reserving = asyncio.Lock()  # first come, first served
-        self._changed = asyncio.Event()  # a lease, a slot or a pin was given up
-        self.num_reads = 0  # from disk, so far
+        self._num_leases: Counter[int] = Counter()  # by id() of the version; counts waiting callers, too
+        # Callers that wait for a placement, by kv_id.
+        self._waiting: dict[str, list[tuple[Version, asyncio.Future[Lease[Version]]]]] = {}
+        self._reserving = asyncio.Lock()  # reservations are first come, first served
+        self._changed = asyncio.Event()  # set when a lease, a slot or a pin changes
+        self.num_reads = 0  # reads from disk since the start
 
     async def close(self) -> None:
-        """Whoever waits for a lease gets NotReadyError. Safe to call twice."""
+        """Stop all work. Callers that wait for a lease get NotReadyError. Safe to call twice."""
         self._changed.set()
         for _, future in (one for waiting in self._waiting.values() for one in waiting):
             if not future.done():
@@ -110,7 +112,7 @@ class Residence(Generic[Version]):
     # ------------------------------------------------------------------------------------------- versions
 
     async def read(self, source: AdapterSource) -> tuple[Version, Any]:
-        """Read a version from disk; it is held in host memory from now on, until it is forgotten."""
+        """Read a version and its weights from disk. Host memory caches the weights."""
         self.num_reads += 1
         self._tasks.check_open()
         version, weights = await self._threads.read(self._reader.read, source)
@@ -118,19 +120,19 @@ class Residence(Generic[Version]):
         return version, weights
 
     def add(self, version: Version, weights: Any) -> None:
-        """A version that was read."""
+        """Add a version that was read. Host memory caches its weights."""
         self._tasks.check_open()
         self._versions[version.kv_id].append(version)
         self.host.put(version.kv_id, weights, version.host_bytes)
 
     async def retire(self, version: Version) -> None:
-        """Forget the version when nobody leases it any more."""
+        """Wait until the version has no lease, then forget it."""
         while self._num_leases[id(version)]:
             await self._next_change()
         await self.forget(version)
 
     async def forget(self, version: Version) -> None:
-        """Nobody leases it. Free what it holds, unless another version has the same weights."""
+        """Free the memory and slot of a version without leases, unless another version has the same weights."""
         others = [one for one in self._versions[version.kv_id] if one is not version]
         self._versions[version.kv_id] = others
         if not others:
@@ -138,13 +140,13 @@ class Residence(Generic[Version]):
             await self._tasks.finish(self._tasks.spawn(self._free(version.kv_id)))
 
     def pin(self, kv_id: str, is_pinned: bool) -> None:
-        """A pinned version keeps its slot, where it has one."""
+        """Pin or unpin the slot of these weights. Does nothing where they have no slot."""
         if kv_id in self.slots:
             self.slots.pin(kv_id, is_pinned)
             self._changed.set()
 
     async def _free(self, kv_id: str) -> None:
-        while kv_id in self._waiting:  # it is being placed for nobody, or for a version that came since
+        while kv_id in self._waiting:  # these weights are being placed, perhaps for a newer version
             await self._next_change()
         if kv_id in self._versions:
             return
@@ -155,21 +157,22 @@ class Residence(Generic[Version]):
     # ------------------------------------------------------------------------------------------- leases
 
     def is_awaited(self, version: Version) -> bool:
-        """Whether its weights are on their way to the device."""
+        """Return whether the version's weights are being placed on the device now."""
         return version.kv_id in self._waiting
 
     def try_lease(self, version: Version) -> Lease[Version] | None:
-        """None also while its weights are on their way into the slot, which is its own from the start."""
+        """Return a lease where the version is in its slot, else None. None also while the weights are being placed."""
         slot = None if self.is_awaited(version) else self.slots.lease(version.kv_id)
         return None if slot is None else self._new_lease(version, slot)
 
     async def lease(self, version: Version, weights: Any = None) -> Lease[Version]:
-        """The version in a slot, placed if need be. However many wait for it, it is placed once. weights: where the
-        caller has them."""
+        """Return a lease of the version, after placing it where needed. Concurrent callers share one placement.
+
+        weights:  saves a read, where the caller has them."""
         lease = self.try_lease(version)
         if lease is not None:
             return lease
-        self._num_leases[id(version)] += 1  # it must not be forgotten while it is waited for
+        self._num_leases[id(version)] += 1  # a version that callers wait for must not be forgotten
         future: asyncio.Future[Lease[Version]] = asyncio.get_running_loop().create_future()
         if version.kv_id not in self._waiting:
             self._waiting[version.kv_id] = []
@@ -201,7 +204,7 @@ class Residence(Generic[Version]):
     # ------------------------------------------------------------------------------------------- slots
 
     async def _place(self, version: Version, weights: Any) -> None:
-        """Give it a slot, and a lease of it to everybody who waits by then."""
+        """Place the version, then give a lease to every caller that waits by then."""
         kv_id = version.kv_id
         error: LoraplexError | None = None
         try:
@@ -217,13 +220,13 @@ class Residence(Generic[Version]):
                 future.set_result(self._new_lease(one, self.slots.share(kv_id)))
             else:
                 future.set_exception(fresh(error))
-                future.exception()  # whoever waited may leave before it hears of it
+                future.exception()  # marks it as retrieved: the caller may have left
         if error is None:
             self.slots.release(kv_id)
         self._changed.set()
 
     async def _place_in_slot(self, version: Version, weights: Any) -> None:
-        """Leased once, for the caller to release."""
+        """Place the version and lease its slot once. The caller releases that lease."""
         kv_id = version.kv_id
         reserved = None
         while reserved is None:
@@ -234,7 +237,7 @@ class Residence(Generic[Version]):
                     weights = await self._read_again(version)
             async with self._reserving:
                 if self.slots.lease(kv_id) is not None:
-                    return  # it was to leave, and stays
+                    return  # the version was about to be evicted, and keeps its slot
                 if weights is not None:
                     reserved = await self._reserve(version)
         slot, evicted = reserved
@@ -268,25 +271,25 @@ class Residence(Generic[Version]):
         if num_bytes > slots.budget_bytes:
             raise AdapterError(
                 version.source.path,
-                f"needs {num_bytes} bytes on the device, where adapters have {slots.budget_bytes}",
+                f"needs {num_bytes} bytes on the device, and all adapters together may use {slots.budget_bytes}",
                 remedy="raise --adapter-memory",
             )
         if version.kv_id not in slots and not slots.fits(num_bytes):
             raise NotReadyError(
-                f"{version.source.name!r} needs {num_bytes} bytes on the device, where pinned adapters leave no room "
-                f"for it, of {slots.budget_bytes} bytes for {slots.max_slots} adapters at most",
+                f"{version.source.name!r} needs {num_bytes} bytes on the device, but pinned adapters leave too little "
+                f"room (the limits are {slots.budget_bytes} bytes and {slots.max_slots} adapters)",
                 remedy="unpin others, or raise --adapter-memory or --max-adapters",
             )
 
     async def _vacate(self, kv_id: str) -> None:
-        """The placer works in order: whoever is given the slot from now on finds it empty."""
+        """Take the slot from these weights and clear it. The placer works in order: the next owner finds it empty."""
         slot = self.slots.drop(kv_id)
         self._changed.set()
         self._tasks.check_open()
         await self._threads.place(self._device.clear_slot, slot)
 
     async def _read_again(self, version: Version) -> Any:
-        """The weights of a version that had to leave host memory, if the files still hold them."""
+        """Read weights that host memory has evicted. Raises AdapterError where the files have changed since."""
         self.num_reads += 1
         self._tasks.check_open()
         found, weights = await self._threads.read(self._reader.read, version.source)
@@ -306,7 +309,7 @@ class Residence(Generic[Version]):
         self._tasks.check_open()
 
     def check(self) -> None:
-        """Assert that nothing is under way, and that every version is held once and none is leased."""
+        """Assert that no version is being placed or leased, and that the budgets hold."""
         self.slots.check()
         assert not self._waiting, "a version is being placed"
         assert not self._num_leases, "a version is leased"
@@ -329,7 +332,7 @@ def as_error(exc: Exception, name: str) -> LoraplexError:
 
 
 def fresh(error: LoraplexError) -> LoraplexError:
-    """The same error to be kept, or raised again, without the frames that it came through, which hold weights."""
+    """Return a copy of the error without its traceback, whose frames hold weights. Keep or raise the copy."""
     found = type(error).__new__(type(error), *error.args)
     found.__dict__.update(error.__dict__)
     return found

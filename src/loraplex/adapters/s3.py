@@ -1,4 +1,4 @@
-"""Adapters in S3: folders and archives, fetched once for each version of theirs."""
+"""Fetches adapters from S3, folders and archives. Each version is fetched once."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -24,12 +24,12 @@ from loraplex.adapters.files import (
 from loraplex.bundle import CONTRACT
 from loraplex.errors import AdapterError
 
-ATTEMPTS = 5  # at taking up a download that was cut, and at one whose object changes meanwhile
+ATTEMPTS = 5  # at resuming a download that was cut, and at fetching objects that change meanwhile
 
 
 @dataclass(frozen=True, slots=True)
 class _Object:
-    """An S3 object at one point of its life, which `etag` stands for."""
+    """An S3 object at one moment; `etag` identifies its content."""
 
     bucket: str
     key: str
@@ -42,7 +42,7 @@ class _Object:
 
 
 def from_s3(bucket: str, key: str, cache_dir: Path, limits: SourceLimits, progress: Progress | None) -> ResolvedSource:
-    """The adapter in a folder, or in an archive. AdapterError: S3 does not give it."""
+    """Return the adapter in a folder or an archive. Raises AdapterError where fetching fails."""
     source = f"s3://{bucket}" + (f"/{key}" if key else "")
     try:
         import boto3
@@ -56,7 +56,7 @@ def from_s3(bucket: str, key: str, cache_dir: Path, limits: SourceLimits, progre
         return unpack(work / objects[0].name, work, source, limits) if key.endswith(ARCHIVE) else work
 
     try:
-        # A session of its own: boto3's default one may not be shared by threads.
+        # A separate session: threads may not share boto3's default one.
         client = boto3.session.Session().client("s3", config=Config(connect_timeout=10))
         for _ in range(ATTEMPTS):
             objects = _list(client, bucket, key)
@@ -72,29 +72,29 @@ def from_s3(bucket: str, key: str, cache_dir: Path, limits: SourceLimits, progre
             except ClientError as exc:
                 if exc.response["ResponseMetadata"]["HTTPStatusCode"] != 412:
                     raise
-                continue  # it changed since it was listed
+                continue  # an object changed since it was listed
             check(source, sizes_of(path), limits)
             return ResolvedSource(path=path, source=source, remote=True)
     except (AdapterError, OSError):
         raise
-    except Exception as exc:  # botocore has many kinds, and none of its own for an endpoint that is no URL or no S3
+    except Exception as exc:  # botocore raises many types, and others where the endpoint is not a URL or not S3
         status = exc.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(exc, ClientError) else None
         if status == 404:
             remedy = "check the bucket and the key"
         elif (status is not None and status < 500) or "Credentials" in type(exc).__name__:
             remedy = "check AWS_PROFILE or the AWS keys; they need s3:GetObject and s3:ListBucket"
         else:
-            remedy = "check the network, AWS_REGION and AWS_ENDPOINT_URL; then try again, it goes on where it was cut"
-        raise AdapterError(source, f"S3 did not give it: {reason_of(exc)}", remedy=remedy) from None
-    raise AdapterError(source, "changes faster than it can be fetched", remedy="try again when it is written")
+            remedy = "check the network, AWS_REGION and AWS_ENDPOINT_URL; then try again: the download resumes"
+        raise AdapterError(source, f"cannot be fetched from S3: {reason_of(exc)}", remedy=remedy) from None
+    raise AdapterError(source, "changes faster than it can be fetched", remedy="try again when the upload is complete")
 
 
 def _list(client: Any, bucket: str, key: str) -> list[_Object]:
     if key.endswith(ARCHIVE):
         head = client.head_object(Bucket=bucket, Key=key)
         return [_Object(bucket, key, head["ETag"], head["ContentLength"])]
-    # Listed rather than asked for by name: a role that may not list gets the same answer for "missing" and "forbidden",
-    # and a contract must not go missing in silence. By two prefixes, for there may be a million others.
+    # List instead of asking by name: a role that may not list gets the same answer for "missing" and "forbidden", and
+    # a missing contract must not go unnoticed. Two prefixes, because the folder may hold a million other objects.
     folder = f"{key}/" if key else ""
     pages = [
         page
@@ -110,8 +110,9 @@ def _list(client: Any, bucket: str, key: str) -> list[_Object]:
 
 
 def _download(client: Any, objects: Sequence[_Object], work: Path, progress: Progress | None) -> None:
-    """Fetch `objects` into `work` by way of `.part` files beside it, which outlive a failure and say what they are
-    part of, so that a later call asks for the rest only."""
+    """Fetch `objects` into `work`, through `.part` files beside it.
+
+    The `.part` files survive a failure and are named after key and etag, so that a later call fetches only the rest."""
     from botocore.exceptions import BotoCoreError, FlexibleChecksumError
 
     folder = work.parent / "parts"
@@ -138,7 +139,7 @@ def _download(client: Any, objects: Sequence[_Object], work: Path, progress: Pro
                             progress(before + file.tell(), total)
                         if file.tell() > one.size:
                             break
-            except BotoCoreError as exc:  # cut, or damaged
+            except BotoCoreError as exc:  # the download was cut or damaged
                 if isinstance(exc, FlexibleChecksumError):
                     part.write_bytes(b"")
                 if attempt == ATTEMPTS - 1:
@@ -147,7 +148,7 @@ def _download(client: Any, objects: Sequence[_Object], work: Path, progress: Pro
             raise AdapterError(
                 f"s3://{one.bucket}/{one.key}",
                 f"came with {part.stat().st_size:,} bytes instead of {one.size:,}",
-                remedy="try again; if it stays so, look at what stands between here and S3",
+                remedy="try again; if it happens again, check the proxies between this machine and S3",
             )
         before += one.size
     for part, one in parts.items():

@@ -1,15 +1,16 @@
-"""Which adapter version has which slot of the device: a byte budget, leases, pins, least recently used first out.
-Policy only; what a slot holds is the model's matter."""
+"""Decides which adapter version has which slot of the device, by a byte budget, leases, pins and last use. Policy only:
+does not know what a slot holds."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
 
-NO_ADAPTER = -1  # the slot of what runs on the bare base
+NO_ADAPTER = -1  # the slot of tokens that run on the bare base
 
 
 def prefix_slot(slot: int) -> int:
-    """The companion slot of an aLoRA adapter that also changes the tokens before its activation. What it saved and its
-    biases hold there; its LoRA waits for the activation."""
+    """Return the companion slot of an aLoRA adapter that also changes the tokens before its activation.
+
+    The companion slot holds the adapter's saved modules, biases and token rows, but not its LoRA."""
     return -2 - slot
 
 
@@ -19,24 +20,24 @@ class _Occupant:
     num_bytes: int
     num_leases: int = 0
     is_pinned: bool = False
-    is_leaving: bool = False  # somebody waits for this slot: no new leases
+    is_leaving: bool = False  # to be evicted for a waiting version: takes no new leases
 
 
 class SlotTable:
-    """Keys are adapter versions. A slot that is leased or pinned is not given to another.
+    """Slots by key; a key identifies a version's weights. A leased or pinned slot is never given to another key.
 
-    Where too many slots are leased, `reserve` chooses the versions used least recently to leave: they take no new
-    leases, so that adapters in constant use cannot keep the others out for ever. One key at a time waits so: until it
-    has its slot, or gives up by `keep_all`.
+    Where too many slots are leased, `reserve` marks the least recently used keys as leaving. A leaving key takes no new
+    leases, so that adapters in constant use cannot keep the others out for ever. Only one key at a time may wait like
+    this: until it has a slot, or until `keep_all` ends the wait.
     """
 
     def __init__(self, *, budget_bytes: int, max_slots: int) -> None:
         self.budget_bytes = budget_bytes
         self.max_slots = max_slots
         self.num_bytes = 0
-        self._occupants: OrderedDict[str, _Occupant] = OrderedDict()  # in order of last use
+        self._occupants: OrderedDict[str, _Occupant] = OrderedDict()  # least recently used first
         self._free: list[int] = []
-        self._num_slots = 0  # given out so far, counting those that are free again
+        self._num_slots = 0  # all slots so far, in use or free
 
     def __len__(self) -> int:
         return len(self._occupants)
@@ -48,11 +49,11 @@ class SlotTable:
         return key in self._occupants and self._occupants[key].is_pinned
 
     def is_leaving(self, key: str) -> bool:
-        """Whether somebody waits for its slot, so that it takes no new leases."""
+        """Return whether the key is to be evicted for a waiting one, so that it takes no new leases."""
         return key in self._occupants and self._occupants[key].is_leaving
 
     def fits(self, num_bytes: int) -> bool:
-        """Whether there could ever be a slot for it, as things are pinned now."""
+        """Return whether `num_bytes` could get a slot at all, with the present pins."""
         pinned = [occupant for occupant in self._occupants.values() if occupant.is_pinned]
         return (
             len(pinned) < self.max_slots
@@ -60,7 +61,7 @@ class SlotTable:
         )
 
     def lease(self, key: str) -> int | None:
-        """Its slot, which stays its own until `release`; None where it has no slot, or is to leave it."""
+        """Lease the key's slot until `release`, and return it. None where the key has no slot, or is leaving it."""
         occupant = self._occupants.get(key)
         if occupant is None or occupant.is_leaving:
             return None
@@ -69,7 +70,7 @@ class SlotTable:
         return occupant.slot
 
     def share(self, key: str) -> int:
-        """One more lease for somebody who holds one: also of a slot that is to be left."""
+        """Add a lease to a slot that is leased already, and return the slot. A leaving key may be shared, too."""
         occupant = self._occupants[key]
         assert occupant.num_leases > 0, f"nobody leases {key}"
         occupant.num_leases += 1
@@ -89,8 +90,9 @@ class SlotTable:
         occupant.is_leaving = occupant.is_leaving and not is_pinned
 
     def reserve(self, key: str, num_bytes: int) -> tuple[int, list[tuple[str, int]]] | None:
-        """A slot for `key`, leased once, and the (key, slot) pairs that have lost theirs for it. None: not now; try
-        again after a release."""
+        """Return a slot for `key`, leased once, and the (key, slot) pairs that were evicted for it.
+
+        None where there is no room now: try again after a release."""
         assert key not in self._occupants, f"{key} has a slot"
         idle = [
             (other, occupant)
@@ -118,12 +120,12 @@ class SlotTable:
         return slot, evicted
 
     def keep_all(self) -> None:
-        """Nobody waits any more: those that were to leave stay."""
+        """End the wait for a slot: leaving keys stay."""
         for occupant in self._occupants.values():
             occupant.is_leaving = False
 
     def drop(self, key: str) -> int:
-        """Take its slot, which nobody leases, from a version; returns the slot."""
+        """Take the slot from a key, and return it. The slot must not be leased."""
         occupant = self._occupants.pop(key)
         assert not occupant.num_leases, f"{key} is leased"
         self.num_bytes -= occupant.num_bytes
@@ -131,7 +133,7 @@ class SlotTable:
         return occupant.slot
 
     def _make_leave(self, num_bytes: int) -> None:
-        """Besides those that go already, choose enough of the leased ones that are used least recently."""
+        """Mark leased keys as leaving, least recently used first, until they and the idle keys make enough room."""
         num_slots, room = len(self._occupants), self.budget_bytes - self.num_bytes
         going = [occupant for occupant in self._occupants.values() if occupant.is_leaving or not occupant.num_leases]
         staying = [occupant for occupant in self._occupants.values() if occupant.num_leases and not occupant.is_leaving]
@@ -143,7 +145,7 @@ class SlotTable:
                 num_slots, room = num_slots - 1, room + occupant.num_bytes
 
     def check(self) -> None:
-        """Assert that every slot is free or has one owner, and the budgets hold."""
+        """Assert that every slot is free or has one owner, and that the budgets hold."""
         owned = [occupant.slot for occupant in self._occupants.values()]
         assert len(set(owned)) == len(owned), "a slot has two owners"
         assert sorted(owned + self._free) == list(range(self._num_slots)), "a slot is lost"

@@ -1,5 +1,5 @@
-"""Where adapters come from: a folder, an archive, `hf://…` or `s3://…` -> a verified local folder with a PEFT adapter's
-files. Knows which bytes are let in, not what they mean."""
+"""Turns a source (a folder, an archive, `hf://…` or `s3://…`) into a verified local folder with a PEFT adapter. Knows
+which files are accepted, not what they mean."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from loraplex.adapters.local import from_roots
 from loraplex.adapters.s3 import from_s3
 from loraplex.errors import AdapterError
 
-LONGEST = 4096  # characters that name a source
+LONGEST = 4096  # maximum characters of a source
 FORMS = {
     "hf": re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<folder>[\w./-]+?))?/?(@(?P<revision>[\w./-]+))?", re.ASCII),
     "s3": re.compile(r"(?P<bucket>[A-Za-z0-9._-]{3,63})(/(?P<key>[^?#]*?))?/?"),
@@ -26,14 +26,15 @@ def resolve_source(
     limits: SourceLimits = LIMITS,
     progress: Progress | None = None,
 ) -> ResolvedSource:
-    """The adapter that `source` names, as a verified local folder.
+    """Return the adapter that `source` names, as a verified local folder. Raises AdapterError, whatever is wrong.
 
-    A path must lie below one of `roots`, symlinks followed; a relative one is tried below each. What is unpacked or
-    comes from S3 is kept in `cache_dir`, the hub's files in the hub's own cache. Nothing in `cache_dir` is removed:
-    each version has a folder of its own, which may still be in use. `progress` gets the bytes so far and in all.
-    Safe to call from several threads and processes at once. Raises AdapterError, whatever is wrong."""
+    roots:      a path must lie below one of them, after following symlinks. A relative path is tried below each.
+    cache_dir:  holds what is unpacked or comes from S3. Nothing in it is removed: each version has its own folder,
+                which may still be in use. Files from the hub stay in the hub's own cache.
+    progress:   is called with the bytes so far and in all.
+    Several threads and processes may call this at the same time."""
     given = str(source)
-    if not given or len(given) > LONGEST or not given.isprintable():  # NUL, line breaks, halves of surrogate pairs
+    if not given or len(given) > LONGEST or not given.isprintable():  # NUL, line breaks, lone surrogates
         raise AdapterError(
             ascii(given[:80]),
             f"names no adapter: 1 to {LONGEST} printable characters are needed",
@@ -53,7 +54,7 @@ def resolve_source(
         if scheme == "hf":
             return from_hub(named["repo"], named.get("folder"), named.get("revision"), limits, progress)
         return from_s3(named["bucket"], named.get("key", ""), cache_dir, limits, progress)
-    except OSError as exc:  # unreadable, or no room in the cache
+    except OSError as exc:  # unreadable, or no space for the cache
         raise AdapterError(
-            given, f"cannot be read or kept: {reason_of(exc)}", remedy="check permissions and disk space"
+            given, f"cannot be read or stored: {reason_of(exc)}", remedy="check permissions and disk space"
         ) from None

@@ -1,4 +1,4 @@
-"""Work on an event loop that goes on where its caller leaves."""
+"""Tasks on an event loop that continue after their caller leaves."""
 
 import asyncio
 import logging
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tasks:
-    """Tasks of one event loop, ended together."""
+    """Tasks of one event loop; `close` ends all of them."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -21,7 +21,7 @@ class Tasks:
         return len(self._tasks)
 
     def check_open(self) -> None:
-        """NotReadyError once closed."""
+        """Raise NotReadyError once closed."""
         if self.is_closed:
             raise closed()
 
@@ -32,8 +32,9 @@ class Tasks:
         return task
 
     async def finish(self, task: "asyncio.Task[None]") -> None:
-        """Wait for a task, which goes on where the caller is cancelled. Raises what the task raised; NotReadyError
-        where it was ended by `close`."""
+        """Wait for a task, and raise what it raised. The task continues where the caller is cancelled.
+
+        Raises NotReadyError where `close` ended the task."""
         await asyncio.wait([task])
         if task.cancelled():
             raise closed()

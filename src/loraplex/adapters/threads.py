@@ -1,4 +1,4 @@
-"""The threads that read adapters and place them. They are their own: requests are tokenized in others."""
+"""The threads that read and place adapters. Other threads tokenize requests, so that neither delays the other."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,10 +9,10 @@ Result = TypeVar("Result")
 
 
 class AdapterThreads:
-    """A few readers and one placer, which works in order."""
+    """Reader threads, and one placer thread, which works in order."""
 
     def __init__(self, start_thread: Callable[[], object] = lambda: None) -> None:
-        """start_thread: called first on each of the threads."""
+        """start_thread: called first on each thread."""
         self._readers = ThreadPoolExecutor(4, "loraplex-reader", start_thread)
         self._placer = ThreadPoolExecutor(1, "loraplex-placer", start_thread)
 
@@ -20,12 +20,12 @@ class AdapterThreads:
         return await asyncio.get_running_loop().run_in_executor(self._readers, work, *args)
 
     async def place(self, work: Callable[..., None], *args: int) -> None:
-        """Once begun the work is done, also where the caller is cancelled."""
+        """Run `work` on the placer. The work is done even where the caller is cancelled."""
         done = asyncio.get_running_loop().run_in_executor(self._placer, work, *args)
-        done.add_done_callback(lambda _: done.cancelled() or done.exception())  # nobody may be left to retrieve it
+        done.add_done_callback(lambda _: done.cancelled() or done.exception())  # the caller may have left
         await asyncio.shield(done)
 
     async def close(self) -> None:
-        """Returns when the placer has ended. A reader that hangs is left behind."""
+        """Wait until the placer has ended. Readers are not waited for, because one may hang."""
         await asyncio.to_thread(self._placer.shutdown)
         self._readers.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""What an adapter is once it has been read, and what a base must say about itself so that one can be checked."""
+"""An adapter's weights in memory, and the layers of a base that an adapter is checked against."""
 
 import hashlib
 import json
@@ -11,14 +11,14 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoRAWeights:
-    """One layer's update: delta = scaling * lora_B @ lora_A. For an embedding lora_A is [rank, num_embeddings] and
-    lora_B [embedding_dim, rank]."""
+    """One layer's update: delta = scaling * lora_B @ lora_A. For an embedding, lora_A is [rank, num_embeddings] and
+    lora_B is [embedding_dim, rank]."""
 
     lora_A: torch.Tensor  # [rank, in_features]
     lora_B: torch.Tensor  # [out_features, rank]
     scaling: float
-    lora_bias: torch.Tensor | None = None  # [out_features] the bias of lora_B, as stored: it is scaled as lora_B is
-    magnitude: torch.Tensor | None = None  # [out_features] of DoRA; for an embedding [embedding_dim]
+    lora_bias: torch.Tensor | None = None  # [out_features] the bias of lora_B, unscaled: `scaling` applies to it, too
+    magnitude: torch.Tensor | None = None  # DoRA's: [out_features], or [embedding_dim]
 
     @property
     def rank(self) -> int:
@@ -26,7 +26,7 @@ class LoRAWeights:
 
     @property
     def is_zero(self) -> bool:
-        """Of a magnitude only the base's weights could tell, so one counts as a change."""
+        """Whether the layer is unchanged. A magnitude counts as a change: only the base's weights could tell."""
         delta = self.lora_A.any() and self.lora_B.any()
         bias = self.lora_bias is not None and self.lora_bias.any()
         return self.magnitude is None and not delta and not bias
@@ -34,7 +34,7 @@ class LoRAWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedModule:
-    """A module that was trained in full and replaces the base's."""
+    """A module that was trained in full. It replaces the base's."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -42,14 +42,14 @@ class SavedModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterWeights:
-    """All paths are those of the base's causal language model, for adapters that classify too (SEQ_CLS).
+    """One adapter. Paths are those of the base's causal language model, also for adapters that classify (SEQ_CLS).
 
-    The parts build on each other in this order: a saved module replaces the base's weight (and bias), a bias or token
-    rows replace a part of it, and LoRA adds to the result.
+    The parts apply in this order: a saved module replaces the base's weight (and bias), a bias or token rows replace a
+    part of the result, and LoRA adds to it.
 
-    kv_id: SHA-256, in hex, of all that changes what is computed, tensors and config.
-    invocation_tokens: the adapter acts from where they stand last in the prompt (aLoRA); None: on all of it. What is
-    not LoRA acts on all of the prompt even so.
+    kv_id:              SHA-256, in hex, of everything that changes the computation: tensors and config.
+    invocation_tokens:  LoRA acts from their last occurrence in the prompt on (aLoRA); None: on the whole prompt. The
+                        other parts act on the whole prompt in both cases.
     """
 
     modules: Mapping[str, LoRAWeights]  # linear layers, Conv1D among them in [out, in] orientation
@@ -62,12 +62,12 @@ class AdapterWeights:
     # path of an embedding or the head -> (token ids, [len(ids), hidden_size] rows that replace the weight's)
     token_rows: Mapping[str, tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=dict)
     score: SavedModule | None = None  # SEQ_CLS: the head, [num_labels, hidden_size], in place of the base's output head
-    output_path: str | None = None  # where the base has its output head
-    kinds: frozenset[str] = frozenset()  # of `adapters.kinds`: what it asks of a backend
+    output_path: str | None = None  # path of the base's output head
+    kinds: frozenset[str] = frozenset()  # what the adapter needs from a backend: see `adapters.kinds`
 
     @property
     def rank(self) -> int:
-        """The largest; 0 without LoRA."""
+        """The largest rank of any layer; 0 without LoRA."""
         return max((lora.rank for lora in self._loras()), default=0)
 
     @property
@@ -80,7 +80,8 @@ class AdapterWeights:
 
     @property
     def num_placed(self) -> int:
-        """Numbers that a slot holds: what two layers share is there twice, and so is what a prefix of its own needs."""
+        """Number of parameters that a slot holds. A tensor counts twice where two layers share it, or where the
+        companion slot holds it, too."""
         tensors = [(name, part) for name, part in self._parts() if isinstance(part, torch.Tensor)]
         is_twice = self.invocation_tokens is not None and self.changes_prefix
         prefix = ("saved ", "biases ", "token_rows ")
@@ -88,24 +89,24 @@ class AdapterWeights:
 
     @property
     def changes_prefix(self) -> bool:
-        """Whether K/V in front of an aLoRA activation differ from the base's, so that they cannot be shared."""
+        """Whether K/V before an aLoRA activation differ from the base's, so that they cannot be shared."""
         changed = {*self.embeddings, *self.saved, *self.biases, *self.token_rows} - {self.output_path}
         return bool(changed)
 
     @property
     def is_zero(self) -> bool:
-        """Whether every answer is the base's, as of an adapter that was never trained."""
+        """Whether the adapter changes nothing, like one that was never trained."""
         if self.saved or self.biases or self.token_rows or self.score is not None:
             return False
         return all(lora.is_zero for lora in self._loras())
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Each once, although two paths may share one (a tied embedding and head)."""
+        """Return each tensor once, although two paths may share one (a tied embedding and head)."""
         unique = {id(part): part for _, part in self._parts() if isinstance(part, torch.Tensor)}
         return iter(unique.values())
 
     def with_content_id(self) -> "AdapterWeights":
-        """The same with `kv_id` computed."""
+        """Return a copy with `kv_id` computed."""
         digest = hashlib.sha256(json.dumps(self.invocation_tokens).encode())
         for name, part in sorted(self._parts(), key=lambda named: named[0]):
             if isinstance(part, torch.Tensor):
@@ -116,9 +117,11 @@ class AdapterWeights:
         return replace(self, kv_id=digest.hexdigest())
 
     def without_base_copies(self, parameter: Callable[[str], torch.Tensor | None]) -> "AdapterWeights":
-        """The same without what only repeats the base's own `parameter` ("lm_head.weight" -> the tensor that is
-        served). PEFT stores such copies beside LoRA on an embedding or head and with `bias="all"`, and each would cost
-        memory and, in an embedding, a shared prefix."""
+        """Return a copy without the tensors that only repeat the base's own.
+
+        parameter:  returns the base's tensor of a name, such as "lm_head.weight"; None where the base has none.
+        PEFT stores such copies beside LoRA on an embedding or head, and with `bias="all"`. Each would cost memory and,
+        in an embedding, the shared prefix."""
 
         def repeats(name: str, tensor: torch.Tensor | None, rows: tuple[int, ...] | None = None) -> bool:
             if tensor is None:
@@ -151,7 +154,7 @@ class AdapterWeights:
             yield self.output
 
     def _parts(self) -> Iterator[tuple[str, Any]]:
-        """All that changes the computation, by a name that says what it is for."""
+        """Yield (name, part) for everything that changes the computation."""
         loras = {f"modules {path}": lora for path, lora in self.modules.items()}
         loras |= {f"embeddings {path}": lora for path, lora in self.embeddings.items()}
         loras |= {} if self.output is None else {"output": self.output}
@@ -175,16 +178,16 @@ class AdapterWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseLayers:
-    """The layers of a base's causal language model that an adapter may change, and what they look like."""
+    """The layers of a base's causal language model that an adapter may change, with their shapes."""
 
-    linear: Mapping[str, tuple[int, int]]  # path -> (out_features, in_features), Conv1D included, the head not
+    linear: Mapping[str, tuple[int, int]]  # path -> (out_features, in_features), with Conv1D, without the head
     # path -> (num_embeddings, embedding_dim), the token embedding first
     embeddings: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     output: str | None = None  # path of the output head
     output_shape: tuple[int, int] = (0, 0)  # (vocab_size, hidden_size)
-    tied: bool = False  # the head's weight is the token embedding's
-    biases: frozenset[str] = frozenset()  # linear layers, and the head, that have a bias; Conv1D included
-    other_biases: frozenset[str] = frozenset()  # other modules that have one (LayerNorm)
+    tied: bool = False  # the head shares the token embedding's weight
+    biases: frozenset[str] = frozenset()  # linear layers (with Conv1D) and the head, where they have a bias
+    other_biases: frozenset[str] = frozenset()  # other modules that have a bias (LayerNorm)
     conv1d: frozenset[str] = frozenset()
     hidden_size: int = 0
 

@@ -1,4 +1,4 @@
-"""`loraplex adapters …`: what a running server serves, and an adapter's proof before it gets there."""
+"""`loraplex adapters …`: manages the adapters of a running server, and verifies an adapter without one."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ app = typer.Typer(
 
 @app.command("list")
 def list_adapters(url: UrlOption = URL, as_json: JsonOption = False) -> None:
-    """All adapters with their states.
+    """List all adapters with their states.
 
     Example: [bold]loraplex adapters list --url http://127.0.0.1:8000[/]
     """
@@ -46,7 +46,7 @@ def list_adapters(url: UrlOption = URL, as_json: JsonOption = False) -> None:
 
 @app.command()
 def show(name: NameArgument, url: UrlOption = URL, as_json: JsonOption = False) -> None:
-    """One adapter.
+    """Show one adapter.
 
     Example: [bold]loraplex adapters show issueResolved[/]
     """
@@ -59,13 +59,15 @@ def load(
     name: NameArgument,
     source: Annotated[
         str,
-        typer.Argument(help="A path below the server's --adapter-root, hf://org/name@revision, s3://bucket/prefix."),
+        typer.Argument(help="A path below the server's --adapter-root, hf://org/name@revision or s3://bucket/prefix."),
     ],
-    pin: Annotated[bool | None, typer.Option("--pin/--no-pin", help="Keep its place on the device.")] = None,
+    pin: Annotated[
+        bool | None, typer.Option("--pin/--no-pin", help="Keep the adapter on the device. Default: unchanged.")
+    ] = None,
     url: UrlOption = URL,
     as_json: JsonOption = False,
 ) -> None:
-    """Load an adapter, or replace the one of that name while it serves.
+    """Load an adapter, or replace the adapter of this name while it serves.
 
     Example: [bold]loraplex adapters load issueResolved s3://models/issueResolved/v2[/]
     """
@@ -75,7 +77,7 @@ def load(
 
 @app.command()
 def unload(name: NameArgument, url: UrlOption = URL) -> None:
-    """Unload an adapter: returns when its last request is answered and its memory is free.
+    """Unload an adapter. Returns when its last request is answered and its memory is free.
 
     Example: [bold]loraplex adapters unload issueResolved[/]
     """
@@ -87,11 +89,11 @@ def unload(name: NameArgument, url: UrlOption = URL) -> None:
 @app.command()
 def pin(
     name: NameArgument,
-    off: Annotated[bool, typer.Option("--off", help="Unpin it.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="Unpin the adapter.")] = False,
     url: UrlOption = URL,
     as_json: JsonOption = False,
 ) -> None:
-    """Keep an adapter's place on the device.
+    """Pin an adapter: it stays on the device. With --off, unpin it.
 
     Example: [bold]loraplex adapters pin issueResolved[/]
     """
@@ -103,13 +105,13 @@ def pin(
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The adapter's folder.", show_default=False)],
     base: Annotated[
-        str | None, typer.Option(help="A base or a bundle: a folder or a hub id. Default: the folder around PATH.")
+        str | None, typer.Option(help="A base or a bundle: a folder or a hub id. Default: the parent folder of PATH.")
     ] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Compare on this text, too. Repeatable.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Also compare on this text. Repeatable.")] = None,
     peft: Annotated[bool, typer.Option("--peft/--no-peft", help="Compare with PEFT in float32.")] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove an adapter without a server: files, golden examples, and PEFT's probabilities beside ours.
+    """Verify an adapter without a server: its files, its golden examples, and its probabilities against PEFT's.
 
     Example: [bold]loraplex adapters verify examples/support_desk/bundle/issueResolved[/]
     """
@@ -126,7 +128,7 @@ def verify(
         return
     info = proof.adapter
     stdout.print(f"{path}: rank {info.rank}, {info.num_parameters:,} parameters, version {info.version}", markup=False)
-    stdout.print(f"golden examples: {proof.num_golden} right" if proof.num_golden else "golden examples: none given")
+    stdout.print(f"golden examples: {proof.num_golden} right" if proof.num_golden else "golden examples: none")
     if proof.difference is None:
         stdout.print("PEFT: not compared" + (" (pip install 'loraplex\\[train]')" if peft else ""))
     else:

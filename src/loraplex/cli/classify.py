@@ -1,4 +1,4 @@
-"""`loraplex classify`"""
+"""`loraplex classify`: classifies one conversation in this process."""
 
 import json
 import sys
@@ -26,16 +26,16 @@ from loraplex.types import ClassifyRequest, ClassifyResult, classifier_names
 def classify(
     path: PathArgument,
     stdin: Annotated[
-        str | None, typer.Argument(metavar="[-]", help="- reads the conversation from standard input.")
+        str | None, typer.Argument(metavar="[-]", help="Read the conversation from standard input.")
     ] = None,
     classifier: Annotated[
         list[str] | None,
-        typer.Option("--classifier", "-c", metavar="NAME", help="Ask this classifier. Repeatable."),
+        typer.Option("--classifier", "-c", metavar="NAME", help="Run this classifier. Repeatable."),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Ask every classifier.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Run every classifier.")] = False,
     text: Annotated[str | None, typer.Option(help="The conversation.")] = None,
     file: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text file with the conversation; - is standard input.")
+        Path | None, typer.Option(help="A UTF-8 text file with the conversation; - reads standard input.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same object as POST /v1/classify.")] = False,
     show_prompt: Annotated[
@@ -45,22 +45,20 @@ def classify(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Judge one conversation, without a server.
+    """Classify one conversation, without a server.
 
     Example: [bold]loraplex classify examples/support_desk/bundle --all --text "Customer: Thanks, that was all. Bye!"[/]
 
     Example: [bold]loraplex classify examples/support_desk/bundle -c issueResolved --json - < conversation.txt[/]
 
-    Exit code 0: every verdict was reached; 1: something failed; 2: wrong usage.
+    Exit code 0: every classifier gave a verdict; 1: something failed; 2: wrong usage.
     """
     if every == bool(classifier):
-        raise typer.BadParameter(
-            "name classifiers with --classifier, or ask --all of them", param_hint="--classifier/--all"
-        )
+        raise typer.BadParameter("name classifiers with --classifier, or give --all", param_hint="--classifier/--all")
     if sum(source is not None for source in (stdin, text, file)) != 1:
-        raise typer.BadParameter("give the conversation once", param_hint="--text/--file/-")
+        raise typer.BadParameter("give exactly one conversation", param_hint="--text/--file/-")
     if stdin not in (None, "-"):
-        raise typer.BadParameter(f"{stdin!r}: only - may stand here; text goes after --text", param_hint="[-]")
+        raise typer.BadParameter(f"{stdin!r}: only - is accepted here; give text with --text", param_hint="[-]")
     adapters = named_adapters(adapter)
     with errors_to_exit():
         conversation = text if text is not None else _read(None if file in (None, Path("-")) else file)
@@ -87,7 +85,7 @@ def classify(
 
 
 def _read(file: Path | None) -> str:
-    """A file's text, or standard input's for None."""
+    """Return the text of `file`, or of standard input if `file` is None."""
     try:
         data = sys.stdin.buffer.read() if file is None else file.read_bytes()
         return data.decode("utf-8").rstrip("\r\n")

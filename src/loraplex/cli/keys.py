@@ -1,4 +1,4 @@
-"""`loraplex keys …`: API keys for `loraplex serve`."""
+"""`loraplex keys …`: makes API keys for `loraplex serve`."""
 
 from typing import Annotated
 
@@ -20,11 +20,13 @@ def keys() -> None:
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Option(help="Whose it is: stands in the log.", show_default=False)],
-    scope: Annotated[str, typer.Option(help="infer, or admin, which may do everything.")] = "infer",
+    name: Annotated[str, typer.Option(help="Who uses the key; the log shows this name.", show_default=False)],
+    scope: Annotated[str, typer.Option(help="infer, or admin, which allows everything.")] = "infer",
 ) -> None:
-    """Make a key. The line for `loraplex serve --api-key-file`, which holds only its hash, goes to standard output; the
-    key itself is shown once, on standard error.
+    """Make an API key.
+
+    The key is shown once, on standard error. Its line for `loraplex serve --api-key-file` goes to standard output and
+    holds only a hash.
 
     Example: [bold]loraplex keys new --name ci --scope infer >> keys.txt[/]
     """
@@ -32,5 +34,5 @@ def new(
         from loraplex.server.keys import new_key
 
         secret, line = new_key(name, scope)
-    stderr.print(f"the key, which is not shown again: {secret}", markup=False)
+    stderr.print(f"the key, shown only once: {secret}", markup=False)
     typer.echo(line)

@@ -1,4 +1,4 @@
-"""`loraplex`: gathers the commands; one file each."""
+"""`loraplex`: the command line. Gathers the commands; each has a file of its own."""
 
 import typer
 

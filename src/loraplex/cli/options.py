@@ -1,4 +1,4 @@
-"""Options and error handling that the commands share."""
+"""Options and error handling that several commands share."""
 
 import inspect
 import sys
@@ -22,16 +22,17 @@ stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatt
 
 PathArgument = Annotated[
     str,
-    typer.Argument(metavar="PATH", help="A bundle's folder, or a base: a folder or a hub id.", show_default=False),
+    typer.Argument(metavar="PATH", help="The folder of a bundle, or a base: a folder or a hub id.", show_default=False),
 ]
 AdapterOption = Annotated[
     list[str] | None,
-    typer.Option("--adapter", metavar="NAME=FOLDER", help="Serve this adapter too. Repeatable."),
+    typer.Option("--adapter", metavar="NAME=FOLDER", help="Also load this adapter. Repeatable."),
 ]
 
 
 def _setting(name: str, model: type[BaseModel]) -> Any:
-    """The option for a field of `model`: its type or None for "not given", its description and default as help."""
+    """Return the option for a field of `model`. Its help shows the field's description and default; None means not
+    given."""
     field = model.model_fields[name]
     kind: Any = field.annotation
     if get_origin(kind) is tuple:
@@ -59,7 +60,7 @@ DtypeOption = _setting("dtype", EngineConfig)
 
 
 def settings_options(*models: type[BaseModel]) -> Callable[[Command], Command]:
-    """Give a command, which takes them as `**settings`, an option for each field of `models`."""
+    """Return a decorator that adds an option for each field of `models`. The command takes them as `**settings`."""
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
@@ -77,7 +78,7 @@ def settings_options(*models: type[BaseModel]) -> Callable[[Command], Command]:
 
 @contextmanager
 def errors_to_exit() -> Iterator[None]:
-    """A LoraplexError becomes two lines on stderr and exit code 1."""
+    """Turn a LoraplexError into two lines on stderr and exit code 1."""
     try:
         yield
     except LoraplexError as exc:
@@ -93,7 +94,8 @@ def print_error(error: LoraplexError) -> None:
 
 
 def named_adapters(given: list[str] | None) -> dict[str, Path]:
-    """NAME=FOLDER options; usage error where one is not of that form or a name comes twice."""
+    """Return name -> folder from NAME=FOLDER options. Raises a usage error if an option has another form, or a name
+    comes twice."""
     adapters: dict[str, Path] = {}
     for item in given or ():
         name, separator, folder = item.partition("=")
@@ -106,7 +108,7 @@ def named_adapters(given: list[str] | None) -> dict[str, Path]:
 
 
 def quiet_libraries() -> None:
-    """Progress bars only where somebody watches."""
+    """Make transformers log errors only, and show its progress bars only on a terminal."""
     from transformers.utils import logging
 
     if not sys.stderr.isatty():

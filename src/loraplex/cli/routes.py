@@ -1,4 +1,4 @@
-"""`loraplex routes …`: names that lead to adapters by weight, and how their targets answer."""
+"""`loraplex routes …`: manages the routes of a running server, and shows how their targets answer."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from loraplex.cli.remote import URL, JsonOption, NameArgument, UrlOption, asking
 from loraplex.types import TargetStats
 
 app = typer.Typer(
-    help="Names that lead to adapters by weight: canaries, A/B tests, shadows.\n\n"
+    help="Manage routes, which split requests between adapters by weight: canaries, A/B tests, shadows.\n\n"
     "Example: [bold]loraplex routes set issueResolved issueResolved-v1=95 issueResolved-v2=5[/]",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -22,7 +22,8 @@ app = typer.Typer(
 
 
 def _weights(given: list[str]) -> dict[str, float]:
-    """TARGET or TARGET=WEIGHT; usage error where one is neither or a target comes twice."""
+    """Return target -> weight from arguments TARGET or TARGET=WEIGHT. Raises a usage error if one has another form, or
+    a target comes twice."""
     weights: dict[str, float] = {}
     for item in given:
         target, separator, text = item.rpartition("=")
@@ -46,7 +47,7 @@ def _shares(weights: Mapping[str, float]) -> str:
 
 @app.command("list")
 def list_routes(url: UrlOption = URL, as_json: JsonOption = False) -> None:
-    """All routes: where they lead, and by which share.
+    """List all routes with their targets' shares.
 
     Example: [bold]loraplex routes list[/]
     """
@@ -63,7 +64,7 @@ def list_routes(url: UrlOption = URL, as_json: JsonOption = False) -> None:
 
 @app.command()
 def show(name: NameArgument, url: UrlOption = URL, as_json: JsonOption = False) -> None:
-    """One route.
+    """Show one route.
 
     Example: [bold]loraplex routes show issueResolved[/]
     """
@@ -75,16 +76,17 @@ def show(name: NameArgument, url: UrlOption = URL, as_json: JsonOption = False) 
 def set_route(
     name: NameArgument,
     target: Annotated[
-        list[str], typer.Argument(metavar="TARGET[=WEIGHT]", help="Adapters; a weight is 1 unless given.")
+        list[str],
+        typer.Argument(metavar="TARGET[=WEIGHT]", help="Adapters that answer, and their weights. Default weight: 1."),
     ],
     shadow: Annotated[
         list[str] | None,
-        typer.Option(help="This adapter judges too; its verdicts are counted, not returned. Repeatable."),
+        typer.Option(help="Also run this adapter; its verdicts are recorded, not returned. Repeatable."),
     ] = None,
     url: UrlOption = URL,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a route, or replace what it was.
+    """Create a route, or replace it.
 
     Example: [bold]loraplex routes set issueResolved issueResolved-v1=95 issueResolved-v2=5[/]
 
@@ -97,7 +99,7 @@ def set_route(
 
 @app.command()
 def delete(name: NameArgument, url: UrlOption = URL) -> None:
-    """Delete a route; its adapters stay.
+    """Delete a route. Its adapters stay loaded.
 
     Example: [bold]loraplex routes delete issueResolved[/]
     """
@@ -108,7 +110,7 @@ def delete(name: NameArgument, url: UrlOption = URL) -> None:
 
 @app.command()
 def rollback(name: NameArgument, url: UrlOption = URL, as_json: JsonOption = False) -> None:
-    """Undo a route's last change, its deletion too.
+    """Undo the last change of a route, also its deletion.
 
     Example: [bold]loraplex routes rollback issueResolved[/]
     """
@@ -118,7 +120,7 @@ def rollback(name: NameArgument, url: UrlOption = URL, as_json: JsonOption = Fal
 
 @app.command()
 def stats(name: NameArgument, url: UrlOption = URL, as_json: JsonOption = False) -> None:
-    """How each target and shadow answers: labels, confidence, latency, agreement, and accuracy by feedback.
+    """Show how each target and shadow answers: labels, confidence, latency, agreement, and accuracy by feedback.
 
     Example: [bold]loraplex routes stats issueResolved[/]
     """
@@ -155,11 +157,11 @@ def _row(stats: TargetStats) -> tuple[str, ...]:
 @app.command()
 def feedback(
     verdict_id: Annotated[str, typer.Argument(metavar="VERDICT_ID", help="The `id` of a verdict.")],
-    label: Annotated[str, typer.Argument(metavar="LABEL", help="What it should have been.")],
+    label: Annotated[str, typer.Argument(metavar="LABEL", help="The label that the verdict should have had.")],
     url: UrlOption = URL,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what the right label of a verdict is: `stats` counts its accuracy by that.
+    """Record the right label of a verdict, for the accuracy in `stats`.
 
     Example: [bold]loraplex routes feedback cls-5f0c7d2e-0 yes[/]
     """
@@ -168,4 +170,4 @@ def feedback(
     if as_json:
         typer.echo(json.dumps({"verdict_id": verdict_id, "num_answers": num_answers}))
     else:
-        stderr.print(f"judges {num_answers} answers")
+        stderr.print(f"the label applies to {num_answers} answers")

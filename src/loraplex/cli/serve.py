@@ -1,13 +1,14 @@
-"""`loraplex serve`"""
+"""`loraplex serve`: runs the HTTP server."""
 
 import asyncio
+import json
 import logging
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Coroutine
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from pydantic import BaseModel
@@ -25,12 +26,12 @@ from loraplex.cli.options import (
 from loraplex.config import EngineConfig, ServerConfig, resolve
 from loraplex.errors import LoraplexError
 
+if TYPE_CHECKING:
+    from loraplex.service.service import Service
+
 logger = logging.getLogger(__name__)
 
-EXAMPLE = (
-    '{"input": "Customer: My order never came.\\nAgent: I sent a new one.\\nCustomer: Great, thank you, bye!", '
-    '"classifiers": "*"}'
-)
+CONVERSATION = "Customer: My order never came.\nAgent: I sent a new one.\nCustomer: Great, thank you, bye!"
 
 
 @settings_options(EngineConfig, ServerConfig)
@@ -41,11 +42,13 @@ def serve(path: PathArgument, adapter: AdapterOption = None, **settings: Any) ->
 
     Example: [bold]loraplex serve path/to/base --adapter isFraud=path/to/adapter[/]
 
-    Each option but --adapter can also stand in the environment (LORAPLEX_PORT=8000) and in the bundle's loraplex.yaml,
-    under [bold]engine:[/] or [bold]server:[/]. Options win over the environment, the environment over the file.
+    Each option except --adapter can also be set in the environment (LORAPLEX_PORT=8000), or in the bundle's
+    loraplex.yaml under [bold]engine:[/] or [bold]server:[/]. Options win over the environment; the environment wins
+    over the file.
     """
     adapters = named_adapters(adapter)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until the server takes it: a container's PID 1 ignores it
+    # Until the server handles SIGTERM: a container's PID 1 ignores signals that have no handler.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     with errors_to_exit():
         from loraplex.bundle import open_bundle
 
@@ -71,15 +74,28 @@ def serve(path: PathArgument, adapter: AdapterOption = None, **settings: Any) ->
         service = await start(bundle, engine_config, executor)
         return await start_router(service, bundle.settings.routes, *stores)
 
-    def announce() -> None:
+    def announce(router: Router) -> None:
         _say(f"ready: {url} (docs: {url}/docs). Try:", as_json)
-        typer.echo(f"curl -s {url}/v1/classify -H 'Content-Type: application/json' -d {shlex.quote(EXAMPLE)}")
+        path, body = example_request(router.service)
+        key = ' -H "Authorization: Bearer $LORAPLEX_API_KEY"' if api_keys else ""
+        typer.echo(f"curl -s {url}{path}{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}")
 
-    asyncio.run(_to_the_end(process.serve(open_router, server_config, api_keys, sock, announce), as_json))
+    asyncio.run(_serve_to_end(process.serve(open_router, server_config, api_keys, sock, announce), as_json))
 
 
-async def _to_the_end(serving: Coroutine[Any, Any, None], as_json: bool) -> NoReturn:
-    """Ends the process from within: a load or a download that hangs in a thread would keep the event loop, too."""
+def example_request(service: "Service") -> tuple[str, dict[str, Any]]:
+    """Return the path and body of a request that the service answers without loading every adapter."""
+    names = service.names()
+    if not names:
+        return "/v1/completions", {"model": service.base_name, "prompt": CONVERSATION, "max_tokens": 8}
+    loaded = [one.name for one in service.adapters() if one.on_device]
+    classifiers = "*" if set(names) <= set(loaded) else (*loaded, *names)[0]
+    return "/v1/classify", {"input": CONVERSATION, "classifiers": classifiers}
+
+
+async def _serve_to_end(serving: Coroutine[Any, Any, None], as_json: bool) -> NoReturn:
+    """Serve, then end the process with os._exit. A load or a download that hangs in a thread would otherwise keep the
+    process alive."""
     code = 1
     try:
         await serving
@@ -106,7 +122,7 @@ def _say(message: str, as_json: bool) -> None:
 
 
 def _of(model: type[BaseModel], settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of its fields that were given; a list that was not given is empty."""
+    """Return the settings that are fields of `model`. A list that was not given is empty, and becomes None."""
     return {
         name: settings[name] or None if isinstance(settings[name], list) else settings[name]
         for name in model.model_fields

@@ -1,7 +1,8 @@
-"""A running server over HTTP, with the types and errors of `loraplex` itself. Knows the API, and nothing of the server.
+"""Clients of a running server over HTTP, with Loraplex's own types and errors. They know the API, not the server.
 
-`call.py` says what is sent, `exchange.py` what becomes of it: retries, errors, answers. Both do no I/O; `Client` and
-`AsyncClient` add it."""
+`call.py` describes the requests; `exchange.py` decides on retries and reads answers and errors. Neither does I/O:
+`Client` and `AsyncClient` do.
+"""
 
 from loraplex.client.async_client import AsyncClient
 from loraplex.client.client import Client

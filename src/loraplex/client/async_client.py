@@ -1,4 +1,4 @@
-"""`AsyncClient`: `Client`, for asyncio."""
+"""`AsyncClient`: the client for asyncio."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -17,13 +17,13 @@ from loraplex.types import AdapterInfo, ClassifyResult, Input, ModelInfo, Route,
 
 
 class AsyncClient:
-    """A running server, without a thread that waits for it.
+    """Client of a running server, for asyncio.
 
         async with AsyncClient("http://127.0.0.1:8000") as client:
             (await client.classify("Customer: Thanks, that's all!"))["issueResolved"].label
 
-    Arguments, answers, errors and what is sent again are those of `Client`. A call that is cancelled closes its
-    connection, and the server drops its work.
+    Arguments, answers, errors and retries are those of `Client`. A cancelled call closes its connection, and the server
+    drops the work.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class AsyncClient:
         max_retries: int = 3,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """As `Client`."""
+        """Take the arguments of `Client`. Nothing is sent yet."""
         self._connection = Connection.to(base_url, api_key, timeout, max_retries)
         self._http = httpx.AsyncClient(transport=transport, **self._connection.options())
         self._sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -48,7 +48,7 @@ class AsyncClient:
         conversation_id: str | None = None,
         deadline_ms: float | None = None,
     ) -> ClassifyResult:
-        """As `Client.classify`: one verdict a classifier, in the order asked."""
+        """Return one verdict for each classifier, in the order requested. See `Client.classify`."""
         return await self._ask(call.classify(input, classifiers, conversation_id, deadline_ms))
 
     @overload
@@ -85,8 +85,8 @@ class AsyncClient:
         progress: bool = False,
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[ClassifyResult] | list[ClassifyResult | LoraplexError]:
-        """As `Client.classify_many`: the results in order. A generator is read on the event loop, so it should not wait
-        for anything. The first error, where it is raised, and cancellation cancel what is in flight."""
+        """Classify each conversation, and return the results in order. See `Client.classify_many`. A generator is read
+        on the event loop, so it should not block. A raised error, or a cancellation, cancels all calls in flight."""
         check(conversations, concurrency)
         names = classifier_names(classifiers)
         with progress_bar(conversations, progress) as advance:
@@ -105,59 +105,59 @@ class AsyncClient:
             return await in_tasks(classify, conversations, concurrency)
 
     async def feedback(self, verdict_id: str, label: str) -> int:
-        """As `Client.feedback`: the number of answers that the label judges."""
+        """Record a verdict's right label, and return how many answers it applies to. See `Client.feedback`."""
         return (await self._ask(call.feedback(verdict_id, label))).num_answers
 
     async def adapters(self) -> tuple[AdapterInfo, ...]:
-        """All adapters with their states."""
+        """Return all adapters with their states."""
         return (await self._ask(call.ADAPTERS)).adapters
 
     async def adapter(self, name: str) -> AdapterInfo:
-        """UnknownClassifierError: there is none of that name."""
+        """Return one adapter. Raises UnknownClassifierError if no adapter has this name."""
         return await self._ask(call.adapter(name))
 
     async def load_adapter(self, name: str, source: str | PathLike[str], *, pin: bool | None = None) -> AdapterInfo:
-        """As `Client.load_adapter`: returns when it is proven and live."""
+        """Load or replace an adapter. Returns when the new version answers. See `Client.load_adapter`."""
         return await self._ask(call.load_adapter(name, source, pin))
 
     async def unload_adapter(self, name: str) -> None:
-        """As `Client.unload_adapter`: returns when its last request is answered and its memory is free."""
+        """Unload an adapter. Returns when its memory is free. See `Client.unload_adapter`."""
         await self._ask(call.unload_adapter(name))
 
     async def pin_adapter(self, name: str, is_pinned: bool = True) -> AdapterInfo:
-        """As `Client.pin_adapter`: a pinned adapter keeps its place on the device."""
+        """Pin or unpin an adapter. A pinned adapter keeps its slot on the device. See `Client.pin_adapter`."""
         return await self._ask(call.pin_adapter(name, is_pinned))
 
     async def models(self) -> tuple[ModelInfo, ...]:
-        """The base, then all that can be named besides."""
+        """Return the base, then all routes and adapters."""
         return (await self._ask(call.MODELS)).data
 
     async def routes(self) -> tuple[Route, ...]:
-        """All routes."""
+        """Return all routes."""
         return (await self._ask(call.ROUTES)).routes
 
     async def route(self, name: str) -> Route:
-        """UnknownRouteError: there is none of that name."""
+        """Return one route. Raises UnknownRouteError if no route has this name."""
         return await self._ask(call.route(name))
 
     async def set_route(self, name: str, targets: Mapping[str, float], shadows: Iterable[str] = ()) -> Route:
-        """As `Client.set_route`: make or change a route."""
+        """Create or replace a route. See `Client.set_route`."""
         return await self._ask(call.set_route(name, targets, shadows))
 
     async def delete_route(self, name: str) -> None:
-        """UnknownRouteError: there is none of that name."""
+        """Delete a route. Raises UnknownRouteError if no route has this name."""
         await self._ask(call.delete_route(name))
 
     async def rollback_route(self, name: str) -> Route:
-        """As `Client.rollback_route`: undo its last change, its deletion too."""
+        """Undo the last change of a route, also its deletion. See `Client.rollback_route`."""
         return await self._ask(call.rollback_route(name))
 
     async def route_stats(self, name: str) -> RouteStats:
-        """As `Client.route_stats`: how each version of each target and shadow answered."""
+        """Return how each version of each target and shadow answered. See `Client.route_stats`."""
         return await self._ask(call.route_stats(name))
 
     async def ready(self) -> bool:
-        """As `Client.ready`: whether it answers requests now; never raises."""
+        """Return whether the server accepts requests now. Never raises. See `Client.ready`."""
         try:
             await self._ask(call.READY)
         except LoraplexError:
@@ -165,7 +165,8 @@ class AsyncClient:
         return True
 
     async def wait_until_ready(self, timeout: float = 60.0) -> None:
-        """As `Client.wait_until_ready`: after `timeout` seconds NotReadyError or ServerError."""
+        """Return once the server is ready. After `timeout` seconds, raises the last error. See
+        `Client.wait_until_ready`."""
         give_up = self._connection.clock() + timeout
         while True:
             try:

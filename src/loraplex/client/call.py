@@ -1,4 +1,4 @@
-"""The API's calls: what is sent, what type comes back, and what may be sent twice."""
+"""The API's calls: what is sent, which type comes back, and what may be sent twice. Does no I/O."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -25,12 +25,12 @@ Answer = TypeVar("Answer")
 class Call(Generic[Answer]):
     """One request.
 
-    answer:       the type of its JSON.
-    is_safe:      it changes nothing, so it may be sent again although it may have been carried out.
-    is_once:      sent again only where it did not get there: done twice it would be something else.
-    is_slow:      loads or drains, and so takes as long as it takes.
-    is_probe:     asked once and briefly: "no" is an answer.
-    deadline_ms:  for all attempts together.
+    answer:       the type of its JSON answer.
+    is_safe:      changes nothing, so it may be sent again even if the server has already carried it out.
+    is_once:      sent again only if the server cannot have carried it out, because a second time would do more.
+    is_slow:      loads or drains an adapter, so an attempt has no timeout.
+    is_probe:     sent once, with a short timeout: "no" is an answer.
+    deadline_ms:  milliseconds for all attempts together.
     """
 
     method: str
@@ -64,7 +64,7 @@ class Feedback:
     num_answers: int
 
 
-Done = dict[str, Any]  # that it came says all
+Done = dict[str, Any]  # an answer without further meaning
 
 
 def _path(kind: str, name: str, *rest: str) -> str:

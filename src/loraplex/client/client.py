@@ -1,4 +1,4 @@
-"""`Client`: a server, asked and waited for."""
+"""`Client`: the client that blocks until the server answers."""
 
 import threading
 import time
@@ -18,23 +18,24 @@ from loraplex.types import AdapterInfo, ClassifyResult, Input, ModelInfo, Route,
 
 
 class Client:
-    """A running server.
+    """Client of a running server.
 
         with Client("http://127.0.0.1:8000") as client:
             client.classify("Customer: Thanks, that's all!")["issueResolved"].label
 
     base_url:     default: LORAPLEX_URL, else http://127.0.0.1:8000.
     api_key:      default: LORAPLEX_API_KEY.
-    timeout:      seconds that one attempt may take until its answer; None: as long as it takes. Loading, pinning and
-                  unloading adapters always take as long as they take.
-    max_retries:  further attempts, after waits that double and are random, and not before the server's Retry-After.
-                  Everything is repeated that did not reach the server or that it refused for now (429, 503). What
-                  changes nothing is also repeated where an answer did not come, or came from a proxy (502).
-    transport:    of httpx, in place of its own.
+    timeout:      seconds to wait for the answer to one attempt; None: no limit. Loading, pinning and unloading adapters
+                  never time out.
+    max_retries:  further attempts. The waits between them are random and grow. They are not shorter than the server's
+                  Retry-After, up to 30 seconds. A request is retried if it did not reach the server, or was refused for
+                  now (429, 503). A call that changes nothing is also retried if no answer came, or if a proxy answered
+                  502. `rollback_route` is not retried after a 503.
+    transport:    an httpx transport to use instead of the default.
 
-    Calls may come from several threads. Each raises what the server answered as the class of `loraplex.errors` that has
-    its code: UnauthorizedError, NotReadyError, QueueFullError, …, with its `status`. A code that is not known here is a
-    ServerError; so is no answer (`unreachable`), and one that is not Loraplex's (`not_loraplex`).
+    Several threads may call. A server's error is raised as the class of `loraplex.errors` with its code, such as
+    UnauthorizedError, NotReadyError or QueueFullError. Its `status` is the HTTP status. ServerError stands for a code
+    that is not known here, no answer (`unreachable`), or an answer that is not Loraplex's (`not_loraplex`).
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Client:
         max_retries: int = 3,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """ConfigurationError: the URL or the key cannot be one. Nothing is sent yet."""
+        """Raises ConfigurationError if the URL or the key cannot be one. Nothing is sent yet."""
         self._connection = Connection.to(base_url, api_key, timeout, max_retries)
         self._http = httpx.Client(transport=transport, **self._connection.options())
         self._sleep: Callable[[float], None] = time.sleep
@@ -59,14 +60,17 @@ class Client:
         conversation_id: str | None = None,
         deadline_ms: float | None = None,
     ) -> ClassifyResult:
-        """One verdict a classifier, in the order asked; one that fails beside others has its `error`.
+        """Return one verdict for each classifier, in the order requested. If only some classifiers fail, their verdicts
+        hold an `error`.
 
         input:            text, or messages: `Message`s or mappings with `role` and `content`.
-        classifiers:      a name, names, or "*" for all; a name is a classifier's or a route's.
-        conversation_id:  keeps what was computed for the conversation's next turn.
-        deadline_ms:      from this call, its retries included; a classifier not computed by then has an `error`.
-        UnknownClassifierError, InvalidRequestError, InputTooLongError, DeadlineExceededError, QueueFullError, … where
-        nothing can be answered.
+        classifiers:      a name, names, or "*" for all. A name is a classifier's or a route's.
+        conversation_id:  the same id for every turn of a conversation: the next turn reuses cached work.
+        deadline_ms:      milliseconds from this call, retries included. A classifier that is not computed by then has
+                          an `error`.
+
+        Raises a LoraplexError if nothing can be answered: UnknownClassifierError, InvalidRequestError,
+        InputTooLongError, DeadlineExceededError, QueueFullError, ….
         """
         return self._ask(call.classify(input, classifiers, conversation_id, deadline_ms))
 
@@ -104,15 +108,16 @@ class Client:
         progress: bool = False,
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[ClassifyResult] | list[ClassifyResult | LoraplexError]:
-        """As `classify` of each, in order.
+        """Call `classify` for each conversation, and return the results in order.
 
-        conversations:  inputs, or (conversation_id, input). A generator is read in this thread, and never further than
-                        calls can be made.
-        concurrency:    calls in flight at most.
-        deadline_ms:    of each call, from when it is made.
-        progress:       draw a bar on standard error.
-        on_error:       "raise" ends it at the first error, "return" puts the error in the result's place.
-        Ctrl-C ends it at once; what is in flight is neither waited for nor repeated.
+        conversations:  inputs, or pairs (conversation_id, input). A generator is read in this thread, and only as far
+                        as calls can be made.
+        concurrency:    largest number of calls in flight.
+        deadline_ms:    milliseconds for each call, from its start.
+        progress:       draw a progress bar on standard error.
+        on_error:       "raise" stops at the first error; "return" puts the error in the result's place.
+
+        Ctrl-C stops at once. Calls in flight are neither awaited nor retried.
         """
         check(conversations, concurrency)
         names = classifier_names(classifiers)
@@ -141,70 +146,81 @@ class Client:
                 ended.set()
 
     def feedback(self, verdict_id: str, label: str) -> int:
-        """Say what a verdict's label should have been; the last word counts. Returns the number of answers that this
-        judges: the verdict's own and its route's shadows'. UnknownVerdictError: it is not remembered, or not any more.
-        InvalidRequestError: the classifier has no such label."""
+        """Record the label that a verdict should have had; a later call replaces the label. Returns the number of
+        answers that the label applies to: the verdict's own, and those of its route's shadows. Raises
+        UnknownVerdictError if the verdict is unknown or no longer kept, and InvalidRequestError if the classifier has
+        no such label."""
         return self._ask(call.feedback(verdict_id, label)).num_answers
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
-        """All adapters with their states."""
+        """Return all adapters with their states."""
         return self._ask(call.ADAPTERS).adapters
 
     def adapter(self, name: str) -> AdapterInfo:
-        """UnknownClassifierError: there is none of that name."""
+        """Return one adapter. Raises UnknownClassifierError if no adapter has this name."""
         return self._ask(call.adapter(name))
 
     def load_adapter(self, name: str, source: str | PathLike[str], *, pin: bool | None = None) -> AdapterInfo:
-        """Load what `source` holds now, or replace what has the name; returns when it is proven and live.
+        """Load an adapter, or replace the adapter of this name. Returns when the new version has passed its checks and
+        answers requests.
 
         source:  a path on the server below an adapter root, hf://org/name@revision, or s3://bucket/prefix.
-        pin:     keep its place on the device; None: as it was.
-        AdapterError, ContractError, BundleError: it is not sound, or cannot be had; what answered before goes on.
+        pin:     keep the adapter in its slot on the device; None leaves this unchanged.
+
+        Raises AdapterError, ContractError or BundleError if the adapter is not valid or cannot be fetched. The old
+        version then keeps answering.
         """
         return self._ask(call.load_adapter(name, source, pin))
 
     def unload_adapter(self, name: str) -> None:
-        """Returns when its last request is answered and its memory is free. UnknownClassifierError; AdapterInUseError:
-        a route leads to it."""
+        """Unload an adapter. Returns when its last request is answered and its memory is free. Raises
+        UnknownClassifierError if no adapter has this name, and AdapterInUseError if a route uses the adapter."""
         self._ask(call.unload_adapter(name))
 
     def pin_adapter(self, name: str, is_pinned: bool = True) -> AdapterInfo:
-        """A pinned adapter keeps its place on the device. UnknownClassifierError; NotReadyError: other pinned adapters
-        leave no room."""
+        """Pin or unpin an adapter. A pinned adapter keeps its slot on the device. Raises UnknownClassifierError if no
+        adapter has this name, and NotReadyError if other pinned adapters leave no room."""
         return self._ask(call.pin_adapter(name, is_pinned))
 
     def models(self) -> tuple[ModelInfo, ...]:
-        """The base, then all that can be named besides."""
+        """Return the base, then all routes and adapters."""
         return self._ask(call.MODELS).data
 
     def routes(self) -> tuple[Route, ...]:
-        """All routes."""
+        """Return all routes."""
         return self._ask(call.ROUTES).routes
 
     def route(self, name: str) -> Route:
-        """UnknownRouteError: there is none of that name."""
+        """Return one route. Raises UnknownRouteError if no route has this name."""
         return self._ask(call.route(name))
 
     def set_route(self, name: str, targets: Mapping[str, float], shadows: Iterable[str] = ()) -> Route:
-        """Make or change a route: `targets` (adapter -> weight) answer in proportion, one and the same for all turns of
-        a conversation; each of `shadows` judges too, without being returned. UnknownClassifierError: no adapter of that
-        name. InvalidRequestError: a weight is negative, or all are 0."""
+        """Create or replace a route.
+
+        targets:  adapter -> weight. A target answers in proportion to its weight; one target answers all turns of a
+                  conversation.
+        shadows:  adapters that answer, too; their verdicts are recorded and never returned.
+
+        Raises UnknownClassifierError if an adapter does not exist. Raises InvalidRequestError if a weight is negative,
+        or all weights are 0.
+        """
         return self._ask(call.set_route(name, targets, shadows))
 
     def delete_route(self, name: str) -> None:
-        """UnknownRouteError: there is none of that name."""
+        """Delete a route. Raises UnknownRouteError if no route has this name."""
         self._ask(call.delete_route(name))
 
     def rollback_route(self, name: str) -> Route:
-        """Undo its last change, its deletion too. NoRevisionError: there is nothing to undo."""
+        """Undo the last change of a route, also its deletion. Raises NoRevisionError if there is nothing to undo."""
         return self._ask(call.rollback_route(name))
 
     def route_stats(self, name: str) -> RouteStats:
-        """How each version of each target and shadow answered. UnknownRouteError: there is none of that name."""
+        """Return how each version of each target and shadow answered. Raises UnknownRouteError if no route or
+        classifier has this name."""
         return self._ask(call.route_stats(name))
 
     def ready(self) -> bool:
-        """Whether it answers requests now. Never raises: who does not answer is not ready."""
+        """Return whether the server accepts requests now. Never raises: a server that does not answer is not ready."""
         try:
             self._ask(call.READY)
         except LoraplexError:
@@ -212,7 +228,8 @@ class Client:
         return True
 
     def wait_until_ready(self, timeout: float = 60.0) -> None:
-        """Returns as soon as it is ready. After `timeout` seconds NotReadyError or ServerError says why it is not."""
+        """Return once the server is ready. After `timeout` seconds, raises the last error, such as NotReadyError or
+        ServerError."""
         give_up = self._connection.clock() + timeout
         while True:
             try:

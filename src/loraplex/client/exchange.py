@@ -1,4 +1,5 @@
-"""A call until its answer is final: what is sent when, whether again, and what comes of it. Does no I/O."""
+"""One call, from its first attempt to its final answer: what is sent, when it is retried, and what it returns. Does no
+I/O."""
 
 import json
 import math
@@ -30,17 +31,17 @@ URL = "http://127.0.0.1:8000"
 CONNECT_S = 10.0
 PROBE_S = 5.0
 POLL_S = 0.2  # between probes
-GRACE_S = 5.0  # beyond the deadline, for the server's own answer that it has passed
-BACKOFF_S = 0.5  # at most, before the second attempt; doubled for each further one
+GRACE_S = 5.0  # wait beyond the deadline for the server's own answer that the deadline has passed
+BACKOFF_S = 0.5  # longest wait before the second attempt; doubles for each further one
 MOST_BACKOFF_S = 8.0
 MOST_RETRY_AFTER_S = 30.0
 
-Outcome = httpx.Response | httpx.HTTPError  # of an attempt
+Outcome = httpx.Response | httpx.HTTPError  # what an attempt ended with
 
-REFUSED = (429, 503)  # before any work was done
+REFUSED = (429, 503)  # refused before any work was done
 # Nothing was sent.
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-# It may have arrived and been carried out; only the answer is missing.
+# The request may have arrived and been carried out; only the answer is missing.
 NO_ANSWER = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
 
 
@@ -51,13 +52,13 @@ class _ErrorBody:
 
 @cache
 def _reader(answer: type[Any]) -> TypeAdapter[Any]:
-    """Ignores fields that it does not know: they are a newer server's."""
+    """Return a parser of `answer`. It ignores unknown fields, because a newer server may send more."""
     return TypeAdapter(answer)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:
-    """Which server, as whom, and with how much patience. `timeout_s` is an attempt's."""
+    """The server's URL, the key, and the limits on attempts. `timeout_s` is for one attempt."""
 
     url: str
     api_key: str | None = field(default=None, repr=False)
@@ -68,33 +69,37 @@ class Connection:
 
     @classmethod
     def to(cls, url: str | None, api_key: str | None, timeout_s: float | None, max_retries: int) -> Self:
-        """What is None comes from the environment. ConfigurationError: the URL or the key cannot be one."""
+        """Return a connection. A `url` or `api_key` that is None comes from the environment. Raises ConfigurationError
+        if the URL or the key cannot be one."""
         url = (url or os.environ.get("LORAPLEX_URL") or URL).rstrip("/")
-        key = (api_key or os.environ.get("LORAPLEX_API_KEY") or "").strip()  # a file's last newline is none of it
+        key = (api_key or os.environ.get("LORAPLEX_API_KEY") or "").strip()  # a key from a file may end in a newline
         try:
             parsed = httpx.URL(url)
             is_url = parsed.scheme in ("http", "https") and bool(parsed.host)
         except httpx.InvalidURL:
             is_url = False
         if not is_url:
-            raise ConfigurationError(url, "is no URL of a server", remedy=f"give one such as {URL}")
+            raise ConfigurationError(url, "is not the URL of a server", remedy=f"give a URL such as {URL}")
         if not (key.isascii() and key.isprintable()):
             raise ConfigurationError(
-                "the API key", "has characters that no key has", remedy="give it as `loraplex keys new` printed it"
+                "the API key",
+                "contains characters that no key has",
+                remedy="give the key as `loraplex keys new` printed it",
             )
         return cls(url=url, api_key=key or None, timeout_s=timeout_s, max_retries=max_retries)
 
     def options(self) -> dict[str, Any]:
-        """Of an `httpx.Client`."""
+        """Return the arguments for an `httpx.Client`."""
         headers = {"User-Agent": f"loraplex/{loraplex.__version__}"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        # Callers bound what is in flight; a limit here would only make them wait for each other.
+        # Callers limit their calls in flight; a limit here would only make threads wait for each other.
         return {"base_url": self.url, "headers": headers, "limits": httpx.Limits()}
 
 
 class Exchange(Generic[Answer]):
-    """Send `request()`; wait `delay_s(outcome)` and do so again until that is None; `result(outcome)` is the answer."""
+    """Send `request()` and wait `delay_s(outcome)` seconds, and repeat both until the delay is None; then
+    `result(outcome)` is the answer."""
 
     def __init__(self, connection: Connection, call: Call[Answer]) -> None:
         self._connection, self._call = connection, call
@@ -103,7 +108,8 @@ class Exchange(Generic[Answer]):
         self._deadline = connection.clock() + deadline_s
 
     def request(self) -> dict[str, Any]:
-        """Of `httpx.Client.request`. InvalidRequestError: no JSON can say it."""
+        """Return the arguments for `httpx.Client.request`. Raises InvalidRequestError if the body cannot be written as
+        JSON."""
         call, body = self._call, self._call.body
         left_s = self._left_s()
         if body is not None and call.deadline_ms is not None and self._num_sent:
@@ -122,16 +128,16 @@ class Exchange(Generic[Answer]):
         return request
 
     def delay_s(self, outcome: Outcome) -> float | None:
-        """Seconds until it is sent again; None: `outcome` is final."""
+        """Return the seconds to wait before the next attempt, or None if `outcome` is final."""
         if self._call.is_probe or self._num_sent > self._connection.max_retries or not self._may_be_repeated(outcome):
             return None
         most_s = min(MOST_BACKOFF_S, BACKOFF_S * 2.0 ** min(self._num_sent - 1, 32))
-        # On top of what the server asks for, so that not all whom it sent away come back at once.
+        # The random part comes on top of Retry-After, so that refused clients do not all retry at once.
         delay_s = min(_retry_after_s(outcome) or 0.0, MOST_RETRY_AFTER_S) + self._connection.uniform(0, most_s)
         return delay_s if delay_s < self._left_s() else None
 
     def result(self, outcome: Outcome) -> Answer:
-        """LoraplexError: the server's, or that there was no answer of its."""
+        """Return the answer. Raises the server's error as a LoraplexError, or ServerError if no valid answer came."""
         if isinstance(outcome, httpx.HTTPError):
             raise self._no_answer(outcome) from outcome
         if not outcome.is_success:
@@ -154,7 +160,7 @@ class Exchange(Generic[Answer]):
 
     def _may_be_repeated(self, outcome: Outcome) -> bool:
         if isinstance(outcome, httpx.Response):
-            # A server that stops says 503 also of what it has begun.
+            # A stopping server also answers 503 to requests that it has begun.
             refused = outcome.status_code in (REFUSED[:1] if self._call.is_once else REFUSED)
             return refused or (self._call.is_safe and outcome.status_code == 502)
         return isinstance(outcome, NOT_SENT) or (self._call.is_safe and isinstance(outcome, NO_ANSWER))
@@ -186,14 +192,14 @@ class Exchange(Generic[Answer]):
     def _not_loraplex(self, response: httpx.Response) -> ServerError:
         return ServerError(
             "not_loraplex",
-            f"{self._connection.url} answers {response.status_code}, no JSON of ours",
-            remedy="check the URL, what stands between, and the server's version",
+            f"{self._connection.url} answers {response.status_code}, but not with Loraplex's JSON",
+            remedy="check the URL, proxies on the way, and the server's version",
             status=response.status_code,
         )
 
 
 def _retry_after_s(outcome: Outcome) -> float | None:
-    """In seconds, as our servers give it."""
+    """Return Retry-After in seconds, as Loraplex's server sends it, or None."""
     try:
         return max(0.0, float(outcome.headers["Retry-After"])) if isinstance(outcome, httpx.Response) else None
     except (KeyError, ValueError):

@@ -1,4 +1,4 @@
-"""Many calls at once: their order, how many are in flight, and a progress bar. Knows no HTTP."""
+"""Many calls at once: order of results, limit of calls in flight, and progress bar. Knows no HTTP."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 from loraplex.errors import InvalidRequestError
 from loraplex.types import Input
 
-Conversation = Input | tuple[str, Input]  # the input, or its conversation_id and it
+Conversation = Input | tuple[str, Input]  # an input, or a pair (conversation_id, input)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -23,15 +23,17 @@ def id_and_input(conversation: Conversation) -> tuple[str | None, Input]:
 
 def check(conversations: object, concurrency: int) -> None:
     if isinstance(conversations, str):
-        raise InvalidRequestError("one text, not conversations", remedy="put it into a list, or call `classify`")
+        raise InvalidRequestError(
+            "one text instead of several conversations", remedy="put the text into a list, or call `classify`"
+        )
     if concurrency < 1:
-        raise InvalidRequestError(f"a concurrency of {concurrency}", remedy="give at least 1")
+        raise InvalidRequestError(f"concurrency is {concurrency}", remedy="give at least 1")
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item], concurrency: int) -> list[Result]:
-    """`work` of each, in order. `items` is read in this thread, and no further than threads are free. What it, `work`
-    or the user's Ctrl-C raises ends this at once: the threads are daemons, because nothing can interrupt one that waits
-    for a server."""
+    """Return `work` of each item, in order. `items` is read in this thread, and only as far as threads are free. An
+    error of `items` or `work`, or Ctrl-C, ends this at once. The threads are daemons, because a thread that waits for a
+    server cannot be interrupted."""
     given: SimpleQueue[tuple[int, Item] | None] = SimpleQueue()
     done: SimpleQueue[tuple[int, Result] | BaseException] = SimpleQueue()
     results: dict[int, Result] = {}
@@ -68,13 +70,13 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item], concurrenc
 
 
 async def in_tasks(work: Callable[[Item], Awaitable[Result]], items: Iterable[Item], concurrency: int) -> list[Result]:
-    """`work` of each, in order. `items` is read no further than tasks are free. What it or `work` raises, or that this
-    is cancelled, cancels all that is in flight."""
+    """Return `work` of each item, in order. `items` is read only as far as tasks are free. An error of `items` or
+    `work`, or a cancellation, cancels all calls in flight."""
     numbered = enumerate(items)
     results: dict[int, Result] = {}
 
     async def run() -> None:
-        for index, item in numbered:  # the tasks share it
+        for index, item in numbered:  # all tasks share one iterator
             results[index] = await work(item)
 
     tasks = [asyncio.create_task(run()) for _ in range(concurrency)]
@@ -89,7 +91,7 @@ async def in_tasks(work: Callable[[Item], Awaitable[Result]], items: Iterable[It
 
 @contextmanager
 def progress_bar(items: Iterable[object], is_shown: bool) -> Iterator[Callable[[], None]]:
-    """Gives what is to be called once an item. It is drawn on standard error."""
+    """Yield a function to call after each item. The bar is drawn on standard error if `is_shown`."""
     if not is_shown:
         yield lambda: None
         return

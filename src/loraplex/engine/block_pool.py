@@ -1,5 +1,5 @@
-"""Which block holds the K/V of which tokens: reference counts, a hash chain to find them, LRU eviction. Ids only; the
-tensors are the runner's."""
+"""Which block holds the K/V of which tokens: reference counts, lookup by a hash chain, LRU eviction. Knows block ids
+only; the tensors are in the model's K/V cache."""
 
 import hashlib
 from array import array
@@ -14,8 +14,11 @@ BASE_KV = bytes(32)  # the identity of K/V that the bare base computes
 def block_hashes(
     token_ids: Seq[int], activation: int, kv_id: bytes, known: Seq[bytes] = (), prefix_kv_id: bytes = BASE_KV
 ) -> list[bytes]:
-    """One hash for each full block: SHA-256(the block before, K/V identity, tokens). The identity is `prefix_kv_id` for
-    a block that lies wholly before `activation`; one that it cuts says where. `known`: hashes of the first blocks."""
+    """Return one hash per full block: SHA-256 of (the hash of the block before, K/V identity, tokens).
+
+    The identity is `prefix_kv_id` for a block that lies wholly before `activation`. For any other block it is `kv_id`
+    and the number of the block's tokens before `activation`. known: hashes of the first blocks, which are kept.
+    """
     assert len(kv_id) == len(prefix_kv_id) == len(BASE_KV), "identities of different lengths could be confused"
     hashes = list(known)
     parent = hashes[-1] if hashes else b""
@@ -29,28 +32,31 @@ def block_hashes(
 
 
 class BlockPool:
-    """Blocks 0 ... num_blocks - 1. A block is free, or referenced, or cached: findable by its hash though nobody
-    references it, until it is evicted, the one not used for longest first."""
+    """Blocks 0 ... num_blocks - 1. Each block is free, referenced, or cached.
+
+    A cached block has no reference but is found by its hash, until it is evicted. The least recently used block is
+    evicted first.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks))
         self._num_references: dict[int, int] = {}
-        self._cached: OrderedDict[int, None] = OrderedDict()  # unreferenced and findable, in order of last use
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
 
     @property
     def num_available(self) -> int:
-        """Blocks that `allocate` could give out."""
+        """Blocks that `allocate` can give out: free ones and cached ones."""
         return len(self._free) + len(self._cached)
 
     def num_evictable(self, blocks: Iterable[int]) -> int:
-        """How many of `blocks` nobody references, so that `allocate` could evict them."""
+        """Return how many of `blocks` are cached without a reference, so that `allocate` can evict them."""
         return sum(block in self._cached for block in blocks)
 
     def match(self, hashes: Iterable[bytes]) -> tuple[int, ...]:
-        """The blocks of the longest known beginning of a chain; not acquired yet."""
+        """Return the blocks of the longest known prefix of a hash chain. The blocks are not acquired."""
         found = []
         for digest in hashes:
             block = self._block_of.get(digest)
@@ -60,14 +66,16 @@ class BlockPool:
         return tuple(found)
 
     def acquire(self, blocks: Iterable[int]) -> None:
-        """Reference blocks that are in use or cached."""
+        """Add one reference to each block. Each block must be referenced or cached already."""
         for block in blocks:
             self._num_references[block] = self._num_references.get(block, 0) + 1
             self._cached.pop(block, None)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Give references back. A block that can be found stays cached; the end of a chain is evicted before its
-        beginning, without which it is of no use."""
+        """Drop one reference to each block. An unreferenced block with a hash stays cached; any other becomes free.
+
+        The end of a chain is evicted before its beginning, because it cannot be found without the beginning.
+        """
         for block in reversed(tuple(blocks)):
             self._num_references[block] -= 1
             if self._num_references[block]:
@@ -79,7 +87,8 @@ class BlockPool:
                 self._free.append(block)
 
     def allocate(self, num_blocks: int) -> list[int] | None:
-        """Referenced blocks that nobody can find yet, evicting cached ones; None where there are not so many."""
+        """Return `num_blocks` referenced blocks without a hash, evicting cached blocks if needed. Returns None where
+        too few are available."""
         if num_blocks > self.num_available:
             return None
         taken = []
@@ -94,19 +103,20 @@ class BlockPool:
         return taken
 
     def register(self, block: int, digest: bytes) -> None:
-        """Let a referenced block be found, now that its K/V is written. The first of two equal ones is kept."""
+        """Let a referenced block be found by `digest`; call it once the block's K/V is written. If another block has
+        the same hash already, that block is kept."""
         assert block in self._num_references, f"block {block} is not referenced"
         if digest not in self._block_of:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
     def check(self) -> None:
-        """Assert that every block is free, referenced or cached, and only one of them, and that the index is sound."""
+        """Assert that every block is in exactly one of the three states, and that the two indexes agree."""
         states = [set(self._free), set(self._num_references), set(self._cached)]
         assert sum(map(len, states)) == self.num_blocks, "a block is lost or counted twice"
         assert set.union(*states) == set(range(self.num_blocks)), "a block is lost"
         assert len(self._free) == len(states[0]), "a block is free twice"
         assert all(count > 0 for count in self._num_references.values()), "a reference is counted below one"
-        assert {digest: block for block, digest in self._hash_of.items()} == self._block_of, "the index is torn"
+        assert {digest: block for block, digest in self._hash_of.items()} == self._block_of, "the two indexes differ"
         assert not states[0] & set(self._hash_of), "a free block can be found"
         assert states[2] <= set(self._hash_of), "a cached block cannot be found"

@@ -1,4 +1,4 @@
-"""The thread that owns the model: takes requests from any thread, runs steps, resolves every request exactly once."""
+"""The thread that owns the model. Takes requests from any thread, runs steps, resolves every request exactly once."""
 
 import logging
 import threading
@@ -16,18 +16,18 @@ logger = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
-    """What the engine needs of a model."""
+    """Runs steps on a model. The engine calls both methods on its own thread."""
 
     def run(self, step: Step) -> list[tuple[Sequence, Outcome]]:
-        """An outcome for each sequence, but for those of which only a chunk ran."""
+        """Run one step. Return an outcome for each sequence, except for sequences of which only a chunk ran."""
         ...
 
     def probe(self) -> None:
-        """Raises where the model no longer computes at all."""
+        """Compute one token on the base. Raises where the model no longer computes at all."""
 
 
 class Steps(NamedTuple):
-    """What ran."""
+    """Totals over all steps that ran."""
 
     num_steps: int = 0
     num_tokens: int = 0
@@ -44,20 +44,23 @@ class Steps(NamedTuple):
 
 
 class Engine:
-    """Continuous batching: each step takes what waits by then, within the scheduler's budgets. The scheduler belongs to
-    the engine's thread; other threads hand their requests over and never wait for a step to be laid out."""
+    """Continuous batching: each step takes the sequences that wait by then, within the scheduler's budgets.
+
+    The scheduler belongs to the engine's thread. Other threads only queue their requests, so they never wait while a
+    step is laid out.
+    """
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self._changed = threading.Condition()  # guards the five below; held for moments only
-        self._arrived: deque[EngineRequest] = deque()  # handed over, not yet in the scheduler
-        self._num_arrived = 0, 0  # their sequences, and tokens to compute for them
+        self._changed = threading.Condition()  # guards the five fields below; held briefly
+        self._arrived: deque[EngineRequest] = deque()  # submitted, not yet in the scheduler
+        self._num_arrived = 0, 0  # sequences and tokens to compute in `_arrived`
         self._open: set[EngineRequest] = set()  # accepted, not yet resolved
         self._stopping = False
         self._failure: BaseException | None = None
         self._running: Seq[Sequence] = ()
-        self.steps = Steps()  # so far
+        self.steps = Steps()
         self._thread = threading.Thread(target=self._main, name="loraplex-engine", daemon=True)
 
     @property
@@ -66,12 +69,12 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences in the queue."""
+        """Sequences that are queued."""
         return len(self.scheduler) + self._num_arrived[0]
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Tokens to compute for them."""
+        """Tokens to compute for the queued sequences."""
         return self.scheduler.num_waiting_tokens + self._num_arrived[1]
 
     @property
@@ -79,7 +82,7 @@ class Engine:
         return self.scheduler.max_step_tokens
 
     def cost(self, request: EngineRequest) -> int:
-        """Tokens to compute for a request, from any thread, before it is submitted."""
+        """Return the tokens to compute for a request that is not submitted yet. Any thread may call."""
         return self.scheduler.cost(request)
 
     @property
@@ -89,19 +92,20 @@ class Engine:
 
     @property
     def num_blocks(self) -> tuple[int, int]:
-        """Of K/V: all, and those that are free or could be."""
+        """K/V blocks: how many there are, and how many are free or can be evicted."""
         return self.scheduler.pool.num_blocks, self.scheduler.pool.num_available
 
     @property
     def wait_s(self) -> float:
-        """How long what waits now will take."""
+        """Estimated seconds until the sequences in the scheduler's queue are computed."""
         return self.scheduler.wait_s
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, request: EngineRequest) -> None:
-        """Hand over a request, from any thread; its future resolves. NotReadyError: it was not accepted."""
+        """Queue a request; its future resolves exactly once. Any thread may call. Raises NotReadyError where the
+        engine does not accept the request."""
         now = time.monotonic()
         for sequence in request.sequences:
             sequence.arrived_s = now
@@ -114,7 +118,7 @@ class Engine:
             self._changed.notify()
 
     def close(self) -> None:
-        """Finish what is queued, then stop the thread. Safe to call twice."""
+        """Finish all queued requests, then stop the thread. Safe to call twice."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -130,11 +134,11 @@ class Engine:
             self._fail_all(exc)
 
     def _step(self) -> bool:
-        """Run one step; False when stopped and nothing waits."""
+        """Run one step. Return False when the engine is stopped and nothing waits."""
         with self._changed:
             self._changed.wait_for(lambda: self._arrived or len(self.scheduler) or self._stopping)
         while self._arrived:
-            request = self._arrived.popleft()
+            request = self._arrived.popleft()  # atomic, and no other thread pops
             self.scheduler.add(request, request.sequences[0].arrived_s)
             with self._changed:
                 self._count_arrived(request, -1)
@@ -158,8 +162,11 @@ class Engine:
         return True
 
     def _run(self, step: Step) -> tuple[list[tuple[Sequence, Outcome]], set[Sequence]]:
-        """One forward pass. Where it fails, or the device's memory does not hold it, two halves, until one sequence is
-        left that fails: its error is its outcome, and the others answer. Returns the outcomes, and which failed."""
+        """Run a step. Return the outcomes, and the sequences that failed.
+
+        A step that fails or exceeds the device's memory is split into halves, down to the one sequence at fault. The
+        error becomes the outcome of that sequence; the others are computed. Raises where the model itself fails.
+        """
         try:
             outcomes = self.runner.run(step)
         except Exception as exc:
@@ -174,7 +181,7 @@ class Engine:
             return outcomes, set()
         # Outside the except block: the failed step's tensors, which its traceback held, are free by now.
         if len(step) == 1:
-            self.runner.probe()  # raises, and ends the engine, where not the sequence was at fault
+            self.runner.probe()  # raises, and ends the engine, where the model is at fault
             sequence = step.placed[0].sequence
             return [(sequence, error)], {sequence}
         (first, first_failed), (second, second_failed) = map(self._run, step.halves())
@@ -190,7 +197,7 @@ class Engine:
                 self._open.discard(sequence.request)
 
     def _fail_all(self, exc: BaseException) -> None:
-        """Resolve every accepted request, wherever it was when the thread died."""
+        """Resolve every accepted request with an error, whether it was queued or running when the thread died."""
         with self._changed:
             self._failure = exc
             abandoned = tuple(self._open)
@@ -203,14 +210,14 @@ class Engine:
 
 
 def _append_tokens(outcomes: Seq[tuple[Sequence, Outcome]]) -> tuple[list[tuple[Sequence, Outcome]], set[Sequence]]:
-    """Each sequence takes its token. Returns what came of it, and those that want another."""
+    """Append to each sequence its token. Return the outcomes, and the sequences that need another token."""
     taken, generating = [], set()
     for sequence, outcome in outcomes:
         try:
             if not isinstance(outcome, LoraplexError) and sequence.append(outcome.tokens[-1]):
                 generating.add(sequence)
-        except Exception as exc:  # of the sequence's own callback: it is no reason to stop the others
-            logger.exception("a token was not taken")
+        except Exception as exc:  # raised by the sequence's own `on_token`: the others go on
+            logger.exception("a sequence's on_token failed")
             outcome = _engine_error(exc)
         taken.append((sequence, outcome))
     return taken, generating

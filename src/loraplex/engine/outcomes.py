@@ -1,4 +1,4 @@
-"""Logits of the wanted rows -> what came of each sequence."""
+"""Turns the logits of the wanted rows into an outcome for each sequence."""
 
 import math
 import time
@@ -17,13 +17,16 @@ from loraplex.model.heads import read_heads
 def read_outcomes(
     sequences: Seq[Sequence],
     logits: torch.Tensor,  # [L, vocab]
-    target_rows: torch.Tensor,  # [N] of each sequence's targets in turn, indices into the rows
+    target_rows: torch.Tensor,  # [N] indices into the rows, sequence by sequence
     target_ids: torch.Tensor,  # [N]
-    last_rows: torch.Tensor,  # [S]
+    last_rows: torch.Tensor,  # [S] indices into the rows
     scored: Mapping[Sequence, tuple[float, ...]],
 ) -> list[tuple[Sequence, Outcome]]:
-    """scored: log probabilities of the labels, for sequences that a score head answers. A sequence for which the model
-    gives no number carries an EngineError. Waits for the device."""
+    """Return the outcome of each sequence: its targets' log probabilities and its next token. Waits for the device.
+
+    scored: label log probabilities of the sequences that a score head answers. A sequence with NaN or infinite log
+    probabilities gets an EngineError as its outcome.
+    """
     heads = read_heads(logits, target_rows, target_ids, last_rows, **_sampling(sequences, logits.device))
     ended = time.monotonic()
     outcomes: list[tuple[Sequence, Outcome]] = []
@@ -44,7 +47,7 @@ def read_outcomes(
 
 
 def checked(output: SequenceOutput) -> Outcome:
-    """An EngineError where the model gave no number."""
+    """Return the output, or an EngineError where one of its log probabilities is NaN or infinite."""
     if math.isfinite(output.tokens[-1].log_prob) and all(map(math.isfinite, output.log_probs)):
         return output
     return EngineError(
@@ -54,7 +57,8 @@ def checked(output: SequenceOutput) -> Outcome:
 
 
 def _sampling(sequences: Seq[Sequence], device: torch.device) -> dict[str, Any]:
-    """What `read_heads` is told of how tokens are chosen; of what nobody asks for nothing."""
+    """Return the arguments of `read_heads` that say how tokens are chosen. Options that no sequence uses are left
+    out."""
     asked = [(i, one.sampling, one) for i, one in enumerate(sequences) if one.sampling is not NEXT_TOKEN]
     drawing = [(i, one.temperature, one.top_p, sequence.draw()) for i, one, sequence in asked if one.temperature > 0]
     biases = [(i, token_id, bias) for i, one, _ in asked for token_id, bias in one.biases]

@@ -1,4 +1,4 @@
-"""A step -> the tensors of one forward pass."""
+"""Packs a step into the tensors of one forward pass."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -14,30 +14,35 @@ from loraplex.model.inputs import ModelInputs, Segment, Segments
 from loraplex.ops.layout import Span, layout_of
 from loraplex.ops.staging import Staging
 
-MAX_PADDING = 1 / 16  # of the tokens of segments that are padded to one length
-SHORTEST, NUM_LENGTHS = 4, 8  # where steps are to recur: multiples of so many tokens, so many up to twice a length
+MAX_PADDING = 1 / 16  # padding tokens, as a share of the tokens of segments that are padded to one length
+# Segment lengths that recur: multiples of at least SHORTEST tokens, NUM_LENGTHS of them between two powers of two.
+SHORTEST, NUM_LENGTHS = 4, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A step as the model takes it, and which of its rows answer whom: S sequences are answered, N targets asked.
+    """A packed step: the model's inputs, and the rows for each of the S sequences and N targets.
 
-    The last token of every sequence is among the rows: its distribution gives the likeliest token.
+    The rows include the last token of every answered sequence, because its distribution gives the next token.
     """
 
     inputs: ModelInputs
     sequences: tuple[Sequence, ...]  # [S]
     last_rows: tuple[int, ...]  # [S] indices into the logit rows
-    last_row_ids: torch.Tensor  # the same
+    last_row_ids: torch.Tensor  # `last_rows` as a tensor
     target_rows: torch.Tensor  # [N] indices into the logit rows
     target_ids: torch.Tensor  # [N] token ids
 
 
 def pack(step: Step, staging: Staging, *, recurs_up_to: int = 0) -> Batch:
-    """Sort the runs by slot, so that an adapter's tokens are one contiguous segment. Segments that are nearly of one
-    length follow each other and are padded to one length: their adapters are one batched product then.
-    recurs_up_to: pad all segments to few lengths, so that steps with the same segments come again, where the step has
-    at most so many tokens then."""
+    """Pack the runs sorted by slot, so that each adapter's tokens form one contiguous segment.
+
+    Segments of nearly the same length follow each other and are padded to one length, so that one batched product
+    computes their adapters.
+
+    recurs_up_to: pad all segments to a few lengths, so that steps with the same segments recur, unless the padded
+    step has more tokens than this. 0 turns it off.
+    """
     staging.begin()
     input_ids: list[int] = []
     position_ids: list[int] = []
@@ -76,7 +81,7 @@ def pack(step: Step, staging: Staging, *, recurs_up_to: int = 0) -> Batch:
             sequence = placed.sequence
             last_tokens.append(row_at(sequence.num_tokens - 1))
             targets += [(row_at(sequence.num_tokens + one.position), one.token_id) for one in sequence.targets]
-    # Sequences may share them. Of a step with nothing but chunks one is computed and not used: models expect one.
+    # Sequences may share a row. A step of chunks alone computes one row that nobody reads: models expect at least one.
     logit_rows = sorted({*last_tokens, *(token for token, _ in targets)}) or [spans[-1].end - 1]
     row_of = {token: row for row, token in enumerate(logit_rows)}
     last_rows = [row_of[token] for token in last_tokens]
@@ -103,7 +108,7 @@ def pack(step: Step, staging: Staging, *, recurs_up_to: int = 0) -> Batch:
 
 
 def _spans(start_of: Mapping[Run, int], staging: Staging) -> tuple[Span, ...]:
-    """One for each run, in packed order."""
+    """Return one span for each run, in packed order."""
     cached: dict[tuple[int, ...], torch.Tensor | None] = {(): None}
     spans = []
     for run, start in start_of.items():
@@ -124,7 +129,7 @@ def _spans(start_of: Mapping[Run, int], staging: Staging) -> tuple[Span, ...]:
 
 
 def _padded_lengths(by_slot: Mapping[int, Seq[Run]], recurs_up_to: int) -> list[tuple[int, int]]:
-    """Slots in the order in which they are packed, and the tokens of each one's segment, padding included."""
+    """Return (slot, length of its segment with padding) in packed order."""
     lengths = {slot: sum(run.num_tokens for run in runs) for slot, runs in by_slot.items()}
     if recurs_up_to:
         recurring = list(_even_lengths({slot: _recurring(length) for slot, length in lengths.items()}))
@@ -134,13 +139,13 @@ def _padded_lengths(by_slot: Mapping[int, Seq[Run]], recurs_up_to: int) -> list[
 
 
 def _even_lengths(lengths: Mapping[int, int]) -> Iterator[tuple[int, int]]:
-    """Slots in the order in which their tokens are packed, and to how many tokens each is padded: the base and what
-    precedes an activation first, since others attend to it, then the shortest."""
+    """Yield (slot, padded length) in packed order: first the base and the prefix slots, which other segments attend
+    to, then the other slots, shortest first."""
     yield from sorted((slot, length) for slot, length in lengths.items() if slot < 0)
     others = sorted((length, slot) for slot, length in lengths.items() if slot >= 0)
     first = num_tokens = 0
     for i, (length, _) in enumerate(others):
-        # The i-th joins those before it where little padding brings them to its length.
+        # Segment i joins the group before it where little padding brings the group to its length.
         num_padding = length * (i - first) - num_tokens
         if num_padding > MAX_PADDING * length * (i - first + 1):
             yield from ((slot, others[i - 1][0]) for _, slot in others[first:i])
@@ -150,13 +155,13 @@ def _even_lengths(lengths: Mapping[int, int]) -> Iterator[tuple[int, int]]:
 
 
 def _recurring(length: int) -> int:
-    """The next length that recurs."""
+    """Round `length` up to a length that recurs."""
     unit = max(SHORTEST, (1 << length.bit_length() - 1) // NUM_LENGTHS)
     return -(-length // unit) * unit
 
 
 def _asking(spans: Seq[Span], tokens: Seq[int]) -> Iterator[Span]:
-    """For each of the tokens, in ascending order, the part of its span that it sees."""
+    """Yield for each token, in ascending order, the part of its span that the token sees."""
     starts = [span.start for span in spans]
     for row, token in enumerate(tokens):
         span = spans[bisect_right(starts, token) - 1]
@@ -164,7 +169,7 @@ def _asking(spans: Seq[Span], tokens: Seq[int]) -> Iterator[Span]:
 
 
 def _segments_of(segments: Seq[Segment], tokens: Seq[int]) -> Iterator[Segment]:
-    """The same segments, of some tokens in ascending order."""
+    """Yield the segments of a selection of tokens, which are in ascending order."""
     for segment in segments:
         start, end = bisect_left(tokens, segment.start), bisect_left(tokens, segment.end)
         if start < end:
@@ -172,7 +177,7 @@ def _segments_of(segments: Seq[Segment], tokens: Seq[int]) -> Iterator[Segment]:
 
 
 def _row_at(placed: Placed, start_of: Mapping[Run, int]) -> Callable[[int], int]:
-    """Position in a sequence -> packed token."""
+    """Return a function that maps a position in the sequence to its packed token."""
     assert placed.last is not None, "the sequence is not in the step"
     runs = [(run.start, run.end, start_of[run]) for run in placed.last.path()]
 

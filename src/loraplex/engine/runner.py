@@ -1,4 +1,4 @@
-"""Runs steps on the model: one packed step is one forward pass."""
+"""Runs steps on the model. One packed step is one forward pass."""
 
 import time
 from collections.abc import Sequence as Seq
@@ -18,7 +18,7 @@ from loraplex.ops.staging import Staging
 
 
 class ModelRunner:
-    """Runs steps on one thread."""
+    """Runs steps on a Model. All methods are called on one thread at a time."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -26,7 +26,7 @@ class ModelRunner:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block of K/V."""
+        """Bytes of one K/V block."""
         return BLOCK_SIZE * self.model.kv_bytes
 
     def allocate_cache(self, num_blocks: int) -> None:
@@ -34,7 +34,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[tuple[Sequence, Outcome]]:
-        """One forward pass. A sequence of which only a chunk ran is not among the outcomes."""
+        """Run one forward pass and return the outcomes. A sequence of which only a chunk ran has none yet."""
         started = time.monotonic()
         batch = pack(step, self._staging, recurs_up_to=self.model.max_captured_tokens)
         for placed in step.placed:
@@ -53,7 +53,7 @@ class ModelRunner:
         )
 
     def _scored(self, batch: Batch, hidden: torch.Tensor) -> dict[Sequence, tuple[float, ...]]:
-        """Log probabilities of the labels for the sequences that are answered by a score head."""
+        """Return the label log probabilities of the sequences that a score head answers."""
         rows = {
             sequence: row
             for sequence, row in zip(batch.sequences, batch.last_rows, strict=True)
@@ -66,15 +66,18 @@ class ModelRunner:
         return {sequence: tuple(islice(values, len(found))) for sequence, found in zip(rows, log_probs, strict=True)}
 
     def probe(self) -> None:
-        """Compute one token on the base; raises where that fails."""
+        """Compute one token on the base. Raises where the computation fails."""
         [(_, outcome)] = self.run(Step.of([lone_sequence([0])]))
         if isinstance(outcome, LoraplexError):
             raise outcome
 
     def verify_packing(self) -> None:
-        """UnsupportedModelError where some layer looks across packed texts, past our attention (a convolution, a
-        recurrence, a global state). A text must be answered as alone, and, to the last bit, in the same way beside
-        whatever text of the same length."""
+        """Check that packed texts do not affect each other.
+
+        Raises UnsupportedModelError where a layer mixes packed texts outside our attention (a convolution, a
+        recurrence, a global state). A packed text must get the log probabilities that it gets alone, within rounding.
+        They must be identical to the last bit beside any other text of the same length.
+        """
         text, one, other = (self._tokens(start, length) for start, length in ((1, 24), (5, 17), (9, 17)))
         alone, beside_one, beside_other = (
             self._log_probs(text),
@@ -83,7 +86,7 @@ class ModelRunner:
         )
         squares = [(a - b) ** 2 for a, b in zip(alone, beside_one, strict=True)]
         difference = (sum(squares) / len(squares)) ** 0.5
-        # Other shapes round otherwise. In bfloat16 a logit of 30 is known to an eighth.
+        # Other shapes round differently. In bfloat16 a logit near 30 is a multiple of 1/8.
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.25
         if not difference <= tolerance or beside_one != beside_other:
             raise UnsupportedModelError(
@@ -98,7 +101,8 @@ class ModelRunner:
         return [(start + 7 * i) % self.model.vocab_size for i in range(length)]
 
     def _log_probs(self, text: Seq[int], *others: Seq[int]) -> list[float]:
-        """Of a token behind each of the text's last eight, the text packed in front of others."""
+        """Return the log probability of one token after each of the text's last eight, with the text packed before
+        the others."""
         targets = [Target(position=-1 - i, token_id=(3 + i) % self.model.vocab_size) for i in range(8)]
         first = lone_sequence(text, *targets)
         outcomes = dict(self.run(Step.of([first, *map(lone_sequence, others)])))
@@ -109,7 +113,7 @@ class ModelRunner:
 
 
 def lone_sequence(token_ids: Seq[int], *targets: Target) -> Sequence:
-    """On the bare base, with a request of its own."""
+    """Return a sequence on the bare base, in a request of its own."""
     sequence = Sequence(token_ids=tuple(token_ids), slot=NO_ADAPTER, targets=targets)
     EngineRequest([sequence])
     return sequence

@@ -1,5 +1,5 @@
-"""Which waiting sequences make the next step, and which blocks they read and write. Pure policy: no threads, no torch,
-the clock is an argument."""
+"""Chooses the waiting sequences of the next step, and the blocks that they read and write. Pure policy: no threads, no
+torch, and the clock is an argument."""
 
 import heapq
 from collections import deque
@@ -12,7 +12,7 @@ from loraplex.engine.sequence import EngineRequest, Sequence
 from loraplex.engine.step import Placed, Step
 from loraplex.errors import CancelledError, DeadlineExceededError, LoraplexError
 
-# Tokens by which a request's work counts as shorter for every second that it is older than another.
+# Tokens by which a request's work counts as shorter for each second that it has waited longer than another request.
 WAITING_BONUS = 2000.0
 
 Flow = frozenset[int]
@@ -20,16 +20,19 @@ Flow = frozenset[int]
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A request with sequences that have not run. A flow's requests run in the order of `key`: least work left first,
-    minus a bonus for waiting, which grows alike for all and so can be taken off once, at the arrival."""
+    """A queued request and its sequences that have not run.
+
+    A flow's requests run in the order of `key`: the least work first, minus a bonus for waiting. The bonus grows
+    equally for all requests, so it is applied once, at arrival.
+    """
 
     request: EngineRequest
     pending: deque[Sequence]
     key: float
-    num_tokens: int  # to compute for what is pending
+    num_tokens: int  # to compute for the pending sequences
 
     def pop(self) -> int:
-        """Take the first sequence; the tokens that are counted to it: of those that all share, as much as to any."""
+        """Remove the first sequence. Return the tokens counted for it: an equal share of `num_tokens`."""
         num_tokens = self.num_tokens // len(self.pending)
         self.pending.popleft()
         self.num_tokens -= num_tokens
@@ -40,8 +43,11 @@ class _Waiting:
 
 
 class Scheduler:
-    """Fair between flows: requests that ask the same set of adapters. The flow that was served the fewest tokens is
-    next, and within it the shortest work; a flow that comes back starts level with the others."""
+    """Queues requests fairly between flows. A flow is the requests that ask the same set of adapters.
+
+    The flow that was served the fewest tokens is next, and within it the request with the shortest work. A flow that
+    returns starts level with the others.
+    """
 
     def __init__(
         self,
@@ -51,25 +57,25 @@ class Scheduler:
         pool: BlockPool | None = None,
         shares: bool = True,
     ) -> None:
-        """shares: whether the sequences of a step compute once what they have in common."""
+        """shares: whether sequences of a step compute the tokens that they have in common only once."""
         self.max_step_tokens = max_step_tokens
         self.max_step_sequences = max_step_sequences
         self.pool = BlockPool(0) if pool is None else pool
         self._shares = shares
         self._flows: dict[Flow, list[_Waiting]] = {}  # heaps
-        self._served: dict[Flow, float] = {}  # tokens, for the flows that wait
-        self._level = 0.0  # of the flow that was served last
+        self._served: dict[Flow, float] = {}  # tokens served to each flow that waits
+        self._level = 0.0  # tokens served to the flow that was chosen last
         self._num_waiting = 0
-        self.num_waiting_tokens = 0  # to compute for what waits
-        self._tokens_per_s: float | None = None  # of late
-        self._pinned: dict[Sequence, tuple[int, tuple[int, ...]]] = {}  # of sequences between steps: tokens, blocks
+        self.num_waiting_tokens = 0  # to compute for the waiting sequences
+        self._tokens_per_s: float | None = None  # moving average
+        self._pinned: dict[Sequence, tuple[int, tuple[int, ...]]] = {}  # sequences between steps: tokens, blocks
 
     def __len__(self) -> int:
         return self._num_waiting
 
     def cost(self, request: EngineRequest) -> int:
-        """Tokens to compute for a request that is not queued yet, in a step of its own as things are cached now. The
-        one method that any thread may call: it only looks blocks up."""
+        """Return the tokens to compute for a request that is not queued yet, in a step of its own with the blocks
+        that are cached now. This is the only method that any thread may call: it only looks blocks up."""
         alone = Step(shares=self._shares)
         for sequence in request.sequences:
             alone.add(self._place(sequence))
@@ -84,11 +90,12 @@ class Scheduler:
 
     @property
     def wait_s(self) -> float:
-        """How long what waits now will take, as far as the last steps tell."""
+        """Estimated seconds until the waiting sequences are computed, from the speed of the last steps."""
         return 1.0 if self._tokens_per_s is None else self.num_waiting_tokens / self._tokens_per_s
 
     def next_step(self, now: float) -> tuple[Step | None, list[tuple[Sequence, LoraplexError]]]:
-        """Take the sequences of the next step, and those to be refused with why. The step is over with `finish`."""
+        """Take the sequences of the next step from the queue. Also return the sequences to refuse, each with its
+        error. The caller ends the step with `finish`."""
         dropped = self._drop(now)
         step = Step(shares=self._shares)
         written: set[bytes] = set()
@@ -123,11 +130,13 @@ class Scheduler:
         generating: Collection[Sequence] = (),
         seconds: float | None = None,
     ) -> None:
-        """Give the step's blocks back, and let later requests find what the step computed. Chunks queue for their next
-        one, and so do the sequences that took a token and want another.
+        """Release the step's blocks, and let later requests find the K/V that the step computed.
 
-        failed:   sequences that were not computed. They end here, and their blocks hold nothing.
-        seconds:  duration of the step.
+        A sequence of which a chunk ran is queued for its next chunk, a generating sequence for its next token.
+
+        failed:      sequences that were not computed. They leave the scheduler, and their blocks hold nothing.
+        generating:  sequences that took a token and need another.
+        seconds:     duration of the step.
         """
         if seconds:
             rate = step.num_tokens / seconds
@@ -147,19 +156,12 @@ class Scheduler:
             self.pool.release(placed.blocks.values())
             if pinned is not None:
                 self._pinned[sequence] = pinned
-            if is_chunk:  # ahead of its flow, for nobody else may use what it holds
+            if is_chunk:  # ahead of its flow, because nobody else can use the blocks that it holds
                 rest = sequence.num_tokens - placed.end
                 self._push(_Waiting(sequence.request, deque([sequence]), float("-inf"), rest))
             elif sequence in generating:
                 key = 1 + WAITING_BONUS * sequence.arrived_s
                 self._push(_Waiting(sequence.request, deque([sequence]), key, 1))
-
-    def clear(self) -> Seq[Sequence]:
-        """Take everything that waits."""
-        waiting = [one for flow in self._flows.values() for one in flow]
-        self._flows.clear()
-        self._served.clear()
-        return self._take(waiting)
 
     def _push(self, waiting: _Waiting) -> None:
         flow = frozenset(sequence.slot for sequence in waiting.pending)
@@ -170,7 +172,7 @@ class Scheduler:
         self.num_waiting_tokens += waiting.num_tokens
 
     def _place(self, sequence: Sequence) -> Placed:
-        """All of it that is not cached."""
+        """Lay out all tokens of the sequence whose K/V is not cached."""
         start, cached = self._pinned.get(sequence, (0, ()))
         if start % BLOCK_SIZE == 0 and (cached or sequence.num_kept):
             cached += self.pool.match(sequence.hashes[len(cached) : sequence.num_cacheable_blocks])
@@ -178,8 +180,11 @@ class Scheduler:
         return Placed(sequence, sequence.num_tokens, start, cached)
 
     def _fit(self, sequence: Sequence, step: Step) -> Placed | None:
-        """As much of it as the step has room for, if it is to join: whole, or, where no step could hold it, a chunk in
-        a step of its own. Where there are no blocks for a chunk it is whole nevertheless."""
+        """Lay out the part of the sequence that joins the step; None where the step has no room.
+
+        A sequence joins whole. Where no step could hold it, a chunk of it runs in a step of its own. Where no blocks
+        are available for a chunk, the whole sequence runs in a step of its own.
+        """
         placed = self._place(sequence)
         cost = step.cost(placed)
         if step.num_tokens + cost <= self.max_step_tokens:
@@ -194,12 +199,12 @@ class Scheduler:
         return placed
 
     def _reserve(self, placed: Placed, written: set[bytes]) -> None:
-        """Reference the blocks that it reads, and allocate those that it shall write, as far as there are any."""
+        """Reference the blocks that the sequence reads, and allocate the blocks that it writes, if available."""
         sequence = placed.sequence
         self.pool.acquire(placed.cached)
         end = placed.end if placed.is_chunk else min(sequence.num_kept, placed.end)
         num_full = end // BLOCK_SIZE
-        # The last tokens wait in a block that is not full only for the tokens that this sequence generates.
+        # Only a sequence that generates writes a block that is not full: its next tokens fill the block.
         for index in range(placed.start // BLOCK_SIZE, -(-end // BLOCK_SIZE) if sequence.generates else num_full):
             if index < len(placed.cached):
                 placed.kept[index] = placed.cached[index]
@@ -215,10 +220,10 @@ class Scheduler:
             placed.kept[index] = block[0]
 
     def _held(self, placed: Placed) -> tuple[int, tuple[int, ...]]:
-        """How many of its first tokens are in blocks, now that the step is computed, and in which."""
+        """Return how many of the sequence's first tokens are in blocks after the step, and the blocks."""
         blocks, mine, hashes = list(placed.cached), placed.blocks, placed.sequence.hashes
         for index in range(len(blocks), -(-placed.end // BLOCK_SIZE)):
-            # One that it did not write was written by a sequence before it.
+            # A block that this sequence did not write was written by an earlier one.
             found = (mine[index],) if index in mine else self.pool.match(hashes[index : index + 1])
             if not found:
                 break

@@ -1,4 +1,4 @@
-"""One text under one adapter, on its way through the engine, and the request that it belongs to. No torch."""
+"""Sequences (one text under one adapter each) and the request that they belong to. No torch."""
 
 import logging
 import random
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Asks for the log probability of `token_id` after `position` (from the sequence's end: -1 is its last token)."""
+    """Asks for the log probability of `token_id` after `position`, counted from the end (-1 is the last token)."""
 
     position: int
     token_id: int
@@ -26,12 +26,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How many tokens follow, and how each is chosen: the likeliest at temperature 0, else drawn from the smallest set
-    of likeliest tokens whose probabilities add up to `top_p`. A token of `stop_ids` is the last one.
+    """How many tokens to generate, and how to choose each.
 
-    biases:       (token id, what is added to its logit before a token is chosen).
-    allowed_ids:  where there are any, no other token is chosen.
-    num_top:      likeliest tokens that each token comes with.
+    At temperature 0 the likeliest token is chosen. Otherwise a token is drawn from the smallest set of likeliest tokens
+    whose probabilities add up to `top_p`.
+
+    stop_ids:     tokens that end the text: the first of them is the last token.
+    biases:       (token id, number added to its logit before a token is chosen).
+    allowed_ids:  if not empty, only these tokens are chosen.
+    num_top:      how many of the likeliest tokens to report with each token.
     """
 
     max_tokens: int = 1
@@ -48,8 +51,10 @@ NEXT_TOKEN = Sampling()
 
 
 class Token(NamedTuple):
-    """A token and its log probability in the model's distribution, before anything of Sampling changes it. top: the
-    likeliest tokens in its place with theirs, likeliest first."""
+    """A token and its log probability in the model's own distribution, before Sampling changes anything.
+
+    top:  the likeliest tokens at the same position with their log probabilities, likeliest first.
+    """
 
     id: int
     log_prob: float
@@ -58,8 +63,13 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceOutput:
-    """log_probs: one for each target, natural logarithm, over the whole vocabulary; of an adapter with a score head one
-    for each of its labels. tokens: what follows the sequence, one or as many as its sampling asks for."""
+    """The engine's result for one sequence.
+
+    log_probs:   one per target: natural logarithm, over the whole vocabulary. With a score head: one per label.
+    tokens:      the tokens that follow the sequence, one or as many as its sampling asks for.
+    queued_s:    seconds from the arrival to the first step.
+    computed_s:  seconds from the first step to the result.
+    """
 
     log_probs: tuple[float, ...]
     tokens: tuple[Token, ...]
@@ -69,15 +79,17 @@ class SequenceOutput:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """token_ids under the adapter in `slot`; `targets` say what is asked.
+    """Token ids to compute under the adapter in `slot`, and the `targets` to read.
 
-    kv_id:       identity of the keys and values that the slot computes (32 bytes).
-    activation:  index of the first token that the adapter acts on (aLoRA); those before it run in `prefix_slot`, whose
-                 K/V are known as `prefix_kv_id`: the bare base's, unless the adapter changes more than it activates.
-    num_kept:    leading tokens whose K/V is worth keeping for later requests, and is looked up in turn; where more than
-                 one token is generated, all.
-    on_token:    asked after each token, on the engine's thread, whether to go on; where it raises, that is the outcome.
-    num_computed_tokens:  run through the model so far; tokens that sequences share are counted for one of them.
+    kv_id:       identity of the K/V that the slot computes (32 bytes).
+    activation:  index of the first token that the adapter acts on (aLoRA). The tokens before it run in `prefix_slot`,
+                 and their K/V has the identity `prefix_kv_id`. Both are the bare base's, unless the adapter also
+                 changes the tokens before its activation.
+    num_kept:    leading tokens whose K/V is looked up, and kept for later requests. All, if more than one token is
+                 generated.
+    on_token:    called after each token, on the engine's thread; returns whether to go on. If it raises, an EngineError
+                 is the outcome.
+    num_computed_tokens:  tokens run through the model so far. Tokens that sequences share count for one of them.
     """
 
     token_ids: tuple[int, ...]
@@ -103,16 +115,16 @@ class Sequence:
         if self.slot == NO_ADAPTER:
             self.activation = len(self.token_ids)
         if self.generates:
-            assert not self.targets, "a target's place is counted from the end, which moves"
+            assert not self.targets, "a target's position is counted from the end, which moves"
             self.num_kept = len(self.token_ids)
 
     @property
     def generates(self) -> bool:
-        """More than one token: it comes back for each."""
+        """Whether more than one token is asked for. The sequence then runs in one step per token."""
         return self.sampling.max_tokens > 1
 
     def append(self, token: Token) -> bool:
-        """Take the token that came next. False where it was the last one."""
+        """Append the token that was chosen. Return False where it is the last one."""
         self.tokens += (token,)
         goes_on = self.on_token is None or self.on_token(token)
         if not goes_on or len(self.tokens) >= self.sampling.max_tokens or token.id in self.sampling.stop_ids:
@@ -124,14 +136,15 @@ class Sequence:
         return True
 
     def draw(self) -> float:
-        """The next random number of this sequence in [0, 1): the same for the same seed, whatever runs beside it."""
+        """Return the sequence's next random number in [0, 1). The same seed gives the same numbers, whatever else
+        runs."""
         if self._random is None:
             self._random = random.Random(self.sampling.seed)
         return self._random.random()
 
     @property
     def hashes(self) -> Seq[bytes]:
-        """Of all its full blocks, computed when first asked for."""
+        """The hashes of all full blocks, computed on first use."""
         if len(self._hashes) < self.num_tokens // BLOCK_SIZE:
             self._hashes = block_hashes(self.token_ids, self.activation, self.kv_id, self._hashes, self.prefix_kv_id)
         return self._hashes
@@ -142,7 +155,7 @@ class Sequence:
 
     @property
     def num_cacheable_blocks(self) -> int:
-        """Blocks before the first token whose logits are wanted; those must be computed."""
+        """Full blocks before the first token whose logits are wanted. That token and later ones must be computed."""
         first = min((target.position for target in self.targets), default=-1)
         return (self.num_tokens + min(first, -1)) // BLOCK_SIZE
 
@@ -151,8 +164,11 @@ Outcome = SequenceOutput | LoraplexError
 
 
 class EngineRequest:
-    """Sequences whose outcomes are wanted together. `future` resolves exactly once, to one outcome a sequence in order;
-    a sequence's own error is its outcome, so that the others still answer."""
+    """Sequences whose outcomes are wanted together.
+
+    `future` resolves exactly once, to one outcome per sequence in order. An error of one sequence is the outcome of
+    that sequence alone.
+    """
 
     def __init__(
         self,
@@ -162,9 +178,9 @@ class EngineRequest:
         num_tokens: int = 0,
         on_end: Callable[[], object] = lambda: None,
     ) -> None:
-        """deadline_s: on the clock of `time.monotonic`. num_tokens: to compute, as estimated before it is queued; 0
-        where nobody did. on_end: called once, on whatever thread, when the engine is done with all sequences, also of
-        a request whose future was cancelled."""
+        """deadline_s: on the clock of `time.monotonic`. num_tokens: estimated tokens to compute; 0 if not estimated.
+        on_end: called once, on any thread, when the engine is done with all sequences, even if the future was
+        cancelled."""
         assert sequences, "a request needs at least one sequence"
         self.sequences = tuple(sequences)
         self.deadline_s = deadline_s
@@ -182,12 +198,12 @@ class EngineRequest:
         return self.future.cancelled()
 
     def outcomes(self, error: LoraplexError) -> list[Outcome]:
-        """Those that there are, and `error` for the rest, which the engine may still be busy with."""
+        """Return the outcomes so far, and `error` for each sequence that has none and may still be running."""
         with self._lock:
             return [error if outcome is None else outcome for outcome in self._outcomes]
 
     def abandon(self) -> None:
-        """The engine did not accept it."""
+        """End a request that the engine did not accept: cancel the future and call `on_end`."""
         self.future.cancel()
         self._on_end()
 
@@ -206,7 +222,7 @@ class EngineRequest:
         except Exception:
             logger.exception("a request's on_end failed")
         outcomes = [outcome for outcome in self._outcomes if outcome is not None]
-        # A future that its owner cancelled takes no result; nobody waits for it any more.
+        # A cancelled future takes no result, and nobody waits for one.
         if self.future.set_running_or_notify_cancel():
             self.future.set_result(outcomes)
         return True

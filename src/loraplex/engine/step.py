@@ -1,4 +1,4 @@
-"""What one forward pass computes: sequences laid out as a tree of runs, so that what they share is computed once."""
+"""One step: sequences laid out as a tree of runs, so that the tokens that they share are computed once."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -14,10 +14,10 @@ class Run:
 
     slot: int
     token_ids: tuple[int, ...]
-    start: int  # position of its first token
+    start: int  # position of the first token
     parent: "Run | None"
     cached: tuple[int, ...]  # blocks that hold the positions before the root's start
-    owner: Sequence  # the first to need it, to which its tokens are counted
+    owner: Sequence  # the first sequence that needs the run; its tokens count for this one
     children: dict[tuple[int, int], list["Run"]] = field(default_factory=dict)
 
     @property
@@ -29,7 +29,7 @@ class Run:
         return self.start + len(self.token_ids)
 
     def path(self) -> list["Run"]:
-        """From the root to this run."""
+        """Return the runs from the root to this run."""
         runs = [self]
         while runs[-1].parent is not None:
             runs.append(runs[-1].parent)
@@ -38,11 +38,11 @@ class Run:
 
 @dataclass(slots=True, eq=False)
 class Placed:
-    """A sequence in a step, up to `end`: all of it, or a chunk that writes K/V and answers nothing yet.
+    """A sequence in a step, up to `end`: all of it, or a chunk that writes K/V and has no outcome yet.
 
-    cached:  blocks that hold the tokens before `start`, referenced until the step is over; of a sequence that
-             generates, the last one may be its own and not full.
-    kept:    blocks to write, by their place in the chain: those behind `cached`, and its last one if not full.
+    cached:  blocks that hold the tokens before `start`, referenced until the step is over. If the sequence generates,
+             the last one may be its own and not full.
+    kept:    blocks to write, by index in the chain: the blocks after `cached`, and the last of `cached` if not full.
     """
 
     sequence: Sequence
@@ -50,7 +50,7 @@ class Placed:
     start: int = 0
     cached: tuple[int, ...] = ()
     kept: dict[int, int] = field(default_factory=dict)
-    last: Run | None = None  # the run that holds its last token
+    last: Run | None = None  # the run that holds the token before `end`
 
     @property
     def is_chunk(self) -> bool:
@@ -58,23 +58,23 @@ class Placed:
 
     @property
     def blocks(self) -> dict[int, int]:
-        """All of them, by their place in the chain."""
+        """The cached and the kept blocks, by index in the chain."""
         return {**dict(enumerate(self.cached)), **self.kept}
 
     def kept_positions(self, index: int) -> range:
-        """Those whose K/V this step writes into block `index` of the chain."""
+        """Return the positions whose K/V this step writes into block `index` of the chain."""
         return range(max(self.start, index * BLOCK_SIZE), min(self.end, (index + 1) * BLOCK_SIZE))
 
 
 class Step:
-    """Sequences join one by one; tokens that two of them share, under the same K/V identity, are in it once.
+    """The sequences of one forward pass. They join one by one; a prefix that they share in one slot is computed once.
 
-    Sequences of one request share whatever they can. Those of different requests share from a block on: less is not
-    worth the extra attention calls (every text begins with the same BOS).
+    Sequences of one request share a prefix of any length. Sequences of different requests share at least a block of
+    tokens: fewer are not worth the extra attention calls (every text begins with the same BOS).
     """
 
     def __init__(self, *, shares: bool = True) -> None:
-        """shares: False where every sequence is computed whole, whatever it has in common with others."""
+        """shares: whether sequences share prefixes. If False, every sequence is computed whole."""
         self.placed: list[Placed] = []
         self.num_tokens = 0
         self._shares = shares
@@ -82,7 +82,7 @@ class Step:
 
     @classmethod
     def of(cls, sequences: Seq[Sequence], *, shares: bool = True) -> "Step":
-        """All of them, without cached blocks and keeping none."""
+        """Return a step of whole sequences that read no cached blocks and keep none."""
         step = cls(shares=shares)
         for sequence in sequences:
             step.add(Placed(sequence, sequence.num_tokens))
@@ -92,7 +92,7 @@ class Step:
         return len(self.placed)
 
     def cost(self, placed: Placed) -> int:
-        """Tokens that the step would compute more with it."""
+        """Return how many more tokens the step computes if `placed` joins."""
         cost = placed.end - placed.start
         at, siblings = placed.start, self._at_root(placed)
         while at < placed.end and siblings is not None:
@@ -135,8 +135,8 @@ class Step:
             stack.extend(child for siblings in run.children.values() for child in siblings)
 
     def halves(self) -> "tuple[Step, Step]":
-        """Two steps with half of the sequences each, for when this one failed. They read and write the same blocks, so
-        neither of them computes more tokens than this one."""
+        """Return two steps with half of the sequences each, to retry a step that failed. They read and write the same
+        blocks as this step, so neither computes more tokens than this step."""
         middle = len(self.placed) // 2
         first, second = Step(shares=self._shares), Step(shares=self._shares)
         for index, one in enumerate(self.placed):
@@ -150,7 +150,7 @@ class Step:
         return _best(siblings, placed, at) if self._shares else (None, 0)
 
     def _split(self, run: Run, num_tokens: int) -> None:
-        """Cut `run` behind `num_tokens`; what follows becomes its child and takes over its children."""
+        """Cut `run` after `num_tokens` tokens. The rest becomes a child of `run` and takes over its children."""
         rest = Run(
             run.slot, run.token_ids[num_tokens:], run.start + num_tokens, run, run.cached, run.owner, run.children
         )
@@ -178,7 +178,8 @@ def _key(sequence: Sequence, at: int) -> tuple[int, int]:
 
 
 def _best(siblings: Seq[Run], placed: Placed, at: int) -> tuple[Run | None, int]:
-    """The run that shares most with the sequence from `at`, and how many tokens; None where none shares enough."""
+    """Return the run that shares most tokens with the sequence from `at`, and how many. The run is None where no run
+    shares enough."""
     best, most = None, 0
     end = _end_of_slot(placed, at)
     for run in siblings:
@@ -190,7 +191,7 @@ def _best(siblings: Seq[Run], placed: Placed, at: int) -> tuple[Run | None, int]
 
 
 def _num_common(tokens: tuple[int, ...], others: tuple[int, ...], at: int, end: int) -> int:
-    """Length of the common beginning of `tokens` and `others[at:end]`; compares slices, which is fast."""
+    """Return the length of the common prefix of `tokens` and `others[at:end]`. Compares slices, which is fast."""
     low, high = 0, min(len(tokens), end - at)
     if tokens[:high] == others[at : at + high]:
         return high

@@ -1,4 +1,4 @@
-"""What each backend can do: declared here, refused at load where it cannot, and shown in docs/backends.md."""
+"""What each backend can do. An adapter beyond that is refused at load. The table is shown in docs/backends.md."""
 
 from collections.abc import Set
 from dataclasses import dataclass
@@ -10,12 +10,17 @@ from loraplex.errors import AdapterError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """backend: as options choose it.
-    adapters: the kinds (`KINDS`) of which any mix is served exactly, on one base, in any order of coming and going.
-    mixes_adapters: in one forward pass. shares_prefix: what sequences have in common is computed once.
-    keeps_kv: from one call to the next. cuts_prompts: a long one into chunks, between which others are answered.
-    generates: text of several tokens, sampling, logit bias and top log probabilities included.
-    other_bases: those that are quantized, or whose attention cannot be packed.
+    """What one backend can do.
+
+    backend:         the options that choose it.
+    adapters:        the kinds (`KINDS`) that it serves exactly, in any mix on one base, loaded and unloaded in any
+                     order.
+    mixes_adapters:  several adapters run in one forward pass.
+    shares_prefix:   tokens that sequences have in common are computed once.
+    keeps_kv:        K/V is kept from one call to the next.
+    cuts_prompts:    long prompts run in chunks, and other sequences are answered in between.
+    generates:       text of several tokens, with sampling, logit bias and top log probabilities.
+    other_bases:     serves bases that are quantized, or whose attention cannot be packed.
     """
 
     backend: str
@@ -28,7 +33,7 @@ class Capabilities:
     other_bases: bool
 
     def check(self, folder: Path, kinds: Set[str]) -> None:
-        """AdapterError where an adapter of these kinds would not be served exactly."""
+        """Raises AdapterError where the backend would not serve an adapter of these kinds exactly."""
         for kind in KINDS:
             if kind in kinds - self.adapters:
                 raise AdapterError(
@@ -46,11 +51,11 @@ NATIVE = Capabilities(
     generates=True,
     other_bases=False,
 )
-# As PEFT 0.21 was found to be, by tests/contract/test_adapter_kinds.py. Several adapters on one model go wrong:
-# bias: PEFT writes it into the base, so that all others compute with it; of two it refuses the second.
-# other_embedding: the same, and without a word. tying: the second adapter's LoRA is not tied.
-# tokens: no adapter without them loads behind one that has them. saved: not of a layer on which another has LoRA.
-# score: the model is another class.
+# PEFT 0.21's behaviour, found by tests/contract/test_adapter_kinds.py. What fails with several adapters on a model:
+# bias: PEFT writes the bias into the base, so all other adapters compute with it. It refuses a second such adapter.
+# other_embedding: the same, but without an error. tying: the second adapter's LoRA is not tied.
+# tokens: an adapter without trainable tokens does not load after one with them.
+# saved: fails for a layer on which another adapter has LoRA. score: needs another model class.
 PEFT = Capabilities(
     backend="--backend peft",
     adapters=frozenset({"lora", "alora", "lora_bias", "embedding", "dora"}),
@@ -61,7 +66,7 @@ PEFT = Capabilities(
     generates=True,
     other_bases=False,
 )
-# `adapter_names` is refused under DoRA.
+# PEFT refuses `adapter_names` with DoRA.
 PEFT_MIXED = Capabilities(
     backend="--backend peft --peft-batching mixed",
     adapters=PEFT.adapters - {"dora"},
@@ -72,8 +77,8 @@ PEFT_MIXED = Capabilities(
     generates=True,
     other_bases=False,
 )
-# vLLM 0.32 refuses most others by name. It would read a LoRA on the output head, but pads and shards it by rules of its
-# own; and its score heads need the base to be loaded as a classifier, for all.
+# vLLM 0.32 refuses most other kinds by name. It would read LoRA on the output head, but pads and shards it by its own
+# rules. Its score heads need the base to be loaded as a classifier, for all adapters.
 VLLM = Capabilities(
     backend="--backend vllm",
     adapters=frozenset({"lora"}),
@@ -97,7 +102,7 @@ _ABILITIES = {
 
 
 def backend_table() -> str:
-    """The table of docs/backends.md."""
+    """Return the table of docs/backends.md."""
 
     def row(name: str, has: list[bool]) -> str:
         return f"| {name} | {' | '.join('yes' if one else 'no' for one in has)} |"

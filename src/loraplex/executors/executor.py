@@ -1,4 +1,4 @@
-"""The seam inside a backend, between what serves (names, leases, questions, verdicts) and what computes sequences."""
+"""The seam between the service (names, leases, evaluations, verdicts) and what computes sequences."""
 
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -11,19 +11,19 @@ from loraplex.executors.capabilities import Capabilities
 
 
 class Computation(Protocol):
-    """Takes requests from any thread and resolves every one that it accepted exactly once. `Engine` is one."""
+    """Computes requests. Takes them from any thread and resolves every accepted one exactly once. `Engine` is one."""
 
     @property
     def alive(self) -> bool: ...
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that were accepted and do not run yet. Cheap, as all figures are."""
+        """Sequences that were accepted and do not run yet. Cheap to read, like all figures here."""
         ...
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Tokens to compute for these sequences."""
+        """Tokens to compute for the waiting sequences."""
         ...
 
     @property
@@ -31,91 +31,94 @@ class Computation(Protocol):
 
     @property
     def max_step_tokens(self) -> int:
-        """Tokens that one forward pass computes at most."""
+        """The most tokens that one forward pass computes."""
         ...
 
     @property
     def num_blocks(self) -> tuple[int, int]:
-        """Of K/V: all, and those that are free or could be."""
+        """K/V blocks: how many there are, and how many are free or can be evicted."""
         ...
 
     @property
     def wait_s(self) -> float:
-        """How long what waits now will take."""
+        """Estimated seconds until the waiting sequences are computed."""
         ...
 
     @property
     def steps(self) -> Steps:
-        """What ran so far."""
+        """Totals over all steps that ran."""
         ...
 
     def cost(self, request: EngineRequest) -> int:
-        """Tokens to compute for a request, as far as is known before it is submitted. Any thread may ask."""
+        """Return the estimated tokens to compute for a request that is not submitted yet. Any thread may call."""
         ...
 
     def submit(self, request: EngineRequest) -> None:
-        """Its future resolves. Returns at once, whatever the computation is busy with. NotReadyError: the request was
-        not accepted."""
+        """Accept a request; its future resolves exactly once. Returns at once, however busy the computation is. Raises
+        NotReadyError where the request is not accepted."""
         ...
 
     def close(self) -> None:
-        """Finish what was accepted, then stop. Safe to call twice."""
+        """Finish all accepted requests, then stop. Safe to call twice."""
         ...
 
 
 class Executor(Protocol):
-    """One base with adapters in slots, which are small integers that the caller gives out. Not all of it is torch: one
-    that runs in other processes takes the folders, and token ids."""
+    """One base with adapters in slots. The caller gives out the slots, which are small integers.
+
+    `name`, `capabilities`, `max_model_len` and `close` may be used at any time, the other members only after `load`.
+    An executor need not use torch: one that runs in other processes takes adapter folders and token ids.
+    """
 
     @property
     def name(self) -> str:
-        """What `--backend` calls it."""
+        """The executor's value of `--backend`."""
         ...
 
     @property
     def capabilities(self) -> Capabilities: ...
 
     def max_model_len(self, config: Any) -> int:
-        """Tokens that a prompt may have; `config` is the base's PreTrainedConfig. Before it is loaded."""
+        """Return the most tokens of a prompt. `config` is the base's PreTrainedConfig."""
         ...
 
     def load(self, base: Path, config: Any, adapters: Seq[AdapterSource]) -> Computation:
-        """Read the base's weights. adapters: those that will come at least. UnsupportedModelError: the base cannot be
-        served."""
+        """Read the base's weights and start computing. adapters: the adapters known now; others may follow. Raises
+        UnsupportedModelError where the base cannot be served."""
         ...
 
     @property
     def max_slots(self) -> int | None:
-        """As many adapters have a place, whatever their size; None where memory and the options say how many."""
+        """How many adapters fit on the device, whatever their size; None where memory and the options decide."""
         ...
 
     @property
     def item_bytes(self) -> int:
-        """Of one number of an adapter on the device. From here on: once it is loaded."""
+        """Bytes per adapter parameter on the device."""
         ...
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens with which a text ends."""
+        """The tokens that end a text."""
         ...
 
     def parameter(self, name: str) -> Any:
-        """The base's own tensor, such as "lm_head.weight"; None where there is none at hand."""
+        """Return the base's own tensor, such as "lm_head.weight"; None where it is not available."""
         ...
 
     def set_slot(self, slot: int, folder: Path, weights: Any) -> None:
-        """Place an adapter: `weights` (AdapterWeights), which were read from `folder`. While others are computed, on
-        one thread, which `clear_slot` runs on, too."""
+        """Place an adapter in a slot: `weights` (AdapterWeights), which were read from `folder`. Called on the same
+        thread as `clear_slot`, while other adapters compute."""
         ...
 
     def clear_slot(self, slot: int) -> None:
-        """No sequence is under the slot."""
+        """Free a slot that no sequence uses."""
         ...
 
     def give_back(self) -> None:
-        """What was freed goes back to the machine."""
+        """Return freed memory to the machine."""
         ...
 
     def close(self) -> None:
-        """Free the model. Its computation is closed by then."""
+        """Free the model. The caller has closed the computation before."""
         ...

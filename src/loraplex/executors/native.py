@@ -1,4 +1,4 @@
-"""Loraplex's own engine: packed steps of many adapters, shared prefixes, K/V in blocks."""
+"""Loraplex's own executor: packed steps of many adapters, shared prefixes, K/V in blocks."""
 
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -21,7 +21,7 @@ from loraplex.model.model import Model
 
 
 class NativeExecutor:
-    """Executor. The engine's one thread owns the model; slots are set beside its steps."""
+    """An Executor with Loraplex's own engine. The engine's one thread owns the model; slots are set while steps run."""
 
     name = "native"
     capabilities = NATIVE
@@ -76,6 +76,6 @@ class NativeExecutor:
 
     @property
     def model(self) -> Model:
-        """Valid from `load` to `close`."""
+        """The base, valid from `load` to `close`."""
         assert self._model is not None, "the base is not loaded"
         return self._model

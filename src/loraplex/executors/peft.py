@@ -1,7 +1,7 @@
-"""All that knows PEFT: the article's first implementation as a backend, and the oracle an adapter is compared with.
+"""Everything that uses PEFT: the article's first implementation as a backend, and the oracle of `adapters verify`.
 
-The backend is what native is measured against, so it does what PEFT's users do and is no faster: `load_adapter` an
-adapter, `set_adapter` or `disable_adapter` a sequence, `generate` a token with its scores.
+Native is measured against this backend, so it does what PEFT's users do and is no faster: `load_adapter` per adapter,
+`set_adapter` or `disable_adapter` per sequence, `generate` for one token with its scores.
 """
 
 import shutil
@@ -48,11 +48,11 @@ from loraplex.model.loader import (
     resolve_dtype,
 )
 
-BASE = "__base__"  # as PEFT calls it among adapter_names
+BASE = "__base__"  # PEFT's name for the base in adapter_names
 
 
 class PeftExecutor:
-    """Executor. The engine's one thread computes; an adapter is loaded or deleted between two forward passes."""
+    """An Executor with PEFT. The engine's one thread computes; adapters come and go between two forward passes."""
 
     name = "peft"
     max_slots = None
@@ -75,17 +75,17 @@ class PeftExecutor:
     def load(self, base: Path, config: PreTrainedConfig, adapters: Seq[AdapterSource]) -> Engine:
         options = self._config
         device = resolve_device(options.device)
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # which would ignore it
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # sdpa ignores soft caps
         model = load_transformers_model(config, base, resolve_dtype(options.dtype, device), device, attention)
         max_step_tokens = options.max_step_tokens or default_step_tokens(device, model.dtype, config)
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._layers = base_layers(model)
         self.stop_ids = read_stop_ids(base, config)
-        model.generation_config = GenerationConfig()  # the base's own penalties and the like are no classifier's
+        model.generation_config = GenerationConfig()  # not the base's own, which may have penalties
         self._runner = PeftRunner(model, is_mixed=self._is_mixed, max_tokens=max_step_tokens)
         scheduler = Scheduler(
             max_step_tokens=max_step_tokens,
-            # One by one: each is answered as soon as it is computed, and looks at its deadline before.
+            # One by one: a sequence is answered as soon as it is computed, and its deadline is checked right before.
             max_step_sequences=options.max_step_sequences if self._is_mixed else 1,
             shares=False,
         )
@@ -95,13 +95,13 @@ class PeftExecutor:
 
     @property
     def item_bytes(self) -> int:
-        return 4  # PEFT keeps adapters in float32, whatever the base is in
+        return 4  # PEFT keeps adapters in float32, whatever the base's dtype
 
     def parameter(self, name: str) -> torch.Tensor | None:
         return self._parameters.get(name)
 
     def set_slot(self, slot: int, folder: Path, weights: AdapterWeights) -> None:
-        # What PEFT reads must be what was checked, also where somebody writes into the folder meanwhile.
+        # PEFT must read exactly the files that are checked here, even if somebody writes into the folder meanwhile.
         with tempfile.TemporaryDirectory(prefix="loraplex-") as copy:
             for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                 try:
@@ -133,17 +133,17 @@ class PeftExecutor:
 
 
 class PeftRunner:
-    """The engine's runner. Every sequence is computed whole, one by one or, mixed, in a batch padded on the left."""
+    """The engine's Runner. Sequences are computed whole: one by one or, if mixed, in batches padded on the left."""
 
     def __init__(self, model: PreTrainedModel, *, is_mixed: bool, max_tokens: int) -> None:
-        """max_tokens: in a padded batch of several sequences."""
+        """max_tokens: of a padded batch of several sequences."""
         self.model = model
         self._is_mixed, self._max_tokens = is_mixed, max_tokens
         self._modules = dict(model.named_modules())
         self._peft: Any = None  # PeftModel, while there are adapters
         self._activated: set[int] = set()  # slots of aLoRA adapters
-        # An adapter is active for the whole model: whoever computes, loads or deletes does it alone. `_turn` lets who
-        # came first go next: a busy engine would else keep adapters out for ever.
+        # An adapter is active for the whole model, so computing, loading and deleting exclude each other. `_turn` lets
+        # the first in line go next; without it, a busy engine would keep adapters out for ever.
         self._turn, self._busy = threading.Lock(), threading.Lock()
 
     def set_slot(self, slot: int, folder: Path, is_activated: bool) -> None:
@@ -166,7 +166,7 @@ class PeftRunner:
             self._delete(_name(slot))
 
     def probe(self) -> None:
-        """Compute one token on the base; raises where that fails."""
+        """Compute one token on the base. Raises where the computation fails."""
         [(_, outcome)] = self.run(Step.of([lone_sequence([0])]))
         if isinstance(outcome, LoraplexError):
             raise outcome
@@ -193,7 +193,7 @@ class PeftRunner:
         started = time.monotonic()
         for sequence in sequences:
             sequence.started_s = started if sequence.started_s is None else sequence.started_s
-        # The wanted tokens are among the last K of each, which end together.
+        # All sequences end together, so the wanted rows are among the last K of each.
         num_last = max([1, *(-target.position for one in sequences for target in one.targets)])
         logits = self._logits(sequences, num_last)  # [sequences, K, vocab]
         device = logits.device
@@ -217,7 +217,7 @@ class PeftRunner:
         model: Any = self._peft or self.model
         disabled: Any = nullcontext()
         if not self._activated.isdisjoint(slots):
-            # PEFT would look for the invocation in what was generated, too.
+            # Without offsets, PEFT would also search the generated tokens for the invocation.
             inputs["alora_offsets"] = [
                 one.num_tokens - one.activation if one.slot in self._activated else None for one in sequences
             ]
@@ -239,17 +239,17 @@ class PeftRunner:
             raise
 
     def _remove_hooks(self) -> None:
-        """Where a forward pass fails, PEFT leaves those behind that tell its layers the adapter names and the
-        activations: they would pile up, and hold for whatever comes next without any of its own."""
+        """Remove the hooks that PEFT leaves behind when a forward pass fails. They tell PEFT's layers the adapter names
+        and activations. They would pile up, and apply to later passes that set none."""
         for module in self.model.modules():
             module._forward_pre_hooks.clear()
             module._forward_pre_hooks_with_kwargs.clear()
 
     def _delete(self, name: str) -> None:
-        """Also what is left of one that did not load."""
+        """Delete an adapter, even one that loaded only in part. Restores the base's modules with the last adapter."""
         if self._peft is not None and name in self._peft.peft_config:
             self._peft.delete_adapter(name)
-        if self._peft is None or not self._peft.peft_config:  # then there is nothing that could be disabled
+        if self._peft is None or not self._peft.peft_config:  # PEFT cannot disable adapters if there are none
             self._peft = None
             for path, module in self._modules.items():
                 if path:
@@ -281,7 +281,7 @@ def _padded(sequences: Seq[Sequence], device: torch.device) -> dict[str, torch.T
 
 
 def _generate(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """[sequences, 1, vocab]"""
+    """Return the next token's scores: [sequences, 1, vocab]."""
     config = GenerationConfig(
         max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True, pad_token_id=0
     )
@@ -291,17 +291,18 @@ def _generate(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def _forward(model: Any, inputs: dict[str, Any], num_last: int) -> torch.Tensor:
-    """[sequences, num_last, vocab]. As `generate` does it, positions count from the first token that is no padding."""
+    """Return the logits of the last tokens: [sequences, num_last, vocab]. Positions count from the first token that is
+    not padding, as in `generate`."""
     position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     found: torch.Tensor = model(**inputs, position_ids=position_ids, logits_to_keep=num_last, use_cache=False).logits
     return found
 
 
 class PeftOracle:
-    """One base and one adapter, in float32 on the CPU: what `loraplex adapters verify` compares an adapter with."""
+    """One base and one adapter in PEFT, in float32 on the CPU. `loraplex adapters verify` compares answers with it."""
 
     def __init__(self, base: Path, adapter: Path, *, num_labels: int | None) -> None:
-        """num_labels: of a score head; None for a causal language model."""
+        """num_labels: labels of a score head; None for a causal language model."""
         options: dict[str, Any] = dict(dtype=torch.float32, local_files_only=True, use_safetensors=True)
         options["attn_implementation"] = "eager"  # sdpa ignores soft-capped scores
         model: Any
@@ -310,12 +311,12 @@ class PeftOracle:
         else:
             model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=num_labels, **options)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about its own use of transformers
+            warnings.simplefilter("ignore")  # about PEFT's own use of transformers
             self._model: Any = PeftModel.from_pretrained(model, adapter).eval()
 
     @torch.inference_mode()
     def label_log_probs(self, prompt: Seq[int], labels: Seq[Seq[int]]) -> list[float]:
-        """Of each label's tokens behind the prompt, added up, over the whole vocabulary."""
+        """Return each label's log probability after the prompt: the sum over its tokens, over the whole vocabulary."""
         found = []
         for label in labels:
             ids = [*prompt, *label[:-1]]
@@ -325,6 +326,6 @@ class PeftOracle:
 
     @torch.inference_mode()
     def score_log_probs(self, prompt: Seq[int]) -> list[float]:
-        """Of the score head's labels."""
+        """Return the log probabilities of the score head's labels."""
         found: list[float] = self._model(input_ids=torch.tensor([list(prompt)])).logits[0].log_softmax(-1).tolist()
         return found

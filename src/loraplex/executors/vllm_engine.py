@@ -1,7 +1,7 @@
 """vLLM as a computation: its client, on a thread with an event loop of its own.
 
-Each sequence is asked with a `LoRARequest`, and of each label's tokens the log probability over the whole vocabulary,
-however unlikely they are.
+Each sequence is sent with its `LoRARequest`. Targets are asked by token id, so that vLLM returns their log
+probabilities over the whole vocabulary, however unlikely they are.
 """
 
 import asyncio
@@ -46,21 +46,21 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-MAX_TARGETS = 128  # `logprob_token_ids` of one request
-POLL_S = 0.2
-CLOSE_S = 3.0  # that its processes get; then they are killed
+MAX_TARGETS = 128  # the most `logprob_token_ids` of one request
+POLL_S = 0.2  # between two checks whether vLLM died
+CLOSE_S = 3.0  # for vLLM's processes to end; then they are killed
 
 
 class VllmEngine:
-    """Computation. Whoever submits is on another thread: vLLM's client has one of its own, with its event loop."""
+    """A Computation with vLLM. vLLM's client has a thread of its own, with an event loop; any thread may submit."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Starts vLLM. ConfigurationError, UnsupportedModelError: it does not start, or compute."""
+        """Starts vLLM. Raises ConfigurationError or UnsupportedModelError where vLLM does not start or compute."""
         self._slots: dict[int, LoRARequest] = {}
         self._turns = Turns()
         self._request_ids = count()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the five fields below
         self._is_closing = False
         self._num_open = 0  # sequences that were accepted and have no outcome yet
         self._num_open_tokens = 0
@@ -77,16 +77,17 @@ class VllmEngine:
             self._end()
             raise
         self.max_step_tokens: int = self._llm.vllm_config.scheduler_config.max_num_batched_tokens
-        # Known of vLLM 0.32 and its CPU kernels: a base's row beside adapters' rows gets the last slot's adapter.
+        # vLLM 0.32's CPU kernels apply the last slot's adapter to a base's row in a batch with adapters' rows.
         self._base_is_apart = DEVICE_TYPE == "cpu"
-        # Where ours is killed, they would live on and keep the device's memory.
+        # If our process is killed, vLLM's processes would live on and keep the device's memory.
         processes = getattr(self._llm.engine_core.resources.engine_manager, "processes", ())
         self.pids = tuple(process.pid for process in processes)
         self._watcher = watch(self.pids)
         self._probe(arguments["model"])
 
     def _probe(self, base: str) -> None:
-        """Some bases load and do not compute. Eight tokens: of fewer, vLLM 0.32's int8 products for CPUs die."""
+        """Check that the base computes: some bases load and do not. Eight tokens, because vLLM 0.32's int8 products on
+        CPUs crash on fewer. Raises UnsupportedModelError where the base does not compute."""
         num_tokens = min(8, self._llm.model_config.max_model_len - 1)
         request = EngineRequest([Sequence(token_ids=(0,) * num_tokens, slot=NO_ADAPTER)])
         self.submit(request)
@@ -103,7 +104,7 @@ class VllmEngine:
 
     @property
     def lora_config(self) -> Any:
-        """As vLLM has it."""
+        """vLLM's own LoRA settings."""
         return self._llm.vllm_config.lora_config
 
     @property
@@ -116,7 +117,7 @@ class VllmEngine:
 
     @property
     def num_waiting_tokens(self) -> int:
-        return self._num_open_tokens  # vLLM does not say which of them run
+        return self._num_open_tokens  # includes running sequences: vLLM does not say which run
 
     @property
     def num_running(self) -> int:
@@ -134,7 +135,7 @@ class VllmEngine:
 
     @property
     def steps(self) -> Steps:
-        """A step is a forward pass of vLLM; the seconds are those in which there was something to compute."""
+        """Totals: a step is a forward pass of vLLM; the seconds count the time with unfinished sequences."""
         with self._lock:
             busy_s = time.monotonic() - self._busy_since if self._num_open else 0.0
             return self._steps._replace(num_steps=self._gauge.num_steps, seconds=self._steps.seconds + busy_s)
@@ -142,8 +143,8 @@ class VllmEngine:
     # ------------------------------------------------------------------------------------------- adapters
 
     def set_slot(self, slot: int, key: int, folder: str) -> None:
-        """Reads the adapter in `folder`, which may go then. key: its own for ever. Raises what vLLM says where it does
-        not take it; EngineError: it died."""
+        """Let vLLM read the adapter in `folder`, which may be deleted after this call. key: an id that no other adapter
+        ever has. Raises vLLM's own error where vLLM refuses the adapter, and EngineError where vLLM died."""
         request = LoRARequest(lora_name=str(key), lora_int_id=key, lora_path=folder)
         try:
             self._call(self._or_death(self._llm.add_lora(request)))
@@ -154,7 +155,7 @@ class VllmEngine:
     def clear_slot(self, slot: int) -> None:
         request = self._slots.pop(slot, None)
         if request is not None:
-            with contextlib.suppress(EngineDeadError):  # and its adapters with it
+            with contextlib.suppress(EngineDeadError):  # its adapters are gone, too
                 self._call(self._or_death(self._llm.remove_lora(request.lora_int_id)))
 
     # ------------------------------------------------------------------------------------------- sequences
@@ -199,16 +200,16 @@ class VllmEngine:
 
         def cancel_if_nobody_waits(future: Future[list[Outcome]]) -> None:
             if future.cancelled():
-                with contextlib.suppress(RuntimeError):  # the loop is closed, and all is over
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nothing is left to cancel
                     self._loop.call_soon_threadsafe(cancel_all)
 
         request.future.add_done_callback(cancel_if_nobody_waits)
 
     async def _resolve(self, sequence: Sequence) -> None:
         num_tokens = sequence.num_tokens
-        # Of a top k and of chosen tokens' log probabilities vLLM 0.32 gives a batch one or the other.
+        # vLLM 0.32 gives one batch either top-k log probabilities or those of chosen tokens, not both.
         kind = (sequence.sampling.num_top > 0, self._base_is_apart and sequence.slot == NO_ADAPTER)
-        outcome: Outcome = CancelledError("nobody waits for it any more", remedy="none is needed")
+        outcome: Outcome = CancelledError("the caller no longer waits", remedy="none is needed")
         try:
             async with self._turns.turn(kind):
                 outcome = checked(await self._compute(sequence))
@@ -234,8 +235,8 @@ class VllmEngine:
         sequence.request.resolve(sequence, outcome)
 
     async def _compute(self, sequence: Sequence) -> SequenceOutput:
-        """Log probabilities are asked where a prompt ends: for a label of several tokens it ends several times, and all
-        but the longest are in vLLM's prefix cache."""
+        """Compute a sequence. vLLM gives log probabilities only at a prompt's end, so a label of several tokens takes
+        several prompts. All but the longest are in vLLM's prefix cache."""
         sequence.started_s = time.monotonic()
         asked: dict[int, list[int]] = {-1: []}  # position -> token ids
         for target in sequence.targets:
@@ -247,7 +248,7 @@ class VllmEngine:
             for start in range(0, max(1, len(ids)), MAX_TARGETS)
         ]
         work = [self._generate(sequence, first[1], found), *(self._score(sequence, *one, found) for one in rest)]
-        for failure in await asyncio.gather(*work, return_exceptions=True):  # all are over before another kind's turn
+        for failure in await asyncio.gather(*work, return_exceptions=True):  # all end before another kind's turn
             if failure is not None:
                 raise failure
         return SequenceOutput(
@@ -258,7 +259,7 @@ class VllmEngine:
         )
 
     async def _generate(self, sequence: Sequence, ids: Seq[int], found: dict[tuple[int, int], float]) -> None:
-        """The tokens that follow, and of the first one's place the log probabilities of `ids`."""
+        """Generate the tokens that follow. Put the log probabilities of `ids` as the first token into `found`."""
         wanted = sequence.sampling
         params = SamplingParams(
             max_tokens=wanted.max_tokens,
@@ -274,7 +275,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        num_computed = sequence.num_tokens  # for the next token
+        num_computed = sequence.num_tokens  # tokens computed for the next token
         async with contextlib.aclosing(self._ask(sequence, sequence.token_ids, params)) as outputs:
             async for output in outputs:
                 [completion] = output.outputs
@@ -293,7 +294,7 @@ class VllmEngine:
     async def _score(
         self, sequence: Sequence, position: int, ids: Seq[int], found: dict[tuple[int, int], float]
     ) -> None:
-        """Of the token after `position` the log probabilities of `ids`."""
+        """Put the log probabilities of `ids` as the token after `position` into `found`."""
         prompt = sequence.token_ids[: sequence.num_tokens + position + 1]
         params = SamplingParams(
             max_tokens=1,
@@ -313,7 +314,7 @@ class VllmEngine:
     def _ask(self, sequence: Sequence, token_ids: Seq[int], params: SamplingParams) -> Any:
         lora = None
         if sequence.slot != NO_ADAPTER:
-            lora = self._slots[sequence.slot]  # KeyError: never the base instead
+            lora = self._slots[sequence.slot]  # raises KeyError rather than ask the base
         request_id = str(next(self._request_ids))
         return self._llm.generate({"prompt_token_ids": list(token_ids)}, params, request_id, lora_request=lora)
 
@@ -328,7 +329,7 @@ class VllmEngine:
             self._loop.close()
 
     def _call(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """EngineDeadError: its loop is over."""
+        """Run a coroutine on the client's loop and return its result. Raises EngineDeadError if the loop has ended."""
         try:
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         except RuntimeError as exc:
@@ -340,7 +341,8 @@ class VllmEngine:
             raise EngineDeadError() from exc
 
     async def _or_death(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """EngineDeadError: vLLM died meanwhile. Its own calls would wait for ever."""
+        """Return the coroutine's result. Raises EngineDeadError where vLLM dies meanwhile; vLLM's own calls would wait
+        for ever."""
         work = asyncio.ensure_future(coroutine)
         while not (await asyncio.wait({work}, timeout=POLL_S))[0]:
             if self._llm.errored:
@@ -352,7 +354,7 @@ class VllmEngine:
         while self._tasks:
             await asyncio.wait(self._tasks)
         if self._llm.output_handler is not None:
-            self._llm.output_handler.cancel()  # it would take the end of vLLM's processes for a failure
+            self._llm.output_handler.cancel()  # it would report the end of vLLM's processes as a failure
 
     def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

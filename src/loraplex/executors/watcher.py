@@ -1,4 +1,4 @@
-"""A process that outlives ours by a moment: it kills the processes that it was told of where ours is killed."""
+"""A helper process that outlives ours by a moment, and kills given processes if ours is killed."""
 
 import contextlib
 import subprocess
@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-# Waits for the end of its standard input, which comes however its parent ends, and then kills the processes that it was
-# told of by number and start time, as long as they are still these.
+# Waits for the end of standard input, which comes however the parent process ends. Then kills the given processes. They
+# are identified by PID and start time, so that a process with a reused PID is spared.
 _WATCHER = """
 import os, signal, sys
 from pathlib import Path
@@ -22,7 +22,7 @@ for pid, started in told:
 
 
 def watch(pids: Iterable[int]) -> subprocess.Popen[str]:
-    """To be killed once they are gone."""
+    """Start a watcher that kills these processes when ours ends. The caller kills the watcher once they have ended."""
     watcher = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _WATCHER], stdin=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -1,4 +1,4 @@
-"""Which layers of a model an adapter changes, and the slots of all of them."""
+"""Sets an adapter's weights in all layers of a model that the adapter changes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,14 +15,14 @@ AdaptedLayer = LoRALinear | LoRAEmbedding
 
 
 class AdaptedLayers:
-    """The layers of one model that take adapters, by their paths, and the score heads beside them. Slots are small
-    integers that the caller gives out."""
+    """The layers of one model that take adapters, by path, and the score heads. Slots are small integers that the
+    caller gives out."""
 
     def __init__(
         self, layers: dict[str, AdaptedLayer], output: str, scores: ScoreHeads, wrap: Callable[[str], AdaptedLayer]
     ) -> None:
-        """layers: those that there are already. output: the path of the output head. wrap: makes the layer at a path
-        that is not among `layers`, when the first adapter needs it."""
+        """layers: the adapted layers that exist already. output: the path of the output head. wrap: makes the adapted
+        layer at a path that is not in `layers`, when the first adapter needs it."""
         self._layers, self._output, self._scores, self._wrap = layers, output, scores, wrap
 
     def set_slot(self, slot: int, adapter: AdapterWeights) -> None:
@@ -38,7 +38,7 @@ class AdaptedLayers:
         self._scores.clear_slot(slot)
 
     def parameter(self, name: str) -> torch.Tensor | None:
-        """The base's own tensor of a layer that is among the layers."""
+        """Return the base's own tensor, such as "lm_head.weight"; None where no adapted layer has that path."""
         path, _, kind = name.rpartition(".")
         layer = self._layers.get(path)
         tensor = None if layer is None else getattr(layer.base_layer, kind, None)

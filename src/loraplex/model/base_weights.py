@@ -1,4 +1,4 @@
-"""A base's safetensors files: which tensors they hold, read one by one."""
+"""Reads the tensors of a base's safetensors files, one by one."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class BaseWeights:
-    """The tensors of the base in a folder, by name, whether in one file or in shards. One file is open at a time: its
-    pages count as the process's memory as long as it is."""
+    """The tensors of the base in a folder, by name, from one file or several shards. One file is open at a time,
+    because the pages of an open file count as the process's memory."""
 
     def __init__(self, folder: Path) -> None:
-        """UnsupportedModelError: a file is not readable as safetensors."""
+        """Raises UnsupportedModelError where a file is not readable as safetensors."""
         self._folder = folder
         index = folder / INDEX
         shards = [FILE] if not index.is_file() else sorted(set(map(str, read_json(index)["weight_map"].values())))
@@ -32,7 +32,8 @@ class BaseWeights:
         return frozenset(self._shards)
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A copy of the tensor on the device. UnsupportedModelError: it is missing, or has another shape."""
+        """Return a copy of the tensor on the device. Raises UnsupportedModelError where the tensor is missing or has
+        another shape."""
         if name not in self._shards:
             raise UnsupportedModelError(
                 self._folder, f"the weights lack {name!r}", remedy="copy all of the base's safetensors files"
@@ -47,7 +48,7 @@ class BaseWeights:
         return tensor.to(device, dtype, copy=True)
 
     def find(self, name: str) -> torch.Tensor | None:
-        """The tensor as it is stored; None where there is none of that name."""
+        """Return the tensor as it is stored; None where no tensor has that name."""
         if name not in self._shards:
             return None
         found: torch.Tensor = self._file(self._shards[name]).get_tensor(name)
@@ -55,7 +56,7 @@ class BaseWeights:
 
     def _file(self, shard: str) -> Any:
         if self._opened[0] != shard:
-            self._opened = "", None  # before the next one is mapped
+            self._opened = "", None  # close this file before the next one is mapped
             try:
                 self._opened = shard, safe_open(self._folder / shard, framework="pt")
             except (SafetensorError, OSError) as exc:

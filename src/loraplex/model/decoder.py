@@ -1,4 +1,4 @@
-"""Our own decoder for the bases that are built like Llama: Llama, Mistral, Qwen2 and Qwen3."""
+"""Our own decoder for bases that are built like Llama: Llama, Mistral, Qwen2 and Qwen3."""
 
 import math
 from typing import Any
@@ -24,13 +24,13 @@ from loraplex.model.step_memo import SMALL_STEP, StepMemo
 from loraplex.ops.attention import packed_attention
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-MEMO_MEMORY = "5%"  # of the memory that is free
+MEMO_MEMORY = "5%"  # budget of the step memo, of the free memory
 
 EMBEDDING, OUTPUT, NORM, LAYER = "model.embed_tokens", "lm_head", "model.norm.weight", "model.layers.{}."
 
 
 def decodes(config: Any, weights: BaseWeights) -> bool:
-    """Whether `Decoder` computes what transformers' model of this config does, from weights of these names."""
+    """Whether `Decoder` can compute this config from these weights, with the same result as transformers' model."""
     if config.model_type not in FAMILIES:
         return False
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -49,7 +49,7 @@ def decodes(config: Any, weights: BaseWeights) -> bool:
 
 
 def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight."""
+    """Return the shape of every weight by name."""
     hidden, inner, dim = config.hidden_size, config.intermediate_size, head_dim(config)
     num_q, num_kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
     is_qwen2 = config.model_type == "qwen2"
@@ -78,7 +78,7 @@ def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def decoder_layers(config: Any) -> BaseLayers:
-    """The layers that an adapter may change; no weights are read."""
+    """Return the layers that an adapter may change. Reads no weights."""
     shapes = weight_shapes(config)
     matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
     embedding, output = matrices.pop(EMBEDDING), matrices.pop(OUTPUT)
@@ -94,7 +94,7 @@ def decoder_layers(config: Any) -> BaseLayers:
 
 
 class Decoder:
-    """Model. Every layer takes the step's inputs as an argument."""
+    """A Model of our own. Every layer takes the step's inputs as an argument."""
 
     def __init__(
         self,
@@ -104,8 +104,8 @@ class Decoder:
         device: torch.device,
         capture: Capture | None = None,
     ) -> None:
-        """Reads the weights one by one. capture: of small steps as CUDA graphs; None: none is. UnsupportedModelError: a
-        weight is missing or has another shape."""
+        """Reads the weights one by one. capture: captures small steps as CUDA graphs; None turns it off. Raises
+        UnsupportedModelError where a weight is missing or has another shape."""
         self.device, self.dtype, self.vocab_size = device, dtype, int(config.vocab_size)
         self._kv_shapes = kv_shapes(config)
         self._cache: KVCache | None = None
@@ -149,7 +149,7 @@ class Decoder:
 
     @property
     def memo(self) -> StepMemo:
-        """What is kept between small steps."""
+        """The stacks and graphs that are kept between small steps."""
         return self._memo
 
     def allocate_cache(self, num_slots: int) -> None:
@@ -196,10 +196,10 @@ class Decoder:
 
 
 class DecoderLayer:
-    """Norm, attention, sum, norm, gated MLP, sum. The last layer computes its output for the wanted rows only."""
+    """Norm, attention, residual, norm, gated MLP, residual. The last layer computes the wanted rows only."""
 
     def __init__(self, config: Any, index: int, linear: Any, read: Any, pieces: PieceRunner | None) -> None:
-        """linear: makes the layer at a path. read: the weight of a name, None where the family has none."""
+        """linear: makes the layer at a path. read: returns the weight of a name, or None where the family has none."""
         prefix = LAYER.format(index)
         self._index, self._is_last = index, index == config.num_hidden_layers - 1
         self._pieces = None if self._is_last else pieces
@@ -226,7 +226,7 @@ class DecoderLayer:
         sin: torch.Tensor,  # [T, head_dim]
         inputs: ModelInputs,
         cache: KVCache | None,
-    ) -> torch.Tensor:  # [T, hidden], of the last layer [L, hidden]
+    ) -> torch.Tensor:  # [T, hidden]; from the last layer [L, hidden]
         segments, layout = inputs.segments, inputs.layout
         before = self._run("before", self._before, segments, hidden=hidden, cos=cos, sin=sin)
         key, value = before["key"], before["value"]
@@ -261,8 +261,8 @@ class DecoderLayer:
         )
 
     def _before(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, segments: Segments) -> Tensors:
-        """Keys and values [T, num_kv_heads, head_dim], and the queries; of the last layer, whose queries are few, what
-        they are projected from."""
+        """Return keys and values [T, num_kv_heads, head_dim], and the queries. The last layer returns `x` instead of
+        queries, because it projects only the wanted rows of `x`."""
         x = rms_norm(hidden, self._input_norm, self._eps)
         key, value = self._heads(self.k_proj(x, segments)), self._heads(self.v_proj(x, segments))
         if self._k_norm is not None:
@@ -282,7 +282,7 @@ class DecoderLayer:
         return {"hidden": self.down_proj.plus(self._gated(x, segments), hidden, segments)}
 
     def _gated(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
-        """silu(gate(x)) * up(x)"""
+        """Return silu(gate(x)) * up(x)."""
         gate, up = self.gate_proj.base_layer, self.up_proj.base_layer
         is_adapted = self.gate_proj.is_active(segments) or self.up_proj.is_active(segments)
         if isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and not is_adapted:
@@ -294,7 +294,7 @@ class DecoderLayer:
 
 
 class RotaryEmbedding:
-    """cos and sin of each position, as transformers computes them for the config's rope type."""
+    """Computes cos and sin of each position as transformers does for the config's rope type."""
 
     def __init__(self, config: Any, device: torch.device) -> None:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -309,14 +309,14 @@ class RotaryEmbedding:
         self._frequencies = frequencies.to(device)  # [head_dim / 2]
 
     def __call__(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids: [T]. Returns [T, head_dim] each."""
+        """Return cos and sin, [T, head_dim] each. position_ids: [T]."""
         angles = position_ids[:, None].float() * self._frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self._scaling).to(dtype), (angles.sin() * self._scaling).to(dtype)
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x * cos + rotate_half(x) * sin, without copies of x's halves. x: [n, heads, D]; cos, sin: [n, D]."""
+    """Return x * cos + rotate_half(x) * sin, without copies of x's halves. x: [n, heads, D]; cos, sin: [n, D]."""
     half, output = x.shape[-1] // 2, torch.empty_like(x)
     cos, sin = cos[:, None], sin[:, None]
     first, second = x[..., :half], x[..., half:]
@@ -326,7 +326,7 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def _window(config: Any, index: int) -> int | None:
-    """Tokens that a layer with sliding attention looks back; None: all."""
+    """Return how many tokens a layer with sliding attention sees; None for all."""
     window: int | None = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None) or ()
     slides = index < len(layer_types) and layer_types[index] == "sliding_attention"

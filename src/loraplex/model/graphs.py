@@ -1,5 +1,7 @@
-"""Piecewise CUDA graphs: what a small step computes between two attentions, recorded once and replayed. Launching its
-kernels one by one takes a GPU longer than computing them; attention differs from step to step and stays outside."""
+"""Piecewise CUDA graphs: captures what a small step computes between two attention calls, and replays it.
+
+Launching the kernels one by one takes longer than computing them. Attention differs between steps and stays outside.
+"""
 
 import logging
 import threading
@@ -13,35 +15,39 @@ from loraplex.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
-Tensors = dict[str, torch.Tensor]  # by what they are to the layer
-Piece = Callable[..., Tensors]  # takes and gives tensors by name, and changes nothing else
+Tensors = dict[str, torch.Tensor]  # by name
+Piece = Callable[..., Tensors]  # takes and returns tensors by name, has no other effect
 
 
 class Capture(Protocol):
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Record what `function` computes; nothing is computed yet. Each call of the result computes it."""
+        """Capture what `function` computes, without computing it. Each call of the result computes it."""
         ...
 
     def prove_over(self) -> None:
-        """After a capture that failed: RuntimeError where the device still believes that one is under way."""
+        """Check that a failed capture has ended. Raises RuntimeError where the device still captures."""
         ...
 
 
 @dataclass(slots=True)
 class Graph:
-    """Of one piece of one layer. It reads and writes fixed addresses."""
+    """The CUDA graph of one piece of one layer. The graph reads and writes fixed addresses."""
 
     replay: Callable[[], None]
     outputs: Tensors
 
 
-Graphs = dict[Hashable, Graph]  # by piece, of steps whose segments are the same, from the first to the last token
+Graphs = dict[Hashable, Graph]  # by piece, for steps with exactly the same segments
 
 
 @dataclass(slots=True)
 class PieceRunner:
-    """Runs the pieces of one model. All graphs share the buffers from which they read and into which they write, since
-    one runs at a time. max_tokens: of a step."""
+    """Runs the pieces of one model as CUDA graphs. All graphs share input and output buffers, since one runs at a time.
+
+    max_tokens:  the most tokens of a step, which sizes the buffers.
+    failed:      a capture failed: pieces run without graphs.
+    is_broken:   a failed capture has not ended: nothing can be computed.
+    """
 
     capture: Capture
     max_tokens: int
@@ -49,20 +55,20 @@ class PieceRunner:
     is_broken: bool = False
     _memory: Tensors = field(default_factory=dict)
     _buffers: dict[tuple[str, torch.Size], torch.Tensor] = field(default_factory=dict)
-    _written: Tensors = field(default_factory=dict)  # the last tensor that was copied into the buffer of that name
+    _written: Tensors = field(default_factory=dict)  # the last tensor copied into each buffer, by name
 
     def run(self, graphs: Graphs, name: Hashable, piece: Piece, num_tokens: int, **inputs: torch.Tensor) -> Tensors:
-        """piece(**inputs), captured under `name`. The next piece that returns a tensor of the same name overwrites the
-        one that is returned here. RuntimeError as `check`."""
+        """Return piece(**inputs), by the graph under `name`, which is captured on first use. The next piece that
+        returns a tensor of the same name overwrites the returned tensor. Raises RuntimeError as `check` does."""
         self.check()
         if self.failed:
             return piece(**inputs)
         buffers = {key: self._filled(key, tensor, num_tokens) for key, tensor in inputs.items()}
         if name not in graphs:
-            computed = piece(**buffers)  # what it allocates once and keeps must not come from the graphs' memory
+            computed = piece(**buffers)  # uncaptured first: what it keeps must not lie in the graphs' memory
             try:
                 graphs[name] = self._captured(piece, buffers, computed, num_tokens)
-            except RuntimeError:  # CUDA's errors, and that memory is short; the piece itself has just run
+            except RuntimeError:  # a CUDA error or out of memory; the piece itself has just run
                 logger.warning("steps are no longer captured as CUDA graphs, and run as before", exc_info=True)
                 self.failed = self.is_broken = True
                 self.capture.prove_over()
@@ -75,12 +81,12 @@ class PieceRunner:
         return graph.outputs
 
     def check(self) -> None:
-        """RuntimeError: a capture failed and is not over, so that nothing can be computed any more."""
+        """Raises RuntimeError where a failed capture has not ended, so that nothing can be computed."""
         if self.is_broken:
             raise RuntimeError("a CUDA graph's capture failed and is not over; start the server without --cuda-graphs")
 
     def forget_inputs(self) -> None:
-        """The step is over."""
+        """End a step: forget which tensors the buffers hold."""
         self._written.clear()
 
     def _captured(self, piece: Piece, buffers: Tensors, like: Tensors, num_tokens: int) -> Graph:
@@ -108,16 +114,16 @@ class PieceRunner:
         return self._buffers[key]
 
 
-# Held while a graph is captured: the allocator must not be asked for its free memory back meanwhile.
+# Held during a capture, because the allocator must not be told to free its cached memory meanwhile.
 capturing = threading.Lock()
 
 
 class CUDACapture:
-    """Capture, by a stream and a memory pool that all graphs share: they run one after the other, and what one gives to
-    the next lies outside."""
+    """A Capture with one stream and one memory pool for all graphs. Sharing is safe: graphs run one after the other,
+    and pass tensors through buffers outside the pool."""
 
     def __init__(self, device: torch.device) -> None:
-        """UnsupportedModelError on another device than CUDA."""
+        """Raises UnsupportedModelError where the device is not a CUDA device."""
         if device.type != "cuda":
             raise UnsupportedModelError(
                 f"device {str(device)!r}", "CUDA graphs are for CUDA devices only", remedy="leave out --cuda-graphs"
@@ -126,29 +132,29 @@ class CUDACapture:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         number = torch.zeros(1, device=device)
-        self._first = self._graph_of(lambda: number.add_(1))  # holds the pool, which would end with its last graph
+        self._first = self._graph_of(lambda: number.add_(1))  # keeps the pool, which is freed with its last graph
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         return self._graph_of(function).replay
 
     def prove_over(self) -> None:
-        # Where a capture was invalidated, its end may have raised before the allocator heard of it. These are the calls
-        # that the allocator refuses as long as it believes in a capture.
+        # The end of an invalidated capture may have raised before the allocator was told. The allocator refuses these
+        # calls as long as it assumes a capture.
         torch.cuda.synchronize(self._device)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a CUDA graph's capture failed and does not end")
         torch.cuda.empty_cache()
         one = torch.ones(1, device=self._device)
         if one.add_(1).item() != 2:
-            raise RuntimeError("the device computes nothing since a CUDA graph's capture failed")
+            raise RuntimeError("the device computes nothing since the capture of a CUDA graph failed")
 
     def _graph_of(self, function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        # Not by `torch.cuda.graph`, which waits for the device and empties the allocator's cache for each.
+        # Not `torch.cuda.graph`: it waits for the device and empties the allocator's cache for every graph.
         graph = torch.cuda.CUDAGraph()
         with capturing:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
             with torch.cuda.stream(self._stream):
-                # Another thread may place an adapter meanwhile, which allocates and copies.
+                # thread_local: another thread may set a slot meanwhile, which allocates and copies.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     function()

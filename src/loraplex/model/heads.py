@@ -1,6 +1,6 @@
-"""Logits of the wanted rows -> log probabilities of the targets and the next token of each sequence.
+"""Turns the logits of the wanted rows into the targets' log probabilities and the next token of each sequence.
 
-Shapes: L rows, N targets, S sequences; D of these draw their token, W want the likeliest ones besides.
+Shapes: L rows, N targets, S sequences; D sequences draw their token, W sequences also want the likeliest tokens.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,8 @@ import torch
 
 
 class Heads(NamedTuple):
-    """Natural logarithms over the whole vocabulary, of the logits as they are. top: likeliest first."""
+    """Log probabilities (natural logarithm) over the whole vocabulary, from the unchanged logits. top: likeliest
+    first."""
 
     target_log_probs: list[float]  # [N]
     next_ids: list[int]  # [S]
@@ -25,13 +26,15 @@ def read_heads(
     last_rows: torch.Tensor,  # [S] indices into the rows
     *,
     drawing: torch.Tensor | None = None,  # [4, D] float64: index into last_rows, temperature, top_p, number in [0, 1)
-    biases: torch.Tensor | None = None,  # [3, B] float64: index into last_rows, token id, what is added to its logit
-    allowed: torch.Tensor | None = None,  # [2, A]: index into last_rows, a token id; one named here takes no other
+    biases: torch.Tensor | None = None,  # [3, B] float64: index into last_rows, token id, number added to its logit
+    allowed: torch.Tensor | None = None,  # [2, A]: index into last_rows, token id; these rows choose no other token
     top: torch.Tensor | None = None,  # [W] indices into last_rows
     num_top: int = 0,
 ) -> Heads:
-    """All in fp32. The likeliest token is next, of those that are allowed and with the biases, but for the sequences
-    that draw it."""
+    """Return the log probabilities and next tokens, computed in float32. Waits for the device.
+
+    The next token is the likeliest of the allowed tokens after the biases. Sequences in `drawing` draw it instead.
+    """
     logits = logits.float()
     normalizer = logits.logsumexp(dim=-1)  # [L]
     target_log_probs = logits[target_rows, target_ids] - normalizer[target_rows]
@@ -63,14 +66,14 @@ def draw(
     top_p: torch.Tensor,  # [D] above 0, at most 1
     number: torch.Tensor,  # [D] in [0, 1)
 ) -> torch.Tensor:  # [D] token ids
-    """The token at which the cumulative distribution, likeliest first, passes `number`; only the smallest set of
-    likeliest tokens that reaches `top_p` counts."""
-    temperature = temperature.clamp(1e-30, 1e30)  # what a double holds may be 0 or infinite here
+    """Return the token at which the cumulative distribution, likeliest first, passes `number`. Only the smallest set of
+    likeliest tokens whose probabilities reach `top_p` counts."""
+    temperature = temperature.clamp(1e-30, 1e30)  # a float64 may have become 0 or infinite in float32
     probs, ids = (logits / temperature[:, None]).softmax(dim=-1).sort(dim=-1, descending=True)
     cumulative = probs.cumsum(dim=-1)
     top_p = top_p.clamp(min=torch.finfo(top_p.dtype).tiny)
     probs = probs.where(cumulative - probs < top_p[:, None], 0.0)
     cumulative = probs.cumsum(dim=-1)
     place = (cumulative <= number[:, None] * cumulative[:, -1:]).sum(dim=-1)
-    last = (probs > 0).sum(dim=-1) - 1  # rounding must not lead past the last one that counts
+    last = (probs > 0).sum(dim=-1) - 1  # rounding must not lead past the last token that counts
     return ids.gather(-1, place.minimum(last)[:, None])[:, 0]

@@ -1,7 +1,7 @@
-"""Every other model of transformers, with packed attention and adapters hooked into its own code.
+"""Serves every other transformers model, with packed attention and adapters hooked into the model's own code.
 
-All patching is here. A transformers model hands its layers nothing but their input, so the layers that we put into it
-read the step from one object that they share.
+All patching is in this file. A transformers model passes its layers nothing but their input, so the layers that we
+insert read the step from one object that they share.
 """
 
 from collections.abc import Callable
@@ -28,20 +28,20 @@ from loraplex.model.score_heads import ScoreHeads
 from loraplex.model.step_memo import StepMemo
 from loraplex.ops.attention import packed_attention
 
-ATTENTION = "loraplex"  # its name in transformers' AttentionInterface
+ATTENTION = "loraplex"  # the name of `_attention` in transformers' AttentionInterface
 
-# Arguments that models pass to their attention and that change nothing here.
+# Arguments that models pass to their attention and that have no effect here.
 _INERT = frozenset({"dropout", "is_causal", "use_cache", "position_ids", "output_attentions", "output_hidden_states"})
 
 
 class _Step:
-    """The step that runs now, for the layers of one model."""
+    """The step that runs now, shared by the layers that we insert into one model."""
 
     def __init__(self, kv_shapes: tuple[Shape, ...]) -> None:
         self.kv_shapes = kv_shapes
         self.cache: KVCache | None = None
         self.inputs: ModelInputs | None = None
-        self.hidden: torch.Tensor | None = None  # what the output head saw
+        self.hidden: torch.Tensor | None = None  # the output head's input
 
     @property
     def running(self) -> ModelInputs:
@@ -50,12 +50,12 @@ class _Step:
 
 
 class Hooked:
-    """Model. The last layer computes all tokens; the output head computes the wanted rows."""
+    """A Model around a transformers model. The last layer computes all tokens; the output head the wanted rows only."""
 
     max_captured_tokens = 0
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """model: loaded with attention ATTENTION. It belongs to this object from now on."""
+        """model: loaded with attention ATTENTION. This object changes the model and owns it from now on."""
         self._model = model
         self.device, self.dtype, self.vocab_size = model.device, model.dtype, int(model.config.vocab_size)
         self._step = _Step(kv_shapes(model.config))
@@ -75,7 +75,7 @@ class Hooked:
 
     @property
     def memo(self) -> StepMemo:
-        """What is kept between small steps."""
+        """The stacks that are kept between small steps."""
         return self._memo
 
     def allocate_cache(self, num_slots: int) -> None:
@@ -127,7 +127,7 @@ class Hooked:
         return tensor if isinstance(tensor, torch.Tensor) else None
 
     def _wrap(self, path: str) -> AdaptedLayer:
-        """Put a layer that takes adapters in the place of the one at `path`."""
+        """Replace the layer at `path` by a layer that takes adapters."""
         layer = self._model.get_submodule(path)
         adapted: AdaptedLayer
         if isinstance(layer, nn.Embedding):
@@ -148,7 +148,7 @@ class Hooked:
 
 
 class _HookedLayer(nn.Module):
-    """Stands in a transformers model for a layer that takes adapters."""
+    """The module in a transformers model that calls a layer that takes adapters."""
 
     def __init__(self, adapted: AdaptedLayer, step: _Step, *, is_output: bool) -> None:
         super().__init__()
@@ -176,7 +176,8 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # [1, T, H, D]
-    """transformers' attention call as packed attention."""
+    """Compute transformers' attention call by packed attention, and write K/V to the cache. Raises
+    UnsupportedModelError for an argument that packed attention does not support."""
     assert attention_mask is None, "a mask was built for an attention that derives its own"
     for name, given in kwargs.items():
         if given is not None and name not in _INERT:
@@ -211,7 +212,7 @@ def _pack_linears(model: PreTrainedModel) -> None:
 
 
 def replace_norms(model: nn.Module) -> None:
-    """Give RMS norms a forward of one kernel, where a probe shows that it computes the same."""
+    """Give RMS norms a forward of one kernel, where a test input shows that it computes the same."""
     for module in list(model.modules()):
         forward = _fused_norm(module)
         if forward is not None:
@@ -219,7 +220,7 @@ def replace_norms(model: nn.Module) -> None:
 
 
 def _fused_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """For an RMS norm in one of transformers' two spellings."""
+    """Return a forward of one kernel for an RMS norm like Llama's or Gemma's; None for any other module."""
     weight = getattr(module, "weight", None)
     eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor) or eps is None:
@@ -232,7 +233,7 @@ def _fused_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     def gemma(x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), shape, one_plus_weight, eps).type_as(x)
 
-    # In the weight's own dtype, whose rounding the tolerance allows; a norm that means something else is far off.
+    # Compared in the weight's own dtype, whose rounding the tolerance allows. Any other kind of norm differs by more.
     probe = torch.linspace(-2, 3, 3 * weight.numel(), device=weight.device).view(3, -1).to(weight.dtype)
     tolerance = 4 * torch.finfo(weight.dtype).eps
     for forward in (llama, gemma):

@@ -1,4 +1,4 @@
-"""What a forward pass takes and gives: tensors and segments. Knows no requests."""
+"""The inputs and outputs of a forward pass: tensors and segments. Knows no requests."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,26 +28,26 @@ class Segments:
         self.all = tuple(segments)
         self.lengths = tuple(end - start for _, start, end in self.all)
         self.num_tokens = sum(self.lengths)
-        # Memo of the layers' stacked weights, shared by steps of the same `key`; None: nothing is kept.
+        # The stacks of each layer, shared by steps with the same `key`; None: no stacks are kept.
         self.stacked: dict[LoRALinear, tuple[StackedUpdate, ...]] | None = None
-        # CUDA graphs of steps with the same segments; None: nothing is captured.
+        # The CUDA graphs of steps with the same segments; None: no graphs are used.
         self.graphs: Graphs | None = None
 
     @property
     def key(self) -> tuple[tuple[int, bool], ...]:
-        """Steps of the same key stack the same weights. One pair a segment: its slot, and whether it is as long as the
-        segment before it."""
+        """Identifies the stacks: steps with the same key stack the same weights. One pair per segment: its slot, and
+        whether it is as long as the segment before it."""
         before = (0, *self.lengths)
         return tuple((one.slot, n == m) for one, n, m in zip(self.all, self.lengths, before, strict=False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInputs:
-    """T packed tokens, of which some only pad a segment; L of them are rows whose logits are wanted; the K/V of W of
-    them is written to the cache.
+    """T packed tokens, some of which only pad a segment. The logits of L tokens are wanted; the K/V of W tokens is
+    written to the cache.
 
-    last_segments, last_layout: the segments and the attention of the L rows alone. The last decoder layer computes
-    nothing but keys and values for all other tokens.
+    last_segments, last_layout:  segments and layout of the L wanted tokens alone. The last decoder layer computes only
+                                 keys and values for the other tokens.
     """
 
     input_ids: torch.Tensor  # [T]
@@ -55,14 +55,14 @@ class ModelInputs:
     segments: Segments
     layout: Layout
     kv_rows: torch.Tensor | None  # [W] packed tokens
-    kv_slots: torch.Tensor | None  # [W] slots of the cache
+    kv_slots: torch.Tensor | None  # [W] cache slots
     logit_rows: torch.Tensor  # [L] packed tokens, ascending
     last_segments: Segments
     last_layout: Layout
 
 
 class ModelOutput(NamedTuple):
-    """Of the L wanted rows. `hidden` is what the output head saw; score heads read it."""
+    """The output for the L wanted tokens. `hidden` is the output head's input, which score heads read too."""
 
     logits: torch.Tensor  # [L, vocab]
     hidden: torch.Tensor  # [L, hidden]

@@ -1,4 +1,4 @@
-"""Keys and values of the blocks, one pair of tensors a layer. Which block holds what is the block pool's matter."""
+"""The keys and values of the blocks, one pair of tensors per layer. The block pool knows which block holds what."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,27 +9,27 @@ Shape = tuple[int, int]  # (num_kv_heads, head_dim)
 
 
 class KVCache:
-    """K/V by token slot: block b holds slots b * block_size ... (b + 1) * block_size - 1."""
+    """K/V by cache slot, one per token: block b is cache slots b * block_size ... (b + 1) * block_size - 1."""
 
     def __init__(self, shapes: Sequence[Shape], num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        """shapes: of each layer in order."""
+        """shapes: one per layer, in order. num_slots: tokens that the cache holds."""
         self._layers = [
             tuple(torch.empty((num_slots, *shape), dtype=dtype, device=device) for _ in range(2)) for shape in shapes
         ]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, each [num_slots, num_kv_heads, head_dim]."""
+        """Return a layer's keys and values, each [num_slots, num_kv_heads, head_dim]."""
         keys, values = self._layers[index]
         return keys, values
 
     def write(self, index: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """slots: [n]; key, value: [n, num_kv_heads, head_dim]."""
+        """Write a layer's keys and values, each [n, num_kv_heads, head_dim], into cache slots [n]."""
         for cached, new in zip(self._layers[index], (key, value), strict=True):
             cached.index_copy_(0, slots, new)
 
 
 def kv_shapes(config: Any) -> tuple[Shape, ...]:
-    """(num_kv_heads, head_dim) of each layer, as the base's PreTrainedConfig says."""
+    """Return (num_kv_heads, head_dim) of each layer, from the base's PreTrainedConfig."""
     num_heads = int(config.num_attention_heads)
     num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
     return ((num_kv_heads, head_dim(config)),) * int(config.num_hidden_layers)
@@ -40,5 +40,5 @@ def head_dim(config: Any) -> int:
 
 
 def kv_bytes(shapes: Sequence[Shape], dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values over all layers."""
+    """Return the bytes of one token's keys and values over all layers."""
     return sum(2 * heads * dim * dtype.itemsize for heads, dim in shapes)

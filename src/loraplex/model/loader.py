@@ -1,6 +1,6 @@
-"""A base's folder -> a model that computes packed steps, or a reason by name why it cannot be served.
+"""Loads a base's folder as a model that computes packed steps, or says why the base cannot be served.
 
-transformers' modelling code takes seconds to import, so it is imported where a base needs it: not for our own decoder.
+transformers' modelling code takes seconds to import. Only bases that need it import it, and our own decoder does not.
 """
 
 import logging
@@ -31,7 +31,8 @@ LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one."""
+    """Return the device of that name; "auto" is CUDA if available. Raises UnsupportedModelError where PyTorch finds no
+    such CUDA device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
@@ -45,34 +46,36 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the device computes in it, else float32."""
+    """Return the dtype of that name; "auto" is bfloat16 if the device computes in it, else float32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
-        # Emulation counts as support otherwise, and FlashAttention's kernels refuse devices that emulate.
+        # By default emulation counts as support, but FlashAttention's kernels refuse devices that emulate.
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def default_step_tokens(device: torch.device, dtype: torch.dtype, config: PreTrainedConfig) -> int:
-    """Tokens in one forward pass: enough for full speed of the matrix products. More only costs memory; on a CPU also
-    its caches: past so many bytes what lies between the products takes several times longer a token. On CUDA the
-    activations of a step take at most a tenth of the memory that is free."""
+    """Return the tokens of one forward pass: enough for full speed of the matrix products.
+
+    More tokens only cost memory. On a CPU they also overflow its caches, and the operations between the products then
+    take several times longer per token. On CUDA a step's activations take at most a tenth of the free memory.
+    """
     if device.type != "cuda":
         return 4096 // dtype.itemsize
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    bytes_per_token = dtype.itemsize * (8 * hidden + 3 * inner)  # what is alive at once within a layer
+    bytes_per_token = dtype.itemsize * (8 * hidden + 3 * inner)  # tensors alive at once within a layer
     num_tokens = max(256, min(16384 // dtype.itemsize, free_bytes(device) // 10 // bytes_per_token))
     return 1 << num_tokens.bit_length() - 1  # the power of two below it
 
 
 def read_config(path: Path, *, packs: bool = True) -> PreTrainedConfig:
-    """The base's config, checked: UnsupportedModelError names what cannot be served. packs: by packed attention on the
-    base's own weights."""
+    """Return the base's config, checked. packs: whether the base must run on packed attention and its own weights.
+    Raises UnsupportedModelError, which names what cannot be served."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as exc:  # each model's config class raises its own kinds on values that it does not expect
+    except Exception as exc:  # each config class raises its own errors on unexpected values
         raise UnsupportedModelError(
             path / "config.json", _reason(exc), remedy="use a base that transformers knows; no remote code is run"
         ) from None
@@ -111,8 +114,11 @@ def _refused(path: Path, what: str, remedy: str = "serve another base") -> Unsup
 
 
 def read_layers(config: PreTrainedConfig, path: Path, *, packs: bool = True) -> tuple[BaseLayers, int]:
-    """The layers of the base that an adapter may change, and the number of tokens that it embeds, without reading its
-    weights. packs: as `read_config`. UnsupportedModelError: the base is no causal language model that is served."""
+    """Return the base's layers that an adapter may change, and its number of token embeddings. Reads no weights.
+
+    packs: as in `read_config`. Raises UnsupportedModelError where the base is not a causal language model that can be
+    served.
+    """
     if packs and decodes(config, BaseWeights(path)):
         return decoder_layers(config), int(config.vocab_size)
     skeleton = build_skeleton(config, path, packs=packs)
@@ -122,13 +128,14 @@ def read_layers(config: PreTrainedConfig, path: Path, *, packs: bool = True) -> 
 
 
 def build_skeleton(config: PreTrainedConfig, path: Path, *, packs: bool = True) -> "PreTrainedModel":
-    """transformers' model without its weights, on the meta device."""
+    """Return transformers' model on the meta device, without weights. Raises UnsupportedModelError as `read_layers`
+    does."""
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as exc:  # a shape that does not work out surfaces as any kind of error
+    except Exception as exc:  # inconsistent shapes raise any kind of error
         raise UnsupportedModelError(
             path / "config.json", _reason(exc), remedy="use a causal language model as the base"
         ) from None
@@ -142,7 +149,7 @@ def build_skeleton(config: PreTrainedConfig, path: Path, *, packs: bool = True) 
 
 
 def base_layers(model: "PreTrainedModel") -> BaseLayers:
-    """The layers that an adapter may change, by their paths and shapes; a skeleton is enough."""
+    """Return the model's layers that an adapter may change, with paths and shapes. A skeleton is enough."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     linear: dict[str, tuple[int, int]] = {}
     embeddings: dict[str, tuple[int, int]] = {}
@@ -177,7 +184,7 @@ def base_layers(model: "PreTrainedModel") -> BaseLayers:
 
 
 def read_stop_ids(path: Path, config: PreTrainedConfig) -> frozenset[int]:
-    """The tokens with which a text ends, as the base's generation_config.json or config.json names them."""
+    """Return the tokens that end a text, from the base's generation_config.json or else its config.json."""
     try:
         named = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
     except OSError:
@@ -188,23 +195,23 @@ def read_stop_ids(path: Path, config: PreTrainedConfig) -> frozenset[int]:
 def load_model(
     config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device, capture: Capture | None = None
 ) -> Model:
-    """The base in `path` as a model with empty slots: our own decoder where it is built like Llama, else transformers'
-    model. capture: of small steps as CUDA graphs, which only our decoder does."""
+    """Load the base in `path` as a model with empty slots: our own decoder if the base is built like Llama, else
+    transformers' model. capture: captures small steps as CUDA graphs; only our decoder uses it."""
     weights = BaseWeights(path)
     if decodes(config, weights):
         return Decoder(config, weights, dtype, device, capture)
     from loraplex.model.hooked import ATTENTION, Hooked
 
     if capture is not None:
-        logger.warning("%s has no layers of which CUDA graphs are captured", config.model_type)
+        logger.warning("CUDA graphs are captured for our own decoder only, which does not serve %s", config.model_type)
     return Hooked(load_transformers_model(config, path, dtype, device, ATTENTION))
 
 
 def load_transformers_model(
     config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device, attention: str
 ) -> "PreTrainedModel":
-    """transformers' model on `device`, its safetensors read shard by shard in `dtype`. attention: by its name in
-    transformers' AttentionInterface."""
+    """Load transformers' model from safetensors, shard by shard, in `dtype` on `device`. attention: its name in
+    transformers' AttentionInterface. Raises UnsupportedModelError where the files do not make a model."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -218,7 +225,7 @@ def load_transformers_model(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except Exception as exc:  # safetensors', PyTorch's, the model's: all mean that these files do not make a model
+    except Exception as exc:  # from safetensors, PyTorch or the model: the files do not make a model
         raise UnsupportedModelError(
             path, f"the base does not load: {_reason(exc)}", remedy="save or copy the base again"
         ) from None
@@ -233,13 +240,13 @@ def load_transformers_model(
 
 
 def _reason(exc: Exception) -> str:
-    """The first line of what it says, with its kind where that line alone says little."""
+    """Return the first line of the message, with the exception's class where the line alone says little."""
     first = (str(exc).strip().splitlines() or [""])[0]
     return first if isinstance(exc, ValueError | OSError) and first else f"{type(exc).__name__}: {first}"
 
 
 def _rope_types(parameters: dict[str, Any]) -> set[str]:
-    """One set of parameters, or one a layer type."""
+    """Return the rope types of one set of parameters, or of one set per layer type."""
     if "rope_type" in parameters:
         return {str(parameters["rope_type"])}
     return {str(inner.get("rope_type")) for inner in parameters.values() if isinstance(inner, dict)}

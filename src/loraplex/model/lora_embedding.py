@@ -1,4 +1,4 @@
-"""A token embedding with one update a slot, for packed tokens sorted by slot."""
+"""A token embedding with one update per slot, for packed tokens sorted by slot."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ from loraplex.model.inputs import Segments
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingUpdate:
-    """embedded = gain * embedded + lora_A[ids] @ lora_B, the scaling within lora_B. `table` replaces the embedding,
-    `rows` that of the tokens in `row_ids`, which are sorted."""
+    """A slot's change of the embedding: embedded = gain * embedded + lora_A[ids] @ lora_B; lora_B includes the scaling.
+    `table` replaces the whole embedding, `rows` the embeddings of the tokens in `row_ids` (sorted)."""
 
     lora_A: torch.Tensor | None = None  # [num_embeddings, rank]
     lora_B: torch.Tensor | None = None  # [rank, dim]
@@ -23,7 +23,7 @@ class EmbeddingUpdate:
     rows: torch.Tensor | None = None  # [n, dim]
 
     def apply(self, ids: torch.Tensor, out: torch.Tensor) -> None:
-        """ids: [n]; out: [n, dim], changed in place."""
+        """Change the embeddings `out` [n, dim] of the tokens `ids` [n] in place."""
         if self.table is not None:
             out.copy_(F.embedding(ids, self.table))
         if self.rows is not None and self.row_ids is not None:
@@ -37,7 +37,7 @@ class EmbeddingUpdate:
 
 
 class LoRAEmbedding:
-    """base_layer(ids), and for the tokens of each segment whose slot is set its update. ids: [T]; output: [T, dim]."""
+    """base_layer(ids), changed by its update for each segment whose slot is set. ids: [T]; output: [T, dim]."""
 
     def __init__(self, base_layer: nn.Embedding) -> None:
         self.base_layer = base_layer
@@ -52,7 +52,7 @@ class LoRAEmbedding:
         rows: tuple[tuple[int, ...], torch.Tensor] | None = None,
     ) -> None:
         weight = self.base_layer.weight
-        # Gemma's embedding multiplies by a factor; what replaces a row or adds to it is multiplied by the factor, too.
+        # Gemma's embedding multiplies its rows by a factor. Replaced rows and LoRA's sum are multiplied by it too.
         factor = float(getattr(self.base_layer, "embed_scale", 1.0))
         lora_A = lora_B = gain = row_ids = replaced = None
         if lora is not None:

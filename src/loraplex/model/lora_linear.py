@@ -1,4 +1,4 @@
-"""A linear layer with one update a slot, each at its own rank, for packed tokens sorted by slot."""
+"""A linear layer with one update per slot, each at its own rank, for packed tokens sorted by slot."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,14 +14,14 @@ from loraplex.adapters.weights import LoRAWeights, SavedModule
 from loraplex.model.inputs import Segments
 from loraplex.model.packed_linear import PackedLinear
 
-# Adapters are stacked where padding the smaller ranks with zeros makes it at most so many times the work.
+# Adapters are stacked if padding the smaller ranks with zeros makes the work at most MAX_RANK_PADDING times as large.
 MAX_RANK_PADDING = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearUpdate:
-    """What a slot makes of a layer: out = gain * out + shift + x @ lora_A.T @ lora_B_T, the scaling within lora_B_T.
-    `saved` replaces the layer, `rows` the rows of its weight in `row_ids`."""
+    """A slot's change of the layer: out = gain * out + shift + x @ lora_A.T @ lora_B_T; lora_B_T includes the scaling.
+    `saved` replaces the whole layer, `rows` the rows `row_ids` of its weight."""
 
     lora_A: torch.Tensor | None = None  # [rank, in]
     lora_B_T: torch.Tensor | None = None  # [rank, out]
@@ -30,14 +30,14 @@ class LinearUpdate:
     saved: SavedModule | None = None
     row_ids: torch.Tensor | None = None  # [n]
     rows: torch.Tensor | None = None  # [n, in]
-    plain_rank: int | None = field(init=False)  # set where it is nothing but lora_A and lora_B_T; every step asks
+    plain_rank: int | None = field(init=False)  # the rank of an update of lora_A and lora_B_T alone; kept for speed
 
     def __post_init__(self) -> None:
         is_plain = all(other is None for other in (self.gain, self.shift, self.saved, self.rows))
         object.__setattr__(self, "plain_rank", len(self.lora_A) if is_plain and self.lora_A is not None else None)
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """x: [n, in]; out: [n, out], changed in place."""
+        """Change the layer's output `out` [n, out] for its input `x` [n, in] in place."""
         if self.saved is not None:
             out.copy_(F.linear(x, self.saved.weight, self.saved.bias))
         if self.rows is not None and self.row_ids is not None:
@@ -51,8 +51,8 @@ class LinearUpdate:
 
 
 class StackedUpdate(NamedTuple):
-    """Updates the segments first ... last of a step, which have one length, in one batched product of `lora_A` and
-    `lora_B_T`; or the one segment at `first`, by its `update`."""
+    """A stack: the updates of the segments first ... last of a step, which have one length, as one batched product of
+    `lora_A` and `lora_B_T`. A single segment has its `update` instead."""
 
     first: int
     last: int
@@ -66,7 +66,7 @@ class StackedUpdate(NamedTuple):
 
 
 class LoRALinear:
-    """base_layer(x), and for the tokens of each segment whose slot is set its update. x: [T, in]; output: [T, out]."""
+    """base_layer(x), changed by its update for each segment whose slot is set. x: [T, in]; output: [T, out]."""
 
     def __init__(self, base_layer: nn.Linear | PackedLinear | Conv1D) -> None:
         self.base_layer = base_layer
@@ -83,7 +83,8 @@ class LoRALinear:
         saved: SavedModule | None = None,
         rows: tuple[tuple[int, ...], torch.Tensor] | None = None,
     ) -> None:
-        """bias: [out], replaces the layer's own. rows: token ids, and the rows of the weight that replace theirs."""
+        """Set the update of a slot. bias: [out], replaces the layer's own. rows: token ids, and the rows that replace
+        the weight's rows of these tokens."""
         lora_A = lora_B = gain = shift = None
         if lora is not None:
             # Scaled before the cast: one rounding instead of two in bf16.
@@ -122,7 +123,8 @@ class LoRALinear:
         return self._updated(x, self.base_layer(x), segments)
 
     def plus(self, x: torch.Tensor, residual: torch.Tensor, segments: Segments) -> torch.Tensor:
-        """self(x) + residual [T, out], in one pass where every update only adds."""
+        """Return self(x) + residual [T, out], in one pass over memory if the layer is packed and every update only
+        adds."""
         layer = self.base_layer
         if isinstance(layer, PackedLinear) and all(
             update is None or update.plain_rank is not None
@@ -153,8 +155,8 @@ class LoRALinear:
         return memo[self]
 
     def _stack(self, segments: Segments) -> Iterator[StackedUpdate]:
-        updates: list[LinearUpdate] = []  # of the segments before the i-th that can be stacked
-        largest = total = 0  # of their ranks
+        updates: list[LinearUpdate] = []  # of the segments before segment i, to be stacked
+        largest = total = 0  # of the ranks of `updates`
         for i, (segment, length) in enumerate(zip((*segments.all, None), (*segments.lengths, 0), strict=True)):
             update = None if segment is None else self._slots.get(segment.slot)
             rank = None if update is None else update.plain_rank
@@ -172,7 +174,7 @@ class LoRALinear:
                 yield StackedUpdate(i, i, update)
 
     def _norms(self, scaled_B: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
-        """[out], of the rows of W + scaling * B @ A."""
+        """Return the norms [out] of the rows of W + scaling * B @ A."""
         weight = self.base_layer.weight.detach().float()
         if isinstance(self.base_layer, Conv1D):
             weight = weight.T
@@ -196,9 +198,9 @@ def _stacked_update(first: int, updates: list[LinearUpdate]) -> StackedUpdate:
 
 
 def _padded_stack(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """[rank, n] each -> [g, largest rank, n]"""
+    """Stack tensors [rank, n] into [g, largest rank, n], padded with zeros."""
     if len({len(tensor) for tensor in tensors}) == 1:
-        return torch.stack(tensors)  # far faster
+        return torch.stack(tensors)  # much faster than padding
     return pad_sequence(tensors, batch_first=True)
 
 

@@ -1,4 +1,4 @@
-"""The seam between the engine and what computes: one base with adapters in slots."""
+"""The seam between the engine and the model: one base with adapters in slots."""
 
 from typing import Protocol
 
@@ -10,7 +10,8 @@ from loraplex.model.step_memo import StepMemo
 
 
 class Model(Protocol):
-    """One thread runs `forward`; another may set and clear slots meanwhile, of adapters that no running step uses."""
+    """One base with adapters in slots. One thread runs `forward`; another may set and clear slots meanwhile, but only
+    slots that no running step uses."""
 
     @property
     def device(self) -> torch.device: ...
@@ -28,12 +29,12 @@ class Model(Protocol):
 
     @property
     def memo(self) -> StepMemo:
-        """What is kept between small steps."""
+        """The stacks and graphs that are kept between small steps."""
         ...
 
     @property
     def max_captured_tokens(self) -> int:
-        """Steps of at most so many tokens are captured as CUDA graphs where their segments come again; 0: none is."""
+        """Steps of at most this many tokens are captured as CUDA graphs if their segments recur; 0: no step is."""
         ...
 
     def allocate_cache(self, num_slots: int) -> None:
@@ -41,7 +42,7 @@ class Model(Protocol):
         ...
 
     def forward(self, inputs: ModelInputs) -> ModelOutput:
-        """One forward pass. Raises torch.OutOfMemoryError where the device's memory does not hold it."""
+        """Run one forward pass. Raises torch.OutOfMemoryError where the step exceeds the device's memory."""
         ...
 
     def set_slot(self, slot: int, adapter: AdapterWeights) -> None: ...
@@ -49,13 +50,14 @@ class Model(Protocol):
     def clear_slot(self, slot: int) -> None: ...
 
     def has_score(self, slot: int) -> bool:
-        """Whether the slot's adapter answers by a score head of its own and not by tokens."""
+        """Whether the slot's adapter answers with a score head of its own, not with tokens."""
         ...
 
     def score(self, slot: int, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [hidden], one row of ModelOutput. Returns [num_labels] log probabilities in float32."""
+        """Return the log probabilities [num_labels] of the score head's labels, in float32. hidden: [hidden], one row
+        of ModelOutput."""
         ...
 
     def parameter(self, name: str) -> torch.Tensor | None:
-        """The base's own tensor, such as "lm_head.weight"; None where the base has none of that name."""
+        """Return the base's own tensor, such as "lm_head.weight"; None where the base has no tensor of that name."""
         ...

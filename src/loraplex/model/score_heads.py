@@ -1,4 +1,4 @@
-"""Score heads (PEFT's SEQ_CLS): labels instead of tokens, read off the hidden state of a sequence's last token."""
+"""Score heads (PEFT's SEQ_CLS): read labels, not tokens, from the hidden state of a sequence's last token."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from loraplex.adapters.weights import SavedModule
 
 
 class ScoreHeads:
-    """The score heads of the adapters that have one, by slot."""
+    """The score heads of adapters, by slot."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
@@ -27,6 +27,6 @@ class ScoreHeads:
         self._heads.pop(slot, None)
 
     def score(self, slot: int, hidden: torch.Tensor) -> torch.Tensor:  # [hidden] -> [num_labels] float32
-        """Log probabilities of the labels."""
+        """Return the log probabilities of the labels."""
         head = self._heads[slot]
         return F.linear(hidden, head.weight, head.bias).float().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Attention over packed spans by PyTorch's fused kernels, on CPU and CUDA. What spans share they attend to together."""
+"""Attention over packed spans with PyTorch's fused kernels, on CPU and CUDA. One call serves spans that share keys."""
 
 import functools
 import inspect
@@ -23,7 +23,8 @@ def packed_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:  # [T, H, D]
-    """See `reference.packed_attention`. Soft-capped scores run on the reference: no fused kernel here knows them."""
+    """Compute the same as `reference.packed_attention`, faster. Soft-capped scores run on the reference, because no
+    fused kernel here supports them."""
     if softcap is not None:
         return reference.packed_attention(
             query, key, value, layout, cache=cache, scaling=scaling, window=window, softcap=softcap
@@ -47,7 +48,8 @@ def packed_attention(
 
 
 def _empty_like(query: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """To be filled span by span. What lies between is finite, too: all layers compute it on."""
+    """Return an output to fill span by span. Padding is set to zero, because later layers compute it too and it must
+    stay finite."""
     output = torch.empty_like(query)
     for start, end in layout.padding:
         output[start:end] = 0
@@ -55,7 +57,7 @@ def _empty_like(query: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def _gathered(group: MaskedGroup, packed: torch.Tensor, cached: torch.Tensor | None) -> torch.Tensor:
-    """[num_keys, G, D]"""
+    """Return the keys or values that the group sees: [num_keys, G, D]."""
     parts = [packed[start:end] for start, end in group.keys]
     if group.cached is not None:
         assert cached is not None, "a span reads the cache, but there is none"
@@ -66,7 +68,7 @@ def _gathered(group: MaskedGroup, packed: torch.Tensor, cached: torch.Tensor | N
 def _attend_to_own(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, *, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, H, D], [T, H] float32
-    """Each span to itself, causally, and the log-sum-exps where contexts are to be merged in."""
+    """Let each span attend causally to itself. Also returns the log-sum-exps, if contexts are merged in later."""
     if _takes_varlen(query):
         if layout.own_keys is not None:
             key, value = key[layout.own_keys], value[layout.own_keys]
@@ -75,7 +77,7 @@ def _attend_to_own(
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if layout.contexts else None
     for span in layout.alone:
         rows, keys = slice(*span.queries), slice(span.start, span.end)
-        is_causal = span.row is None  # else a single query, which sees all of them
+        is_causal = span.row is None  # else one query, which sees all keys
         output[rows], own = _attend(query[rows], key[keys], value[keys], is_causal=is_causal, scaling=scaling)
         if lse is not None:
             lse[rows] = own
@@ -86,13 +88,13 @@ def _attend(
     query: torch.Tensor,  # [n, H, D]
     key: torch.Tensor,  # [m, G, D]
     value: torch.Tensor,  # [m, G, D]
-    varlen: Varlen | None = None,  # all as one sequence; None where the device cannot take it
+    varlen: Varlen | None = None,  # all as one sequence; None: not by the varlen kernel
     *,
     is_causal: bool,
     scaling: float,
-    mask: torch.Tensor | None = None,  # [n, m] float32, to be added; on CPU only
+    mask: torch.Tensor | None = None,  # [n, m] float32, added to the scores; on CPU only
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [n, H, D], [n, H] float32
-    """One attention call and the log-sum-exp of its scores."""
+    """Return the attention of all queries to all keys, and the log-sum-exp of the scores."""
     if varlen is not None and _takes_varlen(query):
         return _attend_varlen(query, key, value, varlen, is_causal=is_causal, scaling=scaling)
     if query.is_cuda:
@@ -106,7 +108,7 @@ def _attend(
 
 
 def _takes_varlen(query: torch.Tensor) -> bool:
-    """Whether FlashAttention's kernel computes it: 16-bit numbers, heads of a size that it has, Ampere or newer."""
+    """Whether FlashAttention's kernel supports the query: 16-bit, a supported head size, Ampere or newer."""
     dim = query.shape[-1]
     if not query.is_cuda or query.dtype == torch.float32 or dim > 256 or dim % 8:
         return False
@@ -114,7 +116,7 @@ def _takes_varlen(query: torch.Tensor) -> bool:
 
 
 def _takes_efficient(query: torch.Tensor) -> bool:
-    """Whether the memory-efficient kernel computes it. Its rows are read 16 bytes at a time."""
+    """Whether the memory-efficient kernel supports the query. The kernel reads rows 16 bytes at a time."""
     return query.shape[-1] * query.dtype.itemsize % 16 == 0
 
 
@@ -126,21 +128,21 @@ def _compute_capability(device: torch.device) -> tuple[int, int]:
 def _attend_efficient(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Without materialised scores, which take gigabytes for spans of thousands of tokens. The causal mask is aligned
-    to the first query and key, so a causal call needs as many keys as queries."""
+    """Attend without materialized scores, which take gigabytes for spans of thousands of tokens. The kernel aligns the
+    causal mask to the first query and key, so a causal call needs as many keys as queries."""
     groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))  # it takes no fewer key heads
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))  # it takes no grouped key heads
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, n, D]
     output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         q, k, v, None, True, 0.0, is_causal, scale=scaling
     )
-    return output[0].transpose(0, 1), lse[0, :, : len(query)].T  # its rows are padded
+    return output[0].transpose(0, 1), lse[0, :, : len(query)].T  # the kernel pads the rows
 
 
 def _attend_varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, varlen: Varlen, *, is_causal: bool, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each sequence to its keys, in one call."""
+    """Let each sequence attend to its own keys, in one call."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     window = (-1, 0 if is_causal else -1)
@@ -154,7 +156,8 @@ def _attend_varlen(
 
 @functools.cache
 def _is_told_gqa(varlen_attn: Callable[..., Any]) -> bool:
-    """PyTorch 2.11 takes fewer key heads than query heads without being told."""
+    """Whether `varlen_attn` has the argument `enable_gqa`. PyTorch 2.11 takes fewer key heads than query heads without
+    the argument."""
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -171,13 +174,14 @@ def _attend_plain(
 
 
 def _merge(
-    output: torch.Tensor,  # [T, H, D], its rows are replaced
-    lse: torch.Tensor,  # [T, H], its rows are replaced
+    output: torch.Tensor,  # [T, H, D], changed at `rows`
+    lse: torch.Tensor,  # [T, H], changed at `rows`
     rows: torch.Tensor | slice,  # [n]
     other: torch.Tensor,  # [n, H, D]
     other_lse: torch.Tensor,  # [n, H]
 ) -> None:
-    """The attention over the union of two sets of keys, from the attention over each and their log-sum-exps."""
+    """Merge attention to other keys into `output` and `lse`. The result is the attention to the union of both sets of
+    keys, computed from the log-sum-exps."""
     total = torch.logaddexp(lse[rows], other_lse)
     own_share, other_share = (lse[rows] - total).exp(), (other_lse - total).exp()  # [n, H]
     output[rows] = (output[rows] * own_share[..., None] + other * other_share[..., None]).to(output.dtype)
@@ -194,7 +198,7 @@ def _windowed(
     scaling: float,
     window: int,
 ) -> torch.Tensor:
-    """Span by span with an explicit mask: which part of a shared prefix a window shows differs from token to token."""
+    """Attend span by span with an explicit mask, because a window shows each token another part of a shared prefix."""
     output = _empty_like(query, layout)
     for span in layout.spans:
         q, k, v = (

@@ -1,4 +1,4 @@
-"""Who attends to what in a packed step."""
+"""Who attends to what in a packed step. Knows no queries, keys or values."""
 
 import itertools
 from collections.abc import Iterable
@@ -10,16 +10,18 @@ import torch
 
 from loraplex.ops.staging import Staging
 
-# On a CPU, spans of at most so many tokens attend together, at most so many tokens a call: computing what the mask
-# hides costs less than a call for each of them.
+# On a CPU, spans of at most SHORT_SPAN tokens attend together, at most MASKED_TOKENS per call. Computing the scores
+# that the mask hides costs less than one call per span.
 SHORT_SPAN, MASKED_TOKENS = 64, 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Packed tokens start ... end - 1, at consecutive positions from `position` on. They see what precedes them: the
-    tokens in `cached` (slots of the K/V cache), then the packed spans in `ancestors`, then causally themselves.
-    Where only the last of them asks, `row` is its place among the queries."""
+    """Packed tokens start ... end - 1, at consecutive positions from `position` on.
+
+    Each token sees the tokens in `cached` (cache slots), then the packed spans in `ancestors`, then its own span,
+    causally. If only the last token is a query, `row` is its index among the queries.
+    """
 
     start: int
     end: int
@@ -34,19 +36,24 @@ class Span:
 
 
 class Varlen(NamedTuple):
-    """Several sequences of queries and keys for a kernel that takes all of them in one call: where each begins and the
-    last one ends, and of how many tokens the longest is."""
+    """Several sequences for a kernel that takes all of them in one call.
+
+    cu_queries, cu_keys:      where each sequence begins, and where the last one ends.
+    most_queries, most_keys:  the length of the longest sequence.
+    """
 
     cu_queries: torch.Tensor  # [num_sequences + 1] int32
-    cu_keys: torch.Tensor  # the same
+    cu_keys: torch.Tensor  # [num_sequences + 1] int32
     most_queries: int
     most_keys: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """Tokens that other spans see whole: of this step (`start`, `end`), or `cached`. `rows` are the queries of the
-    spans that see them, so one attention call serves all who share a prefix."""
+    """Tokens that other spans see whole: packed tokens start ... end - 1, or the cache slots in `cached`.
+
+    `rows` are the queries of all spans that see these tokens. One attention call serves all spans that share a prefix.
+    """
 
     rows: torch.Tensor | slice  # [num_rows]
     varlen: Varlen  # one sequence
@@ -57,8 +64,8 @@ class Context:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskedGroup:
-    """Short spans that see the same before themselves, for one attention call under a mask: of their queries `rows`, on
-    the `cached` tokens and the packed ranges in `keys`."""
+    """Short spans with the same cached tokens and ancestors, computed in one attention call under a mask. The queries
+    `rows` attend to the `cached` tokens and the packed ranges in `keys`."""
 
     rows: torch.Tensor | slice  # [n]
     cached: torch.Tensor | None
@@ -68,9 +75,15 @@ class MaskedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """groups: the spans that are short, on a CPU; `alone` are all others, and `contexts` is what these see.
-    padding: packed tokens of no span, whose attention nobody reads. varlen: each span, and each range of padding, as a
-    sequence, with the keys that are its own; of packed tokens, these are `own_keys` where spans have a `row`."""
+    """How the spans of a step attend.
+
+    groups:    short spans that attend together, on a CPU.
+    alone:     all other spans.
+    contexts:  the tokens that spans in `alone` see before themselves.
+    padding:   packed tokens of no span, whose attention nobody reads.
+    varlen:    each span and each range of padding as a sequence, with its own tokens as keys.
+    own_keys:  the keys of `varlen` as packed tokens, if spans have a `row`; None: all packed tokens in order.
+    """
 
     spans: tuple[Span, ...]
     alone: tuple[Span, ...] = ()
@@ -86,7 +99,7 @@ class Layout:
 
 
 def layout_of(spans: tuple[Span, ...], staging: Staging, padding: Iterable[tuple[int, int]] = ()) -> Layout:
-    """Groups spans by what they see. The tensors are on the device when `staging` has sent them."""
+    """Return the layout of `spans`, grouped by what they see. Its tensors are valid once `staging` has sent them."""
     members = _short_spans(spans) if staging.device.type == "cpu" else []
     grouped = {id(span) for group in members for span in group}
     alone = tuple(span for span in spans if id(span) not in grouped)
@@ -133,7 +146,7 @@ def _varlen(queries: list[int], keys: list[int], staging: Staging) -> Varlen:
 
 
 def _rows_of(spans: Seq[Span], staging: Staging) -> torch.Tensor | slice:
-    """Their queries."""
+    """Return the queries of the spans; a slice if they are contiguous."""
     ranges = sorted(span.queries for span in spans)
     if all(end == start for (_, end), (start, _) in itertools.pairwise(ranges)):
         return slice(ranges[0][0], ranges[-1][1])
@@ -141,9 +154,10 @@ def _rows_of(spans: Seq[Span], staging: Staging) -> torch.Tensor | slice:
 
 
 def _short_spans(spans: Seq[Span]) -> list[list[Span]]:
-    """The short spans that see the same, as many as go into one call. One that sees only itself needs no mask."""
+    """Return the short spans, grouped by what they see, at most MASKED_TOKENS per group. A span alone that sees only
+    itself is left out: it needs no mask."""
     groups: list[list[Span]] = []
-    open_at: dict[object, tuple[int, int]] = {}  # what is seen -> which group takes more of it, and its tokens so far
+    open_at: dict[object, tuple[int, int]] = {}  # what is seen -> index of the open group, and its tokens
     for span in spans:
         if span.end - span.start <= SHORT_SPAN:
             seen = (None if span.cached is None else id(span.cached), span.ancestors)
@@ -164,7 +178,7 @@ def _masked_group(spans: Seq[Span], staging: Staging) -> MaskedGroup:
     lengths = torch.tensor([span.end - span.start for span in spans])
     owner = torch.repeat_interleave(lengths)  # [num_own] which span a token belongs to
     sees = torch.ones(len(owner), len(owner), dtype=torch.bool).tril_() & (owner[:, None] == owner)
-    if first.row is not None:  # only the last token of each asks
+    if first.row is not None:  # only the last token of each span is a query
         sees = sees[lengths.cumsum(0) - 1]
     mask = torch.zeros(len(sees), num_seen + len(owner))
     mask[:, num_seen:].masked_fill_(~sees, float("-inf"))

@@ -1,6 +1,6 @@
-"""Plain PyTorch: what each operation means. Fast paths are tested against these.
+"""The meaning of each operation in plain PyTorch. The fast versions are tested against these.
 
-Shapes: T packed tokens, H query heads, G key/value heads, D head_dim, R rank, C slots of the K/V cache.
+Shapes: T packed tokens, Q queries, H query heads, G key/value heads, D head_dim, R rank, C cache slots.
 """
 
 import torch
@@ -9,15 +9,18 @@ from loraplex.ops.layout import Layout, Span
 
 
 def visible(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[num_queries, num_keys] bool. The queries are the last of the keys' positions; each sees keys up to its own, and
-    with a window only the last `window` of these, itself included."""
+    """Return which query sees which key: [num_queries, num_keys] bool.
+
+    The queries have the last positions of the keys. Each sees the keys up to its own position. With a window it sees
+    only the last `window` of these, its own position included.
+    """
     queries = torch.arange(num_keys - num_queries, num_keys, device=device)
     distance = queries[:, None] - torch.arange(num_keys, device=device)[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 def seen_by(span: Span, packed: torch.Tensor, cache: torch.Tensor | None) -> torch.Tensor:
-    """The rows of `packed` [T, G, D] and `cache` [C, G, D] that the span's last token sees, in order of position."""
+    """Return the rows of `packed` [T, G, D] and `cache` [C, G, D] that the span's last token sees, by position."""
     parts = []
     if span.cached is not None:
         assert cache is not None, "a span reads the cache, but there is none"
@@ -36,8 +39,9 @@ def packed_attention(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
-) -> torch.Tensor:  # [T, H, D]
-    """Each span attends to what it sees. Scores are softcap * tanh(score / softcap) where it is given."""
+) -> torch.Tensor:  # as query
+    """Return the attention of each span to the tokens that it sees. With `softcap`, scores are
+    softcap * tanh(score / softcap)."""
     groups = query.shape[1] // key.shape[1]
     output = torch.zeros_like(query)
     for span in layout.spans:
@@ -56,5 +60,5 @@ def packed_attention(
 
 
 def lora_delta(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
-    """x [T, in], lora_A [R, in], lora_B [out, R] -> [T, out]."""
+    """Return what LoRA adds to a layer's output: x [T, in], lora_A [R, in], lora_B [out, R] -> [T, out]."""
     return (x @ lora_A.T) @ lora_B.T * scaling

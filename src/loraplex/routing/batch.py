@@ -1,4 +1,4 @@
-"""Many conversations in one call."""
+"""Classifies many conversations in one call."""
 
 import asyncio
 import time
@@ -9,12 +9,12 @@ from loraplex.errors import DeadlineExceededError, LoraplexError, QueueFullError
 from loraplex.routing.router import Router
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, ErrorInfo, Failure, Timings, Usage
 
-MAX_CONCURRENT = 32  # of one call, so that a long one leaves room for others
+MAX_CONCURRENT = 32  # requests of one call, so that a long call leaves room for others
 
 
 async def classify_batch(router: Router, requests: Seq[ClassifyRequest]) -> BatchResult:
-    """An answer or a failure for each, in order. A request's deadline counts from this call. Where all fail the first
-    one's error is raised."""
+    """Classify each of `requests`, and return an answer or a failure for each, in order. A request's deadline counts
+    from this call. If all requests fail, raises the first one's error."""
     started = time.monotonic()
     turns = asyncio.Semaphore(MAX_CONCURRENT)
     num_running, ended = 0, asyncio.Event()
@@ -43,7 +43,7 @@ async def classify_batch(router: Router, requests: Seq[ClassifyRequest]) -> Batc
                 if not isinstance(outcome, QueueFullError) or not num_running:
                     ended.set()
                     return outcome
-                ended.clear()  # full of this call's own: once more when one of them has made room
+                ended.clear()  # this call's own requests fill the queue: retry when one of them ends
                 await ended.wait()
 
     async with asyncio.TaskGroup() as group:
@@ -52,7 +52,7 @@ async def classify_batch(router: Router, requests: Seq[ClassifyRequest]) -> Batc
     answers = [outcome for outcome in outcomes if isinstance(outcome, ClassifyResult)]
     if not answers:
         for outcome in outcomes:
-            assert isinstance(outcome, LoraplexError), "what is no answer is an error"
+            assert isinstance(outcome, LoraplexError), "every outcome is an answer or an error"
             raise outcome
     return BatchResult(
         results=tuple(

@@ -1,4 +1,4 @@
-"""Every revision of every route; the newest that was not rolled back is in effect."""
+"""Stores all revisions of all routes. A route's newest revision that was not rolled back is in effect."""
 
 import sqlite3
 from collections.abc import Mapping
@@ -22,35 +22,37 @@ SCHEMA = (
     """,
     "CREATE INDEX IF NOT EXISTS by_name ON revisions (name, is_undone, revision)",
 )
-MAX_REVISIONS = 100  # of a route
+MAX_REVISIONS = 100  # kept for each route
 IN_EFFECT = "SELECT max(revision) FROM revisions WHERE NOT is_undone GROUP BY name"
 
 
 class RouteStore:
-    """Written before it takes effect. Any thread may call; BundleError where the file cannot be read or written."""
+    """Routes in a SQLite file. A change is written before it takes effect. Any thread may call. Every method raises
+    BundleError if the file cannot be read or written."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """path: a SQLite file; None forgets all with the process."""
+        """path: a SQLite file; None keeps the routes in memory, until the process ends."""
         self._database = Database(path, format=FORMAT, schema=SCHEMA)
 
     def routes(self) -> dict[str, Route]:
-        """Those in effect, in the order in which they took it."""
+        """Return the routes in effect, by name, from the oldest revision to the newest."""
         with self._database.transaction() as database:
             return {route.name: route for route in _in_effect(database)}
 
     def put(self, name: str, settings: RouteSettings) -> Route:
+        """Add a revision that sets the route, and return the route."""
         with self._database.transaction() as database:
             return _route(name, _append(database, name, settings), settings)
 
     def delete(self, name: str) -> None:
-        """UnknownRouteError where there is none."""
+        """Add a revision that deletes the route. Raises UnknownRouteError if there is no such route."""
         with self._database.transaction() as database:
             if not any(route.name == name for route in _in_effect(database)):
                 raise UnknownRouteError(name)
             _append(database, name, None)
 
     def before(self, name: str) -> Route:
-        """What a rollback would bring back. NoRevisionError"""
+        """Return the route that a rollback would restore. Raises NoRevisionError if there is none."""
         with self._database.transaction() as database:
             rows = database.execute(
                 "SELECT revision, settings FROM revisions WHERE name = ? AND NOT is_undone"
@@ -63,7 +65,8 @@ class RouteStore:
         raise NoRevisionError(name)
 
     def rollback(self, name: str) -> Route:
-        """Undo the last change to a route. NoRevisionError where there was none before it."""
+        """Undo the last change of a route, and return the restored route. Raises NoRevisionError if there is nothing to
+        restore."""
         before = self.before(name)
         with self._database.transaction() as database:
             database.execute(
@@ -72,8 +75,8 @@ class RouteStore:
         return before
 
     def read_file(self, routes: Mapping[str, RouteSettings]) -> None:
-        """What `loraplex.yaml` says now. Only what changed in it since it was last read is news: what was set at run
-        time after that stands, and is not undone by every restart."""
+        """Apply the routes of `loraplex.yaml`. Only routes that changed since the file was last read get a new
+        revision. So a restart does not undo a change made at run time."""
         with self._database.transaction() as database:
             last = dict(
                 database.execute(
@@ -92,7 +95,7 @@ class RouteStore:
 def _append(
     database: sqlite3.Connection, name: str, settings: RouteSettings | None, *, is_from_file: bool = False
 ) -> int:
-    """The new revision."""
+    """Add a revision, and return its number. `settings` None deletes the route."""
     added = database.execute(
         "INSERT INTO revisions (name, settings, is_from_file) VALUES (?, ?, ?)",
         (name, None if settings is None else _json(settings), is_from_file),

@@ -1,4 +1,5 @@
-"""Stands before the service: resolves names to adapters, asks shadows, and logs who answered what."""
+"""Sits between the server and the service: resolves names to adapters, queues shadows, and logs verdicts. Knows nothing
+of HTTP."""
 
 import asyncio
 import logging
@@ -33,7 +34,7 @@ from loraplex.routing.shadows import Shadow, Shadows
 from loraplex.routing.verdict_log import LoggedVerdict, VerdictLog
 from loraplex.types import ClassifyRequest, ClassifyResult, ErrorInfo, Route, RouteStats, Verdict
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # the service imports torch
     from loraplex.service.service import Service
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ Result = TypeVar("Result")
 
 
 class Router:
-    """Owns the service, and closes it with itself. A route's name goes before an adapter's of the same name; targets
-    are always adapters. All methods are called from one event loop."""
+    """Resolves routes in front of the service, which it owns and closes. A route's name hides an adapter of the same
+    name; targets are always adapters. Call all methods from one event loop."""
 
     def __init__(
         self,
@@ -53,38 +54,43 @@ class Router:
         store: RouteStore | None = None,
         log: VerdictLog | None = None,
     ) -> None:
-        """from_file: the bundle's own routes. log: None keeps no verdicts."""
+        """from_file: the routes of the bundle's `loraplex.yaml`. log: None keeps no verdicts."""
         self.service, self._from_file, self._store, self._log = service, from_file, store or RouteStore(), log
         self._routes: dict[str, Route] = {}
-        self._targeted: frozenset[str] = frozenset()  # routes, and adapters that some route leads to
+        self._targeted: frozenset[str] = frozenset()  # names of routes, and adapters that a route uses
         self._shadows = Shadows(service, self._log_shadows)
         self._flusher: asyncio.Task[None] | None = None
         self._is_closed = False
-        self._changing = asyncio.Lock()  # what routes lead to, and whether that is there
-        self._files = ThreadPoolExecutor(1, "loraplex-routing")  # waits for disks; nobody else waits with it
+        self._changing = asyncio.Lock()  # guards the routes, and the existence of their adapters
+        self._files = ThreadPoolExecutor(1, "loraplex-routing")  # disk access, off the event loop
 
     async def start(self) -> None:
-        """Read the routes. BundleError where a route in the bundle's settings leads nowhere."""
+        """Read the routes and start the background tasks. Raises BundleError if a route of `loraplex.yaml` has a name
+        that is not valid, or an unknown target."""
         for name, settings in self._from_file.items():
             source = f"loraplex.yaml, routes.{name}"
             check_name(name, source)
             if name == self.service.base_name:
-                raise BundleError(source, f"{name!r} is the base's name, too", remedy="choose another for the route")
+                raise BundleError(
+                    source, f"{name!r} is also the base's name", remedy="choose another name for the route"
+                )
             for target in (*settings.targets, *settings.shadows):
                 if not self.service.knows(target):
-                    raise BundleError(source, f"there is no classifier {target!r}", remedy="name one of the bundle's")
+                    raise BundleError(
+                        source, f"there is no classifier {target!r}", remedy="use a classifier of the bundle"
+                    )
         await self._in_files(self._store.read_file, self._from_file)
         await self._reload()
         for route in self._routes.values():
             for target in (*route.targets, *route.shadows):
                 if not self.service.knows(target):
-                    logger.error("the route %s leads to %s, which is not there", route.name, target)
+                    logger.error("the route %s uses the adapter %s, which does not exist", route.name, target)
         self._shadows.start()
         if self._log is not None:
             self._flusher = asyncio.create_task(self._flush_for_ever())
 
     async def close(self) -> None:
-        """Finish what was accepted, but for shadows. Safe to call twice."""
+        """Finish all accepted requests except shadows, then close the service. Safe to call twice."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -103,27 +109,28 @@ class Router:
         return tuple(self._routes.values())
 
     def route(self, name: str) -> Route:
-        """UnknownRouteError"""
+        """Return the route. Raises UnknownRouteError if there is none."""
         if name not in self._routes:
             raise UnknownRouteError(name)
         return self._routes[name]
 
     def knows(self, name: str) -> bool:
-        """Whether there is a route or an adapter of that name."""
+        """Return whether a route or an adapter has this name."""
         return name in self._routes or self.service.knows(name)
 
     def routes_to(self, adapter: str) -> list[str]:
-        """Names of the routes that lead to it."""
+        """Return the names of the routes that have `adapter` as a target or a shadow."""
         return [one.name for one in self._routes.values() if adapter in one.targets or adapter in one.shadows]
 
     async def set_route(self, name: str, settings: RouteSettings) -> Route:
-        """In effect, and written down, when it returns. RefusedError: the name or a target is not sound."""
+        """Create or replace a route. The route is stored and in effect when this returns. Raises RefusedError if the
+        name or a target is not valid, and InvalidRequestError for the base's name."""
         try:
             check_name(name, "route")
         except ConfigurationError as exc:
             raise RefusedError(exc) from None
         if name == self.service.base_name:
-            raise InvalidRequestError(f"{name!r} is the base's name", remedy="choose another for the route")
+            raise InvalidRequestError(f"{name!r} is the base's name", remedy="choose another name for the route")
         async with self._changing:
             self._check_targets((*settings.targets, *settings.shadows))
             route = await self._in_files(self._store.put, name, settings)
@@ -131,14 +138,14 @@ class Router:
         return route
 
     async def delete_route(self, name: str) -> None:
-        """UnknownRouteError"""
+        """Delete a route. Raises UnknownRouteError if there is none."""
         async with self._changing:
             await self._in_files(self._store.delete, name)
             await self._reload()
 
     async def rollback_route(self, name: str) -> Route:
-        """Undo its last change. NoRevisionError where it was its making; RefusedError where what it led to before is
-        not there any more."""
+        """Undo the last change of a route. Raises NoRevisionError if there is nothing to restore, and RefusedError if a
+        target of the restored route no longer exists."""
         async with self._changing:
             before = await self._in_files(self._store.before, name)
             self._check_targets((*before.targets, *before.shadows))
@@ -147,11 +154,11 @@ class Router:
         return route
 
     async def unload_adapter(self, name: str) -> None:
-        """See `Service.unload_adapter`. AdapterInUseError: a route must not lead nowhere."""
+        """Unload an adapter; see `Service.unload_adapter`. Raises AdapterInUseError if a route uses the adapter."""
         async with self._changing:
             if routes := self.routes_to(name):
                 raise AdapterInUseError(name, routes)
-            unloading = self.service.unload_adapter(name)  # from here on it is not known
+            unloading = self.service.unload_adapter(name)  # from here on the name is unknown
         await unloading
 
     def _check_targets(self, targets: Iterable[str]) -> None:
@@ -162,17 +169,17 @@ class Router:
     # ------------------------------------------------------------------------------------------- requests
 
     def resolve(self, name: str, conversation_id: str | None = None) -> str:
-        """The adapter that answers for `name`: the same for all turns of a conversation."""
+        """Return the adapter that answers for `name`. All turns of a conversation get the same adapter."""
         route = self._routes.get(name)
         return name if route is None else choose(route, conversation_id)
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResult:
-        """As the service does, with verdicts named as they were asked, and ids for feedback."""
+        """Classify as `Service.classify` does. Each verdict has the name that was requested, and an id for feedback."""
         adapters, routes = self._adapters(request), self._routes
         try:
             result = await self.service.classify(replace(request, classifiers=tuple(adapters.values())))
         except LoraplexError as exc:
-            if not isinstance(exc, OverloadedError):  # which says nothing about who was asked
+            if not isinstance(exc, OverloadedError):  # an overload says nothing about the targets
                 self._log_failure(adapters, exc)
             raise
         verdicts = {verdict.classifier: verdict for verdict in result.verdicts}
@@ -186,20 +193,20 @@ class Router:
                 _logged(verdict, verdict.id or "", verdict.classifier, adapter, total_ms)
                 for verdict, adapter in zip(named, adapters.values(), strict=True)
             )
-            # Once the answer is on its way, and before the loop takes another request.
+            # Log once the answer is on its way, before the loop's next request.
             asyncio.get_running_loop().call_soon(self._log.add, logged)
             self._ask_shadows(request, named, adapters, routes)
         return replace(result, verdicts=named)
 
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        """As the service does, for each name as it was asked."""
+        """Return (requested name, prompt, token ids) for each classifier; see `Service.show_prompt`."""
         adapters = self._adapters(request)
         shown = await self.service.show_prompt(replace(request, classifiers=tuple(adapters.values())))
         prompts = {adapter: (text, token_ids) for adapter, text, token_ids in shown}
         return tuple((name, *prompts[adapter]) for name, adapter in adapters.items())
 
     def _adapters(self, request: ClassifyRequest) -> dict[str, str]:
-        """As it was asked -> who answers. `"*"` is every route once, and every classifier that no route leads to."""
+        """Return requested name -> adapter. `"*"` means every route, and every classifier that no route uses."""
         names: Iterable[str] = request.classifiers
         if request.classifiers == "*":
             names = [*self._routes, *(name for name in self.service.names() if name not in self._targeted)]
@@ -212,7 +219,8 @@ class Router:
         adapters: Mapping[str, str],
         routes: Mapping[str, Route],
     ) -> None:
-        """Later, in one request for all of them. routes: that the verdicts came by."""
+        """Queue one request for all shadows of `verdicts`. `routes` are the routes from when the verdicts were
+        requested."""
         of: dict[str, tuple[tuple[str, str], ...]] = {}
         for verdict in verdicts:
             name = verdict.classifier
@@ -225,14 +233,16 @@ class Router:
     # ------------------------------------------------------------------------------------------- verdicts
 
     async def stats(self, name: str) -> RouteStats:
-        """Of a route, or of a classifier by itself. UnknownRouteError; InvalidRequestError where none are kept."""
+        """Return the statistics of a route, or of a classifier that is requested by its own name. Raises
+        UnknownRouteError for an unknown name, and InvalidRequestError if no verdicts are kept."""
         if not self.knows(name):
             raise UnknownRouteError(name)
         return await self._in_files((await self._kept()).stats, name)
 
     async def set_truth(self, verdict_id: str, label: str) -> int:
-        """What a verdict should have been; the last word counts. Returns how many targets' answers it judges.
-        UnknownVerdictError; InvalidRequestError where it is no label of the classifier."""
+        """Record the label that a verdict should have had; a later call replaces the label. Returns the number of
+        answers that the label applies to. Raises UnknownVerdictError for an unknown id. Raises InvalidRequestError if
+        the classifier has no such label, or if no verdicts are kept."""
         log = await self._kept()
         valid_unicode(verdict_id + label)
         for target in await self._in_files(log.targets_of, verdict_id):
@@ -247,21 +257,21 @@ class Router:
         return self._shadows.num_shed
 
     async def _kept(self) -> VerdictLog:
-        """With all that was answered before."""
+        """Return the log, with all earlier answers in it. Raises InvalidRequestError if no verdicts are kept."""
         await asyncio.sleep(0)
         if self._log is None:
             raise InvalidRequestError("no verdicts are kept", remedy="start the server with --keep-verdicts above 0")
         return self._log
 
     def _log_failure(self, adapters: Mapping[str, str], error: LoraplexError) -> None:
-        """A request that had no answer at all: the targets' failures count all the same."""
+        """Log a failure for each known target of a request that got no answer."""
         if self._log is not None:
             known = {name: adapter for name, adapter in adapters.items() if self.service.knows(adapter)}
             failed = Verdict(classifier="", error=ErrorInfo.of(error))
             self._log.add(_logged(failed, uuid.uuid4().hex, name, adapter, None) for name, adapter in known.items())
 
     def _log_shadows(self, shadow: Shadow, answer: ClassifyResult | LoraplexError) -> None:
-        assert self._log is not None, "shadows are asked to be logged"
+        assert self._log is not None, "shadows run only to be logged"
         if isinstance(answer, LoraplexError):
             failed = Verdict(classifier="", error=ErrorInfo.of(answer))
             verdicts, total_ms = dict.fromkeys(shadow.of, failed), None
@@ -285,12 +295,12 @@ class Router:
         return await asyncio.get_running_loop().run_in_executor(self._files, partial(work, *arguments))
 
     async def _flush(self) -> None:
-        """A disk that is full or gone costs no answer."""
+        """Write the log to its file. A failure is only logged, because a full disk must not cost an answer."""
         assert self._log is not None
         try:
             await self._in_files(self._log.flush)
         except ConfigurationError as exc:
-            logger.error("verdicts are not written down yet: %s", exc)
+            logger.error("verdicts could not be written to disk yet: %s", exc)
 
     async def _flush_for_ever(self) -> None:
         while True:
@@ -304,7 +314,7 @@ async def start_router(
     store: RouteStore | None = None,
     log: VerdictLog | None = None,
 ) -> Router:
-    """A router that has started. Where it does not start, the service is closed."""
+    """Return a router that has started. If the start fails, the service is closed."""
     router = Router(service, from_file, store, log)
     try:
         await router.start()
@@ -315,8 +325,8 @@ async def start_router(
 
 
 def open_stores(state_dir: str | None, *, max_verdicts: int) -> tuple[RouteStore, VerdictLog | None]:
-    """The routes and verdicts that `state_dir` remembers; without it they are forgotten with the process. max_verdicts:
-    kept at most; 0 keeps none. BundleError: a file cannot be read or written."""
+    """Open the stores for routes and verdicts in `state_dir`; None keeps both in memory. The newest `max_verdicts`
+    verdicts are kept; 0 keeps none. Raises BundleError if a file cannot be read or written."""
     folder = None if state_dir is None else Path(state_dir)
     store = RouteStore(None if folder is None else folder / "routes.sqlite")
     file = None if folder is None else folder / "verdicts.sqlite"
@@ -324,17 +334,17 @@ def open_stores(state_dir: str | None, *, max_verdicts: int) -> tuple[RouteStore
 
 
 def _as_asked(verdict: Verdict, name: str, id: str) -> Verdict:
-    """Most are so already, and a copy costs."""
+    """Return the verdict with the requested name and id. Most verdicts have both, and are not copied."""
     asked = verdict.classifier == name and verdict.id == id
     return verdict if asked else replace(verdict, id=id, classifier=name)
 
 
 def choose(route: Route, conversation_id: str | None) -> str:
-    """A target by weight: by rendezvous hashing, so that where weights change only those conversations move that must;
-    at random without an id."""
+    """Return a target, drawn by weight. Rendezvous hashing of the conversation's id makes a change of weights move as
+    few conversations as possible. Without an id, the draw is random."""
     if len(route.targets) == 1:
         return next(iter(route.targets))
-    most = max(route.targets.values())  # scaled by it, the smallest weights there are can be divided by
+    most = max(route.targets.values())  # scaled by the largest, so that tiny weights do not overflow the division below
     targets = {target: weight / most for target, weight in route.targets.items() if weight / most}
     if conversation_id is None:
         return random.choices(list(targets), list(targets.values()))[0]
@@ -342,7 +352,8 @@ def choose(route: Route, conversation_id: str | None) -> str:
     def distance(target: str) -> float:
         digest = sha256(f"{route.name}\0{target}\0{conversation_id}".encode(errors="surrogatepass")).digest()
         uniform = (int.from_bytes(digest[:7]) + 1) / (1 << 56)  # in (0, 1]
-        return -math.log(uniform) / targets[target]  # exponential: target is nearest with probability weight / weights
+        # Exponential with the weight as its rate: a target is nearest with probability weight / sum of weights.
+        return -math.log(uniform) / targets[target]
 
     return min(targets, key=distance)
 

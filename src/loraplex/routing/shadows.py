@@ -1,4 +1,4 @@
-"""Shadow requests: asked when nobody else waits, and the first to be given up."""
+"""Shadow requests: they run when no other request waits, and are dropped first."""
 
 import asyncio
 import logging
@@ -10,25 +10,28 @@ from typing import TYPE_CHECKING
 from loraplex.errors import LoraplexError
 from loraplex.types import ClassifyRequest, ClassifyResult
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # the service imports torch
     from loraplex.service.service import Service
 
 logger = logging.getLogger(__name__)
-MAX_WAITING = 256  # each holds its conversation
+MAX_WAITING = 256  # each holds a whole conversation
 LOOK_EVERY_S = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shadow:
-    """of: adapter -> (verdict id, route) of each verdict that it shadows."""
+    """One request to shadow adapters.
+
+    of:  adapter -> (verdict id, route) of each verdict that the adapter shadows.
+    """
 
     request: ClassifyRequest
     of: dict[str, tuple[tuple[str, str], ...]]
 
 
 class Shadows:
-    """A bounded queue whose oldest are shed where it is full, as happens when the service is always busy. One is asked
-    at a time, so that they hardly take others' place in the service's queue."""
+    """A bounded queue of shadow requests. A full queue drops its oldest request; this happens when the service is
+    always busy. Shadows run one at a time, so that they hardly fill the service's own queue."""
 
     def __init__(self, service: "Service", answered: Callable[[Shadow, ClassifyResult | LoraplexError], None]) -> None:
         self._service, self._answered = service, answered
@@ -41,7 +44,7 @@ class Shadows:
         self._worker = asyncio.create_task(self._work())
 
     async def close(self) -> None:
-        """What waits, and what runs, is given up."""
+        """Drop all waiting shadows, and cancel the one that runs."""
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.wait({self._worker})
@@ -67,5 +70,5 @@ class Shadows:
                 self._answered(shadow, await self._service.classify(shadow.request))
             except LoraplexError as exc:
                 self._answered(shadow, exc)
-            except Exception:  # the next ones shall be asked all the same
+            except Exception:  # later shadows must still run
                 logger.exception("a shadow request failed")

@@ -1,4 +1,4 @@
-"""The newest verdicts: who answered what, how sure, how fast, and whether it was right. Never what was asked."""
+"""The newest verdicts: target, label, confidence, latency, and feedback. Never holds a conversation."""
 
 import math
 import sqlite3
@@ -34,7 +34,7 @@ SCHEMA = (
     "CREATE UNIQUE INDEX IF NOT EXISTS by_id ON verdicts (id, target)",
     "CREATE INDEX IF NOT EXISTS by_route ON verdicts (route, target, version, is_shadow)",
 )
-# Of rows that are one target's in one role.
+# One row for each target, version and role.
 COUNTS = """
     SELECT target, version, is_shadow, count(*), count(error), avg(confidence), avg(latency_ms), count(latency_ms),
         count(truth) FILTER (WHERE label IS NOT NULL), count(*) FILTER (WHERE label = truth)
@@ -59,7 +59,11 @@ AGREEMENT = """
 
 
 class LoggedVerdict(NamedTuple):
-    """id: the verdict's; a shadow's is that of the verdict that was returned. route: as it was asked."""
+    """One answer of a target.
+
+    id:     id of the verdict. A shadow has the id of the verdict that was returned.
+    route:  the name that was requested.
+    """
 
     id: str
     route: str
@@ -73,14 +77,15 @@ class LoggedVerdict(NamedTuple):
 
 
 class VerdictLog:
-    """What is added waits in memory until `flush`; what is read is flushed first. Any thread may call, and raises
-    BundleError where the file cannot be read or written."""
+    """Verdicts in a SQLite file. New verdicts wait in memory until `flush`; every reading method flushes first. Any
+    thread may call. Methods raise BundleError if the file cannot be read or written."""
 
     def __init__(self, path: Path | None = None, *, max_verdicts: int) -> None:
-        """path: a SQLite file; None forgets all with the process. Of more than `max_verdicts` the oldest go."""
+        """path: a SQLite file; None keeps the verdicts in memory, until the process ends. max_verdicts: beyond this
+        number, the oldest are deleted."""
         self._database = Database(path, format=FORMAT, schema=SCHEMA)
         self._max_verdicts = max_verdicts
-        # One thread may fill it while another empties it.
+        # A deque: one thread may append while another pops.
         self._added: deque[LoggedVerdict] = deque(maxlen=max_verdicts)
         self._flushing = threading.Lock()
 
@@ -88,7 +93,8 @@ class VerdictLog:
         self._added.extend(verdicts)
 
     def flush(self) -> None:
-        """Where the file cannot be written, the newest wait for the next time."""
+        """Write the verdicts that wait. If the file cannot be written, raises BundleError and keeps the newest for the
+        next flush."""
         with self._flushing:
             added = [self._added.popleft() for _ in range(len(self._added))]
             if not added:
@@ -102,7 +108,7 @@ class VerdictLog:
 
     def _write(self, added: Seq[LoggedVerdict]) -> None:
         with self._database.transaction() as database:
-            # A shadow may answer after the feedback on its verdict.
+            # A shadow may answer after feedback came: its row takes the label of the verdict's other rows.
             database.executemany(
                 "INSERT OR IGNORE INTO verdicts"
                 " (id, route, target, version, is_shadow, label, confidence, latency_ms, error, truth)"
@@ -114,7 +120,7 @@ class VerdictLog:
             )
 
     def targets_of(self, verdict_id: str) -> tuple[str, ...]:
-        """All that answered it, the one that was returned first. UnknownVerdictError"""
+        """Return all targets that answered, the returned one first. Raises UnknownVerdictError for an unknown id."""
         self.flush()
         with self._database.transaction() as database:
             found = database.execute(
@@ -125,7 +131,8 @@ class VerdictLog:
         return tuple(target for (target,) in found)
 
     def set_truth(self, verdict_id: str, label: str) -> int:
-        """What the answer should have been; the last word counts. How many answers it judges. UnknownVerdictError"""
+        """Store the label that a verdict should have had; a later call replaces the label. Returns the number of
+        answers that the label applies to. Raises UnknownVerdictError for an unknown id."""
         self.flush()
         with self._database.transaction() as database:
             updated = database.execute("UPDATE verdicts SET truth = ? WHERE id = ?", (label, verdict_id))
@@ -134,7 +141,7 @@ class VerdictLog:
         return updated.rowcount
 
     def stats(self, route: str) -> RouteStats:
-        """Over the verdicts that are kept, for each version of each target."""
+        """Return the statistics of a route, for each version of each target, over the verdicts that are kept."""
         self.flush()
         with self._database.transaction() as database:
             rows = database.execute(COUNTS, (route,)).fetchall()
@@ -183,7 +190,8 @@ def _target_stats(
 
 
 def wilson(num_right: int, num: int) -> Accuracy:
-    """The share that was right, with Wilson's 95 % interval, which holds for few and for extreme shares too."""
+    """Return the share of right answers with Wilson's 95 % interval, which holds for small samples and extreme shares,
+    too."""
     z = NormalDist().inv_cdf(0.975)
     share = num_right / num
     centre = (share + z * z / (2 * num)) / (1 + z * z / num)

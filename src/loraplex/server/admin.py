@@ -1,4 +1,4 @@
-"""Adapters at run time: our routes, vLLM's names for them, and SageMaker's."""
+"""HTTP routes that manage adapters at run time: Loraplex's own, and those with the paths of vLLM and SageMaker."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -25,18 +25,18 @@ Result = TypeVar("Result")
 router = APIRouter(tags=["adapters"])
 
 UNKNOWN = errors(_404="no such adapter")
-UNLOADING = UNKNOWN | errors(_409="a route leads to it")
+UNLOADING = UNKNOWN | errors(_409="a route uses the adapter")
 LOADING = errors(
     _409="the name is taken",
-    _422="not sound, or not below an adapter root; what answered before goes on",
-    _503="not ready, stopping, the name is being unloaded, or pinned adapters leave no room",
+    _422="the adapter is not valid, or not below an adapter root; the version that answered before keeps answering",
+    _503="the server is not ready or is stopping, the name is being unloaded, or pinned adapters leave no room",
 )
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 
 
-async def _sound(loading: Awaitable[Result]) -> Result:
-    """What is wrong with an adapter that a client names is the client's to mend. The work goes on to its end though
-    the client may leave."""
+async def _loaded(loading: Awaitable[Result]) -> Result:
+    """Await `loading`, and raise RefusedError (422) if the adapter that the client named is not valid. A client that
+    disconnects does not cancel the load. Raises NotReadyError if the server stops first."""
     try:
         return await loading
     except ConfigurationError as exc:
@@ -47,62 +47,69 @@ async def _sound(loading: Awaitable[Result]) -> Result:
 
 @router.get("/v1/adapters")
 async def list_adapters(request: Request) -> AdapterList:
-    """All adapters with their states."""
+    """List all adapters with their states."""
     return AdapterList(adapters=list(service_of(request).adapters()))
 
 
 @router.get("/v1/adapters/{name}", responses=UNKNOWN)
 async def show_adapter(request: Request, name: str) -> AdapterInfo:
+    """Return one adapter and its state."""
     return service_of(request).adapter(name)
 
 
 @router.put("/v1/adapters/{name}", responses=LOADING)
 async def put_adapter(request: Request, name: str, body: AdapterBody) -> AdapterInfo:
-    """Load it, or replace the one of that name: requests in flight finish on the old version, later ones get the new.
-    Answers when the new one has proven itself and is live; where it does not, the old one goes on."""
-    return await _sound(service_of(request).load_adapter(name, body.source, pin=body.pinned))
+    """Load an adapter, or replace the adapter of this name.
+
+    Requests in flight finish on the old version; later requests get the new version. The response is sent when the new
+    version has passed its checks and answers requests. If a check fails, the old version keeps answering.
+    """
+    return await _loaded(service_of(request).load_adapter(name, body.source, pin=body.pinned))
 
 
 @router.delete("/v1/adapters/{name}", responses=UNLOADING)
 async def delete_adapter(request: Request, name: str) -> dict[str, str]:
-    """Unload it. Answers when its last request is answered and its memory is free."""
+    """Unload an adapter. The response is sent when its last request is answered and its memory is free."""
     await router_of(request).unload_adapter(name)
     return {"name": name, "state": "unloaded"}
 
 
 @router.put("/v1/adapters/{name}/pin", responses=UNKNOWN | LOADING)
 async def pin_adapter(request: Request, name: str) -> AdapterInfo:
-    """Keep its place on the device."""
-    return await _sound(service_of(request).pin_adapter(name, True))
+    """Pin an adapter: it keeps its slot on the device. It is loaded first if it has no slot."""
+    return await _loaded(service_of(request).pin_adapter(name, True))
 
 
 @router.delete("/v1/adapters/{name}/pin", responses=UNKNOWN)
 async def unpin_adapter(request: Request, name: str) -> AdapterInfo:
-    return await _sound(service_of(request).pin_adapter(name, False))
+    """Unpin an adapter: it can be evicted from its slot again."""
+    return await _loaded(service_of(request).pin_adapter(name, False))
 
 
 @router.post("/v1/load_lora_adapter", responses=TEXT | LOADING, response_model=None)
 async def load_lora_adapter(request: Request, body: VllmLoadBody) -> Response:
-    """vLLM's. A name that is taken is refused unless `load_inplace`."""
-    await _sound(service_of(request).load_adapter(body.lora_name, body.lora_path, replace=body.load_inplace))
+    """Load an adapter, through vLLM's path. A name that is taken is refused unless `load_inplace` is true."""
+    await _loaded(service_of(request).load_adapter(body.lora_name, body.lora_path, replace=body.load_inplace))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/v1/unload_lora_adapter", responses=TEXT | UNLOADING, response_model=None)
 async def unload_lora_adapter(request: Request, body: VllmUnloadBody) -> Response:
-    """vLLM's."""
+    """Unload an adapter, through vLLM's path."""
     await router_of(request).unload_adapter(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @router.post("/adapters", responses=LOADING, tags=["sagemaker"])
 async def sagemaker_load(request: Request, body: SageMakerAdapterBody) -> AdapterInfo:
-    """SageMaker's. A name that is taken is refused. `preload` changes nothing: an adapter is always read and proven
-    before it is live."""
-    return await _sound(service_of(request).load_adapter(body.name, body.src, pin=body.pin, replace=False))
+    """Load an adapter, through SageMaker's path. A name that is taken is refused.
+
+    `preload` changes nothing: every adapter is read and checked before it answers requests.
+    """
+    return await _loaded(service_of(request).load_adapter(body.name, body.src, pin=body.pin, replace=False))
 
 
 @router.delete("/adapters/{name}", responses=UNLOADING, tags=["sagemaker"])
 async def sagemaker_unload(request: Request, name: str) -> dict[str, str]:
-    """SageMaker's."""
+    """Unload an adapter, through SageMaker's path."""
     return await delete_adapter(request, name)

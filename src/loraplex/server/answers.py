@@ -1,4 +1,4 @@
-"""The one place that turns errors into answers."""
+"""Turns errors into HTTP answers. No other module does."""
 
 import asyncio
 import logging
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def answer(request: Request, error: LoraplexError) -> JSONResponse:
+    """Return the JSON answer for `error`, with the headers that its status requires."""
     headers = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -30,7 +31,7 @@ def answer(request: Request, error: LoraplexError) -> JSONResponse:
     elif error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     elif error.status == 408:
-        headers["Connection"] = "close"  # the rest of the body may still come, or never
+        headers["Connection"] = "close"  # the rest of the body may never arrive
     return _json(request, error.status, error.code, error.message, error.remedy, headers)
 
 
@@ -39,20 +40,20 @@ def _json(
 ) -> JSONResponse:
     record = logs.current()
     record.error, record.message = code, message
-    if request.url.path not in PROBES:  # whose business it is to hear no
+    if request.url.path not in PROBES:  # a probe's 503 is no failure
         request.app.state.metrics.fail(code)
     return JSONResponse(error_json(code, message, remedy), status_code=status, headers=headers)
 
 
 def add_handlers(app: FastAPI) -> None:
-    """For what routes raise."""
+    """Register the handlers for errors that HTTP routes raise."""
     app.add_exception_handler(LoraplexError, _loraplex_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
 
 
 class AnswerErrors:
-    """For what other middlewares raise, and for what nobody expected."""
+    """Middleware: answers errors that other middlewares raise, and errors that no handler expected."""
 
     def __init__(self, app: ASGIApp, log_inputs: bool) -> None:
         self.app, self._log_inputs = app, log_inputs
@@ -62,7 +63,7 @@ class AnswerErrors:
             return await self.app(scope, receive, send)
         except LoraplexError as exc:
             error = exc
-        except asyncio.CancelledError:  # the time to drain is over
+        except asyncio.CancelledError:  # the drain timeout is over
             error = stopping()
         except Exception as exc:
             if self._log_inputs:
@@ -71,15 +72,17 @@ class AnswerErrors:
                 logger.error("unexpected error\n%s", trace(exc))
             remedy = "report it; the server's log has the details"
             error = EngineError(f"unexpected {type(exc).__name__}", remedy=remedy)
-        if logs.current().status is None:  # else it has begun, and its connection is closed since it does not end
+        # If the answer has begun, it stays incomplete, and uvicorn closes the connection.
+        if logs.current().status is None:
             await answer(Request(scope), error)(scope, receive, send)
 
 
 def trace(exc: BaseException) -> str:
-    """Where, and of what type, from the cause to `exc`: without messages, which may repeat what the client sent."""
+    """Return the stack frames and exception types, from the first cause to `exc`. Messages are left out, because they
+    may repeat what the client sent."""
     parts: list[str] = []
     left: list[BaseException | None] = [exc]
-    seen = set()  # those in a group can have the group as their context
+    seen = set()  # an exception in a group can have the group as its context
     while left:
         one = left.pop()
         if one is not None and id(one) not in seen:
@@ -95,7 +98,7 @@ async def _loraplex_error(request: Request, exc: Exception) -> JSONResponse:
 
 
 async def _validation_error(request: Request, exc: Exception) -> JSONResponse:
-    """The first thing wrong, with its place in the body."""
+    """Answer with the first error that validation found, and its path in the body."""
     assert isinstance(exc, RequestValidationError)
     first = exc.errors()[0]
     if first["type"] == "json_invalid":
@@ -112,13 +115,13 @@ async def _validation_error(request: Request, exc: Exception) -> JSONResponse:
 
 
 async def _http_error(request: Request, exc: Exception) -> JSONResponse:
-    """What the framework itself refuses: unknown paths and methods, and bodies that cannot be decoded."""
+    """Answer what the framework itself refuses: unknown paths and methods, and bodies that cannot be decoded."""
     assert isinstance(exc, HTTPException)
     path = request.url.path
     known = {
         400: ("bad_input", "the body cannot be decoded", "send one JSON object in UTF-8"),
-        404: ("not_found", f"no route {path!r}", "see /docs for the routes"),
-        405: ("method_not_allowed", f"{request.method} is not for {path!r}", "see /docs for the routes"),
+        404: ("not_found", f"there is no path {path!r}", "see /docs for the paths"),
+        405: ("method_not_allowed", f"{request.method} is not allowed for {path!r}", "see /docs for the paths"),
     }
-    code, message, remedy = known.get(exc.status_code, ("http_error", str(exc.detail), "see /docs for the routes"))
+    code, message, remedy = known.get(exc.status_code, ("http_error", str(exc.detail), "see /docs for the paths"))
     return _json(request, exc.status_code, code, message, remedy, exc.headers)

@@ -1,4 +1,4 @@
-"""Puts a router behind HTTP."""
+"""Builds the ASGI app: a router behind HTTP routes and middlewares."""
 
 import time
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ from loraplex.server.security import Access
 
 
 def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycle) -> FastAPI:
-    """An ASGI app over the router that `lifecycle` has once it is ready. Without keys it answers everyone."""
+    """Return an ASGI app that serves the router of `lifecycle`. Until the router is ready, the app answers only probes.
+    Without `keys` it answers everyone."""
     app = FastAPI(
         title="Loraplex",
         summary="Many LoRA classifiers from one base model, in one call",
@@ -35,12 +36,12 @@ def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycl
     )
     app.state.created = int(time.time())
     app.state.lifecycle = lifecycle
-    paths = {route.path for route in app.routes if isinstance(route, Route)}  # of the documentation
+    paths = {route.path for route in app.routes if isinstance(route, Route)}  # the documentation's paths
     for part in (routes, sagemaker, admin, traffic, openai):
         app.include_router(part.router)
         paths |= {route.path for route in part.router.routes if isinstance(route, Route)}
     add_handlers(app)
-    # From the inside out.
+    # Innermost first: a request passes the last one first.
     app.add_middleware(sagemaker.JsonByDefault)
     app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes, body_timeout=config.body_timeout)
     app.add_middleware(Gate, lifecycle=lifecycle)
@@ -49,5 +50,5 @@ def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycl
     app.add_middleware(AnswerErrors, log_inputs=config.log_inputs)
     app.add_middleware(LastAnswer, lifecycle=lifecycle)
     app.add_middleware(RequestLog, log_inputs=config.log_inputs, paths=paths)
-    app.add_middleware(sagemaker.RuntimeApi)  # outermost: whatever refuses a request, AWS's clients understand it
+    app.add_middleware(sagemaker.RuntimeApi)  # outermost, so that every refusal has AWS's shape
     return app

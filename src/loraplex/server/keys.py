@@ -1,4 +1,4 @@
-"""API keys: hashes with a name and a scope, from a file or the environment."""
+"""API keys, read from a file or the environment. Each has a name, a scope and the hash of a secret."""
 
 import hmac
 import re
@@ -21,7 +21,10 @@ MIN_SECRET = 16  # characters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
-    """digest: SHA-256 of the secret, which is random and long, so that no slow hash is needed."""
+    """An API key.
+
+    digest:  SHA-256 of the secret. The secret is long and random, so no slow hash is needed.
+    """
 
     name: str
     scope: KeyScope
@@ -29,14 +32,15 @@ class ApiKey:
 
 
 def new_key(name: str, scope: str) -> tuple[str, str]:
-    """(secret, line for the file)"""
+    """Return a new secret, and its line for the key file. Raises ConfigurationError if `name` or `scope` is not
+    valid."""
     _check("--name, --scope", name, scope)
     secret = secrets.token_urlsafe(32)
     return secret, f"{name} {scope} {sha256(secret.encode()).hexdigest()}"
 
 
 def find_key(keys: Sequence[ApiKey], secret: bytes) -> ApiKey | None:
-    """Takes the same time whichever it is, or none."""
+    """Return the key that has this secret, or None. The time taken does not depend on which key matches."""
     digest, found = sha256(secret).digest(), None
     for key in keys:
         if hmac.compare_digest(key.digest, digest):
@@ -45,8 +49,8 @@ def find_key(keys: Sequence[ApiKey], secret: bytes) -> ApiKey | None:
 
 
 def read_keys(path: str | None, environment: str) -> tuple[ApiKey, ...]:
-    """Of the file and of LORAPLEX_API_KEYS. ConfigurationError says in which line or entry something is wrong, and
-    never what stands there: it may be a secret."""
+    """Return the keys of the file at `path` and of the environment variable LORAPLEX_API_KEYS. Raises
+    ConfigurationError. The message names the line or entry but never shows its text, which may be a secret."""
     keys: list[ApiKey] = []
     for source, key in (*_of_file(path), *_of_environment(environment)):
         if any(key.name == other.name or key.digest == other.digest for other in keys):
@@ -56,7 +60,7 @@ def read_keys(path: str | None, environment: str) -> tuple[ApiKey, ...]:
 
 
 def _of_file(path: str | None) -> Iterator[tuple[str, ApiKey]]:
-    """Lines `name scope sha256`; what follows a # is a comment."""
+    """Yield (source, key) for each line `name scope sha256`. Text after a # is a comment."""
     if path is None:
         return
     remedy = "give the lines that `loraplex keys new --name NAME --scope infer` prints"
@@ -81,7 +85,7 @@ def _of_file(path: str | None) -> Iterator[tuple[str, ApiKey]]:
 
 
 def _of_environment(value: str) -> Iterator[tuple[str, ApiKey]]:
-    """`name:scope:secret`, separated by spaces or commas."""
+    """Yield (source, key) for each `name:scope:secret`. Spaces or commas separate the entries."""
     for number, entry in enumerate(value.replace(",", " ").split(), 1):
         source = f"{ENVIRONMENT}, entry {number}"
         parts = entry.split(":", 2)
@@ -98,7 +102,7 @@ def _of_environment(value: str) -> Iterator[tuple[str, ApiKey]]:
 def _check(source: str, name: str, scope: str) -> KeyScope:
     if not NAME.fullmatch(name):
         raise ConfigurationError(
-            source, "the name is not sound", remedy="use letters, digits, '.', '_' and '-', 64 at most"
+            source, "the name is not valid", remedy="use letters, digits, '.', '_' and '-', 64 at most"
         )
     for known in get_args(KeyScope):
         if scope == known:

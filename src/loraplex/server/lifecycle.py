@@ -1,4 +1,4 @@
-"""Whether the server takes requests: not while it loads, and no new ones while it drains."""
+"""Whether the server accepts requests: none while it loads, no new ones while it drains."""
 
 from typing import Literal
 
@@ -11,34 +11,36 @@ PROBES = frozenset({"/health", "/ready", "/ping"})
 
 
 def stopping() -> NotReadyError:
-    return NotReadyError("the server is stopping", remedy="send it to another server, or again when it is back")
+    """Return the error that answers requests while the server stops."""
+    return NotReadyError("the server is stopping", remedy="retry on another server, or when this one has restarted")
 
 
 class Lifecycle:
-    """Loading, then ready with a router, then draining."""
+    """The server's phase: loading, then ready with a router, then draining."""
 
     def __init__(self, router: Router | None = None) -> None:
-        """router: where it has started already."""
+        """Begin in the phase `loading`, or in `ready` if `router` has already started."""
         self.phase: Literal["loading", "ready", "draining"] = "loading" if router is None else "ready"
         self._router = router
         self.num_in_flight = 0
 
     @property
     def router(self) -> Router:
-        """NotReadyError while the server loads."""
+        """The router that has started. Raises NotReadyError while the server loads."""
         if self._router is None:
             raise _loading()
         return self._router
 
     def loaded(self, router: Router) -> bool:
-        """The router has started. Returns whether requests are taken now: not where the server was told to stop."""
+        """Store the router that has started. Return whether the server accepts requests now: False if it was told to
+        stop meanwhile."""
         self._router = router
         if self.phase == "loading":
             self.phase = "ready"
         return self.phase == "ready"
 
     def check_ready(self) -> None:
-        """NotReadyError"""
+        """Raise NotReadyError while the server loads or drains."""
         if self.phase == "loading":
             raise _loading()
         if self.phase == "draining":
@@ -50,7 +52,7 @@ def _loading() -> NotReadyError:
 
 
 class Gate:
-    """Lets nothing but probes pass where the server is not ready, and counts what it let pass."""
+    """Middleware: refuses everything except probes unless the server is ready, and counts the requests in flight."""
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
         self.app, self._lifecycle = app, lifecycle
@@ -69,7 +71,7 @@ class Gate:
 
 
 class LastAnswer:
-    """While the server drains, each connection's answer is its last, and says so: refusals too."""
+    """Middleware: adds `Connection: close` to every answer, refusals included, while the server drains."""
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
         self.app, self._lifecycle = app, lifecycle

@@ -1,4 +1,4 @@
-"""How large a request may be, and how long it may take to arrive."""
+"""Limits on a request's size, and on the time that it may take to arrive."""
 
 import asyncio
 
@@ -12,8 +12,8 @@ from loraplex.server import logs
 
 
 class BodyLimit:
-    """Takes a request's body whole before anything looks at it, or refuses it as soon as it is known to be too large or
-    too late. What is computed of it then may take its time."""
+    """Middleware: reads the whole body before the app sees the request. A body that is too large or too late is refused
+    at once. The work that follows has no time limit here."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, body_timeout: float) -> None:
         self.app, self._max_body_bytes, self._body_timeout = app, max_body_bytes, body_timeout
@@ -27,14 +27,14 @@ class BodyLimit:
                 body: bytes | None = await self._read(receive)
         except TimeoutError:
             raise RequestTimeoutError(
-                f"the body did not come within {self._body_timeout:g} seconds",
+                f"the body did not arrive within {self._body_timeout:g} seconds",
                 remedy="send it faster, or raise --body-timeout",
             ) from None
         assert body is not None
         logs.current().body = body
 
         async def receive_body() -> Message:
-            """The body once, then what comes after it: that the client has left."""
+            """Return the body once, then the client's later messages, such as its disconnect."""
             nonlocal body
             if body is None:
                 return await receive()
@@ -51,7 +51,8 @@ class BodyLimit:
                 length = int(value)
             elif name == b"transfer-encoding":
                 is_chunked = True
-        if length is not None and is_chunked:  # where a proxy believes one and we the other, requests can be smuggled
+        # A proxy may trust the one header and we the other: requests could be smuggled.
+        if length is not None and is_chunked:
             raise BadInputError("both Content-Length and Transfer-Encoding are given", remedy="send one of them")
         if length is not None and length > self._max_body_bytes:
             raise self._too_large()
@@ -76,14 +77,19 @@ class BodyLimit:
 
 
 class IdleLimit(H11Protocol):
-    """Closes a connection whose client does not read its answer for `timeout_keep_alive` seconds, or on which no whole
-    request head has come for as long. uvicorn's own timer starts with the first answer and stops with the next byte:
-    who sends nothing, or a head drop by drop, or no end of a body that was refused, would keep the connection.
-    And notices a client that leaves, whatever it sent before, and what is broken behind an answer."""
+    """An HTTP/1.1 connection that closes itself after `timeout_keep_alive` seconds without progress.
+
+    No progress means that no complete request head arrives, or that the client does not read its answer. uvicorn's own
+    timer starts only with the first answer, and any byte stops it. A client could then hold a connection by sending
+    nothing, a head byte by byte, or an endless body that was refused.
+
+    The class also notices a disconnect while bytes wait behind a request. It closes the connection if the rest of a
+    request is malformed after its answer was sent.
+    """
 
     @property
     def is_new(self) -> bool:
-        """No request has come on it yet."""
+        """Whether no request has arrived on this connection yet."""
         return self.cycle is None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -91,17 +97,17 @@ class IdleLimit(H11Protocol):
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
-        # As uvicorn's, but that bytes do not stop the timer: `handle_events` does, at a request's head.
+        # uvicorn's method also stops the timer here, at any byte. `handle_events` stops it at a complete request head.
         self.conn.receive_data(data)
         self.handle_events()
-        # At bytes behind a request uvicorn stops reading until it is answered, and would not see its client leave.
+        # When bytes follow a request, uvicorn stops reading until the answer is sent, and would miss a disconnect.
         if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < HIGH_WATER_LIMIT:
             self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
-        else:  # its request was answered before its body had come
+        else:  # the request was answered before its body had arrived
             self.transport.close()
 
     def pause_writing(self) -> None:

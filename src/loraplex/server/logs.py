@@ -1,5 +1,5 @@
-"""Log lines, as text or JSON, that carry the id of the request they belong to; one line for each request. Knows what a
-request was answered with, and never shows what it said unless told so."""
+"""Log lines, as text or JSON, with the id of the request that they belong to, and one access line a request. Never
+shows what a request said unless `log_inputs` is set."""
 
 import json
 import logging
@@ -19,14 +19,19 @@ from loraplex.server.lifecycle import PROBES
 
 logger = logging.getLogger("loraplex.access")
 
-SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # without spaces, which would let it look like more fields in a text log
+SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # no spaces: they would look like further fields in a text log
 QUIET = PROBES | {"/metrics"}
 MOST_INPUT = 8192  # bytes of a body in a log line
 
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What is known of a request by now. key: the API key's name. error, message: of the error that answered it."""
+    """What the server knows of a request so far.
+
+    key:      name of the API key.
+    error:    code of the error that answered the request.
+    message:  message of this error.
+    """
 
     id: str
     key: str | None = None
@@ -40,7 +45,8 @@ _current: ContextVar[RequestRecord] = ContextVar("request")
 
 
 def current() -> RequestRecord:
-    """The request that this task, or a thread that it started with `asyncio.to_thread`, works for."""
+    """Return the record of the request that this task works for. Works in threads that the task started with
+    `asyncio.to_thread`, too."""
     return _current.get()
 
 
@@ -55,7 +61,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line. What stands in a record's `fields` becomes fields of the object."""
+    """Writes each record as one JSON object a line. The entries of a record's `fields` become fields of the object."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -74,8 +80,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(log_format: Literal["text", "json"]) -> None:
-    """All loggers of the process write to stderr, in one format: those, too, that libraries gave a handler of their
-    own when they were imported."""
+    """Make all loggers of the process write to stderr in one format. Removes the handlers that libraries added when
+    they were imported."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     for other in list(logging.root.manager.loggerDict.values()):
@@ -89,10 +95,10 @@ def configure(log_format: Literal["text", "json"]) -> None:
 
 
 class RequestLog:
-    """Gives each request an id, in its answer's headers and its log lines, and writes its access line."""
+    """Middleware: gives each request an id, for its answer's headers and its log lines, and writes its access line."""
 
     def __init__(self, app: ASGIApp, log_inputs: bool, paths: Set[str]) -> None:
-        """paths: of all routes, as they are declared."""
+        """paths: all HTTP routes' paths as they are declared, such as `/v1/adapters/{name}`."""
         self.app, self._log_inputs = app, log_inputs
         self._templates = _Templates(paths)
 
@@ -137,7 +143,7 @@ class RequestLog:
 
 
 class _Templates:
-    """A path's route, as it is declared: what a client put into a path is not logged."""
+    """Maps a path to its declared template, so that the log does not show what a client put into the path."""
 
     def __init__(self, paths: Set[str]) -> None:
         self._literal = {path for path in paths if "{" not in path}
@@ -150,7 +156,7 @@ class _Templates:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's, where it is sane."""
+    """Return the client's X-Request-ID if it is well-formed, else a new id."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and SANE_ID.fullmatch(value):
             return str(value, "ascii")

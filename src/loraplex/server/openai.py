@@ -1,4 +1,4 @@
-"""The routes of OpenAI's clients: text and its log probabilities, whole or streamed."""
+"""The HTTP routes of OpenAI's API: generated text with its log probabilities, whole or streamed."""
 
 import asyncio
 import json
@@ -28,11 +28,12 @@ from loraplex.types import GeneratedToken, GenerateRequest, GenerateResult
 logger = logging.getLogger(__name__)
 router = APIRouter(tags=["openai"])
 
-EVENTS: dict[str, Any] = {"text/event-stream": {}}  # besides JSON, where `stream` is asked for
+EVENTS: dict[str, Any] = {"text/event-stream": {}}  # the content type of answers with `stream`
 
 
 def resolve_model(request: Request, name: str, conversation_id: str | None) -> str | None:
-    """The adapter that `name` leads to; None: the bare base. A name that nobody has stays as it is, and is 404."""
+    """Return the adapter that answers for `name`, or None for the bare base. An unknown name is returned unchanged; its
+    request fails later with 404."""
     router = router_of(request)
     if name == service_of(request).base_name and not router.knows(name):
         return None
@@ -41,13 +42,16 @@ def resolve_model(request: Request, name: str, conversation_id: str | None) -> s
 
 @router.post("/v1/completions", response_model=Completion, responses={**ERRORS, 200: {"content": EVENTS}})
 async def completions(request: Request, body: CompletionBody) -> Response:
-    """The text that follows a prompt, which is taken verbatim."""
+    """Generate the text that follows a prompt. The prompt is taken verbatim."""
     return await _answered(request, body, body.format())
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses={**ERRORS, 200: {"content": EVENTS}})
 async def chat_completions(request: Request, body: ChatBody) -> Response:
-    """The answer to messages: in the adapter's contract, where it has one, else in the base's chat template."""
+    """Generate the answer to messages.
+
+    The adapter's contract formats the messages. Without a contract, the base's chat template does.
+    """
     return await _answered(request, body, body.format())
 
 
@@ -61,7 +65,7 @@ async def _answered(request: Request, body: CompletionBody | ChatBody, form: For
             _json(form.answer(results, **head, **_facts(results), usage=usage)), media_type="application/json"
         )
     events = _events(request, body, form, asked, head)
-    await anext(events)  # what fails until then has a status of its own
+    await anext(events)  # an error up to here is answered with its own HTTP status
     return _EventStream(events)
 
 
@@ -71,7 +75,8 @@ async def generated_texts(
     asked: Seq[GenerateRequest],
     on_token: Callable[[int, GeneratedToken, str], None] | None = None,
 ) -> list[GenerateResult]:
-    """At the same time, for as long as the client stays; counted. Where one fails, its error for all of them."""
+    """Generate all of `asked` concurrently, and count the outcome in the metrics. If one request fails, raises its
+    error and cancels the others. A client that disconnects cancels all."""
 
     async def all_of_them() -> list[GenerateResult]:
         backend = service_of(request)
@@ -104,8 +109,8 @@ async def _events(
     asked: Seq[GenerateRequest],
     head: dict[str, Any],
 ) -> AsyncGenerator[bytes]:
-    """Server-sent events, after an empty one when there is something to say. An error before it is raised, a later one
-    is the last event."""
+    """Yield server-sent events. The first is empty and says that the answer has begun. An error before it is raised; a
+    later error becomes the last event."""
     chunks: asyncio.Queue[Answer | None] = asyncio.Queue()
     begun: set[int] = set()
     usage = {"usage": None} if body.includes_usage else {}
@@ -120,7 +125,7 @@ async def _events(
                 chunks.put_nowait(chunk)
 
     def on_end(work: asyncio.Future[list[GenerateResult]]) -> None:
-        work.cancelled() or work.exception()  # looked at, whoever waits for it still
+        work.cancelled() or work.exception()  # retrieved, so that asyncio does not warn of it
         chunks.put_nowait(None)
 
     work = asyncio.ensure_future(generated_texts(request, body.model, asked, on_token))
@@ -143,16 +148,16 @@ async def _events(
             yield _event(_json(form.empty(**head, **facts, usage=usage_of(results, body.num_choices))))
         yield _event(b"[DONE]")
     except (Exception, asyncio.CancelledError) as exc:
-        error = stopping() if isinstance(exc, asyncio.CancelledError) else exc  # the time to drain is over
+        error = stopping() if isinstance(exc, asyncio.CancelledError) else exc  # the drain timeout is over
         if not has_begun:
             raise error from None
-        yield _event(_last_words(request, error))
+        yield _event(_error_event(request, error))
     finally:
         work.cancel()
 
 
-def _last_words(request: Request, error: Exception) -> bytes:
-    """Too late for a status."""
+def _error_event(request: Request, error: Exception) -> bytes:
+    """Return `error` as the stream's last event, because an HTTP status was already sent. Counts and logs the error."""
     if not isinstance(error, LoraplexError):
         logger.error("unexpected error in a stream\n%s", trace(error))
         error = EngineError(f"unexpected {type(error).__name__}", remedy="report it; the server's log has the details")
@@ -162,7 +167,7 @@ def _last_words(request: Request, error: Exception) -> bytes:
 
 
 def _facts(results: Seq[GenerateResult]) -> dict[str, Any]:
-    """What is known of an answer at its end."""
+    """Return the fields of an answer that are known only at its end."""
     adapter = results[0].adapter
     warnings = list(dict.fromkeys(warning for result in results for warning in result.warnings))
     facts: dict[str, Any] = {} if adapter is None else {"system_fingerprint": adapter.version}
@@ -178,7 +183,8 @@ def _event(data: bytes) -> bytes:
 
 
 class _EventStream(StreamingResponse):
-    """Starlette's own is cancelled together with its client's connection, and can say nothing any more."""
+    """A stream that can still send a last event after it was cancelled. Starlette's own response is cancelled together
+    with the client's connection."""
 
     media_type = "text/event-stream"
 

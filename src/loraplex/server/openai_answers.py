@@ -1,4 +1,4 @@
-"""Answers of the OpenAI routes, whole or in chunks, and how they are made of what was generated."""
+"""Answers of the OpenAI HTTP routes, whole or in chunks, and how they are built from generated tokens."""
 
 from collections.abc import Sequence as Seq
 from typing import Any, Literal, Protocol
@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from loraplex.types import GeneratedToken, GenerateResult, LikelyToken
 
-LOWEST = -9999.0  # what is told of lower log probabilities: -inf has no word in JSON
+LOWEST = -9999.0  # replaces lower log probabilities, because JSON has no -inf
 
 Token = GeneratedToken | LikelyToken
 FinishReason = Literal["stop", "length"]
@@ -25,8 +25,12 @@ class CompletionUsage(BaseModel):
 
 
 class Answer(BaseModel):
-    """What is not set is left out. system_fingerprint: the adapter's version. warnings: ours, what of the prompt was
-    not taken as it was given. usage: null in all chunks but the last one, where it was asked for."""
+    """Fields that all answers and chunks share. A field that is not set is left out.
+
+    system_fingerprint:  the adapter's version.
+    usage:               in a stream only if the client asked for it: null in every chunk but the last.
+    warnings:            a field of Loraplex: what in the prompt was not taken as it was given.
+    """
 
     id: str
     created: int
@@ -51,7 +55,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(Answer):
-    """A chunk is one, too."""
+    """An answer of /v1/completions, or one chunk of it."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
@@ -108,28 +112,28 @@ class ChatCompletionChunk(Answer):
 
 
 class Format(Protocol):
-    """How a route answers. head: the fields of Answer."""
+    """How an HTTP route builds its answers. `head` holds the fields of Answer."""
 
     id_prefix: str
 
     def answer(self, results: Seq[GenerateResult], **head: Any) -> Answer:
-        """All of it at once."""
+        """Return the whole answer."""
         ...
 
     def first(self, index: int, **head: Any) -> Answer | None:
-        """The chunk that begins a choice, if any does."""
+        """Return the chunk that begins a choice, or None if the format has no such chunk."""
         ...
 
     def chunk(self, index: int, token: GeneratedToken, text: str, **head: Any) -> Answer | None:
-        """The chunk for a token, and the text that became final with it; None where it would hold nothing."""
+        """Return the chunk for a token and the text that became final with it, or None if the chunk would be empty."""
         ...
 
     def last(self, index: int, result: GenerateResult, **head: Any) -> Answer:
-        """The chunk that ends a choice."""
+        """Return the chunk that ends a choice."""
         ...
 
     def empty(self, **head: Any) -> Answer:
-        """A chunk without a choice."""
+        """Return a chunk without a choice."""
         ...
 
 
@@ -175,7 +179,8 @@ class CompletionFormat:
         )
 
     def _top(self, token: GeneratedToken) -> dict[str, float]:
-        """And the token itself. Of several that are spelled alike, such as parts of characters, the likeliest."""
+        """Return spelling -> log probability, for the likeliest tokens and the token itself. If several are spelled
+        alike, such as parts of characters, the likeliest counts."""
         top: dict[str, float] = {}
         likely: tuple[Token, ...] = (*token.top, token)
         for one in likely:
@@ -230,7 +235,11 @@ class ChatFormat:
 
 
 def usage_of(results: Seq[GenerateResult], num_choices: int) -> CompletionUsage:
-    """num_choices: for each prompt, which counts once. Of its choices one computed what was not cached before."""
+    """Return the usage of all results. Each prompt counts once.
+
+    num_choices:  choices for each prompt. The choice that found the fewest cached tokens computed the prompt, so its
+                  number counts.
+    """
     prompts = [results[start : start + num_choices] for start in range(0, len(results), num_choices)]
     num_prompt = sum(choices[0].usage.prompt_tokens for choices in prompts)
     num_generated = sum(len(result.tokens) for result in results)

@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI routes. A field that we would have to ignore is refused, and named."""
+"""Bodies of the OpenAI HTTP routes. A field that Loraplex would have to ignore is refused by name."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from loraplex.types import GenerateRequest, Message
 MAX_CHOICES = 2048  # prompts times `n`
 
 _ANY = None
-# Fields of OpenAI's and vLLM's that we know of: what they may hold besides null, because it changes nothing.
+# Known fields of OpenAI and vLLM, each with the values that are accepted besides null because they change nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(
         ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id"), _ANY
@@ -47,7 +47,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
     "verbosity": ("medium",),
     "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),  # of no tools
+    "tool_choice": ("none", "auto"),  # without tools, both mean the same
     "function_call": ("none", "auto"),
     **dict.fromkeys(("audio", "prediction", "reasoning_effort", "web_search_options"), ()),
     **dict.fromkeys(("documents", "chat_template", "prompt_logprobs", "truncate_prompt_tokens"), ()),
@@ -55,9 +55,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("structured_outputs", "guided_choice", "guided_json", "guided_regex", "guided_grammar"), ()),
 }
 _REMEDIES = {
-    "structured_outputs": "ask /v1/classify, which answers one of the contract's labels, or give `allowed_token_ids`",
-    "guided_choice": "ask /v1/classify, which answers one of the contract's labels, or give `allowed_token_ids`",
-    "truncate_prompt_tokens": "ask an adapter with a contract, which cuts the oldest turns",
+    "structured_outputs": "use /v1/classify, which returns one of the contract's labels, or give `allowed_token_ids`",
+    "guided_choice": "use /v1/classify, which returns one of the contract's labels, or give `allowed_token_ids`",
+    "truncate_prompt_tokens": "use an adapter with a contract: the contract cuts the oldest turns",
 }
 
 
@@ -71,7 +71,7 @@ def _document(schema: dict[str, Any]) -> None:
     schema["additionalProperties"] = False
     for name, values in NEUTRAL.items():
         field: dict[str, Any] = {} if values is _ANY else {"enum": [*values, None]}
-        schema["properties"].setdefault(name, {"description": "changes nothing", **field})
+        schema["properties"].setdefault(name, {"description": "accepted for compatibility; changes nothing", **field})
 
 
 _Ids = Annotated[list[int], Field(min_length=1)]
@@ -86,16 +86,16 @@ class StreamOptions(BaseModel):
 
 
 class _Body(BaseModel):
-    """What both routes take; null is as not given."""
+    """Fields that both HTTP routes take. A field that is null counts as not given."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_document)
 
-    model: str = Field(description="an adapter, a route or the base, by the name that /v1/models lists")
-    temperature: float | None = Field(None, ge=0, description="1 by default; 0 takes the likeliest token")
+    model: str = Field(description="name of an adapter, a route or the base, as /v1/models lists it")
+    temperature: float | None = Field(None, ge=0, description="default 1; 0 chooses the likeliest token")
     top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1, le=128, description="answers to each prompt")
-    best_of: int | None = Field(None, description="as `n`")
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same one draws the same tokens")
+    n: int | None = Field(None, ge=1, le=128, description="number of answers to each prompt")
+    best_of: int | None = Field(None, description="must equal `n`")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same seed draws the same tokens")
     stop: (
         Annotated[
             Annotated[str, Tag("text"), Field(min_length=1)]
@@ -103,21 +103,21 @@ class _Body(BaseModel):
             either("text, or a list of at most 16 texts"),
         ]
         | None
-    ) = Field(None, description="ends the answer and is no part of it")
+    ) = Field(None, description="the answer ends before the first of these texts")
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=MAX_ITEMS, description="token id -> added before a token is chosen"
+        None, max_length=MAX_ITEMS, description="token id -> number added to its logit before a token is chosen"
     )
     allowed_token_ids: list[int] | None = Field(
-        None, min_length=1, max_length=MAX_ITEMS, description="no other token is chosen"
+        None, min_length=1, max_length=MAX_ITEMS, description="only these tokens can be chosen"
     )
-    skip_special_tokens: bool | None = Field(None, description="in the text; true by default")
+    skip_special_tokens: bool | None = Field(None, description="leave special tokens out of the text; default true")
     return_tokens_as_token_ids: bool | None = Field(
-        None, description="in log probabilities, tokens are named `token_id:123`"
+        None, description="name tokens `token_id:123` in log probabilities; default false"
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     conversation_id: str | None = Field(
-        None, description="the same for every turn: what was computed is kept, and a route leads to the same target"
+        None, description="the same id for every turn: cached work is reused, and a route keeps its target"
     )
 
     @property
@@ -126,11 +126,11 @@ class _Body(BaseModel):
 
     @property
     def includes_usage(self) -> bool:
-        """At the end of a stream."""
+        """Whether the stream's last chunk holds the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def _requests(self, prompts: Seq[Any], **fields: Any) -> list[GenerateRequest]:
-        """`n` for each prompt. The choices of one prompt draw by seeds of their own."""
+        """Return `n` requests for each prompt. Each choice of a prompt has its own seed."""
         self._check(len(prompts))
         return [
             GenerateRequest(
@@ -150,15 +150,15 @@ class _Body(BaseModel):
         ]
 
     def _check(self, num_prompts: int) -> None:
-        """Nothing is ignored."""
+        """Raise InvalidRequestError for a field that would have to be ignored."""
         _refuse_unknown(self.model_extra or {})
         if self.best_of is not None and self.best_of != self.num_choices:
-            raise InvalidRequestError(f"best_of: {self.best_of} is not `n`", remedy="leave `best_of` out")
+            raise InvalidRequestError(f"best_of: {self.best_of} differs from `n`", remedy="leave `best_of` out")
         if self.stream_options is not None and not self.stream:
-            raise InvalidRequestError("stream_options: nothing is streamed", remedy="leave it out, or give `stream`")
+            raise InvalidRequestError("stream_options: needs `stream`", remedy="leave it out, or set `stream` to true")
         if num_prompts * self.num_choices > MAX_CHOICES:
             raise InvalidRequestError(
-                f"n: {num_prompts} prompts times {self.num_choices} are more than {MAX_CHOICES} choices",
+                f"n: {num_prompts} prompts with {self.num_choices} choices each are more than {MAX_CHOICES} choices",
                 remedy="send them in several requests",
             )
 
@@ -177,7 +177,7 @@ def _refuse_unknown(fields: Mapping[str, Any]) -> None:
 
 
 class CompletionBody(_Body):
-    """The prompt is taken verbatim."""
+    """A prompt, which is taken verbatim, and how to continue it."""
 
     prompt: Annotated[
         Annotated[str, Tag("text")]
@@ -186,12 +186,14 @@ class CompletionBody(_Body):
         | Annotated[list[_Ids], Tag("id lists"), Field(max_length=MAX_CHOICES, fail_fast=True)],
         either("text, token ids, or a list of either", _prompt_kind),
     ]
-    max_tokens: int | None = Field(None, ge=1, description="16 by default")
-    logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens that come with each one")
-    add_special_tokens: bool | None = Field(None, description="to text, such as a BOS; true by default")
+    max_tokens: int | None = Field(None, ge=1, description="default 16")
+    logprobs: int | None = Field(None, ge=0, le=20, description="number of likeliest tokens returned with each token")
+    add_special_tokens: bool | None = Field(
+        None, description="add special tokens, such as a BOS, to a text prompt; default true"
+    )
 
     def to_requests(self, adapter: str | None) -> list[GenerateRequest]:
-        """One for each choice. InvalidRequestError: a field that we would have to ignore."""
+        """Return one request for each choice. Raises InvalidRequestError for a field that would have to be ignored."""
         prompt: Any = self.prompt
         prompts = prompt if _prompt_kind(prompt) in ("texts", "id lists") else [prompt]
         return self._requests(
@@ -216,7 +218,7 @@ class TextPart(BaseModel):
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
 
-    role: str = Field(description="one that the adapter's contract or the base's chat template knows")
+    role: str = Field(description="a role that the adapter's contract or the base's chat template knows")
     content: Annotated[
         Annotated[str, Tag("text")]
         | Annotated[list[TextPart], Tag("list"), Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)],
@@ -224,7 +226,8 @@ class ChatMessage(BaseModel):
     ]
 
     def to_message(self, place: str) -> Message:
-        """A client may send an answer back as it came, with fields that hold nothing."""
+        """Return the message. `place` is its path in the body. Unknown fields may hold only empty values, so that a
+        client can send an answer back unchanged. Raises InvalidRequestError for any other."""
         for name, value in (self.model_extra or {}).items():
             if value not in (None, [], {}):
                 raise InvalidRequestError(
@@ -235,26 +238,31 @@ class ChatMessage(BaseModel):
 
 
 class ChatBody(_Body):
-    """Messages in the adapter's contract, where it has one, else in the base's chat template."""
+    """Messages, formatted by the adapter's contract or, without a contract, by the base's chat template."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
-    max_tokens: int | None = Field(None, ge=1, description="up to what the base takes by default")
-    max_completion_tokens: int | None = Field(None, ge=1, description="the new name of `max_tokens`")
+    max_tokens: int | None = Field(None, ge=1, description="default: as many as fit into the base's context")
+    max_completion_tokens: int | None = Field(None, ge=1, description="newer name of `max_tokens`")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens that come with each one")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="number of likeliest tokens returned with each token"
+    )
     chat_template_kwargs: dict[str, bool | int | str] | None = Field(
         None, description="variables of the base's chat template, such as enable_thinking"
     )
-    add_special_tokens: Literal[False] | None = Field(None, description="the chat template writes them")
+    add_special_tokens: Literal[False] | None = Field(
+        None, description="only false is accepted: the chat template writes the special tokens"
+    )
 
     def to_requests(self, adapter: str | None) -> list[GenerateRequest]:
-        """One for each choice. InvalidRequestError: a field that we would have to ignore."""
+        """Return one request for each choice. Raises InvalidRequestError for a field that would have to be ignored."""
         if self.top_logprobs and not self.logprobs:
-            raise InvalidRequestError("top_logprobs: needs `logprobs`", remedy="give `logprobs`: true, too")
+            raise InvalidRequestError("top_logprobs: needs `logprobs`", remedy="set `logprobs` to true")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise InvalidRequestError(
-                "max_tokens: is not `max_completion_tokens`, which means the same", remedy="leave `max_tokens` out"
+                "max_tokens: differs from `max_completion_tokens`, which means the same",
+                remedy="leave `max_tokens` out",
             )
         messages = tuple(one.to_message(f"messages.{index}") for index, one in enumerate(self.messages))
         return self._requests(

@@ -1,5 +1,5 @@
-"""The server as a process: takes its port, answers probes while it loads, drains when it is told to stop, and ends when
-the engine does."""
+"""The server process: it takes its port, answers probes while it loads, and drains when told to stop. It ends when the
+engine dies."""
 
 import asyncio
 import ipaddress
@@ -24,19 +24,19 @@ from loraplex.server.limits import IdleLimit
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
-CLOSE_S = 5.0  # for what is closed when no request is left, or was given up; the process's end frees it in any case
+CLOSE_S = 5.0  # longest wait for the router to close; the end of the process frees everything anyway
 
 
 def listen(config: ServerConfig, keys: Sequence[ApiKey]) -> socket.socket:
-    """Take the port. ConfigurationError: it cannot be taken, or others than this machine could reach it without a
-    key."""
+    """Bind the port and return the listening socket. Raises ConfigurationError if the port cannot be bound, or if other
+    machines could reach it without a key."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    # With the protocol named, asyncio sets TCP_NODELAY; without it, half of an answer can wait 40 ms for the client.
+    # asyncio sets TCP_NODELAY only if the protocol is named. Without it, half of an answer can wait 40 ms.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((config.host, config.port))
-        # What it was bound to, and not what the host looks like: a name, or none at all, can be any address.
+        # Check the bound address, not the given host: a name or an empty host can mean any address.
         if not (keys or config.insecure or ipaddress.ip_address(sock.getsockname()[0]).is_loopback):
             raise ConfigurationError(
                 f"--host {config.host}",
@@ -67,11 +67,14 @@ async def serve(
     config: ServerConfig,
     keys: Sequence[ApiKey],
     sock: socket.socket,
-    on_ready: Callable[[], None],
+    on_ready: Callable[[Router], None],
 ) -> None:
-    """Answer probes on `sock` while `start` makes the router, then answer everything and call `on_ready`; return after
-    SIGTERM or SIGINT, when the requests in flight are answered (`drain_timeout` seconds at most). ConfigurationError:
-    it did not start. EngineError: the engine died."""
+    """Serve on `sock` until SIGTERM or SIGINT.
+
+    While `start` makes the router, only probes are answered; then everything is, and `on_ready` is called with the
+    router. After the signal, requests in flight have `drain_timeout` seconds to finish. Raises ConfigurationError if
+    the router does not start, and EngineError if the engine dies.
+    """
     lifecycle = Lifecycle()
     settings = uvicorn.Config(
         create_app(config, keys, lifecycle),
@@ -86,7 +89,7 @@ async def serve(
         timeout_keep_alive=math.ceil(config.idle_timeout),
     )
     server = _Server(settings, lifecycle, config.drain_timeout)
-    # uvicorn raises the signal that stopped it once more for whoever handled it before us.
+    # After its shutdown, uvicorn raises the signal again for the handlers that were installed before its own.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     running = asyncio.create_task(_run(start, lifecycle, on_ready))
@@ -95,7 +98,7 @@ async def serve(
         await server.serve(sockets=[sock])
     finally:
         running.cancel()
-        # A load that hangs in a thread does not end.
+        # A load that hangs in a thread cannot be cancelled.
         if (await asyncio.wait({running}, timeout=CLOSE_S))[1]:
             logger.warning("not closed within %g seconds", CLOSE_S)
     if not running.cancelled() and running.done():
@@ -103,13 +106,13 @@ async def serve(
 
 
 async def _run(
-    start: Callable[[], Coroutine[Any, Any, Router]], lifecycle: Lifecycle, on_ready: Callable[[], None]
+    start: Callable[[], Coroutine[Any, Any, Router]], lifecycle: Lifecycle, on_ready: Callable[[Router], None]
 ) -> None:
-    """Raises where the router does not start, or when the engine dies; else it runs until it is cancelled."""
+    """Start the router and run until cancelled. Raises if the router does not start, or when the engine dies."""
     router = await start()
     try:
         if router.service.alive and lifecycle.loaded(router):
-            on_ready()
+            on_ready(router)
         while router.service.alive:
             await asyncio.sleep(POLL_S)
         raise EngineError("the engine died", remedy="see the log above; start the server again")
@@ -118,6 +121,8 @@ async def _run(
 
 
 class _Server(uvicorn.Server):
+    """uvicorn's server, with a drain before its shutdown."""
+
     def __init__(self, settings: uvicorn.Config, lifecycle: Lifecycle, drain_timeout: float) -> None:
         super().__init__(settings)
         self._lifecycle, self._drain_timeout = lifecycle, drain_timeout
@@ -131,18 +136,19 @@ class _Server(uvicorn.Server):
         self._lifecycle.phase = "draining"
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Goes on listening while requests are in flight, so that probes hear that this server takes no more."""
+        """Drain, then shut down. The server keeps listening while requests are in flight, so that probes learn that it
+        accepts no more."""
         loop = asyncio.get_running_loop()
         ends = loop.time() + self._drain_timeout
         for connection in list(self.server_state.connections):
             assert isinstance(connection, IdleLimit)
-            if not connection.is_new:  # else its first request may be on the way
-                connection.shutdown()  # now where it is idle, else after its answer
+            if not connection.is_new:  # the first request of a new connection may be on its way
+                connection.shutdown()  # closes at once if idle, else after its answer
         while True:
-            await asyncio.sleep(POLL_S / 2)  # once in any case: who has just connected is answered
+            await asyncio.sleep(POLL_S / 2)  # at least once, so that a new connection gets an answer
             if not self._lifecycle.num_in_flight or loop.time() >= ends or self.force_exit:
                 break
         self.config.timeout_graceful_shutdown = max(0, math.ceil(ends - loop.time()))
         await super().shutdown(sockets)
-        if self.server_state.tasks:  # cancelled: they answer that the server stops
+        if self.server_state.tasks:  # cancelled tasks still answer that the server stops
             await asyncio.wait(self.server_state.tasks, timeout=1)

@@ -1,4 +1,4 @@
-"""The native routes: /v1/classify, /v1/models and health."""
+"""The native HTTP routes: /v1/classify, /v1/models, metrics and health."""
 
 import asyncio
 from collections.abc import Coroutine, Iterable
@@ -14,7 +14,7 @@ from loraplex.server.lifecycle import Lifecycle, stopping
 from loraplex.server.schemas import ClassifyBody, ModelCard, ModelList, errors, result_json
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # the service imports torch
     from loraplex.service.service import Service
 
 Result = TypeVar("Result")
@@ -24,20 +24,20 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ERRORS = errors(
     _404="no such classifier",
-    _413="the body is too large, or the prompt longer than the base takes and no contract cuts it",
+    _413="the body is too large, or the prompt is longer than the base takes and no contract cuts it",
     _429="the queue is full, or the key has too many requests in flight",
-    _504="nothing was computed before the deadline",
+    _504="the deadline passed before anything was computed",
 )
 
 
 def router_of(request: Request) -> Router:
-    """NotReadyError while the server loads."""
+    """Return the app's router. Raises NotReadyError while the server loads."""
     lifecycle: Lifecycle = request.app.state.lifecycle
     return lifecycle.router
 
 
 def service_of(request: Request) -> "Service":
-    """NotReadyError while the server loads."""
+    """Return the router's service. Raises NotReadyError while the server loads."""
     return router_of(request).service
 
 
@@ -47,7 +47,8 @@ def metrics_of(request: Request) -> Metrics:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Do `work`, unless the client leaves: then it is cancelled, and the engine's next step drops what it queued."""
+    """Await `work`, and cancel it if the client disconnects; the engine's next step then drops what was queued. Raises
+    CancelledError for a client that left, and NotReadyError if the drain timeout is over."""
     worker, has_left = asyncio.current_task(), False
     assert worker is not None
 
@@ -58,7 +59,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
         has_left = True
         worker.cancel()
 
-    # The work stays in this task: to wait for another one would be two more rounds of the loop before the answer.
+    # The work stays in this task: waiting for another task would cost two more rounds of the event loop.
     watching = asyncio.ensure_future(watch())
     try:
         return await work
@@ -66,13 +67,13 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
         if has_left:
             worker.uncancel()
             raise CancelledError("the client left", remedy="none is needed") from None
-        raise stopping() from None  # the time to drain is over
+        raise stopping() from None  # the drain timeout is over
     finally:
         watching.cancel()
 
 
 async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = False) -> ClassifyResult | BatchResult:
-    """For as long as the client stays; counted."""
+    """Classify `asked` for as long as the client stays connected, and count the outcome in the metrics."""
     router, metrics = router_of(request), metrics_of(request)
     work = classify_batch(router, asked) if is_batch else router.classify(*asked)
     named = () if asked[0].classifiers == "*" else asked[0].classifiers
@@ -81,7 +82,7 @@ async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = F
     except LoraplexError as exc:
         metrics.observe_failure(named, exc.code)
         raise
-    # Once the answer is on its way: before the loop takes another request, and the client does not wait for it.
+    # Count once the answer is on its way, so that the client does not wait; still before the loop's next request.
     asyncio.get_running_loop().call_soon(_observe, metrics, named, result)
     return result
 
@@ -102,13 +103,16 @@ async def answer(request: Request, body: ClassifyBody) -> Response:
 
 @router.post("/v1/classify", response_model=ClassifyResult | BatchResult, responses=ERRORS, tags=["classify"])
 async def classify(request: Request, body: ClassifyBody) -> Response:
-    """Judge one conversation, or each of several, by any number of classifiers, in one forward pass where they fit."""
+    """Classify one conversation, or each of several, with any number of classifiers.
+
+    All classifiers of a call share one forward pass where they fit.
+    """
     return await answer(request, body)
 
 
 @router.get("/v1/models", tags=["adapters"])
 async def models(request: Request) -> ModelList:
-    """The base, then every route and every adapter."""
+    """List the base, then every route and every adapter."""
     service, created = service_of(request), request.app.state.created
     names = (*(route.name for route in router_of(request).routes()), *(info.name for info in service.adapters()))
     cards = [ModelCard(id=name, created=created, parent=service.base_name) for name in dict.fromkeys(names)]
@@ -117,6 +121,7 @@ async def models(request: Request) -> ModelList:
 
 @router.get("/v1/models/{name}", tags=["adapters"], responses=errors(_404="no such model"))
 async def model(request: Request, name: str) -> ModelCard:
+    """Return the base, a route or an adapter as a model."""
     service, created = service_of(request), request.app.state.created
     if router_of(request).knows(name):
         return ModelCard(id=name, created=created, parent=service.base_name)
@@ -127,28 +132,29 @@ async def model(request: Request, name: str) -> ModelCard:
 
 @router.get("/metrics", tags=["health"], response_model=None, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
-    """For Prometheus."""
+    """Return the metrics in Prometheus' text format."""
     return Response(metrics_of(request).render(), media_type=CONTENT_TYPE)
 
 
 @router.head("/health", include_in_schema=False)
 @router.get("/health", tags=["health"])
 async def health(request: Request) -> dict[str, str]:
-    """200 while the engine lives, or is on its way."""
+    """Answer 200 while the engine is alive or still loads."""
     return {"status": "ok"} if request.app.state.lifecycle.phase == "loading" else _alive(request)
 
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", tags=["health"])
 async def ready(request: Request) -> dict[str, str]:
-    """200 while requests are taken: the base and all adapters are loaded, and the server does not stop."""
+    """Answer 200 while requests are accepted: the base and the preloaded adapters are loaded, and the server is not
+    stopping."""
     return _ready(request)
 
 
 @router.head("/ping", include_in_schema=False)
 @router.get("/ping", tags=["health"])
 async def ping(request: Request) -> dict[str, str]:
-    """SageMaker's health check: as /ready."""
+    """Answer SageMaker's health check, as /ready does."""
     return _ready(request)
 
 
@@ -159,5 +165,7 @@ def _ready(request: Request) -> dict[str, str]:
 
 def _alive(request: Request) -> dict[str, str]:
     if not service_of(request).alive:
-        raise NotReadyError("the engine does not run", remedy="see the server's log; restart it if this stays")
+        raise NotReadyError(
+            "the engine is not running", remedy="see the server's log; restart the server if this persists"
+        )
     return {"status": "ok"}

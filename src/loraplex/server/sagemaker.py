@@ -1,4 +1,5 @@
-"""SageMaker's container routes, with the article's body or our own, and its runtime API for a local boto3 client."""
+"""SageMaker's HTTP routes for containers, with the article's body or Loraplex's own. Also AWS's runtime API, for a
+local boto3 client."""
 
 import json
 import math
@@ -27,8 +28,10 @@ ENDPOINT = re.compile(r"/endpoints/[^/]+/invocations(-response-stream)?")
 async def invocations(
     request: Request, body: SageMakerBody, adapter: Annotated[str | None, Header(alias=ADAPTER_HEADER)] = None
 ) -> Response | list[InvocationResult]:
-    """`{"input_text", "adapter_name"?}` -> `[{"confidence_score", "predicted_text"}]`; the body of /v1/classify is
-    answered as there. The header names the adapter where the body does not."""
+    """Answer `{"input_text", "adapter_name"?}` with `[{"confidence_score", "predicted_text"}]`.
+
+    The body of /v1/classify is answered as on that path. The header names the adapter if the body names none.
+    """
     if isinstance(body, ClassifyBody):
         if adapter is not None and "classifiers" not in body.model_fields_set:
             body = body.model_copy(update={"classifiers": adapter})
@@ -37,7 +40,8 @@ async def invocations(
 
 
 async def _invoke(request: Request, body: InvocationBody, adapter: str | None) -> InvocationResult:
-    """Through the adapter's contract where it has one, else verbatim; without an adapter by the bare base."""
+    """Answer through the adapter's contract. A raw text, an adapter without a contract and the bare base take the text
+    verbatim."""
     if adapter is not None and not body.raw:
         result = await answered(request, ClassifyRequest(input=body.input_text, classifiers=(adapter,)))
         assert isinstance(result, ClassifyResult)
@@ -53,7 +57,7 @@ async def _invoke(request: Request, body: InvocationBody, adapter: str | None) -
 
 
 class JsonByDefault:
-    """boto3's runtime client, and clients like it, need not say what they send: it is JSON."""
+    """Middleware: reads a body of unnamed content type as JSON, because boto3's runtime client need not name one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -68,9 +72,12 @@ class JsonByDefault:
 
 
 class RuntimeApi:
-    """`POST /endpoints/{name}/invocations[-response-stream]` as AWS answers them, so that boto3's `sagemaker-runtime`
-    client works with `endpoint_url`: passed on as /invocations, and errors in AWS's shape. Any endpoint name will do;
-    an inference component's is the adapter's."""
+    """Middleware: answers `POST /endpoints/{name}/invocations[-response-stream]` as AWS does, for boto3's
+    `sagemaker-runtime` client with `endpoint_url`.
+
+    Requests are passed on as /invocations, and errors take AWS's shape. Any endpoint name is accepted. The name of an
+    inference component is taken as the adapter's name.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -100,7 +107,7 @@ class RuntimeApi:
 
 
 async def _answer(start: Message, content: bytes, is_stream: bool, send: Send) -> None:
-    """AWS's answer for the container's."""
+    """Send the container's answer in AWS's form."""
     status = start["status"]
     headers = MutableHeaders(raw=list(start["headers"]))
     if status >= 400:
@@ -132,7 +139,8 @@ def _error(status: int, content: bytes) -> tuple[int, str, bytes]:
 
 
 def _event(payload: bytes) -> bytes:
-    """One frame of AWS's event stream that holds a PayloadPart: lengths, their CRC, headers, payload, CRC of it all."""
+    """Return one frame of AWS's event stream that holds a PayloadPart: lengths, their CRC, headers, payload, and the
+    CRC of all before."""
     headers = b"".join(
         struct.pack(f"!B{len(name)}sBH{len(value)}s", len(name), name, 7, len(value), value)  # 7: a string
         for name, value in ((b":message-type", b"event"), (b":event-type", b"PayloadPart"))

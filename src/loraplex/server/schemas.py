@@ -1,4 +1,4 @@
-"""Bodies of the HTTP API. What they mean is in `loraplex.types`."""
+"""Bodies of the HTTP API. `loraplex.types` explains their fields."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
@@ -24,7 +24,7 @@ RESULT: TypeAdapter[ClassifyResult | BatchResult] = TypeAdapter(ClassifyResult |
 
 
 def result_json(result: ClassifyResult | BatchResult) -> bytes:
-    """The answer as the API and `loraplex classify --json` give it; what does not apply is left out."""
+    """Return the answer as the API and `loraplex classify --json` give it. Fields that are None are left out."""
     return RESULT.dump_json(result, exclude_none=True)
 
 
@@ -33,17 +33,19 @@ class _Body(BaseModel):
 
 
 def kind_of(value: Any) -> str | None:
+    """Return the tag of a union's member that takes `value`, or None."""
     kinds = {str: "text", list: "list", dict: "object"}
     return next((kind for type_, kind in kinds.items() if isinstance(value, type_)), None)
 
 
 def either(what: str, kind: Callable[[Any], str | None] = kind_of) -> Discriminator:
-    """Told apart by type: one error, that of what was given, and not one for each kind that it is not."""
+    """Return a discriminator that chooses a union's member by the value's type. A value of a wrong type gives one
+    error, "should be {what}", instead of one for each member."""
     return Discriminator(kind, custom_error_type="either", custom_error_message=f"should be {what}")
 
 
 class MessageBody(_Body):
-    role: str = Field(description="`user` or `assistant`, or what the contract's `roles` names")
+    role: str = Field(description="`user`, `assistant`, or a name from the contract's `roles`")
     content: str
 
 
@@ -68,7 +70,7 @@ class ConversationBody(_Body):
 
 
 class ClassifyBody(_Body):
-    """One conversation (`input`) or several (`inputs`), any number of classifiers."""
+    """One conversation (`input`) or several (`inputs`), and any number of classifiers."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -82,7 +84,7 @@ class ClassifyBody(_Body):
     )
 
     input: Annotated[TextOrMessages, either("text, or a list of messages")] | SkipJsonSchema[None] = Field(
-        None, description="text, or the turns in order"
+        None, description="a conversation: text, or its turns in order"
     )
     inputs: (
         Annotated[
@@ -95,17 +97,21 @@ class ClassifyBody(_Body):
             Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True),
         ]
         | SkipJsonSchema[None]
-    ) = Field(None, description="several conversations, answered in order under `results`")
+    ) = Field(None, description="several conversations; `results` holds their answers in order")
     classifiers: Annotated[
         Annotated[str, Tag("text")] | Annotated[list[str], Tag("list"), Field(max_length=MAX_ITEMS, fail_fast=True)],
         either("a name, or a list of names"),
     ] = Field("*", description='names of classifiers or routes, or "*" for all')
     conversation_id: str | None = Field(
         None,
-        description="the same for every turn of a conversation: what was computed is kept for the next turn, and a "
-        "route leads to the same target",
+        description="the same id for every turn of a conversation: the next turn reuses cached work, and a route "
+        "keeps its target",
     )
-    deadline_ms: float | None = Field(None, gt=0, description="a classifier not computed by then answers with an error")
+    deadline_ms: float | None = Field(
+        None,
+        gt=0,
+        description="milliseconds from the request; a classifier that is not computed by then returns an error",
+    )
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
@@ -113,11 +119,11 @@ class ClassifyBody(_Body):
         if len(given) != 1 or (self.input is None and self.inputs is None):
             raise PydanticCustomError("input_or_inputs", "give either `input` or `inputs`")
         if self.inputs is not None and self.conversation_id is not None:
-            raise PydanticCustomError("conversation_id", "`conversation_id` of `inputs` belongs into each of them")
+            raise PydanticCustomError("conversation_id", "give `conversation_id` in each of `inputs`, not beside them")
         return self
 
     def to_requests(self) -> list[ClassifyRequest]:
-        """One for `input`, or one for each of `inputs`."""
+        """Return one request for `input`, or one for each of `inputs`."""
         given = self.inputs if self.input is None else [self.input]
         classifiers = classifier_names(self.classifiers)
         conversations = (
@@ -134,7 +140,7 @@ class InvocationBody(_Body):
 
     input_text: str
     adapter_name: str | None = None
-    raw: bool = Field(False, description="take `input_text` verbatim although the adapter has a contract")
+    raw: bool = Field(False, description="take `input_text` verbatim even if the adapter has a contract")
 
 
 class InvocationResult(BaseModel):
@@ -154,14 +160,14 @@ SageMakerBody = Annotated[
 
 
 class AdapterBody(_Body):
-    """Where an adapter comes from."""
+    """Where to load an adapter from, and whether to pin it."""
 
     source: str = Field(description="a path below an adapter root, hf://org/name@revision, or s3://bucket/prefix")
-    pinned: bool | None = Field(None, description="keep its place on the device; as it was, where not given")
+    pinned: bool | None = Field(None, description="keep the adapter in its slot on the device; default: unchanged")
 
 
 class VllmLoadBody(BaseModel):
-    """vLLM's body; other fields of it are ignored."""
+    """vLLM's body. Its other fields are ignored."""
 
     lora_name: str
     lora_path: str
@@ -189,12 +195,14 @@ class RouteList(BaseModel):
 
 class FeedbackBody(_Body):
     verdict_id: str = Field(description="the `id` of a verdict")
-    label: str = Field(description="what it should have been")
+    label: str = Field(description="the label that the verdict should have had")
 
 
 class FeedbackResult(BaseModel):
     verdict_id: str
-    num_answers: int = Field(description="answers that it judges: the returned one and its shadows'")
+    num_answers: int = Field(
+        description="number of answers that the label applies to: the returned one and those of its shadows"
+    )
 
 
 class ErrorBody(BaseModel):
@@ -202,7 +210,7 @@ class ErrorBody(BaseModel):
 
 
 def errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
-    """For a route's `responses`: `_404="no such adapter"`."""
+    """Return an HTTP route's `responses` for some statuses, such as `errors(_404="no such adapter")`."""
     return {
         int(status[1:]): {"model": ErrorBody, "description": description}
         for status, description in descriptions.items()
@@ -211,24 +219,24 @@ def errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
 
 COMMON = errors(
     _400="the body is not JSON in UTF-8",
-    _401="no API key, or not one of this server's",
-    _403="the API key's scope is not enough",
-    _408="the body did not come in time",
+    _401="no API key, or a key that this server does not know",
+    _403="the scope of the API key does not allow this",
+    _408="the body did not arrive in time",
     _413="the body is too large",
-    _422="no JSON object, or a field missing, unknown, of the wrong type or empty",
+    _422="not a JSON object, or a field is missing, unknown, empty or of the wrong type",
     _429="too many requests in flight",
-    _500="our fault",
-    _503="not ready, or stopping",
+    _500="an error in the server",
+    _503="the server is not ready, or is stopping",
 )
 
 
 def error_json(code: str, message: str, remedy: str) -> dict[str, Any]:
-    """The text may repeat what the client sent; half a surrogate pair in it is escaped."""
+    """Return an error as JSON. Its text may repeat what the client sent, so halves of surrogate pairs are escaped."""
     return {"error": {"code": code, "message": message.encode(errors="backslashreplace").decode(), "remedy": remedy}}
 
 
 class ModelCard(BaseModel):
-    """As OpenAI lists models; an adapter's parent is the base."""
+    """A model as OpenAI's API lists it. The parent of an adapter is the base."""
 
     id: str
     object: Literal["model"] = "model"

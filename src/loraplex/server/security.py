@@ -1,4 +1,4 @@
-"""Who may do what. Where there are keys, everything needs one, but for what is listed here."""
+"""Access control: which operation needs which key. If there are keys, only the operations listed here need none."""
 
 import re
 from collections import Counter
@@ -11,8 +11,8 @@ from loraplex.server import logs
 from loraplex.server.keys import ApiKey, find_key
 from loraplex.server.lifecycle import PROBES
 
-# An operation is a method and a path as the router sees it, HEAD being GET: compared whole, so that what is spelled in
-# any other way (a slash more, another case) needs what is asked of everything else.
+# An operation is a method and a path as the router sees it; HEAD counts as GET. Operations are compared whole: one that
+# is spelled in any other way (a further slash, another case) needs the scope `admin`.
 OPEN = frozenset(f"GET {path}" for path in PROBES)
 PUBLIC = {
     "metrics": frozenset({"GET /metrics"}),
@@ -24,17 +24,17 @@ INFER = frozenset(
         "POST /v1/completions",
         "POST /v1/chat/completions",
         "POST /v1/feedback",
-        "POST /invocations",  # and /endpoints/{name}/invocations, which are passed on as this
+        "POST /invocations",  # also for /endpoints/{name}/invocations, which becomes this path
         "GET /v1/models",
         *PUBLIC["metrics"],
         *PUBLIC["docs"],
     }
 )
-MODEL = re.compile(r"GET /v1/models/[^/]+")  # `infer` may do this, too; everything else needs `admin`
+MODEL = re.compile(r"GET /v1/models/[^/]+")  # also allowed for `infer`; everything else needs `admin`
 
 
 class Access:
-    """Refuses what needs a key and has none, or not the right one, before its body is read."""
+    """Middleware: refuses a request whose key is missing or insufficient, before its body is read."""
 
     def __init__(
         self, app: ASGIApp, keys: Sequence[ApiKey], public: Collection[str], key_concurrency: int | None
@@ -56,7 +56,7 @@ class Access:
         logs.current().key = key.name
         if key.scope != "admin" and operation not in INFER and not MODEL.fullmatch(operation):
             raise ForbiddenError(
-                f"the key {key.name!r} has the scope {key.scope!r}", remedy="use one with the scope 'admin' for this"
+                f"the key {key.name!r} has the scope {key.scope!r}", remedy="use a key with the scope 'admin'"
             )
         if self._key_concurrency is not None and self._in_flight[key.name] >= self._key_concurrency:
             raise KeyBusyError(
@@ -73,7 +73,7 @@ class Access:
         remedy = "send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
         secret = _secret(scope)
         if secret is None:
-            raise UnauthorizedError("this needs an API key", remedy=remedy)
+            raise UnauthorizedError("an API key is required", remedy=remedy)
         key = find_key(self._keys, secret)
         if key is None:
             raise UnauthorizedError("the API key is not one of this server's", remedy=remedy)
@@ -81,7 +81,7 @@ class Access:
 
 
 def _secret(scope: Scope) -> bytes | None:
-    """X-API-Key goes first: beside it, Authorization may be a proxy's."""
+    """Return the request's secret, or None. X-API-Key comes first, because Authorization may belong to a proxy."""
     bearer = None
     for name, value in scope["headers"]:
         if name == b"x-api-key":

@@ -1,4 +1,4 @@
-"""Admission control: which requests may wait for the engine, and which are refused at once."""
+"""Admission control. Decides which requests may wait for the engine, and which are refused at once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,14 +6,16 @@ from contextlib import contextmanager
 from loraplex.errors import QueueFullError
 from loraplex.executors.executor import Computation
 
-MAX_LONG_CHARS = 1 << 22  # of texts so long that a tokenizer takes seconds for them
-STEPS_WORTH = 32  # steps of tokens that may wait by default: seconds on any device that the steps are sized for
+MAX_LONG_CHARS = 1 << 22  # of long texts that wait for the tokenizer
+STEPS_WORTH = 32  # steps' worth of tokens that may wait by default: seconds, as steps are sized for the device
 
 
 class Admission:
-    """Counts evaluations from before tokenization until the answer, and looks at the tokens and the long texts that
-    wait. Above a limit, every method raises QueueFullError. A request that is larger than a limit by itself is let in
-    when nothing else waits; otherwise it could never run. All methods are called from one event loop."""
+    """Counts evaluations from before tokenization until the answer, and checks the tokens and long texts that wait.
+
+    Every method raises QueueFullError above its limit. A request that is larger than a limit by itself is accepted when
+    nothing else waits; otherwise it could never run. All methods are called from one event loop.
+    """
 
     def __init__(self, computation: Computation, *, max_queue: int, max_queue_tokens: int | None) -> None:
         """max_queue: evaluations that wait or run. max_queue_tokens: tokens to compute that wait."""
@@ -23,8 +25,8 @@ class Admission:
 
     @contextmanager
     def evaluations(self, num: int) -> Iterator[None]:
-        """Accept `num` evaluations until the block ends. Refuses them before they are tokenized where even the
-        smallest one would not fit."""
+        """Accept `num` evaluations until the `with` statement ends. Also refuses them, before they are tokenized, where
+        not even one more token may wait."""
         self._check("evaluations are being answered", self.num_evaluations, num, self._max_queue, "--max-queue")
         self.check_tokens(1)
         self.num_evaluations += num
@@ -34,12 +36,12 @@ class Admission:
             self.num_evaluations -= num
 
     def check_tokens(self, num: int) -> None:
-        """`num`: tokens to compute for a request that is tokenized now."""
+        """Check the tokens to compute for a request that was just tokenized."""
         num_waiting = self._computation.num_waiting_tokens
         self._check("tokens wait already", num_waiting, num, self._max_queue_tokens, "--max-queue-tokens")
 
     def check_long_text(self, num_waiting: int, num: int) -> None:
-        """Characters of long texts: those that wait for the tokenizer, and those that come now."""
+        """Check the characters of a long text: `num` come now, while `num_waiting` wait for the tokenizer."""
         self._check("characters of long texts wait for the tokenizer", num_waiting, num, MAX_LONG_CHARS, None)
 
     def _check(self, what: str, num_waiting: int, num: int, limit: int, option: str | None) -> None:

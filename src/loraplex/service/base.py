@@ -1,4 +1,4 @@
-"""What the service knows of the base."""
+"""The base, as the service knows it: no weights, no executor."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,12 @@ from loraplex.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """name: by which the base is asked. max_model_len: tokens of a prompt at most. stop_ids: the tokens with which a
-    text ends."""
+    """The base that is served.
+
+    name:           the name by which the base is asked.
+    max_model_len:  the most tokens of a prompt.
+    stop_ids:       the tokens that end a text.
+    """
 
     name: str
     tokenizer: Tokenizer

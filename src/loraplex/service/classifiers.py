@@ -1,4 +1,4 @@
-"""An adapter and its contract, checked against the base: one version of a classifier."""
+"""Reads one version of a classifier: an adapter and its contract, checked against the base."""
 
 import hashlib
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from loraplex.types import AdapterRef
 class ClassifierVersion:
     """One version of a classifier: its adapter's weights and its contract.
 
-    id:             hash of `kv_id` and the contract, as answers show it.
-    labels:         in the order of the answer's scores; None where the top token is the answer.
-    shares_prefix:  the tokens before the activation are computed as the base's.
-    has_score:      a score head of its own answers.
+    id:             hash of `kv_id` and the contract; answers show it as the version.
+    labels:         the labels in the order of the scores; None where the likeliest token is the answer.
+    shares_prefix:  the base computes the tokens before the activation.
+    has_score:      the adapter answers with a score head of its own.
     """
 
     source: AdapterSource
@@ -46,7 +46,7 @@ class ClassifierVersion:
 
     @property
     def prefix_kv_id(self) -> bytes:
-        """Identity of the K/V before its activation, where they are not the base's."""
+        """Identity of the K/V before the activation, if the base does not compute it."""
         return hashlib.sha256(f"{self.kv_id} prefix".encode()).digest()
 
     @property
@@ -56,7 +56,7 @@ class ClassifierVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedClassifier:
-    """A classifier that was read once and found sound, as far as that can be said without the base's weights."""
+    """A classifier that was read once and checked, as far as possible without the base's weights."""
 
     source: AdapterSource
     adapter: Unidentified
@@ -65,7 +65,7 @@ class CheckedClassifier:
 
 
 class ClassifierChecker:
-    """Reads classifiers for a base whose weights need not be loaded. Any thread may call."""
+    """Reads and checks classifiers before the base's weights are loaded. Any thread may call."""
 
     def __init__(
         self, layers: BaseLayers, tokenizer: Tokenizer, max_model_len: int, capabilities: Capabilities
@@ -74,9 +74,9 @@ class ClassifierChecker:
         self.capabilities = capabilities
 
     def check(self, source: AdapterSource) -> CheckedClassifier:
-        """AdapterError, ContractError: what is wrong, with a remedy."""
+        """Read a classifier and check it. Raises AdapterError or ContractError, which say what is wrong."""
         adapter = read_unidentified(source.path, self._layers)
-        # PEFT often saves the base's own embedding beside LoRA on it: whether it is another is not known yet.
+        # PEFT often saves the base's own embedding beside LoRA on it. Whether it differs is not known yet.
         self.capabilities.check(source.path, adapter.kinds - {"other_embedding"})
         _check_changes(source, adapter.weights)
         labels, template = _labels(source, adapter.weights), None
@@ -93,18 +93,19 @@ class ClassifierChecker:
 
 
 class ClassifierReader:
-    """Folders -> versions and their weights, for a base that is loaded. Any thread may call."""
+    """Reads folders as versions and their weights, once the base is loaded. Any thread may call."""
 
     def __init__(self, checker: ClassifierChecker, parameter: Callable[[str], Any], item_bytes: int) -> None:
-        """parameter: the base's tensor of a name. item_bytes: bytes per adapter parameter on the device."""
+        """parameter: returns the base's tensor of a name. item_bytes: bytes per adapter parameter on the device."""
         self._checker, self._parameter, self._item_bytes = checker, parameter, item_bytes
 
     def read(self, source: AdapterSource) -> tuple[ClassifierVersion, AdapterWeights]:
-        """AdapterError, ContractError: what is wrong, with a remedy."""
+        """Read the version that the folder holds now. Raises AdapterError or ContractError, which say what is wrong."""
         return self.identify(self._checker.check(open_adapter(source.name, source.path)))
 
     def identify(self, checked: CheckedClassifier) -> tuple[ClassifierVersion, AdapterWeights]:
-        """The version that was checked. AdapterError: its backend does not serve it exactly."""
+        """Return the version and weights of a checked classifier. Raises AdapterError where the backend does not serve
+        the adapter exactly, or the adapter changes nothing."""
         source, weights = checked.source, checked.adapter.identify(self._parameter)
         self._checker.capabilities.check(source.path, weights.kinds)
         _check_changes(source, weights)
@@ -143,7 +144,7 @@ def _labels(source: AdapterSource, weights: AdapterWeights) -> tuple[str, ...] |
     if num_labels < 2:
         raise AdapterError(
             source.path,
-            "its score head has one output, a number and no choice between labels",
+            "its score head has one output, which is a number and not a choice between labels",
             remedy="train it as a classifier, with two labels or more",
         )
     if labels is not None and len(labels) != num_labels:
@@ -152,7 +153,7 @@ def _labels(source: AdapterSource, weights: AdapterWeights) -> tuple[str, ...] |
             f"names {len(labels)} labels, the adapter's score head has {num_labels}",
             remedy="name them all, in the order of the training's label ids",
         )
-    return labels or tuple(f"LABEL_{i}" for i in range(num_labels))  # as transformers calls them
+    return labels or tuple(f"LABEL_{i}" for i in range(num_labels))  # transformers' default names
 
 
 def _version_id(kv_id: str, source: AdapterSource) -> str:

@@ -1,4 +1,4 @@
-"""One request for text: its sequence on the way in, its tokens and their text on the way out."""
+"""One request for text: makes its sequence, and turns its tokens into text."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ MAX_BIAS = 100.0
 
 
 class Completion:
-    """`make_sequence` first; then, once the engine is done with it, `result`."""
+    """Makes the sequence of a request (`make_sequence`), then, once the engine is done, its `result`."""
 
     def __init__(
         self,
@@ -36,7 +36,8 @@ class Completion:
         base: Base,
         tell: OnToken | None = None,
     ) -> None:
-        """tell: called on the engine's thread. InvalidRequestError names a parameter out of its range."""
+        """tell: called with each token on the engine's thread. Raises InvalidRequestError, which names the parameter
+        that is out of range."""
         _check(request)
         base.tokenizer.check((*request.logit_bias, *request.allowed_token_ids))
         self._request, self._base, self._tell = request, base, tell
@@ -44,7 +45,8 @@ class Completion:
         self._texts: list[str] = []
 
     def make_sequence(self, version: ClassifierVersion | None, slot: int) -> Sequence:
-        """Under an adapter, or with None the bare base. InvalidRequestError, InputTooLongError: it makes no prompt."""
+        """Return the sequence under an adapter's version; None is the bare base. Raises InvalidRequestError or
+        InputTooLongError where the request makes no prompt."""
         request = self._request
         if version is not None and version.has_score:
             raise InvalidRequestError(
@@ -68,16 +70,17 @@ class Completion:
         )
         keep = request.conversation_id is not None
         self._sequence = sequence = make_sequence(self._prompt, version, slot, keep=keep, sampling=sampling)
-        if request.stop or self._tell is not None:  # else the engine's thread has better things to do
+        if request.stop or self._tell is not None:  # else `result` does the work, off the engine's thread
             sequence.on_token = self._take
         return sequence
 
     def result(self, output: SequenceOutput, timings: Timings) -> GenerateResult:
+        """Return the text, its tokens, and the usage. `make_sequence` must have been called."""
         for token in output.tokens[len(self._tokens) :]:
             self._take(token)
         ended = self._detokenizer.stopped or self._tokens[-1].id in self._base.stop_ids
         num_prompt = len(self._prompt.token_ids)
-        # Of what it generated all but the last token were computed, and are no part of the prompt.
+        # All generated tokens but the last were computed too, and do not belong to the prompt.
         num_computed = max(0, self._sequence.num_computed_tokens - len(self._tokens) + 1)
         return GenerateResult(
             id=f"gen-{uuid.uuid4().hex}",
@@ -113,7 +116,7 @@ class Completion:
         return render(version, messages, self._base, Conversations(tokenizer))
 
     def _take(self, token: Token) -> bool:
-        """Whether to go on."""
+        """Take one token and its text. Return whether to go on."""
         detokenizer, ends = self._detokenizer, token.id in self._base.stop_ids
         offset = detokenizer.num_chars
         text = "" if ends else detokenizer.push(token.id)

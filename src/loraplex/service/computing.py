@@ -1,4 +1,4 @@
-"""From the event loop to the computation and back: tokenizes in threads, admits, submits, and waits for outcomes."""
+"""The way from the event loop to the computation and back: tokenizes in threads, admits, submits, awaits outcomes."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from loraplex.types import Message
 
 
 class Computing:
-    """One computation, as the service uses it. All methods are called from one event loop."""
+    """The service's access to one computation. All methods are called from one event loop."""
 
     def __init__(self, computation: Computation, *, max_queue: int, max_queue_tokens: int | None) -> None:
         self.computation, self._threads = computation, TokenizerThreads()
@@ -38,7 +38,7 @@ class Computing:
 
     @property
     def num_blocks(self) -> tuple[int, int]:
-        """Blocks of K/V: all, and those that are free or could be."""
+        """K/V blocks: how many there are, and how many are free or can be evicted."""
         return self.computation.num_blocks
 
     @property
@@ -46,7 +46,7 @@ class Computing:
         return self.computation.steps
 
     async def close(self) -> None:
-        """Finish what was accepted. Safe to call twice."""
+        """Finish all accepted requests, then stop. Safe to call twice."""
         await asyncio.to_thread(self.computation.close)
         self._threads.close()
 
@@ -57,9 +57,11 @@ class Computing:
         deadline_s: float | None,
         release: Callable[[], None] = lambda: None,
     ) -> EngineRequest | None:
-        """A request of the sequences that `make` makes in a tokenizer's thread; None where it makes none. release:
-        called on the event loop when the computation is done with the request, or when it does not come to that.
-        DeadlineExceededError, QueueFullError, NotReadyError, and what `make` raises."""
+        """Return a request of the sequences that `make` makes in a tokenizer's thread; None where it makes none.
+
+        release: called on the event loop when the computation is done with the request, or once it is clear that the
+        request is not submitted. Raises DeadlineExceededError, QueueFullError, NotReadyError, and what `make` raises.
+        """
         loop = asyncio.get_running_loop()
 
         def on_end() -> None:
@@ -88,8 +90,9 @@ class Computing:
         return request
 
     async def compute(self, request: EngineRequest | None) -> Seq[Outcome]:
-        """One outcome a sequence; DeadlineExceededError for each that has none by the deadline. A request whose caller
-        leaves is dropped from the queue. NotReadyError: it was not accepted."""
+        """Submit a request and return one outcome per sequence. A sequence without an outcome at the deadline gets a
+        DeadlineExceededError. If the caller is cancelled, the request leaves the queue. Raises NotReadyError where the
+        request was not accepted."""
         if request is None:
             return ()
         try:
@@ -106,15 +109,15 @@ class Computing:
             late = DeadlineExceededError(
                 "not computed before the deadline", remedy="allow more time or send less at once"
             )
-            return request.outcomes(late)  # before it is cancelled, which the engine may see at once
+            return request.outcomes(late)  # before the future is cancelled, as the engine may react at once
         finally:
-            request.future.cancel()  # where its caller left or is late: the scheduler drops what has not run
+            request.future.cancel()  # late, or the caller left: the scheduler drops waiting sequences
 
     async def compute_now(self, sequences: Seq[Sequence]) -> Seq[Outcome]:
-        """Without admission: for what the service itself asks."""
+        """Compute sequences that the service itself asks for, without admission."""
         return await self.compute(EngineRequest(sequences) if sequences else None)
 
 
 def num_chars(text: str | Seq[int] | Seq[Message] | Seq[int | Message]) -> int:
-    """About how much there is to tokenize."""
+    """Return about how many characters there are to tokenize; a token id counts as one."""
     return len(text) + sum(len(one.content) for one in text if isinstance(one, Message))

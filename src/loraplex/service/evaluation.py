@@ -1,4 +1,4 @@
-"""One classifier's part of a call: its sequences on the way in, its verdict on the way out."""
+"""One classifier's part of a call: makes its sequences, and its verdict from their outcomes."""
 
 import math
 from collections.abc import Sequence as Seq
@@ -19,7 +19,8 @@ from loraplex.types import ClassifyRequest, ErrorInfo, Message, Verdict
 
 @dataclass(slots=True, kw_only=True)
 class Evaluation:
-    """The conversation of a call under the version in `slot`, unless an `error` says why not."""
+    """One classifier's part of a call: the conversation under the version in `slot`, or the `error` that prevents
+    this."""
 
     name: str
     version: ClassifierVersion | None = None
@@ -34,7 +35,7 @@ class Evaluation:
         return len(self.prompt.token_ids) if self.prompt is not None else 0
 
     def tokenize(self, request: ClassifyRequest, base: Base, conversations: Conversations) -> None:
-        """Make the prompt and the sequences, or note the error."""
+        """Make the prompt and the sequences, or record the error."""
         version = self.version
         assert version is not None, "no version is leased"
         try:
@@ -50,7 +51,7 @@ class Evaluation:
             self.error = exc
 
     def take(self, outcomes: Seq[Outcome]) -> None:
-        """outcomes: one of each sequence."""
+        """Record the outcomes, one per sequence."""
         self.error = self.error or next((outcome for outcome in outcomes if isinstance(outcome, LoraplexError)), None)
         self.outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
 
@@ -93,7 +94,8 @@ class Evaluation:
 
 
 def _without_padding(prompt: Prompt, pad_token_id: int | None) -> Prompt:
-    """Transformers' classifiers look at the last token that is no padding, wherever that came from."""
+    """Drop padding tokens at the prompt's end, even if the text spells them: transformers' classifiers read the last
+    token that is not padding."""
     end = len(prompt.token_ids)
     while end > 1 and prompt.token_ids[end - 1] == pad_token_id:
         end -= 1
@@ -103,7 +105,8 @@ def _without_padding(prompt: Prompt, pad_token_id: int | None) -> Prompt:
 def render(
     version: ClassifierVersion, input: str | tuple[Message, ...], base: Base, conversations: Conversations
 ) -> Prompt:
-    """Through the contract's template where there is one, else verbatim."""
+    """Return the input's prompt: in the contract's template if there is one, else verbatim. Raises InputTooLongError or
+    InvalidRequestError where the input makes no prompt."""
     contract = version.source.contract
     if version.template is None or contract is None:
         text = conversation_text(input, DEFAULT_ROLES)
@@ -121,11 +124,11 @@ def make_sequence(
     continuation: tuple[int, ...] = (),
     sampling: Sampling = NEXT_TOKEN,
 ) -> Sequence:
-    """Under an adapter, or with None the bare base. What the base computed of a conversation is always worth keeping;
-    what an adapter computed only where `keep` says that the conversation goes on."""
+    """Return the prompt's sequence under an adapter's version; None is the bare base. K/V that the base computes is
+    always kept. K/V that an adapter computes is kept only if `keep` says that the conversation goes on."""
     shared = version is None or version.shares_prefix
     has_own_prefix = version is not None and version.invocation_tokens is not None and not shared
-    sequence = Sequence(
+    return Sequence(
         token_ids=prompt.token_ids + continuation,
         slot=slot,
         kv_id=BASE_KV if version is None else bytes.fromhex(version.kv_id),
@@ -136,16 +139,16 @@ def make_sequence(
         targets=targets,
         sampling=sampling,
     )
-    if sequence.num_kept:
-        _ = sequence.hashes  # here and not on the event loop's thread
-    return sequence
 
 
 def _label_sequences(
     prompt: Prompt, version: ClassifierVersion, slot: int, template: Template, *, keep: bool
 ) -> list[Sequence]:
-    """One sequence reads all labels of one token; each longer label is a sequence of its own: the prompt and all of its
-    tokens but the last, each of which is a target where it is predicted. A score head needs the prompt only."""
+    """Return the sequences that read a version's labels.
+
+    One sequence reads all labels of one token. Each longer label has a sequence of its own: the prompt and the label's
+    tokens but the last, with every token of the label as a target. A score head needs the prompt only.
+    """
     if version.has_score:
         return [make_sequence(prompt, version, slot, keep=keep)]
     labels = template.label_ids.values()
@@ -159,7 +162,7 @@ def _label_sequences(
 
 
 def _label_log_probs(outputs: Seq[SequenceOutput], version: ClassifierVersion) -> Seq[float]:
-    """The inverse of `_label_sequences`: log probability of each label, in the contract's order."""
+    """Return each label's log probability, in the contract's order, from the outputs of `_label_sequences`."""
     if version.has_score:
         return outputs[0].log_probs
     assert version.template is not None

@@ -1,4 +1,4 @@
-"""What a version must show before it goes live: its golden examples come out right, and it changes the answers."""
+"""Proves a version before it goes live: its golden examples come out right, and it changes the base's answers."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -19,20 +19,21 @@ Compute = Callable[[Seq[Sequence]], Awaitable[Seq[Outcome]]]
 
 
 async def prove(version: ClassifierVersion, slot: int, base: Base, compute: Compute) -> None:
-    """ContractError, AdapterError: what it fails at. Other errors, the engine's, say nothing of the adapter."""
+    """Prove the version in `slot`. Raises ContractError or AdapterError, which say what failed. Other errors come from
+    the engine and say nothing about the adapter."""
     await _check_golden(version, slot, base, compute)
     if not version.changes_layers or version.has_score:
         return
     if not await _changes_answers(version, slot, base, compute):
         raise AdapterError(
             version.source.path,
-            "changes nothing: on a probe its answers are exactly the base's",
+            "changes nothing: on a test prompt its answers are exactly the base's",
             remedy="check that it was trained, and with this base",
         )
 
 
 def activated(version: ClassifierVersion, text: str, base: Base) -> str:
-    """`text` such that the adapter acts on it, where no template sees to that."""
+    """Return `text` with the invocation tokens appended where no template has them, so that the adapter acts on it."""
     if version.template is not None or version.invocation_tokens is None:
         return text
     return text + base.tokenizer.decode(*version.invocation_tokens)
@@ -65,7 +66,7 @@ async def _changes_answers(version: ClassifierVersion, slot: int, base: Base, co
     try:
         prompt = await asyncio.to_thread(render, version, text, base, Conversations(base.tokenizer))
     except LoraplexError:
-        return True  # the probe's text does not go through the adapter's template; nothing is known
+        return True  # the adapter takes no such prompt, so nothing can be shown
     sequences = [
         make_sequence(prompt, one, at, keep=False, targets=targets) for one, at in ((version, slot), (None, NO_ADAPTER))
     ]

@@ -1,4 +1,4 @@
-"""A bundle's adapters and those that come at run time: where they are from, and what a restart must know of them."""
+"""Where adapters come from: the bundle, or a source at run time. Remembers run-time changes for a restart."""
 
 import asyncio
 import logging
@@ -22,11 +22,11 @@ from loraplex.types import AdapterInfo, ErrorInfo
 
 logger = logging.getLogger(__name__)
 
-BUNDLE = "bundle:"  # as a source that is remembered: the bundle's own folder, wherever the bundle is
+BUNDLE = "bundle:"  # the remembered source of an adapter in the bundle's own folder, wherever the bundle is
 
 
 class AdapterRegistry:
-    """Names and sources. Which version answers for a name is the matter of `Versions`."""
+    """The names and sources of adapters. `Versions` decides which version answers for a name."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class AdapterRegistry:
         self._bundle, self._config, self._versions, self._reader, self._state = bundle, config, versions, reader, state
         self._remembering = asyncio.Lock()
         self._sources: dict[str, tuple[Path, str]] = {}  # name -> folder, and what it was resolved from
-        self._resolvers = ThreadPoolExecutor(4, "loraplex-source")  # of their own: a download may hang
+        self._resolvers = ThreadPoolExecutor(4, "loraplex-source")  # their own threads: a download may hang
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
         return tuple(map(self._info, self._versions.names.entries()))
@@ -55,7 +55,7 @@ class AdapterRegistry:
         if name == self._bundle.base_name:
             raise InvalidRequestError(f"{name!r} is the base's name", remedy="choose another for the adapter")
         resolved = await self._resolve(source, _progress(name))
-        source_of_name = AdapterSource(name=name, path=resolved.path, contract=None)  # read with the weights
+        source_of_name = AdapterSource(name=name, path=resolved.path, contract=None)  # read later, with the weights
         entry = await self._versions.load(source_of_name, pin=pin, replace=replace)
         self._sources[name] = resolved.path, resolved.source
         await self._remember(name)
@@ -77,9 +77,12 @@ class AdapterRegistry:
         return self._info(entry)
 
     async def start(self, preload: frozenset[str] | None, checked: dict[str, CheckedClassifier]) -> None:
-        """The bundle's adapters, changed by what the state remembers. A bundle's adapter that is broken stops the
-        start; one that was loaded at run time does not: its entry says what is wrong. preload: names to load now; None
-        for all. checked: the bundle's adapters that were read already; they are taken out of it."""
+        """Register the bundle's adapters, with the changes that the state remembers, and load the names in `preload`.
+
+        A broken adapter of the bundle raises its error. A broken adapter that was loaded at run time does not: its
+        entry says what is wrong. preload: names to load now; None for all. checked: the bundle's adapters that were
+        read already; each is removed when it is used.
+        """
         bundled = {source.name: source for source in self._bundle.adapters}
         remembered = {} if self._state is None else {one.name: one for one in self._state.remembered()}
         its_own: set[str] = set()
@@ -100,7 +103,7 @@ class AdapterRegistry:
                 identified = None if read is None else await asyncio.to_thread(self._reader.identify, read)
                 await self._versions.load(entry.source, pin=one_pinned or is_named, read=identified)
             except LoraplexError as exc:
-                # Its own files are wrong, and not that others take its place.
+                # Only broken files of the bundle stop the start, not a lack of room beside other adapters.
                 if entry.name in its_own and isinstance(exc, ConfigurationError):
                     raise
                 logger.error("%s: %s", entry.name, exc)
@@ -111,11 +114,12 @@ class AdapterRegistry:
             self._versions.register(open_adapter(name, resolved.path))
             self._sources[name] = resolved.path, resolved.source
         except LoraplexError as exc:
-            logger.error("%s, which was loaded from %s, cannot be: %s", name, source, exc)
+            logger.error("%s cannot be loaded again from %s: %s", name, source, exc)
             self._versions.register(AdapterSource(name=name, path=Path(source), contract=None), exc)
 
     async def _remember(self, name: str) -> None:
-        """What is now; in order, so that the last to change a name has the last word."""
+        """Write the name's current source and pin to the state, in order, so that the last change wins. Raises
+        StateError where the state cannot be written."""
         if self._state is None:
             return
         entry = next((one for one in self._versions.names.entries() if one.name == name and not one.is_leaving), None)
@@ -166,7 +170,7 @@ class AdapterRegistry:
 
 
 def _progress(name: str) -> Callable[[int, int | None], None]:
-    """Logs a download every few seconds."""
+    """Return a function that logs a download's progress every few seconds."""
     logged = time.monotonic()
 
     def log(num_bytes: int, total: int | None) -> None:
@@ -179,7 +183,7 @@ def _progress(name: str) -> Callable[[int, int | None], None]:
 
 
 def preloaded(preload: str, bundle: Bundle, state: AdapterState | None) -> frozenset[str] | None:
-    """The names to read at start; None for all."""
+    """Return the names to load at the start; None for all. Raises ConfigurationError for an unknown name."""
     if preload in ("all", "none"):
         return None if preload == "all" else frozenset()
     remembered = () if state is None else state.remembered()

@@ -39,8 +39,11 @@ Leased = tuple[Evaluation, Lease[ClassifierVersion]]
 
 
 class Service:
-    """One base, adapters that come and go, one executor. `service.start` makes it. All methods are called from one
-    event loop; none of them blocks it. Once closed they raise NotReadyError. Its parts are attributes, to look at."""
+    """Serves one base and adapters that come and go, with one executor. `service.start` makes it.
+
+    All methods are called from one event loop; none of them blocks it. After `close` they raise NotReadyError. The
+    parts are public attributes for inspection.
+    """
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Service:
 
     @property
     def backend(self) -> str:
-        """Its name among the choices of `--backend`."""
+        """The value of `--backend`."""
         return self.executor.name
 
     @property
@@ -67,11 +70,11 @@ class Service:
 
     @property
     def alive(self) -> bool:
-        """Able to compute."""
+        """Whether the service can still compute."""
         return self.computing.alive
 
     async def close(self) -> None:
-        """Finish what was accepted, then free everything. Safe to call twice."""
+        """Finish all accepted requests, then free everything. Safe to call twice."""
         await self.computing.close()
         await self.versions.close()
         self._registry.close()
@@ -82,33 +85,35 @@ class Service:
     # ------------------------------------------------------------------------------------------- adapters
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
-        """All that are known, in the order in which they came."""
+        """Return all known adapters, in the order in which they came."""
         return self._registry.adapters()
 
     def adapter(self, name: str) -> AdapterInfo:
-        """UnknownClassifierError where there is none."""
+        """Return the adapter of that name. Raises UnknownClassifierError where there is none."""
         return self._registry.adapter(name)
 
     def names(self) -> tuple[str, ...]:
-        """The classifiers that `"*"` asks."""
+        """Return the classifiers that `"*"` asks."""
         return self.versions.names.asked()
 
     def knows(self, name: str) -> bool:
-        """Whether there is an adapter of that name that can be asked."""
+        """Return whether there is an adapter of that name that can be asked."""
         return self.versions.names.knows(name)
 
     async def load_adapter(
         self, name: str, source: str, *, pin: bool | None = None, replace: bool = True
     ) -> AdapterInfo:
-        """Load what `source` (a path below an adapter root, hf://…, s3://…) holds now as `name`, in place of the
-        adapter that has the name: requests in flight finish on the old version, later ones get the new. Returns when
-        the new version answers. Where it is not sound, AdapterError or ContractError says why, and the old version goes
-        on. AdapterExistsError where the name is taken and `replace` is False."""
+        """Load the adapter in `source` (a path below an adapter root, hf://…, s3://…) as `name`.
+
+        The adapter replaces the one that has the name: requests in flight finish on the old version, later ones get the
+        new version. Returns when the new version answers. Raises AdapterError or ContractError where the adapter is
+        broken; the old version then goes on. Raises AdapterExistsError where the name is taken and `replace` is False.
+        """
         return await self._registry.load(name, source, pin, replace)
 
     def unload_adapter(self, name: str) -> "asyncio.Task[None]":
-        """Nobody finds the adapter from this call on. The task is over when its last request is answered and its memory
-        is free. UnknownClassifierError"""
+        """Unload the adapter: new requests do not find it from this call on. The task ends when its last request is
+        answered and its memory is free. Raises UnknownClassifierError where there is no adapter of that name."""
         unloading = self._registry.unload(name)
 
         async def unload() -> None:
@@ -118,7 +123,8 @@ class Service:
         return asyncio.create_task(unload())
 
     async def pin_adapter(self, name: str, is_pinned: bool) -> AdapterInfo:
-        """A pinned adapter keeps its place on the device; it is loaded where it was not."""
+        """Pin or unpin the adapter. A pinned adapter keeps its slot; it is loaded first if needed. Raises
+        UnknownClassifierError where there is no adapter of that name."""
         return await self._registry.pin(name, is_pinned)
 
     @property
@@ -127,7 +133,7 @@ class Service:
         return self.computing.num_waiting
 
     def stats(self) -> Stats:
-        """Cheap: asked at every scrape and every answer."""
+        """Return the current figures. Cheap: called at every scrape and every answer."""
         computing, residence, entries = self.computing, self.versions.residence, self.versions.names.entries()
         num_blocks, num_available = computing.num_blocks
         steps, slots = computing.steps, residence.slots
@@ -153,8 +159,8 @@ class Service:
     # ------------------------------------------------------------------------------------------- requests
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResult:
-        """One verdict a classifier, in order. A classifier that fails carries its error in its verdict; where all fail,
-        the first one's error is raised."""
+        """Return one verdict per classifier, in order. A classifier that fails has its error in its verdict. Where all
+        fail, the first error is raised. Raises QueueFullError where too much waits."""
         started = time.monotonic()
         names = self._names(request)
         with self.computing.admission.evaluations(len(names)):
@@ -175,8 +181,8 @@ class Service:
                 absent.append(evaluation)
             else:
                 placed.append((evaluation, lease))
-        # Those that are on the device do not wait for those that are not. They are answered in this task: one that was
-        # cancelled before it ran would never give their leases back.
+        # Versions on the device do not wait for the others. They are answered in this task, because a task that is
+        # cancelled before it runs would never release their leases.
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._place_and_answer(request, one, deadline_s)) for one in absent]
             tokenized = await self._answer(request, placed, deadline_s) if placed else started
@@ -195,7 +201,7 @@ class Service:
     async def _place_and_answer(
         self, request: ClassifyRequest, evaluation: Evaluation, deadline_s: float | None
     ) -> float:
-        """Load and place the version first, as far as the deadline allows."""
+        """Load and place the version, within the deadline, then answer. Return when the input was tokenized."""
         try:
             lease = await self._lease(evaluation.name, deadline_s)
         except LoraplexError as exc:
@@ -204,8 +210,8 @@ class Service:
         return await self._answer(request, [(evaluation, lease)], deadline_s)
 
     async def _answer(self, request: ClassifyRequest, leased: Seq[Leased], deadline_s: float | None) -> float:
-        """Compute evaluations together. Returns when they were tokenized. The leases are given back once the engine
-        needs the slots no more, whatever happens here."""
+        """Compute evaluations together. Return the time at which they were tokenized. The leases are released when the
+        engine no longer needs the slots, even if this call fails."""
 
         def release() -> None:
             for _, lease in leased:
@@ -224,7 +230,7 @@ class Service:
             work = await self.computing.tokenize(tokenize, num_chars(request.input), deadline_s, release)
             tokenized = time.monotonic()
             outcomes = iter(await self.computing.compute(work))
-        except LoraplexError as exc:  # late, too much waits, or the engine is gone
+        except LoraplexError as exc:  # the deadline passed, the queue is full, or the engine is gone
             for evaluation in evaluations:
                 evaluation.error = evaluation.error or exc
             return time.monotonic()
@@ -233,9 +239,12 @@ class Service:
         return tokenized
 
     async def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> GenerateResult:
-        """The tokens that follow; `on_token` is called on the event loop with each as it comes, with all of them before
-        this returns. InvalidRequestError names a parameter out of its range, or says why messages make no prompt;
-        UnknownClassifierError for an adapter that is not loaded; never the base instead."""
+        """Generate text. `on_token` is called on the event loop with each token as it comes, and with all of them
+        before this method returns.
+
+        Raises InvalidRequestError, which names a parameter out of range or says why the messages make no prompt. Raises
+        UnknownClassifierError for an unknown adapter; the base never answers in its place.
+        """
         started = time.monotonic()
         with self.computing.admission.evaluations(1):
             return await self._generate(request, on_token, started)
@@ -265,7 +274,7 @@ class Service:
         return completion.result(outcome, _timings(started, tokenized, [outcome]))
 
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        """(classifier, prompt, token ids) for each classifier of the request, as they would be computed."""
+        """Return (classifier, prompt, token ids) for each classifier of the request, without computing an answer."""
         conversations = Conversations(self.base.tokenizer)
         shown = []
         for name in self._names(request):
@@ -278,7 +287,7 @@ class Service:
         return tuple(shown)
 
     async def version_of(self, name: str) -> ClassifierVersion:
-        """The version that answers now, read if need be."""
+        """Return the version that answers for `name`, loading it if needed."""
         lease = await self.versions.lease(name)
         lease.release()
         return lease.version

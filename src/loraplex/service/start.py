@@ -1,4 +1,4 @@
-"""A bundle and its settings -> a service that answers. What is cheap to check is checked before weights are read."""
+"""Starts a service from a bundle and its settings. Cheap checks run before any weights are read."""
 
 import asyncio
 import importlib.util
@@ -33,14 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 async def start(bundle: Bundle, config: EngineConfig | None = None, executor: Executor | None = None) -> Service:
-    """Load the base and the adapters. config: by default the bundle's own. executor: by default the one that `config`
-    names. ConfigurationError where something on disk or among the settings is wrong, or what the backend needs is not
-    installed."""
+    """Load the base and the adapters, and return the service. config: by default the bundle's own. executor: by default
+    the one that `config` names. Raises ConfigurationError where a file or a setting is wrong, or the backend's library
+    is not installed."""
     config = config or resolve(EngineConfig, bundle.settings.engine, {})
     executor = executor or open_executor(config)
     state = None if config.state_dir is None else AdapterState(Path(config.state_dir))
     if state is not None:
         state.acquire()
+    loaded: _Loaded | None = None
     try:
         preload = preloaded(config.preload, bundle, state)
         thread = ThreadPoolExecutor(1, "loraplex-load")
@@ -49,9 +50,11 @@ async def start(bundle: Bundle, config: EngineConfig | None = None, executor: Ex
                 thread, _load, bundle, config, executor, _own_adapters(bundle, state)
             )
         finally:
-            thread.shutdown(wait=False)  # which ends it, and its OpenMP threads: see `compute_alone`
+            thread.shutdown(wait=False)  # ends the thread and its OpenMP threads, see `compute_alone`
         service, registry = _assemble(bundle, config, executor, state, loaded)
     except BaseException:
+        if loaded is not None:
+            await asyncio.to_thread(loaded.computation.close)
         executor.close()
         if state is not None:
             state.release()
@@ -70,7 +73,8 @@ def is_installed(library: str) -> bool:
 
 
 def open_executor(config: EngineConfig) -> Executor:
-    """Each is imported only where it is asked for. ConfigurationError: what it needs is not installed."""
+    """Return the executor that `config` names. Only its own library is imported. Raises ConfigurationError where the
+    library is not installed."""
     if config.backend == "peft":
         if not is_installed("peft"):
             raise ConfigurationError(
@@ -91,7 +95,7 @@ def open_executor(config: EngineConfig) -> Executor:
         except ImportError as exc:
             raise ConfigurationError(
                 "--backend vllm",
-                f"the vLLM that is installed does not import: {exc}",
+                f"the installed vLLM cannot be imported: {exc}",
                 remedy="install 0.32 or newer; for a CPU see docs/backends.md",
             ) from None
         return VllmExecutor(config)
@@ -104,18 +108,19 @@ def open_executor(config: EngineConfig) -> Executor:
 class _Loaded:
     base: Base
     checker: ClassifierChecker
-    checked: dict[str, CheckedClassifier]  # those that were read before the base, as far as host memory holds them
+    checked: dict[str, CheckedClassifier]  # read before the base, as many as host memory holds
     computation: Computation
 
 
 def _own_adapters(bundle: Bundle, state: AdapterState | None) -> set[str]:
-    """The bundle's adapters that were not replaced or unloaded at run time."""
+    """Return the names of the bundle's adapters that were not replaced or unloaded at run time."""
     remembered = () if state is None else state.remembered()
     return {source.name for source in bundle.adapters} - {one.name for one in remembered if one.source != BUNDLE}
 
 
 def _load(bundle: Bundle, config: EngineConfig, executor: Executor, own: set[str]) -> _Loaded:
-    """On a thread of its own. own: names of the bundle's adapters that are to be served."""
+    """Check the adapters, then load the base. Runs on a thread of its own. own: names of the bundle's adapters to
+    check."""
     choose_threads()
     packs = not executor.capabilities.other_bases
     model_config = read_config(bundle.base, packs=packs)

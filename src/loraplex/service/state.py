@@ -1,4 +1,4 @@
-"""What was loaded, unloaded and pinned at run time, so that a restart or a kill finds it again."""
+"""Remembers which adapters were loaded, unloaded and pinned at run time, also after a kill."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ SCHEMA = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remembered:
-    """source: where the name was loaded from; None: it was unloaded."""
+    """The last state of a name. source: where the name was loaded from; None: the name was unloaded."""
 
     name: str
     source: str | None
@@ -24,8 +24,8 @@ class Remembered:
 
 
 class AdapterState:
-    """One SQLite file; each change is a transaction that is on disk when the call returns. Any thread may call, and
-    raises BundleError where the file cannot be read or written."""
+    """One SQLite file. Each change is a transaction that is on disk when the call returns. Any thread may call. Every
+    method raises BundleError where the file cannot be read or written."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -34,7 +34,7 @@ class AdapterState:
         self.remembered()
 
     def remembered(self) -> tuple[Remembered, ...]:
-        """In the order in which they were first remembered."""
+        """Return all names, in the order in which they were first remembered."""
         with self._database.transaction() as database:
             rows = database.execute("SELECT name, source, is_pinned FROM adapters ORDER BY rowid").fetchall()
         return tuple(Remembered(name=name, source=source, is_pinned=bool(pinned)) for name, source, pinned in rows)
@@ -48,7 +48,8 @@ class AdapterState:
             )
 
     def acquire(self) -> None:
-        """For this process alone, until `release` or its end: of two servers each would forget what the other did."""
+        """Lock the folder for this process until `release` or the end of the process, because two servers would
+        overwrite each other's changes. Raises BundleError where another server has the lock."""
         try:
             self._held.acquire(timeout=0)
         except (Timeout, OSError):

@@ -1,4 +1,4 @@
-"""An adapter's proof before it is deployed: read, golden examples, probe, and PEFT's answers beside ours."""
+"""Verifies an adapter before it is deployed: reads and proves it as a start does, and compares answers with PEFT's."""
 
 import asyncio
 import math
@@ -15,12 +15,15 @@ from loraplex.service.start import is_installed, start
 from loraplex.types import AdapterInfo, ClassifyRequest, GenerateRequest
 
 TOLERANCE = 1e-4
-NAME = "adapter"  # whatever its folder is called
+NAME = "adapter"  # the adapter's name here, whatever its folder is called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """difference: largest of a probability between us and PEFT in float32; None where it was not compared."""
+    """The result of `verify`.
+
+    difference:  the largest difference of a probability between ours and PEFT's, in float32; None if not compared.
+    """
 
     adapter: AdapterInfo
     num_golden: int
@@ -29,7 +32,8 @@ class Proof:
 
 
 async def verify(folder: Path, base: str, *, texts: Iterable[str] = (), with_peft: bool = True) -> Proof:
-    """ConfigurationError says what is wrong: with the files, a golden example, or against PEFT (1e-4)."""
+    """Verify the adapter in `folder` on a base, and return its proof. texts: further texts to compare on. Raises
+    ConfigurationError where a file is wrong, a golden example fails, or PEFT differs by more than TOLERANCE."""
     opened = open_adapter(NAME, folder)
     bundle = replace(open_base(base), adapters=(opened,))
     service = await start(bundle, EngineConfig(dtype="float32", device="cpu", kv_cache="0"))
@@ -46,7 +50,7 @@ async def verify(folder: Path, base: str, *, texts: Iterable[str] = (), with_pef
         raise AdapterError(
             folder,
             f"PEFT's probabilities differ by up to {difference:.1e} from ours, more than {TOLERANCE}",
-            remedy="report it, with the adapter's config: it must not happen",
+            remedy="report this as a bug, with the adapter's config",
         )
     return Proof(adapter=info, num_golden=len(golden), num_compared=len(prompts), difference=difference)
 

@@ -1,4 +1,4 @@
-"""Which version answers for a name: loads, proves, replaces and unloads versions while requests lease them."""
+"""Decides which version answers for a name. Loads, proves, replaces and unloads versions while requests lease them."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
@@ -14,20 +14,21 @@ Prove = Callable[[Version, int], Awaitable[None]]
 
 
 class Versions(Generic[Version]):
-    """All methods are called on the event loop's thread. After `close` they raise NotReadyError."""
+    """The names and their versions. All methods are called on the event loop's thread. After `close` they raise
+    NotReadyError."""
 
     def __init__(self, residence: Residence[Version], prove: Prove[Version], tasks: Tasks) -> None:
-        """prove: raises LoraplexError where the version in a slot must not go live."""
+        """prove: checks a version in a slot; raises LoraplexError where the version must not go live."""
         self.residence, self.names = residence, Names[Version]()
         self._prove, self._tasks = prove, tasks
 
     def entry(self, name: str) -> Entry[Version]:
-        """UnknownClassifierError where there is none, or it is being unloaded."""
+        """Return the entry of a name. Raises UnknownClassifierError where there is none, or it is being unloaded."""
         self._tasks.check_open()
         return self.names.entry(name)
 
     def register(self, source: AdapterSource, error: LoraplexError | None = None) -> None:
-        """Know a name without reading it; it is read when it is first asked. `error`: why it cannot be."""
+        """Add a name without reading its adapter, which is read on first use. error: why the adapter cannot be read."""
         error = None if error is None else fresh(error)
         self.names.add(Entry(source.name, source, error=error, is_registered=True))
 
@@ -39,11 +40,13 @@ class Versions(Generic[Version]):
         replace: bool = True,
         read: tuple[Version, Any] | None = None,
     ) -> Entry[Version]:
-        """Read, place and prove what `source` holds now, then let it answer instead of the version that did, which is
-        forgotten once its requests are answered. Where anything fails, or the caller leaves, the old version goes on,
-        and the error is raised. AdapterExistsError where there is one that must not be replaced.
+        """Read, place and prove the version that `source` holds now, then let it answer for the name.
 
-        read: the version and its weights, where they were read already.
+        The old version is forgotten once its requests are answered. If anything fails or the caller is cancelled, the
+        old version goes on, and the error is raised. Raises AdapterExistsError where the name is taken and `replace` is
+        False.
+
+        read:  the version and its weights, if they were read already.
         """
         self._tasks.check_open()
         entry = self.names.get(source.name)
@@ -55,31 +58,34 @@ class Versions(Generic[Version]):
         return entry
 
     def unload(self, name: str) -> Coroutine[Any, Any, None]:
-        """New requests do not find the name from this call on. The coroutine is over when the requests in flight are
-        answered and its memory is free. The work goes on where the caller leaves. UnknownClassifierError"""
+        """Unload a name: new requests do not find it from this call on.
+
+        The coroutine ends when the requests in flight are answered and the memory is free. The work goes on even if the
+        caller is cancelled. Raises UnknownClassifierError as `entry` does.
+        """
         entry = self.entry(name)
         entry.is_leaving = True
         return self._tasks.finish(self._tasks.spawn(self._drain(entry)))
 
     async def pin(self, name: str, is_pinned: bool) -> Entry[Version]:
-        """A pinned adapter keeps its place on the device."""
+        """Pin or unpin a name. A pinned version keeps its slot; it is placed first if needed."""
         while is_pinned:
             lease = await self.lease(name)
             try:
                 entry = self.entry(name)
-                if entry.live is lease.version:  # else replaced since
+                if entry.live is lease.version:  # else it was replaced meanwhile
                     return self._pin(entry, True)
             finally:
                 lease.release()
         return self._pin(self.entry(name), False)
 
     def try_lease(self, name: str) -> Lease[Version] | None:
-        """The name's version, where it is on the device already."""
+        """Lease the name's version if it is on the device; otherwise return None."""
         live = self.entry(name).live
         return None if live is None else self.residence.try_lease(live)
 
     async def lease(self, name: str) -> Lease[Version]:
-        """The name's version, loaded and placed if need be. However many wait for it, it is loaded once."""
+        """Lease the name's version, loading and placing it first if needed. It is loaded once, however many wait."""
         while True:
             entry = self.entry(name)
             if entry.live is not None:
@@ -91,7 +97,7 @@ class Versions(Generic[Version]):
             await self._tasks.finish(entry.first_load)
 
     async def close(self) -> None:
-        """Whoever waits for anything here gets NotReadyError. Safe to call twice."""
+        """Stop all work. Every call that waits raises NotReadyError. Safe to call twice."""
         self._tasks.is_closed = True
         await self.residence.close()
         self.names.clear()
@@ -105,7 +111,8 @@ class Versions(Generic[Version]):
         is_first: bool = False,
         read: tuple[Version, Any] | None = None,
     ) -> None:
-        """is_first: only where nobody else has loaded it by then, or found that it is broken."""
+        """Load a version for an entry, one load at a time. is_first: do nothing where the name was loaded or found
+        broken meanwhile."""
         entry.num_loading += 1
         try:
             async with entry.lock:
@@ -131,7 +138,7 @@ class Versions(Generic[Version]):
     async def _go_live(self, entry: Entry[Version], version: Version, weights: Any, pin: bool | None) -> None:
         try:
             lease = await self.residence.lease(version, weights)
-            del weights  # host memory holds them, or does not
+            del weights  # host memory decides whether to keep them
             try:
                 await self._prove(version, lease.slot)
                 self._tasks.check_open()

@@ -1,32 +1,33 @@
-"""Token ids -> text, a token at a time: what is final of it, up to a stop string. It knows no tokenizer."""
+"""Turns token ids into text, one token at a time, up to a stop string. Knows no tokenizer."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character (yet)
-_NUM_CONTEXT = 8  # tokens before the first one, so that it keeps the space that a text's first token would lose
-_MAX_UNDECIDED = 32  # tokens that may wait for the end of a character; real text needs a few
+REPLACEMENT = "\ufffd"  # decoders write this for bytes that are not (yet) a character
+_NUM_CONTEXT = 8  # prompt tokens to decode before the first token, which would lose its leading space without them
+_MAX_UNDECIDED = 32  # tokens that may wait for the end of a character; real text needs few
 
 
 class Detokenizer:
-    """`push` each token, then `finish`; joined, the texts they return are the whole text, up to the first stop string.
+    """Call `push` with each token, then `finish`. The returned texts join to the whole text, up to the first stop
+    string.
 
-    Held back are characters whose bytes are not all there, and what may be the beginning of a stop string. What was
-    returned once stays, whatever comes.
+    Characters whose bytes are incomplete, and text that may begin a stop string, are held back. Returned text never
+    changes.
     """
 
     def __init__(self, decode: Callable[[Seq[int]], str], prompt_ids: Seq[int] = (), stop: Seq[str] = ()) -> None:
         self._decode, self._stop = decode, tuple(stop)
-        # The window: tokens that were decoded before, for what the next ones mean depends on them, then undecided ones.
+        # The window: decoded tokens, which the text of the next tokens depends on, then undecided tokens.
         self._ids = _context(decode, prompt_ids)
         self._num_decided = len(self._ids)
-        self._num_known = len(decode(self._ids))  # characters of the window's text that were passed on
+        self._num_known = len(decode(self._ids))  # characters of the window's text that were taken
         self._held = ""
-        self.num_chars = 0  # decoded so far
-        self.stopped = False  # at a stop string
+        self.num_chars = 0  # decoded so far, including held text
+        self.stopped = False  # a stop string was found
 
     def push(self, token_id: int) -> str:
-        """The text that is final now and was not before."""
+        """Add a token. Return the text that has become final."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
         whole = not text.endswith(REPLACEMENT) or len(self._ids) - self._num_decided >= _MAX_UNDECIDED
@@ -36,7 +37,7 @@ class Detokenizer:
         return self._release(new)
 
     def finish(self) -> str:
-        """What was held back, as it stands."""
+        """Return the text that was held back."""
         return self._release(self._take(self._decode(self._ids)), is_last=True)
 
     def _take(self, text: str) -> str:
@@ -46,7 +47,8 @@ class Detokenizer:
         return new
 
     def _move_window(self) -> None:
-        """To the tokens that were decided last, if they have any text: others give the next one no context."""
+        """Let the window begin with the tokens that were decided last, if they have any text. Tokens without text give
+        the next token no context."""
         recent = self._ids[self._num_decided :]
         num_chars = len(self._decode(recent))
         if num_chars or len(recent) >= _MAX_UNDECIDED:
@@ -66,7 +68,7 @@ class Detokenizer:
 
 
 def _context(decode: Callable[[Seq[int]], str], prompt_ids: Seq[int]) -> list[int]:
-    """The prompt's last tokens, as few as begin and end with whole characters."""
+    """Return the prompt's last tokens, as many as needed to decode to whole characters."""
     size = _NUM_CONTEXT
     while size < len(prompt_ids) and REPLACEMENT in decode(prompt_ids[-size:]):
         size *= 2
@@ -74,5 +76,5 @@ def _context(decode: Callable[[Seq[int]], str], prompt_ids: Seq[int]) -> list[in
 
 
 def _num_begun(text: str, stop: str) -> int:
-    """Characters at the end of `text` that begin `stop`."""
+    """Return how many characters at the end of `text` begin `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

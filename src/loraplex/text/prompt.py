@@ -1,4 +1,4 @@
-"""Prompts without a contract: text verbatim, token ids, or messages in the base's chat template."""
+"""Prompts without a contract: verbatim text, token ids, or messages in the base's chat template."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -12,8 +12,11 @@ from loraplex.types import Message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """num_conversation: leading tokens that the same conversation, grown, will begin with again, as far as is known.
-    activation: the first token that the adapter acts on."""
+    """A tokenized prompt.
+
+    num_conversation:  leading tokens that the prompt is expected to begin with again when the conversation has grown.
+    activation:        index of the first token that the adapter acts on.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -30,8 +33,11 @@ def verbatim(
     *,
     add_special_tokens: bool = True,
 ) -> Prompt:
-    """The article's prompt: `tokenizer(text)`, special tokens parsed. InputTooLongError: never cut.
-    InvalidRequestError where it lacks the adapter's invocation tokens: PEFT would answer from the base."""
+    """Return the article's prompt: `tokenizer(text)`, with special tokens parsed.
+
+    Raises InputTooLongError where the text is too long; it is never cut. Raises InvalidRequestError where the text is
+    empty or lacks the adapter's invocation tokens, because PEFT would answer from the base.
+    """
     ids = tokenizer.encode(valid_unicode(text), add_special_tokens=add_special_tokens) if text else []
     return _prompt_of(ids, text, tokenizer, max_model_len, invocation_tokens)
 
@@ -39,7 +45,8 @@ def verbatim(
 def tokenized(
     token_ids: Seq[int], tokenizer: Tokenizer, max_model_len: int, invocation_tokens: tuple[int, ...] | None = None
 ) -> Prompt:
-    """A prompt that the client tokenized. Errors as `verbatim`, and InvalidRequestError for what is no token."""
+    """Return the prompt of token ids from the client. Raises the errors of `verbatim`, and InvalidRequestError for an
+    id that is not a token of the base."""
     tokenizer.check(token_ids)
     return _prompt_of(token_ids, "", tokenizer, max_model_len, invocation_tokens)
 
@@ -51,9 +58,10 @@ def chat(
     max_model_len: int,
     invocation_tokens: tuple[int, ...] | None = None,
 ) -> Prompt:
-    """Messages in the base's chat template, see `Tokenizer.chat`. InputTooLongError: never cut."""
+    """Return the prompt of messages in the base's chat template. Raises the errors of `verbatim` and
+    `Tokenizer.chat`."""
     text, spelled = tokenizer.chat(messages, options)
-    ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes its own
+    ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens
     prompt = _prompt_of(ids, text, tokenizer, max_model_len, invocation_tokens)
     return replace(prompt, warnings=(kept_as_text(spelled),)) if spelled else prompt
 
@@ -77,13 +85,13 @@ def _prompt_of(
         invocation = invocation_tokens or ()
         raise InvalidRequestError(
             f"the prompt lacks the adapter's invocation tokens {list(invocation)}",
-            remedy=f"write {''.join(map(tokenizer.decode, invocation))!r} where the adapter shall begin to act",
+            remedy=f"write {''.join(map(tokenizer.decode, invocation))!r} where the adapter should begin to act",
         )
     return Prompt(text=text, token_ids=tuple(ids), num_conversation=len(ids), activation=activation)
 
 
 def last_match(ids: Seq[int], wanted: Seq[int]) -> int | None:
-    """Where `wanted` begins in `ids` for the last time."""
+    """Return where `wanted` begins in `ids` for the last time; None where `ids` lacks it."""
     ids, wanted = tuple(ids), tuple(wanted)
     for at in range(len(ids) - len(wanted), -1, -1):
         if ids[at] == wanted[0] and ids[at : at + len(wanted)] == wanted:

@@ -1,4 +1,4 @@
-"""A contract bound to a tokenizer: the prompts of a classifier."""
+"""A contract bound to a tokenizer. Makes the prompts of a classifier."""
 
 import re
 from collections.abc import Sequence as Seq
@@ -8,7 +8,7 @@ from loraplex.errors import ContractError, InputTooLongError, InvalidRequestErro
 from loraplex.text.prompt import Prompt, kept_as_text, last_match
 from loraplex.text.tokenizer import Conversations, Tokenizer
 
-# Endings of a conversation that a label must not merge with (checked when a contract is bound).
+# Conversations with different endings. Labels and invocation must not depend on the ending, as binding checks.
 _PROBES = ("Customer: hello", "Customer: is it done?", "Agent: Yes.\nCustomer: ok 5")
 
 
@@ -25,9 +25,9 @@ class Template:
         *,
         reads_labels: bool = True,
     ) -> None:
-        """source: the contract's file, for errors. reads_labels: the answer is the labels' tokens, and not that of a
-        head that knows the labels by number. ContractError where the labels cannot be told apart by tokens, or
-        the template does not hold the adapter's `invocation_tokens` behind the conversation."""
+        """source: the contract's file, for errors. reads_labels: whether the labels' tokens are the answer; a score
+        head knows labels by number. Raises ContractError where the labels' tokens are ambiguous, the template lacks the
+        adapter's `invocation_tokens` after the conversation, or the template or `max_length` does not fit the base."""
         self._tokenizer = tokenizer
         self._roles = tuple(dict.fromkeys(contract.roles.values()))
         self.prefix, self.suffix, self._add_special_tokens = _frame(tokenizer, contract, source)
@@ -39,7 +39,7 @@ class Template:
                     raise ContractError(
                         f"{source}, key 'labels'",
                         f"the tokens of {label!r} {list(ids)} begin those of {other!r} {list(other_ids)}",
-                        remedy="choose labels of which none begins another",
+                        remedy="choose labels so that none is the beginning of another",
                     )
         self._invocation = invocation_tokens
         self._num_active = 0 if invocation_tokens is None else self._find_activation(invocation_tokens, source)
@@ -66,7 +66,8 @@ class Template:
         return self.prefix + conversation + self.suffix
 
     def prompt(self, conversation: str, conversations: Conversations) -> Prompt:
-        """The prompt for `conversation`, its oldest turns cut where it is too long."""
+        """Return the prompt for `conversation`. The oldest turns are cut, with a warning, where the prompt is too long.
+        Raises InputTooLongError where even the end of the conversation does not fit."""
         warnings = []
         conversation, spelled = conversations.escape(conversation)
         if spelled:
@@ -93,9 +94,12 @@ class Template:
         return conversations.encode(self.render(conversation), add_special_tokens=self._add_special_tokens)
 
     def _truncate(self, conversation: str, num_tokens: int, conversations: Conversations) -> tuple[str, list[int]]:
-        """Cut from the left at a multiple of a quarter of what the template leaves, moved on to the next turn where one
-        starts within another quarter: as the conversation grows the cut moves rarely, so that its start, and what is
-        cached of it, stays put, and at least half of the room stays used."""
+        """Cut the conversation from the left until the prompt fits. Return the rest and the prompt's tokens.
+
+        The cut is at a multiple of a quarter of the room that the template leaves. It moves on to the next turn where
+        one starts within another quarter. So the cut moves rarely while the conversation grows: the cached K/V of the
+        prompt's beginning stays valid, and at least half of the room stays used.
+        """
         head = len(self.prefix)
         offsets = conversations.offsets(self.prefix + conversation, add_special_tokens=self._add_special_tokens)
         starts = [offset - head for offset in offsets if offset >= head]  # character of each conversation token
@@ -109,12 +113,12 @@ class Template:
             if len(ids) <= self._room:
                 return conversation[at:], ids
         raise InputTooLongError(
-            f"the prompt has {num_tokens} tokens, {self._room} at most, and its end does not fit alone",
+            f"the prompt has {num_tokens} tokens, {self._room} at most, and even its end does not fit",
             remedy="raise 'max_length' in classifier.yaml, or shorten the input",
         )
 
     def _activation(self, ids: Seq[int]) -> int:
-        """Where the template says, whatever the conversation holds."""
+        """Return the activation: where the template puts the invocation tokens, whatever the conversation contains."""
         if self._invocation is None:
             return 0
         activation = last_match(ids, self._invocation)
@@ -126,7 +130,8 @@ class Template:
         return activation
 
     def _find_activation(self, invocation: tuple[int, ...], source: object) -> int:
-        """Tokens from the invocation to the prompt's end, which must not depend on the conversation."""
+        """Return the number of tokens from the invocation to the prompt's end. Raises ContractError where the template
+        lacks the invocation tokens, or the number depends on the conversation."""
         found = set()
         for probe in _PROBES:
             ids = self._tokenizer.encode(self.render(probe), add_special_tokens=self._add_special_tokens)
@@ -143,7 +148,8 @@ class Template:
         return distance
 
     def _cut_suffix(self) -> list[int] | None:
-        """The suffix's own tokens where it begins with a special token, else None: it may merge with what precedes."""
+        """Return the suffix's own tokens if the suffix begins with a special token. Otherwise return None: the suffix
+        may merge with the text before it."""
         if not self._tokenizer.starts_with_cut(self.suffix):
             return None
         add = self._add_special_tokens
@@ -157,7 +163,8 @@ class Template:
         return suffixes[0] if all(suffix == suffixes[0] for suffix in suffixes) else None
 
     def _label_ids(self, label: str, source: object) -> tuple[int, ...]:
-        """Tokens of rendered + label minus those of rendered."""
+        """Return the tokens that the label adds to a rendered prompt. Raises ContractError where they merge with the
+        prompt or depend on the conversation's end."""
         found = set()
         for probe in _PROBES:
             rendered = self.render(probe)
@@ -180,14 +187,15 @@ class Template:
 
 
 def turn_starts(conversation: str, names: tuple[str, ...]) -> list[int]:
-    """Characters at which a line begins with a role's name and a colon; any line where no line does; never 0."""
+    """Return the character offsets of lines that begin with a role's name and a colon; of all lines where none does.
+    The first line is never included."""
     speakers = "|".join(map(re.escape, names))
     starts = [match.end() for match in re.finditer(rf"\n(?=(?:{speakers}):)", conversation)]
     return starts or [match.end() for match in re.finditer(r"\n(?=.)", conversation)]
 
 
 def _frame(tokenizer: Tokenizer, contract: Contract, source: object) -> tuple[str, str, bool]:
-    """Text before and after the conversation, and whether the tokenizer adds its special tokens to it."""
+    """Return the text before and after the conversation, and whether the tokenizer adds its special tokens."""
     template, add_special_tokens = contract.template, True
     if template is None:
         content = f"{CONVERSATION}\n{QUESTION}" if contract.question is not None else CONVERSATION
@@ -199,9 +207,9 @@ def _frame(tokenizer: Tokenizer, contract: Contract, source: object) -> tuple[st
                 "the base's chat template leaves the user's message out",
                 remedy="give a 'template' in classifier.yaml",
             )
-        add_special_tokens = frame is None  # a chat template writes its own
+        add_special_tokens = frame is None  # a chat template writes the special tokens
     if tokenizer.starts_with_bos(template):
-        add_special_tokens = False  # or there would be two
+        add_special_tokens = False  # otherwise there would be two
     prefix, _, suffix = template.partition(CONVERSATION)
     question = contract.question or ""
     return prefix.replace(QUESTION, question), suffix.replace(QUESTION, question), add_special_tokens

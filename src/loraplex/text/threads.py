@@ -1,4 +1,4 @@
-"""The threads that render and tokenize."""
+"""The threads that render and tokenize prompts."""
 
 import asyncio
 import os
@@ -13,23 +13,23 @@ from loraplex.errors import DeadlineExceededError, NotReadyError
 
 Result = TypeVar("Result")
 
-LONG_CHARS = 1 << 16  # a text of so many characters is a long one
+LONG_CHARS = 1 << 16  # a text of this many characters counts as long
 
 
 class TokenizerThreads:
-    """A text of a megabyte takes a tokenizer seconds: long texts have a thread of their own, so that others do not wait
-    behind them."""
+    """Runs tokenization in threads. Long texts have a thread of their own, because a tokenizer takes seconds for a
+    megabyte and short texts must not wait for it."""
 
     def __init__(self) -> None:
         self._short = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "loraplex-tokenizer")
         self._long = ThreadPoolExecutor(1, "loraplex-tokenizer-long")
         self._is_closed = False
-        self.num_long_chars = 0  # of long texts that wait or run, also of those whose clients have left
+        self.num_long_chars = 0  # of long texts that wait or run, including texts whose clients left
 
     async def run(self, work: Callable[[], Result], num_chars: int, deadline_s: float | None) -> Result:
-        """What `work` returns. deadline_s: on the clock of `time.monotonic`. DeadlineExceededError;
-        NotReadyError once closed."""
-        loop, context = asyncio.get_running_loop(), copy_context()  # what is logged there is the request's, too
+        """Run `work` in a thread and return its result. deadline_s: on the clock of `time.monotonic`. Raises
+        DeadlineExceededError at the deadline, and NotReadyError after `close`."""
+        loop, context = asyncio.get_running_loop(), copy_context()  # log lines in the thread carry the request's id
         if self._is_closed:
             raise NotReadyError("the backend is not running", remedy="wait until /ready answers 200")
         if num_chars < LONG_CHARS:
@@ -52,7 +52,7 @@ class TokenizerThreads:
             ) from None
 
     def close(self) -> None:
-        """What was taken is finished."""
+        """Take no more work. Accepted work is finished, but this call does not wait for it."""
         self._is_closed = True
         for lane in (self._short, self._long):
             lane.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""A base's tokenizer: text -> token ids and back, and its chat template."""
+"""A base's tokenizer: text to token ids and back, and the chat template."""
 
 import functools
 import inspect
@@ -16,10 +16,11 @@ from loraplex.types import Message
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer, and what of it prompts depend on."""
+    """A Hugging Face tokenizer, and the properties of it that prompts depend on."""
 
     def __init__(self, folder: Path, num_embeddings: int = sys.maxsize) -> None:
-        """num_embeddings: of the base; a tokenizer may know more tokens, such as a padding token added later."""
+        """num_embeddings: of the base. A tokenizer may know more tokens, such as a padding token added later. Raises
+        BundleError where the tokenizer does not load or has no fast version."""
         from transformers import AutoTokenizer
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -27,7 +28,7 @@ class Tokenizer:
 
         try:
             self._hf: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except Exception as exc:  # a Rust panic or any of a dozen kinds; all mean a broken or unknown tokenizer
+        except Exception as exc:  # a Rust panic or many other kinds: the tokenizer is broken or unknown
             raise BundleError(
                 folder, f"the tokenizer does not load: {exc}", remedy="copy the base's tokenizer files again"
             ) from None
@@ -40,34 +41,34 @@ class Tokenizer:
         self.special_tokens: dict[str, int] = {
             token.content: token_id for token_id, token in self._hf.added_tokens_decoder.items() if token.special
         }
-        # A special token cuts text before anything else looks at it, so what precedes it tokenizes alone. One that
-        # strips the space on its left reaches over the cut.
+        # Special tokens cut the text first, so the text before one tokenizes alone. A special token that strips the
+        # space on its left (lstrip) reaches over the cut.
         self._cutting = {t.content for t in self._hf.added_tokens_decoder.values() if t.special and not t.lstrip}
         spelled = sorted(self.special_tokens, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, spelled))) if spelled else None
-        self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}  # of byte-level tokenizers
-        # A token alone: its text, and its bytes, of which a character may have more; None where they are not known.
+        self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}  # for byte-level tokenizers
+        # The text and the bytes of one token. The bytes may be part of a character; they are None if unknown.
         self.spell = functools.lru_cache(1 << 16)(self._spell)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Exactly `tokenizer(text)`. InvalidRequestError for a token that the base has no embedding for."""
+        """Return exactly `tokenizer(text)`. Raises InvalidRequestError for a token without an embedding in the base."""
         ids: list[int] = self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         self.check(ids)
         return ids
 
     def check(self, token_ids: Iterable[int]) -> None:
-        """InvalidRequestError for a token that the base has no embedding for."""
+        """Raises InvalidRequestError for a token without an embedding in the base."""
         wrong = next((one for one in token_ids if not 0 <= one < self._num_embeddings), None)
         if wrong is None:
             return
         spelled = f"the token {self.decode(wrong)!r} ({wrong})" if 0 <= wrong < len(self._hf) else f"the token {wrong}"
         raise InvalidRequestError(
-            f"{spelled} is none of the base's {self._num_embeddings} embeddings",
+            f"{spelled} has no embedding in the base, which has {self._num_embeddings} embeddings",
             remedy="leave it out, or serve the base with the tokenizer that it was saved with",
         )
 
     def offsets(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The character at which each token starts; special tokens that were added start at 0."""
+        """Return the character at which each token starts; added special tokens start at 0."""
         encoded = self._hf(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
         return [start for start, _ in encoded["offset_mapping"]]
 
@@ -76,7 +77,7 @@ class Tokenizer:
         return text
 
     def decode_part(self, token_ids: Seq[int], *, skip_special_tokens: bool) -> str:
-        """Of a longer text: the tokens' own characters, spaces as they are."""
+        """Decode part of a longer text: the tokens' own characters, with spaces unchanged."""
         text: str = self._hf.backend_tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -93,23 +94,24 @@ class Tokenizer:
         return text, None
 
     def starts_with_cut(self, text: str) -> bool:
-        """Whether `text` begins with a special token, so that what stands before it tokenizes alone."""
+        """Whether `text` begins with a special token, so that text before it tokenizes alone."""
         return any(text.startswith(token) for token in self._cutting)
 
     def escape(self, text: str) -> tuple[str, tuple[str, ...]]:
-        """Break up special tokens that `text` spells, so that they stay text: a space after their first character.
-        Returns the text and what was found."""
+        """Break up special tokens that `text` spells by a space after their first character, so that they stay text.
+        Return the text and the special tokens found."""
         if self._spelled is None:
             return text, ()
         found = tuple(dict.fromkeys(self._spelled.findall(text)))
         if found:
             text = self._spelled.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-            while self._spelled.search(text):  # a token that a space does not break, or that one makes: take it out
+            while self._spelled.search(text):  # a space does not break this token, or creates it: remove it
                 text = self._spelled.sub("", text)
         return text, found
 
     def chat_frame(self, content: str, source: object) -> str | None:
-        """The base's chat template around one user message, up to where the answer starts; None without a template."""
+        """Return the base's chat template around one user message, up to where the answer starts; None without a
+        template. Raises ContractError where the template fails."""
         if not self._hf.chat_template:
             return None
         try:
@@ -122,19 +124,19 @@ class Tokenizer:
             ) from None
 
     def chat(self, messages: Seq[Message], options: Mapping[str, bool | int | str]) -> tuple[str, tuple[str, ...]]:
-        """The messages in the base's chat template, up to where the answer starts, and what was escaped in them:
-        special tokens are the template's only. options: the template's own variables. InvalidRequestError: there is
-        no template, or it refuses them."""
+        """Return the messages in the base's chat template, up to where the answer starts, and the special tokens that
+        were escaped in the messages: only the template may write special tokens. options: the template's own variables.
+        Raises InvalidRequestError where there is no template, or the template refuses the messages or options."""
         if not self._hf.chat_template:
             raise InvalidRequestError(
                 "the base has no chat template",
                 remedy="ask an adapter with a contract, or send the whole prompt to /v1/completions",
             )
-        # Such as another template, which is no client's to choose.
+        # transformers' own arguments, such as another template, which a client must not choose.
         reserved = options.keys() & inspect.signature(self._hf.apply_chat_template).parameters.keys()
         if reserved:
             raise InvalidRequestError(
-                f"chat_template_kwargs holds {min(reserved)!r}, which is no variable of the template",
+                f"chat_template_kwargs holds {min(reserved)!r}, which is not a variable of the template",
                 remedy="leave it out",
             )
         spelled: list[str] = []
@@ -164,7 +166,7 @@ class Tokenizer:
 
 
 class Conversations:
-    """The tokens of one call's conversations: the same text is tokenized once however many classifiers ask."""
+    """Caches the tokens of one call's conversations: each text is tokenized once, however many classifiers ask."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.encode = functools.cache(tokenizer.encode)
