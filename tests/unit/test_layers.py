@@ -59,7 +59,7 @@ ONLY_IN = {
 
 
 def modules() -> Iterator[tuple[str, list[str]]]:
-    """("engine/batch", imported modules) for every file below the package, its root aside."""
+    """("engine/pack", imported modules) for every file below the package, its root aside."""
     for path in sorted(ROOT.rglob("*.py")):
         name = path.relative_to(ROOT).with_suffix("").as_posix()
         imported = []
