@@ -12,6 +12,8 @@ import tiny
 from checks import model_of
 from loraplex import Loraplex
 from loraplex.errors import UnsupportedModelError
+from loraplex.executors import native
+from loraplex.model.graphs import capturing
 
 NAMES = ["active0", "active1", "active2", "plain"]
 TEXT = "Customer: hello, is it done?"
@@ -112,3 +114,11 @@ def assert_equal(captured: Loraplex, plain: Loraplex, text: str, names: list[str
     expected, actual = plain.classify(text, names), captured.classify(text, names)
     for one, other in zip(expected.verdicts, actual.verdicts, strict=True):
         assert other.scores == pytest.approx(one.scores, abs=1e-4)
+
+
+def test_memory_is_not_given_back_while_a_graph_is_captured(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[bool] = []
+    monkeypatch.setattr(native, "give_back", lambda device: locked.append(capturing.locked()))
+    with Loraplex.load(bundle) as loraplex:
+        loraplex.unload_adapter(loraplex.adapters()[0].name)
+    assert locked == [True]

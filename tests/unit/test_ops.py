@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -127,6 +128,69 @@ def test_as_cuda_computes_it_attention_equals_the_reference(spans: str, heads: t
         actual = attention.packed_attention(asked, key, value, layout, **settings)
     actual = actual if spans == "last" else actual[rows]
     torch.testing.assert_close(actual, expected[rows], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "capability", "kernel"),
+    [
+        (torch.bfloat16, 128, (8, 0), "varlen"),
+        (torch.bfloat16, 256, (9, 0), "varlen"),
+        (torch.bfloat16, 264, (9, 0), "efficient"),  # FlashAttention's largest head is 256
+        (torch.bfloat16, 40, (8, 0), "varlen"),
+        (torch.bfloat16, 36, (8, 0), "plain"),  # its rows are no multiple of 16 bytes
+        (torch.float16, 128, (7, 5), "efficient"),  # FlashAttention's kernels need Ampere
+        (torch.float32, 128, (8, 0), "efficient"),
+        (torch.float32, 36, (8, 0), "efficient"),
+        (torch.float32, 34, (8, 0), "plain"),
+    ],
+)
+def test_on_cuda_the_kernel_is_one_that_takes_the_query(
+    dtype: torch.dtype, head_dim: int, capability: tuple[int, int], kernel: str
+) -> None:
+    query: Any = SimpleNamespace(is_cuda=True, shape=(3, 4, head_dim), dtype=dtype, device="cuda:0")
+    chosen = {f"_attend_{name}": mock.Mock(return_value=name) for name in ("varlen", "efficient", "plain")}
+    with (
+        mock.patch.multiple(attention, **chosen),
+        mock.patch.object(attention, "_compute_capability", lambda device: capability),
+    ):
+        found: Any = attention._attend(query, query, query, mock.Mock(), is_causal=False, scaling=1.0)
+    assert found == kernel
+
+
+def efficient_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_bias: None,
+    compute_log_sumexp: bool,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The memory-efficient kernel on a CPU: [1, heads, n, D], as many key heads as query heads, and a log-sum-exp whose
+    rows are padded to a multiple of 32."""
+    assert query.shape[1] == key.shape[1] == value.shape[1] and compute_log_sumexp and dropout_p == 0
+    assert not is_causal or query.shape[2] == key.shape[2]
+    scores = query @ key.mT * scale
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[2:], dtype=torch.bool).tril(), float("-inf"))
+    lse = torch.nn.functional.pad(scores.logsumexp(-1), (0, -query.shape[2] % 32), value=float("nan"))
+    return scores.softmax(-1) @ value, lse, torch.empty(0), torch.empty(0)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys", "is_causal"), [(5, 5, True), (5, 9, False), (32, 32, True)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_the_memory_efficient_kernel_is_called_as_it_documents(
+    heads: tuple[int, int], num_queries: int, num_keys: int, is_causal: bool
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(num_queries, heads[0], 8)
+    key, value = torch.randn(2, num_keys, heads[1], 8)
+    expected = attention._attend_plain(query, key, value, is_causal=is_causal, scaling=0.3)
+    with mock.patch.object(torch.ops.aten, "_scaled_dot_product_efficient_attention", efficient_attention):
+        actual = attention._attend_efficient(query, key, value, is_causal=is_causal, scaling=0.3)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_what_long_spans_share_is_attended_to_in_one_call_each() -> None:
