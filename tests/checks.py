@@ -29,4 +29,4 @@ def check_pool(loraplex: Loraplex) -> None:
     while engine.num_waiting or engine.num_running or pool.num_available != pool.num_blocks:
         assert time.monotonic() < end, "blocks are held although nothing runs"
         time.sleep(0.001)
-    pool.check()
+    check_blocks(pool)

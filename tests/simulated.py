@@ -18,6 +18,7 @@ from loraplex.adapters.threads import AdapterThreads
 from loraplex.bundle import AdapterSource
 from loraplex.errors import AdapterError, LoraplexError
 from loraplex.service.versions import Versions
+from sound import check_residence, is_pinned
 
 
 def broken() -> LoraplexError:
@@ -178,22 +179,22 @@ class Simulated:
     async def quiet(self) -> None:
         """Nothing runs any more, and nothing is lost."""
         assert not self.leased
-        await settle(lambda: not len(self.tasks))
+        await settle(lambda: not self.tasks._tasks)
         await collect_exceptions()
         residence, entries = self.residence, self.names.entries()
         assert not self.faults
-        residence.check()
+        check_residence(residence)
         live = {entry.live.kv_id: entry.live for entry in entries if entry.live is not None}
         assert len(residence.slots) == len(self.slots)
         assert all(kv_id in residence.slots for kv_id in self.slots.values())
         assert set(self.slots.values()) <= set(live)
         assert residence.slots.num_bytes == sum(live[kv_id].num_bytes for kv_id in self.slots.values())
-        held = [kv_id for kv_id in live if kv_id in residence.host]
+        held = [kv_id for kv_id in live if kv_id in residence.host._held]
         assert residence.host.num_bytes == sum(live[kv_id].num_bytes for kv_id in held)
-        assert residence.num_versions == sum(entry.live is not None for entry in entries)
+        assert sum(map(len, residence._versions.values())) == sum(entry.live is not None for entry in entries)
         pinned = {entry.live.kv_id for entry in entries if entry.is_pinned and entry.live is not None}
-        assert pinned == {kv_id for kv_id in self.slots.values() if residence.slots.is_pinned(kv_id)}
-        assert not any(residence.slots.is_leaving(kv_id) for kv_id in self.slots.values())
+        assert pinned == {kv_id for kv_id in self.slots.values() if is_pinned(residence.slots, kv_id)}
+        assert not any(occupant.is_leaving for occupant in residence.slots._occupants.values())
         assert not any(entry.state in ("loading", "draining") for entry in entries)
 
 

@@ -6,11 +6,36 @@ from pathlib import Path
 
 import pytest
 
+from loraplex.adapters.kinds import KINDS
 from loraplex.adapters.peft_config import REFUSED_KEYS, PeftConfig
-from loraplex.executors.capabilities import backend_table
+from loraplex.executors.capabilities import NATIVE, PEFT, PEFT_MIXED, VLLM
 from peft_features import feature_table
 
 DOCS = Path(__file__).parents[2] / "docs"
+BACKENDS = (NATIVE, VLLM, PEFT, PEFT_MIXED)
+# What a backend does beside serving adapters and bases, and which do it.
+ABILITIES = {
+    "adapters mixed in one forward pass": (NATIVE, VLLM, PEFT_MIXED),
+    "a prefix that activated adapters share, computed once": (NATIVE,),
+    "K/V kept for the next turn (`conversation_id`)": (NATIVE, VLLM),
+    "long prompts in chunks": (NATIVE, VLLM),
+    "text: several tokens, sampling, logit bias, top log probabilities": BACKENDS,
+    "quantized bases, and those whose attention cannot be packed": [one for one in BACKENDS if one.other_bases],
+}
+
+
+def backend_table() -> str:
+    """The table of docs/backends.md."""
+
+    def row(name: str, has: list[bool]) -> str:
+        return f"| {name} | {' | '.join('yes' if one else 'no' for one in has)} |"
+
+    lines = [f"| | {' | '.join(f'`{one.backend}`' for one in BACKENDS)} |", "|---|" + "---|" * len(BACKENDS)]
+    lines += [row(words, [kind in one.adapters for one in BACKENDS]) for kind, words in KINDS.items()]
+    lines += [row(words, [one in able for one in BACKENDS]) for words, able in ABILITIES.items()]
+    return "\n".join(lines)
+
+
 GENERATED = {("adapters.md", "features"): feature_table, ("backends.md", "backends"): backend_table}
 
 

@@ -24,7 +24,7 @@ async def test_what_is_pinned_keeps_its_place() -> None:
         lease.release()
     await sim.versions.load(sim.write("a", "a2"))
     await sim.quiet()
-    assert sim.residence.slots.is_pinned("a2")
+    assert is_pinned(sim.residence.slots, "a2")
     await sim.versions.pin("a", False)
     await sim.ask("b")
     await sim.ask("c")
@@ -37,13 +37,13 @@ async def test_a_pin_ends_with_the_name_that_had_it() -> None:
     for name in "ab":
         await sim.versions.load(sim.write(name, "w1"), pin=name == "a")
     await sim.versions.load(sim.write("c", "w3"), pin=True)
-    assert sim.residence.slots.is_pinned("w1")
+    assert is_pinned(sim.residence.slots, "w1")
     await sim.versions.unload("a")
-    assert not sim.residence.slots.is_pinned("w1")
+    assert not is_pinned(sim.residence.slots, "w1")
     await sim.versions.pin("b", True)
     await sim.versions.pin("b", False)
     await sim.versions.load(sim.write("c", "w4"), pin=False)
-    assert not sim.residence.slots.is_pinned("w4")
+    assert not is_pinned(sim.residence.slots, "w4")
     await sim.quiet()
 
 
@@ -62,7 +62,7 @@ async def test_pinning_follows_a_replacement_that_came_between() -> None:
     assert not pin.done(), "it waits for the old version's place"
     sim.give_back(held[1])
     await pin
-    assert sim.versions.entry("a").is_pinned and sim.residence.slots.is_pinned("w2")
+    assert sim.versions.entry("a").is_pinned and is_pinned(sim.residence.slots, "w2")
     await sim.quiet()
 
 

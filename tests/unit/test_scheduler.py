@@ -83,7 +83,7 @@ class SimulatedModel:
         generating = {one for one in answered if one.append(Token(7 + one.num_tokens % 5, 0.0))}
         self.finished |= {one: self.now for one in (*answered, *failed) if one not in generating}
         self.policy.finish(step, failed=failed, generating=generating, seconds=step.num_tokens / 1000)
-        self.policy.pool.check()
+        check_blocks(self.policy.pool)
         return True
 
     def check_budget(self, step: Step) -> None:
@@ -414,4 +414,4 @@ def test_the_block_not_used_for_longest_is_evicted_and_a_chain_from_its_end() ->
     assert pool.allocate(1) is not None
     assert len(pool.match(chains["b"])) == 1 and len(pool.match(chains["a"])) == 2
     assert pool.allocate(4) is None
-    pool.check()
+    check_blocks(pool)

@@ -160,7 +160,7 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def is_sound(self) -> None:
-        self.slots.check()
+        check_slots(self.slots)
 
     def teardown(self) -> None:
         for key in self.leases:

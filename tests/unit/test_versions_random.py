@@ -48,7 +48,7 @@ async def test_closing_answers_everybody(gate: str) -> None:
     if held is not None:
         sim.give_back(held)  # the engine's last
     await sim.versions.close()
-    assert not sim.faults and not len(sim.tasks)
+    assert not sim.faults and not sim.tasks._tasks
 
 
 class Actors:
@@ -165,5 +165,5 @@ async def test_closing_at_any_time(seed: int, caplog: pytest.LogCaptureFixture) 
     await actors.sim.versions.close()
     _, hanging = await asyncio.wait(tasks, timeout=5)
     assert not hanging and not any(task.exception() for task in tasks)
-    assert not actors.sim.faults and not len(actors.sim.tasks)
-    actors.sim.residence.check()
+    assert not actors.sim.faults and not actors.sim.tasks._tasks
+    check_residence(actors.sim.residence)

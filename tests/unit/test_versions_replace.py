@@ -25,7 +25,7 @@ async def test_requests_in_flight_finish_on_the_version_they_started_with() -> N
     sim.give_back(leases[1])
     leases[1].release()  # twice is once
     await settle(lambda: sim.clears == [leases[1].slot])
-    assert list(sim.slots.values()) == ["w2"] and "w1" not in sim.residence.host
+    assert list(sim.slots.values()) == ["w2"] and "w1" not in sim.residence.host._held
     await sim.quiet()
 
 
@@ -129,9 +129,9 @@ async def test_the_same_content_under_two_names_shares_a_slot_and_keeps_its_name
         sim.give_back(lease)
     num_clears = len(sim.clears)
     await sim.versions.unload("a")
-    assert len(sim.clears) == num_clears and await sim.ask("b") == "w1/b" and "w1" in sim.residence.host
+    assert len(sim.clears) == num_clears and await sim.ask("b") == "w1/b" and "w1" in sim.residence.host._held
     await sim.versions.unload("b")
-    assert not sim.slots and "w1" not in sim.residence.host
+    assert not sim.slots and "w1" not in sim.residence.host._held
     await sim.quiet()
 
 
@@ -143,7 +143,7 @@ async def test_another_contract_swaps_the_version_and_leaves_the_weights_where_t
     assert await sim.ask("a") == "w1/new" and lease.version.id == "w1/old"
     sim.give_back(lease)
     await sim.quiet()
-    assert sim.clears == [] and len(sim.slots) == 1 and "w1" in sim.residence.host
+    assert sim.clears == [] and len(sim.slots) == 1 and "w1" in sim.residence.host._held
     await sim.versions.unload("a")
     assert not sim.slots
     await sim.quiet()
@@ -162,7 +162,7 @@ async def test_weights_that_are_being_placed_for_nobody_any_more_are_freed() -> 
     await a_while()
     sim.read_gate.set()
     await unload
-    assert "w1" not in sim.residence.host and "w1" not in sim.slots.values()
+    assert "w1" not in sim.residence.host._held and "w1" not in sim.slots.values()
     await sim.quiet()
 
 
@@ -180,5 +180,5 @@ async def test_weights_come_again_while_they_go() -> None:
     await a_while()
     sim.place_gate.set()
     await asyncio.gather(unload, load)
-    assert await sim.ask("c") == "w1/c" and "w1" in sim.residence.host
+    assert await sim.ask("c") == "w1/c" and "w1" in sim.residence.host._held
     await sim.quiet()

@@ -11,9 +11,6 @@ class HostTier:
         self.budget_bytes, self.num_bytes = budget_bytes, 0
         self._held: OrderedDict[str, tuple[Any, int]] = OrderedDict()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._held
-
     def get(self, key: str) -> Any | None:
         if key not in self._held:
             return None

@@ -308,18 +308,6 @@ class Residence(Generic[Version]):
         await self._changed.wait()
         self._tasks.check_open()
 
-    def check(self) -> None:
-        """Assert that no version is being placed or leased, and that the budgets hold."""
-        self.slots.check()
-        assert not self._waiting, "a version is being placed"
-        assert not self._num_leases, "a version is leased"
-        assert not any(self.slots.num_leases(kv_id) for kv_id in self._versions), "a slot is leased"
-        assert self.host.num_bytes <= self.host.budget_bytes
-
-    @property
-    def num_versions(self) -> int:
-        return sum(map(len, self._versions.values()))
-
 
 def as_error(exc: Exception, name: str) -> LoraplexError:
     if isinstance(exc, LoraplexError):

@@ -45,13 +45,6 @@ class SlotTable:
     def __contains__(self, key: str) -> bool:
         return key in self._occupants
 
-    def is_pinned(self, key: str) -> bool:
-        return key in self._occupants and self._occupants[key].is_pinned
-
-    def is_leaving(self, key: str) -> bool:
-        """Return whether the key is to be evicted for a waiting one, so that it takes no new leases."""
-        return key in self._occupants and self._occupants[key].is_leaving
-
     def fits(self, num_bytes: int) -> bool:
         """Return whether `num_bytes` could get a slot at all, with the present pins."""
         pinned = [occupant for occupant in self._occupants.values() if occupant.is_pinned]
@@ -143,11 +136,3 @@ class SlotTable:
             if not occupant.is_pinned:
                 occupant.is_leaving = occupant.num_leases > 0
                 num_slots, room = num_slots - 1, room + occupant.num_bytes
-
-    def check(self) -> None:
-        """Assert that every slot is free or has one owner, and that the budgets hold."""
-        owned = [occupant.slot for occupant in self._occupants.values()]
-        assert len(set(owned)) == len(owned), "a slot has two owners"
-        assert sorted(owned + self._free) == list(range(self._num_slots)), "a slot is lost"
-        assert self.num_bytes == sum(occupant.num_bytes for occupant in self._occupants.values())
-        assert self.num_bytes <= self.budget_bytes and len(owned) <= self.max_slots

@@ -17,9 +17,6 @@ class Tasks:
         self._tasks: set[asyncio.Task[None]] = set()
         self.is_closed = False
 
-    def __len__(self) -> int:
-        return len(self._tasks)
-
     def check_open(self) -> None:
         """Raise NotReadyError once closed."""
         if self.is_closed:

@@ -109,14 +109,3 @@ class BlockPool:
         if digest not in self._block_of:
             self._block_of[digest] = block
             self._hash_of[block] = digest
-
-    def check(self) -> None:
-        """Assert that every block is in exactly one of the three states, and that the two indexes agree."""
-        states = [set(self._free), set(self._num_references), set(self._cached)]
-        assert sum(map(len, states)) == self.num_blocks, "a block is lost or counted twice"
-        assert set.union(*states) == set(range(self.num_blocks)), "a block is lost"
-        assert len(self._free) == len(states[0]), "a block is free twice"
-        assert all(count > 0 for count in self._num_references.values()), "a reference is counted below one"
-        assert {digest: block for block, digest in self._hash_of.items()} == self._block_of, "the two indexes differ"
-        assert not states[0] & set(self._hash_of), "a free block can be found"
-        assert states[2] <= set(self._hash_of), "a cached block cannot be found"
