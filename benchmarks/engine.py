@@ -34,7 +34,7 @@ from rich.table import Table
 from benchmarks.shapes import SHAPES, Work, base_config, num_parameters, random_adapter, save_base, work
 from loraplex.adapters.checkpoint import write_lora
 from loraplex.adapters.slots import NO_ADAPTER
-from loraplex.engine.block_pool import BASE_KV, BlockPool
+from loraplex.engine.block_pool import BASE_KV, BLOCK_SIZE, BlockPool
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import EngineRequest, Sequence, SequenceOutput, Target
@@ -68,7 +68,7 @@ class Bench:
         self.runner.verify_packing()
         for slot, adapter in enumerate(self.adapters):
             self.model.set_slot(slot, adapter)
-        self.runner.allocate_cache(4096)
+        self.model.allocate_cache(4096 * BLOCK_SIZE)
 
     def scheduler(self) -> Scheduler:
         return Scheduler(

@@ -5,7 +5,10 @@ import time
 from loraplex import Loraplex
 from loraplex.engine.engine import Engine
 from loraplex.executors.native import NativeExecutor
+from loraplex.model.decoder import Decoder
 from loraplex.model.model import Model
+from loraplex.model.step_memo import StepMemo
+from sound import check_blocks
 
 
 def engine_of(loraplex: Loraplex) -> Engine:
@@ -18,6 +21,16 @@ def model_of(loraplex: Loraplex) -> Model:
     executor = loraplex.service.executor
     assert isinstance(executor, NativeExecutor)
     return executor.model
+
+
+def memo_of(loraplex: Loraplex) -> StepMemo:
+    model = model_of(loraplex)
+    assert isinstance(model, Decoder)
+    return model.memo
+
+
+def num_bytes_of(memo: StepMemo) -> int:
+    return sum(one.num_bytes for one in memo._memos.values())
 
 
 def check_pool(loraplex: Loraplex) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 from loraplex.adapters.host import HostTier
 from loraplex.adapters.residence import Lease, Residence
 from loraplex.adapters.slots import SlotTable
-from loraplex.adapters.tasks import Tasks
-from loraplex.adapters.threads import AdapterThreads
+from loraplex.adapters.tasks import AdapterThreads, Tasks
 from loraplex.bundle import AdapterSource
 from loraplex.errors import AdapterError, LoraplexError
 from loraplex.service.versions import Versions

@@ -189,12 +189,10 @@ class CancelledError(LoraplexError):
 
 class EngineError(LoraplexError):
     code = "engine_error"
-    status = 500
 
 
 class StateError(LoraplexError):
     code = "state_error"
-    status = 500
 
     def __init__(self, name: str) -> None:
         super().__init__(

@@ -16,14 +16,14 @@ UNKNOWN = "(unknown)"
 disable_created_metrics()  # type: ignore[no-untyped-call]  # `_created` metrics would double the series
 
 
-class Metrics:
+class Metrics(Collector):
     """Counts answers as they are given. Reads everything else from `stats` when Prometheus scrapes."""
 
     def __init__(
         self, stats: Callable[[], Stats], is_known: Callable[[str], bool], num_shadows_shed: Callable[[], int]
     ) -> None:
         """is_known: whether a name is a classifier's or a route's. num_shadows_shed: shadow requests dropped so far."""
-        self._stats, self._is_known = stats, is_known
+        self._stats, self._is_known, self._num_shadows_shed = stats, is_known, num_shadows_shed
         self._registry = CollectorRegistry()
         self._verdicts = self._counter(
             "loraplex_classifications",
@@ -54,7 +54,7 @@ class Metrics:
         self._phases = {phase: seconds.labels(phase) for phase in ("tokenize", "queue", "compute", "total")}
         tokens = Counter("loraplex_tokens", "Prompt tokens: computed, or cached", ["kind"], registry=self._registry)
         self._computed_tokens, self._cached_tokens = tokens.labels("computed"), tokens.labels("cached")
-        self._registry.register(_StatsCollector(stats, num_shadows_shed))
+        self._registry.register(self)
 
     def observe(self, result: ClassifyResult) -> None:
         """Count a request that was answered."""
@@ -104,34 +104,8 @@ class Metrics:
             self._verdicts.inc(name, name, "ok", by=0)
         return generate_latest(self._registry)
 
-    def _counter(self, name: str, what: str, labels: list[str]) -> "_NamedCounter":
-        return _NamedCounter(Counter(name, what, labels, registry=self._registry))
-
-
-class _NamedCounter:
-    """A counter whose first two labels are names."""
-
-    def __init__(self, counter: Counter) -> None:
-        self._counter = counter
-        self._children: dict[tuple[str, ...], Counter] = {}  # cached: the counter's own lookup is slow
-
-    def inc(self, *labels: str, by: int = 1) -> None:
-        child = self._children.get(labels)
-        if child is None:
-            child = self._children[labels] = self._counter.labels(*labels)
-        child.inc(by)
-
-    def forget(self, is_gone: Callable[[str], bool]) -> None:
-        for labels in [labels for labels in self._children if any(map(is_gone, labels[:2]))]:
-            del self._children[labels]
-            self._counter.remove(*labels)
-
-
-class _StatsCollector(Collector):
-    def __init__(self, stats: Callable[[], Stats], num_shadows_shed: Callable[[], int]) -> None:
-        self._stats, self._num_shadows_shed = stats, num_shadows_shed
-
     def collect(self) -> Iterator[Metric]:
+        """Yield the metrics that `stats` holds. Prometheus calls this at each scrape."""
         stats = self._stats()
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
         yield gauge("loraplex_sequences_waiting", "Accepted evaluations that do not run yet", stats.num_waiting)
@@ -171,3 +145,25 @@ class _StatsCollector(Collector):
         )
         lora.add_metric([str(stats.max_slots), ",".join(stats.active), ",".join(stats.placing)], time.time())
         yield lora
+
+    def _counter(self, name: str, what: str, labels: list[str]) -> "_NamedCounter":
+        return _NamedCounter(Counter(name, what, labels, registry=self._registry))
+
+
+class _NamedCounter:
+    """A counter whose first two labels are names."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._children: dict[tuple[str, ...], Counter] = {}  # cached: the counter's own lookup is slow
+
+    def inc(self, *labels: str, by: int = 1) -> None:
+        child = self._children.get(labels)
+        if child is None:
+            child = self._children[labels] = self._counter.labels(*labels)
+        child.inc(by)
+
+    def forget(self, is_gone: Callable[[str], bool]) -> None:
+        for labels in [labels for labels in self._children if any(map(is_gone, labels[:2]))]:
+            del self._children[labels]
+            self._counter.remove(*labels)

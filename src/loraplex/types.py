@@ -229,17 +229,13 @@ class LikelyToken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratedToken:
-    """A token of the answer, with the fields of LikelyToken.
+class GeneratedToken(LikelyToken):
+    """A token of the answer.
 
     offset:  number of characters in the answer before the token.
     top:     the `num_top` likeliest tokens at this position, likeliest first. The token itself may be missing.
     """
 
-    id: int
-    text: str
-    utf8: bytes | None
-    log_prob: float
     offset: int
     top: tuple[LikelyToken, ...]
 

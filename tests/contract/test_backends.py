@@ -224,7 +224,7 @@ def test_usage_counts_what_was_computed(shared: Loraplex) -> None:
     before = shared.service.stats().num_step_tokens
     usage = shared.classify(TEXTS[1], ["active1", "active0"]).usage
     assert usage.prompt_tokens > 0
-    if shared.service.backend == "peft":
+    if shared.service.executor.name == "peft":
         assert usage.computed_tokens == usage.prompt_tokens and usage.cached_tokens == 0
     stats = shared.service.stats()
     assert stats.num_step_tokens - before == usage.computed_tokens
@@ -383,7 +383,7 @@ def test_a_failed_forward_pass_leaves_nothing_behind(
             raise RuntimeError("out of memory")
 
         with monkeypatch.context() as patched:
-            patched.setattr(engine.runner, "probe", lambda: None)
+            patched.setattr(engine, "_probe", lambda: None)
             handle = head.register_forward_hook(fail)
             for name in ADAPTERS:
                 with pytest.raises(Exception, match="out of memory"):

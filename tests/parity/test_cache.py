@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import recorded
 import tiny
-from checks import check_pool, model_of
+from checks import check_pool, memo_of, model_of, num_bytes_of
 from loraplex import ClassifyRequest, ClassifyResult, Loraplex
 from loraplex.engine import sequence
 from loraplex.engine.block_pool import block_hashes
@@ -98,18 +98,18 @@ def test_what_layers_keep_stays_in_its_memory(tmp_path: Path) -> None:
     bundle, text = tiny.save_bundle(tmp_path / "bundle", adapters=3), "Customer: hello"
     names = ["task0", "task1", "task2"]
     with Loraplex.load(bundle, dtype="float32") as loraplex:
-        memo = model_of(loraplex).memo
+        memo = memo_of(loraplex)
         memo.clear()
         for _ in range(2):
             expected = loraplex.classify(text, names)
-        assert len(memo) == 1 and memo.num_bytes > 0  # the last layer's has the same key: its slots' order
-        memo.budget_bytes = memo.num_bytes
+        assert len(memo._memos) == 1 and num_bytes_of(memo) > 0  # the last layer's has the same key: its slots' order
+        memo.budget_bytes = num_bytes_of(memo)
         assert_equal(loraplex.classify(text, names), expected)
-        assert len(memo) == 1
+        assert len(memo._memos) == 1
         memo.budget_bytes -= 1
         for _ in range(2):
             assert_equal(loraplex.classify(text, names), expected)
-            assert not len(memo)
+            assert not memo._memos
 
 
 def test_what_was_kept_for_a_step_that_did_not_fit_is_given_back(tmp_path: Path) -> None:
@@ -125,11 +125,11 @@ def test_what_was_kept_for_a_step_that_did_not_fit_is_given_back(tmp_path: Path)
         expected = loraplex.classify(text, names)
         model = model_of(loraplex)
         assert isinstance(model, Decoder)
-        before = model.memo.num_bytes
+        before = num_bytes_of(model.memo)
         assert before > 0
         model.lm_head.base_layer.register_forward_pre_hook(fails)
         assert_equal(loraplex.classify(text, names), expected)
-        assert model.memo.num_bytes == 0, "single adapters are not stacked"
+        assert num_bytes_of(model.memo) == 0, "single adapters are not stacked"
 
 
 def test_the_next_turn_is_computed_where_it_is_new(pair: Pair) -> None:

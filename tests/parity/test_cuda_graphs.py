@@ -9,7 +9,7 @@ import pytest
 
 import recorded
 import tiny
-from checks import model_of
+from checks import memo_of
 from loraplex import Loraplex
 from loraplex.errors import UnsupportedModelError
 from loraplex.executors import native
@@ -97,8 +97,8 @@ def test_where_capturing_fails_steps_run_as_before(bundle: Path, caplog: pytest.
     ):
         for _ in range(3):
             assert_equal(captured, plain, TEXT, NAMES)
-        memo = model_of(captured).memo
-        assert len(memo) and not memo.num_graphs
+        memos = memo_of(captured)._memos
+        assert memos and not any(graphs for memo in memos.values() for graphs in memo.graphs.values())
     assert counted.num_captured == 2
     assert [record.message for record in caplog.records] == [
         "steps are no longer captured as CUDA graphs, and run as before"

@@ -181,6 +181,6 @@ def test_who_is_late_is_not_told_that_it_left() -> None:
         sequence = Sequence(token_ids=(1, 2), slot=NO_ADAPTER)
         [outcome] = await computing.compute(EngineRequest([sequence], deadline_s=time.monotonic() + 0.01))
         assert isinstance(outcome, DeadlineExceededError)
-        assert sequence.request.cancelled
+        assert sequence.request.future.cancelled()
 
     asyncio.run(ask())

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from loraplex.adapters.checkpoint import read_adapter
+from adapter_files import read_adapter
 from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.engine.block_pool import BASE_KV

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from adapter_files import read_adapter
 from loraplex.adapters import checkpoint
-from loraplex.adapters.checkpoint import read_adapter
 from loraplex.adapters.peft_config import MAX_CONFIG_BYTES, REFUSED_KEYS
 from loraplex.adapters.weights import BaseLayers
 from loraplex.errors import AdapterError

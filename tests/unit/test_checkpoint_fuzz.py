@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from loraplex.adapters.checkpoint import read_adapter
+from adapter_files import read_adapter
 from loraplex.adapters.peft_config import INERT_KEYS, REFUSED_KEYS, PeftConfig
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.errors import ConfigurationError

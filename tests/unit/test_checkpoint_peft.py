@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import tiny
-from loraplex.adapters.checkpoint import read_adapter
+from adapter_files import read_adapter
 from loraplex.adapters.weights import AdapterWeights, LoRAWeights, SavedModule
 from loraplex.errors import AdapterError
 from loraplex.model.loader import base_layers

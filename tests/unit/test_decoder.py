@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 import tiny
-from loraplex.engine.runner import ModelRunner, lone_sequence
-from loraplex.engine.sequence import SequenceOutput, Target
+from loraplex.engine.runner import ModelRunner
+from loraplex.engine.sequence import SequenceOutput, Target, lone_sequence
 from loraplex.engine.step import Step
 from loraplex.model.base_weights import BaseWeights
 from loraplex.model.decoder import FAMILIES, Decoder, decoder_layers, decodes

@@ -65,9 +65,6 @@ class FakeRunner:
         answered = [placed.sequence for placed in step.placed if not placed.is_chunk]
         return [(sequence, output(sequence)) for sequence in reversed(answered)]  # any order will do
 
-    def probe(self) -> None:
-        self.before([])
-
 
 @pytest.fixture
 def engine_of() -> Iterator[Callable[[FakeRunner, Scheduler], Engine]]:

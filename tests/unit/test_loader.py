@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, MistralConfig
 
 import tiny
-from loraplex.engine.runner import ModelRunner, lone_sequence
+from loraplex.engine.runner import ModelRunner
+from loraplex.engine.sequence import lone_sequence
 from loraplex.engine.step import Step
 from loraplex.errors import EngineError, UnsupportedModelError
 from loraplex.model import loader

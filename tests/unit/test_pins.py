@@ -8,6 +8,7 @@ from loraplex.errors import (
     NotReadyError,
 )
 from simulated import Files, Simulated, a_while
+from sound import is_pinned
 
 pytestmark = pytest.mark.anyio
 

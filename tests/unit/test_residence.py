@@ -198,15 +198,15 @@ def test_host_memory_has_a_budget() -> None:
         tier.put(key, key, 10)
     assert tier.get("a") == "a" and tier.num_bytes == 30
     tier.put("d", "d", 10)
-    assert "b" not in tier and tier.get("b") is None and tier.num_bytes == 30
+    assert "b" not in tier._held and tier.get("b") is None and tier.num_bytes == 30
     tier.put("e", "e", 31)
-    assert "e" not in tier and tier.num_bytes == 30, "what is not held puts nobody out"
+    assert "e" not in tier._held and tier.num_bytes == 30, "what is not held puts nobody out"
     tier.put("a", "A", 20)
-    assert tier.get("a") == "A" and tier.num_bytes == 30 and "d" in tier
+    assert tier.get("a") == "A" and tier.num_bytes == 30 and "d" in tier._held
     tier.put("a", "A", 31)
     tier.drop("d")
     tier.drop("d")
-    assert tier.num_bytes == 0 and "a" not in tier
+    assert tier.num_bytes == 0 and "a" not in tier._held
 
 
 async def test_many_more_than_there_are_places() -> None:

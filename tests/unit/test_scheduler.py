@@ -14,6 +14,7 @@ from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import EngineRequest, Sampling, Sequence, Target, Token
 from loraplex.engine.step import Step
 from loraplex.errors import CancelledError, DeadlineExceededError, LoraplexError
+from sound import check_blocks
 
 UNIQUE = itertools.count(1000)
 Content = tuple[tuple[bytes, int], ...]  # (K/V identity, token) of every position up to a block's end

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from loraplex.adapters.slots import SlotTable
+from sound import check_slots
 
 
 def table(*keys: str, budget: int = 100, slots: int = 10, num_bytes: int = 10) -> SlotTable:

@@ -9,6 +9,7 @@ from transformers import GemmaConfig, LlamaConfig, PreTrainedConfig
 import tiny
 from loraplex.adapters.slots import prefix_slot
 from loraplex.adapters.weights import AdapterWeights, LoRAWeights
+from loraplex.engine.block_pool import BLOCK_SIZE
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.sequence import EngineRequest, Sequence, SequenceOutput, Target
 from loraplex.engine.step import Placed, Step
@@ -60,7 +61,7 @@ def test_a_slot_that_is_used_again_keeps_nothing_of_its_prefix(tmp_path: Path, k
 
     def runner() -> ModelRunner:
         runner = ModelRunner(load_model(config, tmp_path, torch.float32, torch.device("cpu")))
-        runner.allocate_cache(2)
+        runner.model.allocate_cache(2 * BLOCK_SIZE)
         return runner
 
     used, new = runner(), runner()

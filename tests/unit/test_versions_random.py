@@ -12,6 +12,7 @@ from loraplex.errors import (
     NotReadyError,
 )
 from simulated import Files, Simulated, a_while, broken, out_of_memory, source
+from sound import check_residence
 
 pytestmark = pytest.mark.anyio
 

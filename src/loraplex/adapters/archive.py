@@ -5,17 +5,7 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from loraplex.adapters.files import (
-    ARCHIVE,
-    CHUNK,
-    FILES,
-    PICKLE,
-    SourceLimits,
-    check,
-    check_size,
-    limit_of,
-    reason_of,
-)
+from loraplex.adapters.files import ARCHIVE, CHUNK, FILES, PICKLE, SourceLimits, check, check_size, limit_of, reason_of
 from loraplex.bundle import ADAPTER_CONFIG
 from loraplex.errors import AdapterError
 

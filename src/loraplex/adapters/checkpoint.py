@@ -40,7 +40,7 @@ class Unidentified(NamedTuple):
         although the copy may turn out to equal the base's own."""
         return kinds_of(self.config, self.weights)
 
-    def identify(self, parameter: Callable[[str], torch.Tensor | None] = lambda name: None) -> AdapterWeights:
+    def identify(self, parameter: Callable[[str], torch.Tensor | None]) -> AdapterWeights:
         """Return the adapter with its content hash and kinds, without the tensors that only copy the base's own.
 
         parameter:  returns the base's tensor of a name, such as "lm_head.weight"; None where the base has none."""
@@ -48,20 +48,13 @@ class Unidentified(NamedTuple):
         return replace(weights.with_content_id(), kinds=kinds_of(self.config, weights))
 
 
-def read_adapter(folder: Path, layers: BaseLayers | Mapping[str, tuple[int, int]]) -> AdapterWeights:
-    """Read the adapter in `folder` and compute its content hash. See `read_unidentified`."""
-    return read_unidentified(folder, layers).identify()
+def read_unidentified(folder: Path, base: BaseLayers) -> Unidentified:
+    """Read the adapter in `folder`, and check it against the layers of a base.
 
-
-def read_unidentified(folder: Path, layers: BaseLayers | Mapping[str, tuple[int, int]]) -> Unidentified:
-    """Read the adapter in `folder`, and check it against a base with these layers.
-
-    layers:  a mapping stands for linear layers only: path -> (out_features, in_features).
     Raises AdapterError where a tensor is unexpected, missing, of the wrong shape or not finite. The error names the
     file and the tensor or key. Names and shapes are checked on the header, before any tensor is read. The tensors
     returned are copies, so they do not change with the file.
     """
-    base = layers if isinstance(layers, BaseLayers) else BaseLayers(linear=layers)
     config = read_peft_config(folder)
     path = folder / ADAPTER_WEIGHTS
     try:

@@ -10,8 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from loraplex.adapters.host import HostTier
 from loraplex.adapters.slots import SlotTable
-from loraplex.adapters.tasks import Tasks, closed
-from loraplex.adapters.threads import AdapterThreads
+from loraplex.adapters.tasks import AdapterThreads, Tasks, closed
 from loraplex.bundle import AdapterSource
 from loraplex.errors import AdapterError, EngineError, LoraplexError, NotReadyError
 

@@ -1,13 +1,16 @@
-"""Tasks on an event loop that continue after their caller leaves."""
+"""Tasks on an event loop that continue after their caller leaves, and the threads that read and place adapters."""
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from loraplex.errors import LoraplexError, NotReadyError
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Tasks:
@@ -53,3 +56,27 @@ class Tasks:
 
 def closed() -> NotReadyError:
     return NotReadyError("the server is stopping", remedy="send it to another server, or later")
+
+
+class AdapterThreads:
+    """Reader threads, and one placer thread, which works in order. Other threads tokenize requests, so that neither
+    delays the other."""
+
+    def __init__(self, start_thread: Callable[[], object] = lambda: None) -> None:
+        """start_thread: called first on each thread."""
+        self._readers = ThreadPoolExecutor(4, "loraplex-reader", start_thread)
+        self._placer = ThreadPoolExecutor(1, "loraplex-placer", start_thread)
+
+    async def read(self, work: Callable[..., Result], *args: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work, *args)
+
+    async def place(self, work: Callable[..., None], *args: int) -> None:
+        """Run `work` on the placer. The work is done even where the caller is cancelled."""
+        done = asyncio.get_running_loop().run_in_executor(self._placer, work, *args)
+        done.add_done_callback(lambda _: done.cancelled() or done.exception())  # the caller may have left
+        await asyncio.shield(done)
+
+    async def close(self) -> None:
+        """Wait until the placer has ended. Readers are not waited for, because one may hang."""
+        await asyncio.to_thread(self._placer.shutdown)
+        self._readers.shutdown(wait=False)

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple, Protocol, Self
 
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import EngineRequest, Outcome, Sequence
+from loraplex.engine.sequence import EngineRequest, Outcome, Sequence, lone_sequence
 from loraplex.engine.step import Step
 from loraplex.errors import EngineError, LoraplexError, NotReadyError
 
@@ -16,14 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
-    """Runs steps on a model. The engine calls both methods on its own thread."""
+    """Runs steps on a model. The engine calls it on its own thread."""
 
     def run(self, step: Step) -> list[tuple[Sequence, Outcome]]:
         """Run one step. Return an outcome for each sequence, except for sequences of which only a chunk ran."""
         ...
-
-    def probe(self) -> None:
-        """Compute one token on the base. Raises where the model no longer computes at all."""
 
 
 class Steps(NamedTuple):
@@ -53,6 +50,7 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self.runner = runner
         self.scheduler = scheduler
+        self.max_step_tokens = scheduler.max_step_tokens
         self._changed = threading.Condition()  # guards the five fields below; held briefly
         self._arrived: deque[EngineRequest] = deque()  # submitted, not yet in the scheduler
         self._num_arrived = 0, 0  # sequences and tokens to compute in `_arrived`
@@ -76,10 +74,6 @@ class Engine:
     def num_waiting_tokens(self) -> int:
         """Tokens to compute for the queued sequences."""
         return self.scheduler.num_waiting_tokens + self._num_arrived[1]
-
-    @property
-    def max_step_tokens(self) -> int:
-        return self.scheduler.max_step_tokens
 
     def cost(self, request: EngineRequest) -> int:
         """Return the tokens to compute for a request that is not submitted yet. Any thread may call."""
@@ -181,11 +175,17 @@ class Engine:
             return outcomes, set()
         # Outside the except block: the failed step's tensors, which its traceback held, are free by now.
         if len(step) == 1:
-            self.runner.probe()  # raises, and ends the engine, where the model is at fault
+            self._probe()  # raises, and ends the engine, where the model is at fault
             sequence = step.placed[0].sequence
             return [(sequence, error)], {sequence}
         (first, first_failed), (second, second_failed) = map(self._run, step.halves())
         return first + second, first_failed | second_failed
+
+    def _probe(self) -> None:
+        """Compute one token on the base. Raises where the model no longer computes at all."""
+        [(_, outcome)] = self.runner.run(Step.of([lone_sequence([0])]))
+        if isinstance(outcome, LoraplexError):
+            raise outcome
 
     def _count_arrived(self, request: EngineRequest, sign: int) -> None:
         num_sequences, num_tokens = self._num_arrived

@@ -6,11 +6,9 @@ from itertools import islice
 
 import torch
 
-from loraplex.adapters.slots import NO_ADAPTER
-from loraplex.engine.block_pool import BLOCK_SIZE
 from loraplex.engine.outcomes import read_outcomes
 from loraplex.engine.pack import Batch, pack
-from loraplex.engine.sequence import EngineRequest, Outcome, Sequence, Target
+from loraplex.engine.sequence import Outcome, Sequence, Target, lone_sequence
 from loraplex.engine.step import Step
 from loraplex.errors import LoraplexError, UnsupportedModelError
 from loraplex.model.model import Model
@@ -23,14 +21,6 @@ class ModelRunner:
     def __init__(self, model: Model) -> None:
         self.model = model
         self._staging = Staging(model.device)
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one K/V block."""
-        return BLOCK_SIZE * self.model.kv_bytes
-
-    def allocate_cache(self, num_blocks: int) -> None:
-        self.model.allocate_cache(num_blocks * BLOCK_SIZE)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[tuple[Sequence, Outcome]]:
@@ -57,19 +47,13 @@ class ModelRunner:
         rows = {
             sequence: row
             for sequence, row in zip(batch.sequences, batch.last_rows, strict=True)
-            if self.model.has_score(sequence.slot)
+            if sequence.slot in self.model.scores
         }
         if not rows:
             return {}
-        log_probs = [self.model.score(sequence.slot, hidden[row]) for sequence, row in rows.items()]
+        log_probs = [self.model.scores.score(sequence.slot, hidden[row]) for sequence, row in rows.items()]
         values = iter(torch.cat(log_probs).tolist())  # waits for the device once
         return {sequence: tuple(islice(values, len(found))) for sequence, found in zip(rows, log_probs, strict=True)}
-
-    def probe(self) -> None:
-        """Compute one token on the base. Raises where the computation fails."""
-        [(_, outcome)] = self.run(Step.of([lone_sequence([0])]))
-        if isinstance(outcome, LoraplexError):
-            raise outcome
 
     def verify_packing(self) -> None:
         """Check that packed texts do not affect each other.
@@ -110,10 +94,3 @@ class ModelRunner:
         if isinstance(outcome, LoraplexError):
             raise UnsupportedModelError(type(self.model).__name__, outcome.message, remedy=outcome.remedy)
         return list(outcome.log_probs)
-
-
-def lone_sequence(token_ids: Seq[int], *targets: Target) -> Sequence:
-    """Return a sequence on the bare base, in a request of its own."""
-    sequence = Sequence(token_ids=tuple(token_ids), slot=NO_ADAPTER, targets=targets)
-    EngineRequest([sequence])
-    return sequence

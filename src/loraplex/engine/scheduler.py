@@ -4,7 +4,6 @@ torch, and the clock is an argument."""
 import heapq
 from collections import deque
 from collections.abc import Collection
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from loraplex.engine.block_pool import BLOCK_SIZE, BlockPool
@@ -239,24 +238,20 @@ class Scheduler:
             late = [(one, error) for one in heap if (error := _reason_to_drop(one.request, now)) is not None]
             for one, error in late:
                 heap.remove(one)
-                dropped += [(sequence, error) for sequence in self._take([one])]
+                self._num_waiting -= len(one.pending)
+                self.num_waiting_tokens -= one.num_tokens
+                for sequence in one.pending:
+                    self._unpin(sequence)
+                    dropped.append((sequence, error))
             if late:
                 heapq.heapify(heap)
             if not heap:
                 del self._flows[flow], self._served[flow]
         return dropped
 
-    def _take(self, waiting: Seq[_Waiting]) -> list[Sequence]:
-        sequences = [sequence for one in waiting for sequence in one.pending]
-        self._num_waiting -= len(sequences)
-        self.num_waiting_tokens -= sum(one.num_tokens for one in waiting)
-        for sequence in sequences:
-            self._unpin(sequence)
-        return sequences
-
 
 def _reason_to_drop(request: EngineRequest, now: float) -> LoraplexError | None:
-    if request.cancelled:
+    if request.future.cancelled():
         return CancelledError("the client left", remedy="none is needed")
     if request.deadline_s is not None and now >= request.deadline_s:
         return DeadlineExceededError("not computed before the deadline", remedy="allow more time or send less at once")

@@ -175,16 +175,14 @@ class EngineRequest:
         sequences: Seq[Sequence],
         *,
         deadline_s: float | None = None,
-        num_tokens: int = 0,
         on_end: Callable[[], object] = lambda: None,
     ) -> None:
-        """deadline_s: on the clock of `time.monotonic`. num_tokens: estimated tokens to compute; 0 if not estimated.
-        on_end: called once, on any thread, when the engine is done with all sequences, even if the future was
-        cancelled."""
+        """deadline_s: on the clock of `time.monotonic`. on_end: called once, on any thread, when the engine is done
+        with all sequences, even if the future was cancelled."""
         assert sequences, "a request needs at least one sequence"
         self.sequences = tuple(sequences)
         self.deadline_s = deadline_s
-        self.num_tokens = num_tokens
+        self.num_tokens = 0  # estimated tokens to compute; 0 if not estimated
         self._on_end = on_end
         self.future: Future[list[Outcome]] = Future()
         self._outcomes: list[Outcome | None] = [None] * len(self.sequences)
@@ -192,10 +190,6 @@ class EngineRequest:
         self._lock = threading.Lock()
         for index, sequence in enumerate(self.sequences):
             sequence.request, sequence.index = self, index
-
-    @property
-    def cancelled(self) -> bool:
-        return self.future.cancelled()
 
     def outcomes(self, error: LoraplexError) -> list[Outcome]:
         """Return the outcomes so far, and `error` for each sequence that has none and may still be running."""
@@ -226,3 +220,10 @@ class EngineRequest:
         if self.future.set_running_or_notify_cancel():
             self.future.set_result(outcomes)
         return True
+
+
+def lone_sequence(token_ids: Seq[int], *targets: Target) -> Sequence:
+    """Return a sequence on the bare base, in a request of its own."""
+    sequence = Sequence(token_ids=tuple(token_ids), slot=NO_ADAPTER, targets=targets)
+    EngineRequest([sequence])
+    return sequence

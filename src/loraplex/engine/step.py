@@ -81,9 +81,9 @@ class Step:
         self._roots: dict[tuple[tuple[int, ...], int, int], list[Run]] = {}
 
     @classmethod
-    def of(cls, sequences: Seq[Sequence], *, shares: bool = True) -> "Step":
+    def of(cls, sequences: Seq[Sequence]) -> "Step":
         """Return a step of whole sequences that read no cached blocks and keep none."""
-        step = cls(shares=shares)
+        step = cls()
         for sequence in sequences:
             step.add(Placed(sequence, sequence.num_tokens))
         return step
@@ -94,7 +94,8 @@ class Step:
     def cost(self, placed: Placed) -> int:
         """Return how many more tokens the step computes if `placed` joins."""
         cost = placed.end - placed.start
-        at, siblings = placed.start, self._at_root(placed)
+        at = placed.start
+        siblings = self._roots.get((placed.cached, *_key(placed.sequence, at)))
         while at < placed.end and siblings is not None:
             run, num_common = self._best(siblings, placed, at)
             if run is None:
@@ -143,11 +144,17 @@ class Step:
             (first if index < middle else second).add(Placed(one.sequence, one.end, one.start, one.cached, one.kept))
         return first, second
 
-    def _at_root(self, placed: Placed) -> list[Run] | None:
-        return self._roots.get((placed.cached, *_key(placed.sequence, placed.start)))
-
     def _best(self, siblings: Seq[Run], placed: Placed, at: int) -> tuple[Run | None, int]:
-        return _best(siblings, placed, at) if self._shares else (None, 0)
+        """Return the run that shares most tokens with the sequence from `at`, and how many. The run is None where no
+        run shares enough."""
+        best, most = None, 0
+        end = _end_of_slot(placed, at)
+        for run in siblings if self._shares else ():
+            num_common = _num_common(run.token_ids, placed.sequence.token_ids, at, end)
+            same_request = run.owner.request is placed.sequence.request
+            if num_common > most and (same_request or num_common >= BLOCK_SIZE):
+                best, most = run, num_common
+        return best, most
 
     def _split(self, run: Run, num_tokens: int) -> None:
         """Cut `run` after `num_tokens` tokens. The rest becomes a child of `run` and takes over its children."""
@@ -175,19 +182,6 @@ def _end_of_slot(placed: Placed, at: int) -> int:
 
 def _key(sequence: Sequence, at: int) -> tuple[int, int]:
     return _slot(sequence, at), sequence.token_ids[at]
-
-
-def _best(siblings: Seq[Run], placed: Placed, at: int) -> tuple[Run | None, int]:
-    """Return the run that shares most tokens with the sequence from `at`, and how many. The run is None where no run
-    shares enough."""
-    best, most = None, 0
-    end = _end_of_slot(placed, at)
-    for run in siblings:
-        num_common = _num_common(run.token_ids, placed.sequence.token_ids, at, end)
-        same_request = run.owner.request is placed.sequence.request
-        if num_common > most and (same_request or num_common >= BLOCK_SIZE):
-            best, most = run, num_common
-    return best, most
 
 
 def _num_common(tokens: tuple[int, ...], others: tuple[int, ...], at: int, end: int) -> int:

@@ -30,31 +30,19 @@ class Capabilities:
                 )
 
 
-NATIVE = Capabilities(
-    backend="--backend native",
-    adapters=frozenset(KINDS),
-    other_bases=False,
-)
+NATIVE = Capabilities(backend="--backend native", adapters=frozenset(KINDS), other_bases=False)
 # PEFT 0.21's behaviour, found by tests/contract/test_adapter_kinds.py. What fails with several adapters on a model:
 # bias: PEFT writes the bias into the base, so all other adapters compute with it. It refuses a second such adapter.
 # other_embedding: the same, but without an error. tying: the second adapter's LoRA is not tied.
 # tokens: an adapter without trainable tokens does not load after one with them.
 # saved: fails for a layer on which another adapter has LoRA. score: needs another model class.
 PEFT = Capabilities(
-    backend="--backend peft",
-    adapters=frozenset({"lora", "alora", "lora_bias", "embedding", "dora"}),
-    other_bases=False,
+    backend="--backend peft", adapters=frozenset({"lora", "alora", "lora_bias", "embedding", "dora"}), other_bases=False
 )
 # PEFT refuses `adapter_names` with DoRA.
 PEFT_MIXED = Capabilities(
-    backend="--backend peft --peft-batching mixed",
-    adapters=PEFT.adapters - {"dora"},
-    other_bases=False,
+    backend="--backend peft --peft-batching mixed", adapters=PEFT.adapters - {"dora"}, other_bases=False
 )
 # vLLM 0.32 refuses most other kinds by name. It would read LoRA on the output head, but pads and shards it by its own
 # rules. Its score heads need the base to be loaded as a classifier, for all adapters.
-VLLM = Capabilities(
-    backend="--backend vllm",
-    adapters=frozenset({"lora"}),
-    other_bases=True,
-)
+VLLM = Capabilities(backend="--backend vllm", adapters=frozenset({"lora"}), other_bases=True)

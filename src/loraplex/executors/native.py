@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.bundle import AdapterSource
 from loraplex.config import EngineConfig
-from loraplex.engine.block_pool import BlockPool
+from loraplex.engine.block_pool import BLOCK_SIZE, BlockPool
 from loraplex.engine.engine import Engine
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
@@ -42,8 +42,8 @@ class NativeExecutor:
         model = load_model(config, base, resolve_dtype(options.dtype, device), device, capture)
         runner = ModelRunner(model)
         runner.verify_packing()
-        num_blocks = budget_bytes(options.kv_cache, device) // runner.block_bytes
-        runner.allocate_cache(num_blocks)
+        num_blocks = budget_bytes(options.kv_cache, device) // (BLOCK_SIZE * model.kv_bytes)
+        model.allocate_cache(num_blocks * BLOCK_SIZE)
         scheduler = Scheduler(
             pool=BlockPool(num_blocks),
             max_step_tokens=options.max_step_tokens or default_step_tokens(device, model.dtype, config),

@@ -32,11 +32,10 @@ from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterSource
 from loraplex.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.outcomes import read_outcomes
-from loraplex.engine.runner import lone_sequence
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Outcome, Sequence
 from loraplex.engine.step import Step
-from loraplex.errors import AdapterError, LoraplexError
+from loraplex.errors import AdapterError
 from loraplex.executors.capabilities import PEFT, PEFT_MIXED, Capabilities
 from loraplex.machine import give_back
 from loraplex.model.loader import (
@@ -164,12 +163,6 @@ class PeftRunner:
     def clear_slot(self, slot: int) -> None:
         with self._alone():
             self._delete(_name(slot))
-
-    def probe(self) -> None:
-        """Compute one token on the base. Raises where the computation fails."""
-        [(_, outcome)] = self.run(Step.of([lone_sequence([0])]))
-        if isinstance(outcome, LoraplexError):
-            raise outcome
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[tuple[Sequence, Outcome]]:

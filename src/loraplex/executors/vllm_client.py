@@ -25,17 +25,8 @@ from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.exceptions import EngineDeadError  # noqa: E402
 from vllm.v1.metrics.loggers import StatLoggerBase  # noqa: E402
 
-__all__ = [
-    "DEVICE_TYPE",
-    "AsyncLLM",
-    "EngineDeadError",
-    "Gauge",
-    "LoRARequest",
-    "RequestOutputKind",
-    "SamplingParams",
-    "reason",
-    "start_llm",
-]
+# What `vllm_engine.py` takes from vLLM by way of this file.
+__all__ = ["AsyncLLM", "EngineDeadError", "LoRARequest", "RequestOutputKind", "SamplingParams"]
 
 DEVICE_TYPE: str = current_platform.device_type  # the kind of device that the installed vLLM computes on
 

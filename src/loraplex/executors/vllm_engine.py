@@ -20,14 +20,8 @@ from typing import Any, TypeVar
 from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.engine.engine import Steps
 from loraplex.engine.outcomes import checked
-from loraplex.engine.sequence import EngineRequest, Outcome, Sequence, SequenceOutput, Token
-from loraplex.errors import (
-    CancelledError,
-    EngineError,
-    LoraplexError,
-    NotReadyError,
-    UnsupportedModelError,
-)
+from loraplex.engine.sequence import EngineRequest, Outcome, Sequence, SequenceOutput, Token, lone_sequence
+from loraplex.errors import CancelledError, EngineError, LoraplexError, NotReadyError, UnsupportedModelError
 from loraplex.executors.turns import Turns
 from loraplex.executors.vllm_client import (
     DEVICE_TYPE,
@@ -76,6 +70,7 @@ class VllmEngine:
         except BaseException:
             self._end()
             raise
+        self.lora_config: Any = self._llm.vllm_config.lora_config  # vLLM's own LoRA settings
         self.max_step_tokens: int = self._llm.vllm_config.scheduler_config.max_num_batched_tokens
         # vLLM 0.32's CPU kernels apply the last slot's adapter to a base's row in a batch with adapters' rows.
         self._base_is_apart = DEVICE_TYPE == "cpu"
@@ -89,7 +84,7 @@ class VllmEngine:
         """Check that the base computes: some bases load and do not. Eight tokens, because vLLM 0.32's int8 products on
         CPUs crash on fewer. Raises UnsupportedModelError where the base does not compute."""
         num_tokens = min(8, self._llm.model_config.max_model_len - 1)
-        request = EngineRequest([Sequence(token_ids=(0,) * num_tokens, slot=NO_ADAPTER)])
+        request = lone_sequence([0] * num_tokens).request
         self.submit(request)
         [outcome] = request.future.result()
         if isinstance(outcome, LoraplexError):
@@ -101,11 +96,6 @@ class VllmEngine:
             )
 
     # ------------------------------------------------------------------------------------------- figures
-
-    @property
-    def lora_config(self) -> Any:
-        """vLLM's own LoRA settings."""
-        return self._llm.vllm_config.lora_config
 
     @property
     def alive(self) -> bool:

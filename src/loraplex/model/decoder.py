@@ -17,7 +17,6 @@ from loraplex.model.inputs import ModelInputs, ModelOutput, Segments
 from loraplex.model.kv_cache import KVCache, head_dim, kv_bytes, kv_shapes
 from loraplex.model.lora_embedding import LoRAEmbedding
 from loraplex.model.lora_linear import LoRALinear
-from loraplex.model.norm import rms_norm
 from loraplex.model.packed_linear import PackedLinear, packed
 from loraplex.model.score_heads import ScoreHeads
 from loraplex.model.step_memo import SMALL_STEP, StepMemo
@@ -108,9 +107,11 @@ class Decoder:
         UnsupportedModelError where a weight is missing or has another shape."""
         self.device, self.dtype, self.vocab_size = device, dtype, int(config.vocab_size)
         self._kv_shapes = kv_shapes(config)
+        self.kv_bytes = kv_bytes(self._kv_shapes, dtype)
         self._cache: KVCache | None = None
         self._pieces = None if capture is None else PieceRunner(capture, SMALL_STEP)
-        self._memo = StepMemo(budget_bytes(MEMO_MEMORY, device), captures=capture is not None)
+        # The stacks and graphs that are kept between small steps.
+        self.memo = StepMemo(budget_bytes(MEMO_MEMORY, device), captures=capture is not None)
         shapes = weight_shapes(config)
 
         def read(name: str) -> torch.Tensor | None:
@@ -133,24 +134,15 @@ class Decoder:
         ]
         self._norm, self._eps = needed(NORM), float(config.rms_norm_eps)
         self._rotary = RotaryEmbedding(config, device)
-        self._scores = ScoreHeads(device, dtype)
+        self.scores = ScoreHeads(device, dtype)
         paths: dict[str, AdaptedLayer] = {EMBEDDING: self.embed_tokens, OUTPUT: self.lm_head}
         for layer in self.layers:
             paths |= layer.linears
-        self._adapted = AdaptedLayers(paths, OUTPUT, self._scores, wrap=_no_such_layer)
-
-    @property
-    def kv_bytes(self) -> int:
-        return kv_bytes(self._kv_shapes, self.dtype)
+        self._adapted = AdaptedLayers(paths, OUTPUT, self.scores, wrap=_no_such_layer)
 
     @property
     def max_captured_tokens(self) -> int:
         return 0 if self._pieces is None or self._pieces.failed else SMALL_STEP
-
-    @property
-    def memo(self) -> StepMemo:
-        """The stacks and graphs that are kept between small steps."""
-        return self._memo
 
     def allocate_cache(self, num_slots: int) -> None:
         self._cache = KVCache(self._kv_shapes, num_slots, self.dtype, self.device)
@@ -158,7 +150,7 @@ class Decoder:
     def forward(self, inputs: ModelInputs) -> ModelOutput:
         if self._pieces is not None:
             self._pieces.check()
-        self._memo.begin(inputs.segments, inputs.last_segments)
+        self.memo.begin(inputs.segments, inputs.last_segments)
         try:
             hidden = self.embed_tokens(inputs.input_ids, inputs.segments)
             cos, sin = self._rotary(inputs.position_ids, self.dtype)
@@ -167,29 +159,23 @@ class Decoder:
             hidden = rms_norm(hidden, self._norm, self._eps)
             return ModelOutput(self.lm_head(hidden, inputs.last_segments), hidden)
         except torch.OutOfMemoryError:
-            self._memo.clear()
+            self.memo.clear()
             raise
         finally:
-            self._memo.end(inputs.segments, inputs.last_segments)
+            self.memo.end(inputs.segments, inputs.last_segments)
             if self._pieces is not None:
                 self._pieces.forget_inputs()
-                if self._pieces.failed and self._memo.captures:
-                    self._memo.captures = False
-                    self._memo.clear()
+                if self._pieces.failed and self.memo.captures:
+                    self.memo.captures = False
+                    self.memo.clear()
 
     def set_slot(self, slot: int, adapter: AdapterWeights) -> None:
-        self._memo.clear_slot(slot)
+        self.memo.clear_slot(slot)
         self._adapted.set_slot(slot, adapter)
 
     def clear_slot(self, slot: int) -> None:
-        self._memo.clear_slot(slot)
+        self.memo.clear_slot(slot)
         self._adapted.clear_slot(slot)
-
-    def has_score(self, slot: int) -> bool:
-        return slot in self._scores
-
-    def score(self, slot: int, hidden: torch.Tensor) -> torch.Tensor:
-        return self._scores.score(slot, hidden)
 
     def parameter(self, name: str) -> torch.Tensor | None:
         return self._adapted.parameter(name)
@@ -313,6 +299,23 @@ class RotaryEmbedding:
         angles = position_ids[:, None].float() * self._frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self._scaling).to(dtype), (angles.sin() * self._scaling).to(dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return x / sqrt(mean(x**2) + eps) * weight, over the last dimension. One kernel, which rounds once; transformers'
+    module runs six."""
+    if x.dtype == torch.bfloat16 and not x.is_cuda:
+        return _normalized_rows(x, eps).mul_(weight)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _normalized_rows(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return x / sqrt(mean(x**2) + eps), for bfloat16 on a CPU. There, F.rms_norm takes six passes over float32 copies.
+    Batch norm's kernel reads and writes bfloat16 and scales in float32; the rows are its channels."""
+    rows = x.reshape(1, -1, x.shape[-1])
+    squares = torch.linalg.vector_norm(rows[0], dim=-1, dtype=torch.float32).square_().div_(x.shape[-1])
+    mean = torch.zeros_like(squares)
+    return F.batch_norm(rows, mean, squares, eps=eps).view(x.shape)
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -17,12 +17,11 @@ from loraplex.adapters.weights import AdapterWeights
 from loraplex.errors import UnsupportedModelError
 from loraplex.machine import budget_bytes
 from loraplex.model.adapted_layers import AdaptedLayer, AdaptedLayers
-from loraplex.model.decoder import MEMO_MEMORY
+from loraplex.model.decoder import MEMO_MEMORY, rms_norm
 from loraplex.model.inputs import ModelInputs, ModelOutput
 from loraplex.model.kv_cache import KVCache, Shape, kv_bytes, kv_shapes
 from loraplex.model.lora_embedding import LoRAEmbedding
 from loraplex.model.lora_linear import LoRALinear
-from loraplex.model.norm import rms_norm
 from loraplex.model.packed_linear import PackedLinear, can_pack
 from loraplex.model.score_heads import ScoreHeads
 from loraplex.model.step_memo import StepMemo
@@ -59,30 +58,23 @@ class Hooked:
         self._model = model
         self.device, self.dtype, self.vocab_size = model.device, model.dtype, int(model.config.vocab_size)
         self._step = _Step(kv_shapes(model.config))
-        self._memo = StepMemo(budget_bytes(MEMO_MEMORY, model.device))
+        self.kv_bytes = kv_bytes(self._step.kv_shapes, self.dtype)
+        # The stacks that are kept between small steps.
+        self.memo = StepMemo(budget_bytes(MEMO_MEMORY, model.device))
         replace_norms(model)
         _pack_linears(model)
         head = model.get_output_embeddings()
         assert head is not None, "a causal language model has an output head"
         [self._output] = [path for path, module in model.named_modules() if module is head]
         self._noting = head.register_forward_pre_hook(self._note_hidden)
-        self._scores = ScoreHeads(model.device, model.dtype)
-        self._adapted = AdaptedLayers({}, self._output, self._scores, wrap=self._wrap)
-
-    @property
-    def kv_bytes(self) -> int:
-        return kv_bytes(self._step.kv_shapes, self.dtype)
-
-    @property
-    def memo(self) -> StepMemo:
-        """The stacks that are kept between small steps."""
-        return self._memo
+        self.scores = ScoreHeads(model.device, model.dtype)
+        self._adapted = AdaptedLayers({}, self._output, self.scores, wrap=self._wrap)
 
     def allocate_cache(self, num_slots: int) -> None:
         self._step.cache = KVCache(self._step.kv_shapes, num_slots, self.dtype, self.device)
 
     def forward(self, inputs: ModelInputs) -> ModelOutput:
-        self._memo.begin(inputs.segments, inputs.last_segments)
+        self.memo.begin(inputs.segments, inputs.last_segments)
         self._step.inputs = inputs
         try:
             logits = self._model(
@@ -95,25 +87,19 @@ class Hooked:
             assert self._step.hidden is not None, "the output head did not run"
             return ModelOutput(logits, self._step.hidden)
         except torch.OutOfMemoryError:
-            self._memo.clear()
+            self.memo.clear()
             raise
         finally:
             self._step.inputs = self._step.hidden = None
-            self._memo.end(inputs.segments, inputs.last_segments)
+            self.memo.end(inputs.segments, inputs.last_segments)
 
     def set_slot(self, slot: int, adapter: AdapterWeights) -> None:
-        self._memo.clear_slot(slot)
+        self.memo.clear_slot(slot)
         self._adapted.set_slot(slot, adapter)
 
     def clear_slot(self, slot: int) -> None:
-        self._memo.clear_slot(slot)
+        self.memo.clear_slot(slot)
         self._adapted.clear_slot(slot)
-
-    def has_score(self, slot: int) -> bool:
-        return slot in self._scores
-
-    def score(self, slot: int, hidden: torch.Tensor) -> torch.Tensor:
-        return self._scores.score(slot, hidden)
 
     def parameter(self, name: str) -> torch.Tensor | None:
         path, _, kind = name.rpartition(".")

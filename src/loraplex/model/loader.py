@@ -76,10 +76,7 @@ def read_config(path: Path, *, packs: bool = True) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as exc:  # each config class raises its own errors on unexpected values
-        raise UnsupportedModelError(
-            path / "config.json", _reason(exc), remedy="use a base that transformers knows; no remote code is run"
-        ) from None
-
+        raise _refused(path, _reason(exc), "use a base that transformers knows; no remote code is run") from None
     if packs:
         _check_packing(config, path)
     longest = getattr(config, "max_position_embeddings", None)
@@ -136,14 +133,10 @@ def build_skeleton(config: PreTrainedConfig, path: Path, *, packs: bool = True) 
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as exc:  # inconsistent shapes raise any kind of error
-        raise UnsupportedModelError(
-            path / "config.json", _reason(exc), remedy="use a causal language model as the base"
-        ) from None
+        raise _refused(path, _reason(exc), "use a causal language model as the base") from None
     if packs and not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            path / "config.json",
-            f"{type(model).__name__} does not take its attention from transformers' AttentionInterface",
-            remedy="serve another base",
+        raise _refused(
+            path, f"{type(model).__name__} does not take its attention from transformers' AttentionInterface"
         )
     return model
 

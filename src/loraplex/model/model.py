@@ -6,7 +6,7 @@ import torch
 
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.model.inputs import ModelInputs, ModelOutput
-from loraplex.model.step_memo import StepMemo
+from loraplex.model.score_heads import ScoreHeads
 
 
 class Model(Protocol):
@@ -28,8 +28,8 @@ class Model(Protocol):
         ...
 
     @property
-    def memo(self) -> StepMemo:
-        """The stacks and graphs that are kept between small steps."""
+    def scores(self) -> ScoreHeads:
+        """The score heads of the adapters that answer with one, not with tokens. They read rows of `hidden`."""
         ...
 
     @property
@@ -48,15 +48,6 @@ class Model(Protocol):
     def set_slot(self, slot: int, adapter: AdapterWeights) -> None: ...
 
     def clear_slot(self, slot: int) -> None: ...
-
-    def has_score(self, slot: int) -> bool:
-        """Whether the slot's adapter answers with a score head of its own, not with tokens."""
-        ...
-
-    def score(self, slot: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the log probabilities [num_labels] of the score head's labels, in float32. hidden: [hidden], one row
-        of ModelOutput."""
-        ...
 
     def parameter(self, name: str) -> torch.Tensor | None:
         """Return the base's own tensor, such as "lm_head.weight"; None where the base has no tensor of that name."""

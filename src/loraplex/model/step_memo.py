@@ -61,19 +61,6 @@ class StepMemo:
         self._memos: dict[Key, _Memo] = {}  # by the segments' key, oldest first
         self._lock = Lock()
 
-    def __len__(self) -> int:
-        return len(self._memos)
-
-    @property
-    def num_bytes(self) -> int:
-        with self._lock:
-            return sum(memo.num_bytes for memo in self._memos.values())
-
-    @property
-    def num_graphs(self) -> int:
-        with self._lock:
-            return sum(len(graphs) for memo in self._memos.values() for graphs in memo.graphs.values())
-
     def begin(self, segments: Segments, last_segments: Segments) -> None:
         """Give a step and its last layer the stacks and graphs of earlier steps with the same slots."""
         if segments.num_tokens > SMALL_STEP:

@@ -10,14 +10,7 @@ from fastapi.responses import PlainTextResponse
 from loraplex.errors import ConfigurationError, RefusedError
 from loraplex.server.lifecycle import stopping
 from loraplex.server.routes import router_of, service_of
-from loraplex.server.schemas import (
-    AdapterBody,
-    AdapterList,
-    SageMakerAdapterBody,
-    VllmLoadBody,
-    VllmUnloadBody,
-    errors,
-)
+from loraplex.server.schemas import AdapterBody, AdapterList, SageMakerAdapterBody, VllmLoadBody, VllmUnloadBody, errors
 from loraplex.types import AdapterInfo
 
 Result = TypeVar("Result")

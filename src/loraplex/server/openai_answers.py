@@ -1,7 +1,7 @@
 """Answers of the OpenAI HTTP routes, whole or in chunks, and how they are built from generated tokens."""
 
 from collections.abc import Sequence as Seq
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -9,7 +9,6 @@ from loraplex.types import GeneratedToken, GenerateResult, LikelyToken
 
 LOWEST = -9999.0  # replaces lower log probabilities, because JSON has no -inf
 
-Token = GeneratedToken | LikelyToken
 FinishReason = Literal["stop", "length"]
 
 
@@ -111,39 +110,16 @@ class ChatCompletionChunk(Answer):
     choices: list[ChatChunkChoice]
 
 
-class Format(Protocol):
-    """How an HTTP route builds its answers. `head` holds the fields of Answer."""
-
-    id_prefix: str
-
-    def answer(self, results: Seq[GenerateResult], **head: Any) -> Answer:
-        """Return the whole answer."""
-        ...
-
-    def first(self, index: int, **head: Any) -> Answer | None:
-        """Return the chunk that begins a choice, or None if the format has no such chunk."""
-        ...
-
-    def chunk(self, index: int, token: GeneratedToken, text: str, **head: Any) -> Answer | None:
-        """Return the chunk for a token and the text that became final with it, or None if the chunk would be empty."""
-        ...
-
-    def last(self, index: int, result: GenerateResult, **head: Any) -> Answer:
-        """Return the chunk that ends a choice."""
-        ...
-
-    def empty(self, **head: Any) -> Answer:
-        """Return a chunk without a choice."""
-        ...
-
-
 class CompletionFormat:
+    """How /v1/completions builds its answers. `head` holds the fields of Answer."""
+
     id_prefix = "cmpl"
 
     def __init__(self, *, has_logprobs: bool, names_ids: bool) -> None:
         self._has_logprobs, self._names_ids = has_logprobs, names_ids
 
     def answer(self, results: Seq[GenerateResult], **head: Any) -> Completion:
+        """Return the whole answer."""
         choices = [
             CompletionChoice(
                 index=index, text=one.text, logprobs=self._logprobs(one.tokens), finish_reason=one.finish_reason
@@ -153,19 +129,23 @@ class CompletionFormat:
         return Completion(object="text_completion", choices=choices, **head)
 
     def first(self, index: int, **head: Any) -> None:
+        """Return the chunk that begins a choice, or None if the format has no such chunk."""
         return None
 
     def chunk(self, index: int, token: GeneratedToken, text: str, **head: Any) -> Completion | None:
+        """Return the chunk for a token and the text that became final with it, or None if the chunk would be empty."""
         if not text and not self._has_logprobs:
             return None
         choice = CompletionChoice(index=index, text=text, logprobs=self._logprobs([token]), finish_reason=None)
         return Completion(object="text_completion", choices=[choice], **head)
 
     def last(self, index: int, result: GenerateResult, **head: Any) -> Completion:
+        """Return the chunk that ends a choice."""
         choice = CompletionChoice(index=index, text="", logprobs=None, finish_reason=result.finish_reason)
         return Completion(object="text_completion", choices=[choice], **head)
 
     def empty(self, **head: Any) -> Completion:
+        """Return a chunk without a choice."""
         return Completion(object="text_completion", choices=[], **head)
 
     def _logprobs(self, tokens: Seq[GeneratedToken]) -> CompletionLogprobs | None:
@@ -182,13 +162,14 @@ class CompletionFormat:
         """Return spelling -> log probability, for the likeliest tokens and the token itself. If several are spelled
         alike, such as parts of characters, the likeliest counts."""
         top: dict[str, float] = {}
-        likely: tuple[Token, ...] = (*token.top, token)
-        for one in likely:
+        for one in (*token.top, token):
             top.setdefault(_name(one, self._names_ids), _log_prob(one))
         return top
 
 
 class ChatFormat:
+    """How /v1/chat/completions builds its answers; the methods are those of CompletionFormat."""
+
     id_prefix = "chatcmpl"
 
     def __init__(self, *, has_logprobs: bool, names_ids: bool) -> None:
@@ -229,9 +210,12 @@ class ChatFormat:
         ]
         return ChatLogprobs(content=content, refusal=None)
 
-    def _spelled(self, token: Token) -> dict[str, Any]:
+    def _spelled(self, token: LikelyToken) -> dict[str, Any]:
         utf8 = None if token.utf8 is None else list(token.utf8)
         return {"token": _name(token, self._names_ids), "logprob": _log_prob(token), "bytes": utf8}
+
+
+Format = CompletionFormat | ChatFormat
 
 
 def usage_of(results: Seq[GenerateResult], num_choices: int) -> CompletionUsage:
@@ -263,9 +247,9 @@ def _chat_chunk(
     return ChatCompletionChunk(object="chat.completion.chunk", choices=[choice], **head)
 
 
-def _name(token: Token, names_ids: bool) -> str:
+def _name(token: LikelyToken, names_ids: bool) -> str:
     return f"token_id:{token.id}" if names_ids else token.text
 
 
-def _log_prob(token: Token) -> float:
+def _log_prob(token: LikelyToken) -> float:
     return max(token.log_prob, LOWEST)

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from loraplex.adapters.checkpoint import Unidentified, read_unidentified
@@ -48,10 +47,6 @@ class ClassifierVersion:
     def prefix_kv_id(self) -> bytes:
         """Identity of the K/V before the activation, if the base does not compute it."""
         return hashlib.sha256(f"{self.kv_id} prefix".encode()).digest()
-
-    @property
-    def contract_path(self) -> Path:
-        return self.source.path / CONTRACT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,12 +30,7 @@ MAX_BIAS = 100.0
 class Completion:
     """Makes the sequence of a request (`make_sequence`), then, once the engine is done, its `result`."""
 
-    def __init__(
-        self,
-        request: GenerateRequest,
-        base: Base,
-        tell: OnToken | None = None,
-    ) -> None:
+    def __init__(self, request: GenerateRequest, base: Base, tell: OnToken | None = None) -> None:
         """tell: called with each token on the engine's thread. Raises InvalidRequestError, which names the parameter
         that is out of range."""
         _check(request)

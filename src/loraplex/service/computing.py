@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from loraplex.engine.engine import Steps
 from loraplex.engine.sequence import EngineRequest, Outcome, Sequence
 from loraplex.errors import DeadlineExceededError
 from loraplex.executors.executor import Computation
@@ -23,27 +22,10 @@ class Computing:
         self.admission = Admission(computation, max_queue=max_queue, max_queue_tokens=max_queue_tokens)
 
     @property
-    def alive(self) -> bool:
-        return self.computation.alive
-
-    @property
     def num_waiting(self) -> int:
         """Evaluations that were accepted and do not run yet."""
         accepted = self.admission.num_evaluations
         return max(self.computation.num_waiting, accepted - self.computation.num_running)
-
-    @property
-    def num_running(self) -> int:
-        return self.computation.num_running
-
-    @property
-    def num_blocks(self) -> tuple[int, int]:
-        """K/V blocks: how many there are, and how many are free or can be evicted."""
-        return self.computation.num_blocks
-
-    @property
-    def steps(self) -> Steps:
-        return self.computation.steps
 
     async def close(self) -> None:
         """Finish all accepted requests, then stop. Safe to call twice."""

@@ -56,12 +56,7 @@ class Service:
         state: AdapterState | None,
     ) -> None:
         self.base, self.executor, self.computing = base, executor, computing
-        self.versions, self._registry, self._state = versions, registry, state
-
-    @property
-    def backend(self) -> str:
-        """The value of `--backend`."""
-        return self.executor.name
+        self.versions, self.registry, self._state = versions, registry, state
 
     @property
     def base_name(self) -> str:
@@ -71,13 +66,13 @@ class Service:
     @property
     def alive(self) -> bool:
         """Whether the service can still compute."""
-        return self.computing.alive
+        return self.computing.computation.alive
 
     async def close(self) -> None:
         """Finish all accepted requests, then free everything. Safe to call twice."""
         await self.computing.close()
         await self.versions.close()
-        self._registry.close()
+        self.registry.close()
         if self._state is not None:
             self._state.release()
         self.executor.close()
@@ -86,11 +81,11 @@ class Service:
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
         """Return all known adapters, in the order in which they came."""
-        return self._registry.adapters()
+        return self.registry.adapters()
 
     def adapter(self, name: str) -> AdapterInfo:
         """Return the adapter of that name. Raises UnknownClassifierError where there is none."""
-        return self._registry.adapter(name)
+        return self.registry.adapter(name)
 
     def names(self) -> tuple[str, ...]:
         """Return the classifiers that `"*"` asks."""
@@ -109,12 +104,12 @@ class Service:
         new version. Returns when the new version answers. Raises AdapterError or ContractError where the adapter is
         broken; the old version then goes on. Raises AdapterExistsError where the name is taken and `replace` is False.
         """
-        return await self._registry.load(name, source, pin, replace)
+        return await self.registry.load(name, source, pin, replace)
 
     def unload_adapter(self, name: str) -> "asyncio.Task[None]":
         """Unload the adapter: new requests do not find it from this call on. The task ends when its last request is
         answered and its memory is free. Raises UnknownClassifierError where there is no adapter of that name."""
-        unloading = self._registry.unload(name)
+        unloading = self.registry.unload(name)
 
         async def unload() -> None:
             await unloading
@@ -125,7 +120,7 @@ class Service:
     async def pin_adapter(self, name: str, is_pinned: bool) -> AdapterInfo:
         """Pin or unpin the adapter. A pinned adapter keeps its slot; it is loaded first if needed. Raises
         UnknownClassifierError where there is no adapter of that name."""
-        return await self._registry.pin(name, is_pinned)
+        return await self.registry.pin(name, is_pinned)
 
     @property
     def num_waiting(self) -> int:
@@ -134,12 +129,16 @@ class Service:
 
     def stats(self) -> Stats:
         """Return the current figures. Cheap: called at every scrape and every answer."""
-        computing, residence, entries = self.computing, self.versions.residence, self.versions.names.entries()
-        num_blocks, num_available = computing.num_blocks
-        steps, slots = computing.steps, residence.slots
+        computation, residence, entries = (
+            self.computing.computation,
+            self.versions.residence,
+            self.versions.names.entries(),
+        )
+        num_blocks, num_available = computation.num_blocks
+        steps, slots = computation.steps, residence.slots
         return Stats(
-            num_waiting=computing.num_waiting,
-            num_running=computing.num_running,
+            num_waiting=self.num_waiting,
+            num_running=computation.num_running,
             num_blocks=num_blocks,
             num_available_blocks=num_available,
             adapters={entry.name: entry.state for entry in entries},

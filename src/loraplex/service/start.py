@@ -11,8 +11,7 @@ from pathlib import Path
 from loraplex.adapters.host import HostTier
 from loraplex.adapters.residence import Residence
 from loraplex.adapters.slots import SlotTable
-from loraplex.adapters.tasks import Tasks
-from loraplex.adapters.threads import AdapterThreads
+from loraplex.adapters.tasks import AdapterThreads, Tasks
 from loraplex.bundle import Bundle
 from loraplex.config import EngineConfig, resolve
 from loraplex.errors import ConfigurationError
@@ -51,7 +50,7 @@ async def start(bundle: Bundle, config: EngineConfig | None = None, executor: Ex
             )
         finally:
             thread.shutdown(wait=False)  # ends the thread and its OpenMP threads, see `compute_alone`
-        service, registry = _assemble(bundle, config, executor, state, loaded)
+        service = _assemble(bundle, config, executor, state, loaded)
     except BaseException:
         if loaded is not None:
             await asyncio.to_thread(loaded.computation.close)
@@ -60,11 +59,11 @@ async def start(bundle: Bundle, config: EngineConfig | None = None, executor: Ex
             state.release()
         raise
     try:
-        await registry.start(preload, loaded.checked)
+        await service.registry.start(preload, loaded.checked)
     except BaseException:
         await service.close()
         raise
-    logger.info("%s with %s, %d adapters", service.base_name, service.backend, len(bundle.adapters))
+    logger.info("%s with %s, %d adapters", service.base_name, executor.name, len(bundle.adapters))
     return service
 
 
@@ -149,7 +148,7 @@ def _load(bundle: Bundle, config: EngineConfig, executor: Executor, own: set[str
 
 def _assemble(
     bundle: Bundle, config: EngineConfig, executor: Executor, state: AdapterState | None, loaded: _Loaded
-) -> tuple[Service, AdapterRegistry]:
+) -> Service:
     computing = Computing(loaded.computation, max_queue=config.max_queue, max_queue_tokens=config.max_queue_tokens)
     if executor.max_slots is None:
         memory = budget_bytes(config.adapter_memory, resolve_device(config.device))
@@ -168,7 +167,7 @@ def _assemble(
 
     versions = Versions(residence, prove_version, tasks)
     registry = AdapterRegistry(bundle, config, versions, reader, state)
-    service = Service(
+    return Service(
         base=loaded.base,
         executor=executor,
         computing=computing,
@@ -176,4 +175,3 @@ def _assemble(
         registry=registry,
         state=state,
     )
-    return service, registry

@@ -52,7 +52,6 @@ class Template:
                 f"{limit} is more than the base's {max_model_len}",
                 remedy=f"at most {max_model_len}",
             )
-        self.max_length = limit
         self._room = min(limit, max_model_len - continuation)
         self._num_fixed = len(tokenizer.encode(self.render(""), add_special_tokens=self._add_special_tokens))
         if self._num_fixed >= self._room:

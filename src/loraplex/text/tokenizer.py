@@ -38,13 +38,11 @@ class Tokenizer:
                 "the tokenizer has no fast version",
                 remedy="convert it: AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
-        self.special_tokens: dict[str, int] = {
-            token.content: token_id for token_id, token in self._hf.added_tokens_decoder.items() if token.special
-        }
+        special = [token for token in self._hf.added_tokens_decoder.values() if token.special]
         # Special tokens cut the text first, so the text before one tokenizes alone. A special token that strips the
         # space on its left (lstrip) reaches over the cut.
-        self._cutting = {t.content for t in self._hf.added_tokens_decoder.values() if t.special and not t.lstrip}
-        spelled = sorted(self.special_tokens, key=len, reverse=True)
+        self._cutting = {token.content for token in special if not token.lstrip}
+        spelled = sorted((token.content for token in special), key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, spelled))) if spelled else None
         self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}  # for byte-level tokenizers
         # The text and the bytes of one token. The bytes may be part of a character; they are None if unknown.
