@@ -30,8 +30,12 @@ class EngineConfig(BaseModel):
     peft_batching: Literal["sequential", "mixed"] = Field(
         "sequential", description="with --backend peft: sequential, or mixed, which uses PEFT's adapter_names"
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto, float32 or bfloat16")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="where to compute: auto, cpu, cuda or cuda:N"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="number format of the weights: auto, float32 or bfloat16"
+    )
     kv_cache: str = Field(
         "20%",
         pattern=BUDGET,
@@ -181,9 +185,12 @@ def validate(
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(model.model_fields))
             raise error(source, f"unknown key {key!r}", remedy=f"remove or correct it; known keys: {known}") from None
-        problem = first["msg"].removeprefix("Value error, ")
+        is_other = first["type"] == "string_pattern_mismatch"  # pydantic would print the regular expression
+        problem = "not a value that it can have" if is_other else first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
-        raise error(source, f"key {key!r}: {problem}{given}", remedy=f"correct {key!r}") from None
+        field = model.model_fields.get(key)
+        meaning = f": {field.description}" if field is not None and field.description else ""
+        raise error(source, f"key {key!r}: {problem}{given}", remedy=f"correct {key!r}{meaning}") from None
     try:
         made.model_dump_json()
     except ValueError as exc:  # a lone surrogate, which YAML and JSON can encode and UTF-8 cannot

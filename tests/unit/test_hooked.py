@@ -9,7 +9,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tiny
-from loraplex.model.hooked import ATTENTION, replace_norms
+from loraplex.adapters.weights import AdapterWeights, LoRAWeights
+from loraplex.engine.runner import ModelRunner
+from loraplex.engine.sequence import SequenceOutput, lone_sequence
+from loraplex.engine.step import Step
+from loraplex.model.hooked import ATTENTION, Hooked, replace_norms
 
 
 def random_model(family: str, dtype: torch.dtype) -> Any:
@@ -49,3 +53,29 @@ def test_a_norm_that_computes_otherwise_stays(change: Callable[[torch.Tensor], t
     norm = OtherRMSNorm(change)
     replace_norms(nn.Sequential(norm))
     assert ("forward" in vars(norm)) is is_same
+
+
+def test_the_first_adapter_of_the_head_may_come_while_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's input is noted whether the step found the layer before or after an adapter was set."""
+    model = Hooked(random_model("gemma2", torch.float32))
+    path, weight = "lm_head", model.parameter("lm_head.weight")
+    assert weight is not None
+    lora = LoRAWeights(lora_A=torch.ones(2, weight.shape[1]), lora_B=torch.ones(len(weight), 2), scaling=1.0)
+    adapter = AdapterWeights(modules={}, kv_id="00" * 32, output=lora)
+    modules: Any = nn.Module
+    set_module, found = modules.__setattr__, []
+
+    def while_it_runs(self: nn.Module, name: str, value: Any) -> None:
+        runner = ModelRunner(model)
+        if name == path:
+            found.append(runner.run(Step.of([lone_sequence([5, 6, 7])])))
+        set_module(self, name, value)
+        if name == path:
+            found.append(runner.run(Step.of([lone_sequence([5, 6, 7])])))
+
+    monkeypatch.setattr(modules, "__setattr__", while_it_runs)
+    model.set_slot(0, adapter)
+    monkeypatch.undo()
+    assert len(found) in (0, 2)  # none: the layer is there from the beginning
+    [(_, output)] = ModelRunner(model).run(Step.of([lone_sequence([5, 6, 7])]))
+    assert isinstance(output, SequenceOutput)

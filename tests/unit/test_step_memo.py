@@ -1,6 +1,7 @@
 """What is kept between small steps goes with the adapters that it was computed from."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from loraplex.engine.runner import ModelRunner
 from loraplex.engine.sequence import EngineRequest, Sequence, SequenceOutput, Target
 from loraplex.engine.step import Placed, Step
 from loraplex.model.decoder import Decoder
+from loraplex.model.inputs import Segment, Segments
 from loraplex.model.loader import load_model, read_config
+from loraplex.model.step_memo import StepMemo
 
 COMMON = tiny.FAMILIES["llama"].to_dict() | {"attention_bias": True, "rope_parameters": None}
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -72,3 +75,19 @@ def test_a_slot_that_is_used_again_keeps_nothing_of_its_prefix(tmp_path: Path, k
         one.model.set_slot(0, adapter(one, 9.0))
     assert answer(used) == pytest.approx(answer(new), abs=1e-6)
     assert answer(new) != pytest.approx(before, abs=1e-3)  # else the biases change nothing
+
+
+def test_four_sets_of_adapters_in_turn_find_what_was_kept() -> None:
+    memo, found = StepMemo(1 << 30), []
+    for _ in range(3):
+        for first in range(0, 12, 3):
+            slots = range(first, first + 3)
+            segments = Segments([Segment(-1, 0, 100), *(Segment(one, 100 + one, 101 + one) for one in slots)])
+            last = Segments([Segment(one, i, i + 1) for i, one in enumerate(slots)])
+            memo.begin(segments, last)
+            assert segments.stacked is not None and last.stacked is not None
+            found.append(len(segments.stacked) + len(last.stacked))
+            layer: Any = object()
+            segments.stacked[layer] = last.stacked[layer] = ()
+            memo.end(segments, last)
+    assert found == [0] * 4 + [2] * 4 + [4] * 4

@@ -16,7 +16,7 @@ from loraplex.errors import AdapterError
 Shape = tuple[int, ...]
 Tensors = Mapping[str, torch.Tensor]  # by name in the file, without PEFT's prefix
 
-WRONG_BASE = "serve the adapter on the base it was trained on"
+WRONG_BASE = "serve the adapter on the base it was trained on, with the config that was saved with it"
 SAVE_AGAIN = "save the adapter again, config and weights together"
 TRAIN_PLAINER = "train the adapter without it"
 

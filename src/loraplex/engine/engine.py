@@ -68,12 +68,12 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Sequences that are queued."""
-        return len(self.scheduler) + self._num_arrived[0]
+        return self._num_arrived[0] + (0 if self._failure else len(self.scheduler))
 
     @property
     def num_waiting_tokens(self) -> int:
         """Tokens to compute for the queued sequences."""
-        return self.scheduler.num_waiting_tokens + self._num_arrived[1]
+        return self._num_arrived[1] + (0 if self._failure else self.scheduler.num_waiting_tokens)
 
     def cost(self, request: EngineRequest) -> int:
         """Return the tokens to compute for a request that is not submitted yet. Any thread may call."""
@@ -204,6 +204,7 @@ class Engine:
             self._open.clear()
             self._arrived.clear()
             self._num_arrived = 0, 0
+            self._running = ()
         for request in abandoned:
             for sequence in request.sequences:
                 request.resolve(sequence, _engine_error(exc))

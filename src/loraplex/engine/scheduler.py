@@ -67,7 +67,7 @@ class Scheduler:
         self._num_waiting = 0
         self.num_waiting_tokens = 0  # to compute for the waiting sequences
         self._tokens_per_s: float | None = None  # moving average
-        self._pinned: dict[Sequence, tuple[int, tuple[int, ...]]] = {}  # sequences between steps: tokens, blocks
+        self._held_blocks: dict[Sequence, tuple[int, tuple[int, ...]]] = {}  # sequences between steps: tokens, blocks
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -141,7 +141,7 @@ class Scheduler:
             rate = step.num_tokens / seconds
             self._tokens_per_s = rate if self._tokens_per_s is None else 0.9 * self._tokens_per_s + 0.1 * rate
         for placed in step.placed:
-            sequence, pinned = placed.sequence, None
+            sequence, held = placed.sequence, None
             computed = sequence not in failed
             if computed:
                 for index, block in placed.kept.items():
@@ -149,12 +149,12 @@ class Scheduler:
                         self.pool.register(block, sequence.hashes[index])
             is_chunk = placed.is_chunk and computed and sequence not in generating
             if computed and (is_chunk or sequence in generating):
-                pinned = self._held(placed)
-                self.pool.acquire(pinned[1])
-            self._unpin(sequence)
+                held = self._held(placed)
+                self.pool.acquire(held[1])
+            self._release(sequence)
             self.pool.release(placed.blocks.values())
-            if pinned is not None:
-                self._pinned[sequence] = pinned
+            if held is not None:
+                self._held_blocks[sequence] = held
             if is_chunk:  # ahead of its flow, because nobody else can use the blocks that it holds
                 rest = sequence.num_tokens - placed.end
                 self._push(_Waiting(sequence.request, deque([sequence]), float("-inf"), rest))
@@ -172,7 +172,7 @@ class Scheduler:
 
     def _place(self, sequence: Sequence) -> Placed:
         """Lay out all tokens of the sequence whose K/V is not cached."""
-        start, cached = self._pinned.get(sequence, (0, ()))
+        start, cached = self._held_blocks.get(sequence, (0, ()))
         if start % BLOCK_SIZE == 0 and (cached or sequence.num_kept):
             cached += self.pool.match(sequence.hashes[len(cached) : sequence.num_cacheable_blocks])
             start = len(cached) * BLOCK_SIZE
@@ -181,8 +181,8 @@ class Scheduler:
     def _fit(self, sequence: Sequence, step: Step) -> Placed | None:
         """Lay out the part of the sequence that joins the step; None where the step has no room.
 
-        A sequence joins whole. Where no step could hold it, a chunk of it runs in a step of its own. Where no blocks
-        are available for a chunk, the whole sequence runs in a step of its own.
+        A sequence joins whole. Where no step could hold it, a chunk of it runs, with what still fits beside it. Where
+        no blocks are available for a chunk, the whole sequence runs in a step of its own.
         """
         placed = self._place(sequence)
         cost = step.cost(placed)
@@ -229,8 +229,8 @@ class Scheduler:
             blocks += found
         return min(placed.end, len(blocks) * BLOCK_SIZE), tuple(blocks)
 
-    def _unpin(self, sequence: Sequence) -> None:
-        self.pool.release(self._pinned.pop(sequence, (0, ()))[1])
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(self._held_blocks.pop(sequence, (0, ()))[1])
 
     def _drop(self, now: float) -> list[tuple[Sequence, LoraplexError]]:
         dropped: list[tuple[Sequence, LoraplexError]] = []
@@ -241,7 +241,7 @@ class Scheduler:
                 self._num_waiting -= len(one.pending)
                 self.num_waiting_tokens -= one.num_tokens
                 for sequence in one.pending:
-                    self._unpin(sequence)
+                    self._release(sequence)
                     dropped.append((sequence, error))
             if late:
                 heapq.heapify(heap)

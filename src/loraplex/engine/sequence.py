@@ -110,6 +110,7 @@ class Sequence:
     tokens: tuple[Token, ...] = field(init=False, default=())  # generated so far, and appended to token_ids
     _hashes: Seq[bytes] = field(init=False, repr=False, default=())
     _random: random.Random | None = field(init=False, repr=False, default=None)
+    _drawn: list[float] = field(init=False, repr=False, default_factory=list)  # one number per token
 
     def __post_init__(self) -> None:
         if self.slot == NO_ADAPTER:
@@ -136,11 +137,13 @@ class Sequence:
         return True
 
     def draw(self) -> float:
-        """Return the sequence's next random number in [0, 1). The same seed gives the same numbers, whatever else
-        runs."""
+        """Return the random number in [0, 1) for the next token. The same seed gives the same numbers, whatever else
+        runs and however often a step is repeated."""
         if self._random is None:
             self._random = random.Random(self.sampling.seed)
-        return self._random.random()
+        while len(self._drawn) <= len(self.tokens):
+            self._drawn.append(self._random.random())
+        return self._drawn[-1]
 
     @property
     def hashes(self) -> Seq[bytes]:

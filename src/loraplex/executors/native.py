@@ -69,7 +69,8 @@ class NativeExecutor:
 
     def give_back(self) -> None:
         with capturing:  # the engine's thread may be about to capture a graph
-            give_back(self.model.device)
+            if self._model is not None:  # else closed meanwhile
+                give_back(self._model.device)
 
     def close(self) -> None:
         self._model = None

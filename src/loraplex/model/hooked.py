@@ -66,9 +66,10 @@ class Hooked:
         head = model.get_output_embeddings()
         assert head is not None, "a causal language model has an output head"
         [self._output] = [path for path, module in model.named_modules() if module is head]
-        self._noting = head.register_forward_pre_hook(self._note_hidden)
         self.scores = ScoreHeads(model.device, model.dtype)
-        self._adapted = AdaptedLayers({}, self._output, self.scores, wrap=self._wrap)
+        # The head is wrapped now, because every step reads its input. Other layers are wrapped when an adapter first
+        # needs them, maybe while a step runs.
+        self._adapted = AdaptedLayers({self._output: self._wrap(self._output)}, self._output, self.scores, self._wrap)
 
     def allocate_cache(self, num_slots: int) -> None:
         self._step.cache = KVCache(self._step.kv_shapes, num_slots, self.dtype, self.device)
@@ -123,14 +124,8 @@ class Hooked:
             adapted = LoRALinear(layer)
         parent, _, name = path.rpartition(".")
         hooked = _HookedLayer(adapted, self._step, is_output=path == self._output)
-        if path == self._output:
-            self._noting.remove()
-            self._noting = hooked.register_forward_pre_hook(self._note_hidden)
         setattr(self._model.get_submodule(parent), name, hooked)
         return adapted
-
-    def _note_hidden(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self._step.hidden = args[0][0]
 
 
 class _HookedLayer(nn.Module):
@@ -146,7 +141,10 @@ class _HookedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [1, T, ...] -> [1, T, out]
         inputs = self._step.running
-        return self.adapted(x[0], inputs.last_segments if self._is_output else inputs.segments)[None]
+        if not self._is_output:
+            return self.adapted(x[0], inputs.segments)[None]
+        self._step.hidden = x[0]
+        return self.adapted(x[0], inputs.last_segments)[None]
 
 
 def _attention(

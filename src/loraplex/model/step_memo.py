@@ -11,8 +11,9 @@ from loraplex.model.inputs import Segment, Segments
 from loraplex.model.lora_linear import LoRALinear, StackedUpdate
 
 # Stacking the adapters' weights takes a large part of a step of at most SMALL_STEP tokens. Stacks are copies of the
-# weights, so they are kept for at most MAX_SETS sets of slots, within a budget in bytes.
-SMALL_STEP, MAX_SETS = 1024, 4
+# weights, so they are kept for at most MAX_MEMOS sets of slots, within a budget in bytes. A step has two sets: the
+# slots of its segments, and those of the wanted rows in its last layer.
+SMALL_STEP, MAX_MEMOS = 1024, 8
 # A small step is captured when its segments come for the third time. MAX_CAPTURED bounds the captured steps of each set
 # of slots, MAX_COUNTED the counted ones.
 CAPTURED_AT, MAX_CAPTURED, MAX_COUNTED = 3, 48, 256
@@ -77,7 +78,7 @@ class StepMemo:
             segments.stacked = segments.graphs = None
         with self._lock:
             total = sum(memo.num_bytes for memo in self._memos.values())
-            while self._memos and (len(self._memos) > MAX_SETS or total > self.budget_bytes):
+            while self._memos and (len(self._memos) > MAX_MEMOS or total > self.budget_bytes):
                 total -= self._memos.pop(next(iter(self._memos))).num_bytes
 
     def clear(self) -> None:

@@ -110,7 +110,8 @@ async def _validation_error(request: Request, exc: Exception) -> JSONResponse:
         remedy = "send a JSON object with Content-Type: application/json"
         return answer(request, InvalidRequestError("the body is not a JSON object", remedy=remedy))
     place = error_place(first, exc.body)
-    message = f"{place}: {first['msg']}" if place else first["msg"]
+    problem = "not a field of this request" if first["type"] == "extra_forbidden" else first["msg"]
+    message = f"{place}: {problem}" if place else problem
     return answer(request, InvalidRequestError(message, remedy="see /docs for the fields and their types"))
 
 
