@@ -343,14 +343,14 @@ def test_a_deadline_leaves_the_verdicts_that_were_reached(
     with load(shared_bundle, backend, max_step_sequences=1) as loraplex:
         engine: Any = loraplex.service.computing.computation
         if backend == "vllm":
-            compute, one_by_one = engine._compute, asyncio.Lock()
+            compute, one_by_one = engine.compute, asyncio.Lock()
 
             async def compute_slowly(sequence: Any) -> Any:
                 async with one_by_one:
                     await asyncio.sleep(0.1)
                     return await compute(sequence)
 
-            monkeypatch.setattr(engine, "_compute", compute_slowly)
+            monkeypatch.setattr(engine, "compute", compute_slowly)
         else:
             run = engine.runner.run
 

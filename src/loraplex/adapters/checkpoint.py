@@ -36,8 +36,8 @@ class Unidentified(NamedTuple):
 
     @property
     def kinds(self) -> frozenset[str]:
-        """What the adapter needs from a backend. Includes "other_embedding" for a saved copy of an embedding or head,
-        although the copy may turn out to equal the base's own."""
+        """The kinds of adapter that a backend must serve for it. Includes "other_embedding" for a saved copy of an
+        embedding or head, although the copy may turn out to equal the base's own."""
         return kinds_of(self.config, self.weights)
 
     def identify(self, parameter: Callable[[str], torch.Tensor | None]) -> AdapterWeights:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Resident(Protocol):
-    """What Residence needs to know about an adapter version."""
+    """An adapter version, as far as Residence knows it."""
 
     @property
     def source(self) -> AdapterSource: ...

@@ -10,7 +10,7 @@ from loraplex.errors import AdapterError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What one backend can do.
+    """The adapters and bases that one backend serves.
 
     backend:      the options that choose it.
     adapters:     the kinds (`KINDS`) that it serves exactly, in any mix on one base, loaded and unloaded in any order.

@@ -202,7 +202,7 @@ class VllmEngine:
         outcome: Outcome = CancelledError("the caller no longer waits", remedy="none is needed")
         try:
             async with self._turns.turn(kind):
-                outcome = checked(await self._compute(sequence))
+                outcome = checked(await self.compute(sequence))
         except asyncio.CancelledError:
             pass
         except LoraplexError as exc:
@@ -224,7 +224,7 @@ class VllmEngine:
             )
         sequence.request.resolve(sequence, outcome)
 
-    async def _compute(self, sequence: Sequence) -> SequenceOutput:
+    async def compute(self, sequence: Sequence) -> SequenceOutput:
         """Compute a sequence. vLLM gives log probabilities only at a prompt's end, so a label of several tokens takes
         several prompts. All but the longest are in vLLM's prefix cache."""
         sequence.started_s = time.monotonic()

@@ -23,7 +23,7 @@ Key = tuple[tuple[int, bool], ...]
 
 @dataclass(slots=True)
 class _Memo:
-    """What is kept for steps with the same slots in the same order."""
+    """The stacks and graphs of steps with the same slots in the same order."""
 
     stacked: dict[LoRALinear, tuple[StackedUpdate, ...]] = field(default_factory=dict)
     _counted: tuple[int, int] = 0, 0  # number of layers, and the bytes of their stacks

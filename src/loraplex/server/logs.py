@@ -26,7 +26,7 @@ MOST_INPUT = 8192  # bytes of a body in a log line
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What the server knows of a request so far.
+    """The facts about a request that its access line shows.
 
     key:      name of the API key.
     error:    code of the error that answered the request.
