@@ -81,7 +81,7 @@ def test_what_layers_keep_for_small_steps_goes_with_the_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two places: the new adapter gets that of the old one, beside the same other."""
-    monkeypatch.setattr(step_memo, "MAX_SETS", 100)
+    monkeypatch.setattr(step_memo, "MAX_MEMOS", 100)
     bundle, text = tiny.save_bundle(tmp_path / "bundle", adapters=3), "Customer: hello"
     with Loraplex.load(bundle, dtype="float32", max_adapters=2, preload="none") as loraplex:
         expected = loraplex.classify(text, "task2")["task2"].scores
