@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
 
 
 class Recorded:
-    """As loraplex.model.graphs.Capture; counts."""
+    """A stand-in for loraplex.model.graphs.Capture that counts what it captures and replays."""
 
     def __init__(self) -> None:
         self.num_captured = self.num_replayed = 0

@@ -30,7 +30,7 @@ def out_of_memory() -> Exception:
 
 @dataclass(frozen=True)
 class Files:
-    """What a folder holds."""
+    """The contents of a simulated folder."""
 
     weights: str
     contract: str = ""

@@ -1,4 +1,4 @@
-"""What must hold of the tables of blocks, slots and versions, whatever happened before."""
+"""Invariants of the tables of blocks, slots and versions, whatever happened before."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What is patched into transformers' models computes what it replaces."""
+"""Hooked transformers models: patched modules compute what they replace, and layers are wrapped at any time."""
 
 from collections.abc import Callable
 from typing import Any

@@ -170,6 +170,6 @@ def test_a_steps_tokens_fit_the_memory_of_a_gpu(
 
 
 def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As T4 and V100: FlashAttention refuses them."""
+    """T4 and V100 emulate bfloat16, and FlashAttention refuses them."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert resolve_dtype("auto", torch.device("cuda")) == torch.float32

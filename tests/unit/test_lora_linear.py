@@ -37,7 +37,7 @@ def test_it_adds_each_segments_delta_at_its_own_rank() -> None:
 @pytest.mark.parametrize("is_kept", [False, True])
 @pytest.mark.parametrize("conv1d", [False, True])
 def test_segments_of_one_length_are_computed_together_and_give_the_same(conv1d: bool, is_kept: bool) -> None:
-    """Of several ranks, one far larger; one slot is empty, one adapter has a bias, some segments are longer."""
+    """The ranks differ, one is far larger. One slot is empty, one adapter has a bias, some segments are longer."""
     torch.manual_seed(0)
     base = (Conv1D(8, 6) if conv1d else torch.nn.Linear(6, 8)).requires_grad_(False)
     layer = LoRALinear(base)

@@ -145,7 +145,7 @@ def _even_lengths(lengths: Mapping[int, int]) -> Iterator[tuple[int, int]]:
     others = sorted((length, slot) for slot, length in lengths.items() if slot >= 0)
     first = num_tokens = 0
     for i, (length, _) in enumerate(others):
-        # Segment i joins the group before it where little padding brings the group to its length.
+        # Segment i joins those before it where little padding brings them to its length.
         num_padding = length * (i - first) - num_tokens
         if num_padding > MAX_PADDING * length * (i - first + 1):
             yield from ((slot, others[i - 1][0]) for _, slot in others[first:i])

@@ -52,15 +52,15 @@ def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     hidden, inner, dim = config.hidden_size, config.intermediate_size, head_dim(config)
     num_q, num_kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
     is_qwen2 = config.model_type == "qwen2"
-    has_bias = bool(getattr(config, "attention_bias", False))
+    has_bias, mlp_has_bias = (bool(getattr(config, f"{part}_bias", False)) for part in ("attention", "mlp"))
     linears = {  # name -> (out, in), has a bias
         "self_attn.q_proj": ((num_q, hidden), has_bias or is_qwen2),
         "self_attn.k_proj": ((num_kv, hidden), has_bias or is_qwen2),
         "self_attn.v_proj": ((num_kv, hidden), has_bias or is_qwen2),
         "self_attn.o_proj": ((hidden, num_q), has_bias),
-        "mlp.gate_proj": ((inner, hidden), bool(getattr(config, "mlp_bias", False))),
-        "mlp.up_proj": ((inner, hidden), bool(getattr(config, "mlp_bias", False))),
-        "mlp.down_proj": ((hidden, inner), bool(getattr(config, "mlp_bias", False))),
+        "mlp.gate_proj": ((inner, hidden), mlp_has_bias),
+        "mlp.up_proj": ((inner, hidden), mlp_has_bias),
+        "mlp.down_proj": ((hidden, inner), mlp_has_bias),
     }
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     if config.model_type == "qwen3":

@@ -279,7 +279,7 @@ class Service:
         for name in self._names(request):
             lease = await self.versions.lease(name)
             try:
-                prompt = render(lease.version, request.input, self.base, conversations)
+                prompt = await asyncio.to_thread(render, lease.version, request.input, self.base, conversations)
             finally:
                 lease.release()
             shown.append((name, prompt.text, prompt.token_ids))
