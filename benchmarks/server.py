@@ -213,7 +213,7 @@ async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
     capacities = [await load.capacity(args.clients, args.seconds)]
     rates = {share: Outcomes(offered=share * capacities[0]) for share in LOADS}
     runs = [share for _ in range(args.rounds) for share in load.random.sample(LOADS, len(LOADS))]
-    goodputs = []
+    goodputs: list[float] = []
     for share in track(runs, "open loop", console=Console(stderr=True)):
         if share < OVERLOAD:
             await load.arrive(rates[share], args.seconds)
@@ -223,7 +223,7 @@ async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
         answered = await load.arrive(rates[share], args.seconds)
         capacities += [before, await load.capacity(args.clients, args.seconds)]
         goodputs.append(answered / statistics.mean(capacities[-2:]))
-    reports = {share: outcomes.report() for share, outcomes in rates.items()}
+    reports = {share: outcomes.report() for share, outcomes in rates.items() if args.rounds}
     seen_ms, told_ms = 1000 * statistics.median(seen), 1000 * statistics.median(told)
     return {
         "classifiers": load.num_classifiers,
@@ -236,7 +236,7 @@ async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
         "capacity_per_s": statistics.median(capacities),
         "capacities_per_s": capacities,
         "loads": reports,
-        "goodput_at_2x": statistics.mean(goodputs),
+        "goodput_at_2x": statistics.mean(goodputs) if goodputs else None,
         "goodputs_at_2x": goodputs,
     }
 
@@ -249,6 +249,8 @@ def show(report: dict[str, Any]) -> None:
         f"p50 {latency['http_p50_ms']:.1f} ms, engine p50 {latency['engine_p50_ms']:.1f} ms, HTTP adds "
         f"{latency['http_adds_ms']:.2f} ms. Capacity: {report['capacity_per_s']:.1f} requests/s."
     )
+    if not report["loads"]:
+        return
     table = Table("load", "offered/s", "answered/s", "p50 ms", "p99 ms", "429", "timed out", "other")
     for share, one in report["loads"].items():
         numbers = [f"{one[key]:.1f}" for key in ("offered_per_s", "answered_per_s")]
@@ -289,7 +291,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100, help="one at a time")
     parser.add_argument("--clients", type=int, default=16, help="that find out the capacity")
     parser.add_argument("--seconds", type=float, default=20.0, help="at each rate in each round")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="of open-loop arrivals; 0: only latency and capacity")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

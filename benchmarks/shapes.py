@@ -1,4 +1,4 @@
-"""Bases of real shapes with random weights, random adapters for them, and the work that a forward pass is."""
+"""Bases of real shapes with random weights, random adapters for them, and the work of a forward pass."""
 
 import math
 from collections.abc import Mapping
@@ -50,14 +50,20 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """FLOPs of one forward pass: every layer on every token, the head on the rows that are asked for."""
+    """What one forward pass computes and reads: every layer on every token, the head on the wanted rows.
+
+    linear, lora, attention:  FLOPs.
+    num_weights:              weights of the base and of the adapters; each is read at least once.
+    """
 
     linear: int
     lora: int
     attention: int
+    num_weights: int
 
     @property
     def total(self) -> int:
+        """FLOPs of all parts."""
         return self.linear + self.lora + self.attention
 
 
@@ -65,10 +71,34 @@ def base_config(shape: str) -> MistralConfig:
     return MistralConfig(**SHAPES[shape], max_position_embeddings=4096, sliding_window=None, tie_word_embeddings=True)
 
 
-def save_base(shape: str, folder: Path, dtype: torch.dtype) -> None:
+def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return transformers' model with random weights, made on the device: a 7B model in bfloat16 takes 14 GB there, and
+    nothing on the host or on disk."""
     torch.manual_seed(0)
-    model: Any = MistralForCausalLM(base_config(shape))
-    model.to(dtype).save_pretrained(folder)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return MistralForCausalLM(base_config(shape)).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+class ModelWeights:
+    """The tensors of a model in memory, read as `Decoder` reads the files of a base. Both models then share them."""
+
+    def __init__(self, model: Any) -> None:
+        self._tensors: dict[str, torch.Tensor] = model.state_dict()
+        self.names = frozenset(self._tensors)
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        tensor = self._tensors[name]
+        assert tensor.shape == shape, f"{name} has shape {list(tensor.shape)}, not {list(shape)}"
+        return tensor.to(device, dtype)
+
+
+def save_base(shape: str, folder: Path, dtype: torch.dtype) -> None:
+    random_model(shape, dtype, torch.device("cpu")).save_pretrained(folder)
 
 
 def num_parameters(shape: str) -> int:
@@ -92,17 +122,26 @@ def random_adapter(layers: BaseLayers, rank: int, seed: int) -> AdapterWeights:
 
 
 def work(
-    shape: str, *, num_tokens: int, num_adapted: int, rank: int, num_visible_keys: int, num_logit_rows: int
+    shape: str,
+    *,
+    num_tokens: int,
+    num_adapted: int,
+    num_adapters: int,
+    rank: int,
+    num_visible_keys: int,
+    num_logit_rows: int,
 ) -> Work:
-    """num_visible_keys: summed over all query tokens."""
+    """num_adapted: tokens that an adapter changes. num_visible_keys: summed over all query tokens."""
     s = SHAPES[shape]
     head_dim = s["hidden_size"] // s["num_attention_heads"]
     kv = s["num_key_value_heads"] * head_dim
     h, i = s["hidden_size"], s["intermediate_size"]
     sizes = [(h, h), (h, kv), (h, kv), (h, h), (h, i), (h, i), (i, h)]
-    layers = s["num_hidden_layers"]
+    layers, head = s["num_hidden_layers"], h * s["vocab_size"]
+    linear, lora = layers * sum(n * out for n, out in sizes), layers * rank * sum(n + out for n, out in sizes)
     return Work(
-        linear=2 * layers * num_tokens * sum(n * out for n, out in sizes) + 2 * num_logit_rows * h * s["vocab_size"],
-        lora=2 * layers * num_adapted * rank * sum(n + out for n, out in sizes),
+        linear=2 * num_tokens * linear + 2 * num_logit_rows * head,
+        lora=2 * num_adapted * lora,
         attention=4 * layers * num_visible_keys * h,
+        num_weights=linear + head + num_adapters * lora,
     )

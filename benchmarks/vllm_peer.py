@@ -2,8 +2,8 @@
 
     PYTHON -m benchmarks.vllm_peer FOLDER
 
-FOLDER holds a base, adapters a0, a1, …, and job.json: texts (token ids), the adapter of each, dtype, rounds. Writes the
-seconds of each round to seconds.json: vLLM logs on standard output.
+FOLDER holds a base's config, adapters a0, a1, …, and job.json: texts (token ids), the adapter of each, dtype, rounds.
+Writes the seconds of each round to seconds.json: vLLM logs on standard output.
 """
 
 import json
@@ -22,6 +22,7 @@ def main() -> None:
     llm = LLM(
         model=str(folder),
         skip_tokenizer_init=True,
+        load_format="dummy",  # random weights: only the time is wanted
         dtype=job["dtype"],
         max_model_len=1024,
         enable_lora=True,

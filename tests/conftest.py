@@ -25,10 +25,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and "LORAPLEX_GPU_TESTS" not in os.environ:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tests in tests/gpu compute. `LORAPLEX_GPU_TESTS=cpu` rehearses them: the CPU is compared with itself,
+    and CUDA's graphs have a stand-in, which shows that the tests themselves run."""
+    return torch.device(os.environ.get("LORAPLEX_GPU_TESTS", "cuda"))
+
+
+@pytest.fixture
+def cuda(device: torch.device) -> torch.device:
+    """The device, for a test that asks about the device's memory or graphs."""
+    if device.type != "cuda":
+        pytest.skip("there is nothing to rehearse on a CPU")
+    return device
 
 
 @pytest.fixture(scope="session")

@@ -1,24 +1,40 @@
 """The benchmarks run and report all that they promise; what they measure here means nothing."""
 
+import dataclasses
 import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import gpu
+
 import serving
 
 
-def test_the_engine_benchmark_runs(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.engine", "--shape", "tiny", "--rounds", "1"]
-    run = subprocess.run(
-        [*command, "--json", str(tmp_path / "report.json")], cwd=serving.ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+def test_the_gpu_run_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
+    """The same command as on a GPU, so that no minute of one is lost to a mistake in a script."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--shape", "6M", "--rounds", "1"]
+    run = subprocess.run([*command, "--out", str(tmp_path)], cwd=serving.ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
     report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report["cases"]) == 8 and len(report["ratios"]) == 5
-    assert all(case["share_of_roofline"] > 0 for case in report["cases"].values())
-    assert "16 verdicts, shared" in run.stdout
+    assert {part["state"] for part in report["parts"].values()} == {"ok"}
+    assert "passed" in report["parts"]["tests"]["output"] and "failed" not in report["parts"]["tests"]["output"]
+    engine, graphs = report["engine"], report["graphs"]
+    assert len(engine["cases"]) == 8 and len(engine["ratios"]) == 5 and len(engine["profile"]) == 4
+    assert all(case["share_of_roofline"] > 0 for case in engine["cases"].values())
+    assert graphs["graphs_replayed"] and len(graphs["ratios"]) == 5
+    assert report["server"]["latency"]["http_adds_ms"] > 0
+    table = (tmp_path / "table.md").read_text()
+    assert "| 16 verdicts, shared, CUDA graphs |" in table and "HTTP adds" in table
+
+
+def test_a_part_that_takes_too_long_costs_no_other_part_its_time() -> None:
+    endless = gpu.Part(name="endless", command=[sys.executable, "-c", "while True: pass"], limit_s=60)
+    assert gpu.run(endless, 0.2)["state"] == "stopped after 0 s"
+    assert gpu.run(dataclasses.replace(endless, needs=["no_such_module"]), 60)["state"].startswith("skipped: no_such")
+    failing = gpu.run(dataclasses.replace(endless, command=[sys.executable, "-c", "import no_such_module"]), 60)
+    assert failing["state"] == "failed with status 1" and "ModuleNotFoundError" in failing["output"]
 
 
 def test_the_adapter_benchmark_runs(tmp_path: Path) -> None:

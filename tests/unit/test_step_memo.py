@@ -1,5 +1,7 @@
 """What is kept between small steps goes with the adapters that it was computed from."""
 
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from loraplex.engine.runner import ModelRunner
 from loraplex.engine.sequence import EngineRequest, Sequence, SequenceOutput, Target
 from loraplex.engine.step import Placed, Step
 from loraplex.model.decoder import Decoder
+from loraplex.model.graphs import Graph
 from loraplex.model.inputs import Segment, Segments
 from loraplex.model.loader import load_model, read_config
-from loraplex.model.step_memo import StepMemo
+from loraplex.model.step_memo import CAPTURED_AT, StepMemo
 
 COMMON = tiny.FAMILIES["llama"].to_dict() | {"attention_bias": True, "rope_parameters": None}
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -91,3 +94,25 @@ def test_four_sets_of_adapters_in_turn_find_what_was_kept() -> None:
             segments.stacked[layer] = last.stacked[layer] = ()
             memo.end(segments, last)
     assert found == [0] * 4 + [2] * 4 + [4] * 4
+
+
+def test_graphs_of_a_removed_adapter_are_destroyed_on_the_thread_that_replays_them() -> None:
+    memo, destroyed_on = StepMemo(1 << 30, captures=True), []
+    segments = Segments([Segment(3, 0, 20)])
+
+    def step() -> None:
+        memo.begin(segments, segments)
+        if segments.graphs is not None and not segments.graphs:
+            graph = Graph(lambda: None, {})
+            weakref.finalize(graph, lambda: destroyed_on.append(threading.current_thread()))
+            segments.graphs["piece"] = graph
+        memo.end(segments)
+
+    for _ in range(CAPTURED_AT):
+        step()
+    other = threading.Thread(target=memo.clear_slot, args=(3,))
+    other.start()
+    other.join()
+    assert destroyed_on == []
+    step()
+    assert destroyed_on == [threading.current_thread()]

@@ -31,7 +31,9 @@ class ModelRunner:
             if placed.sequence.started_s is None:
                 placed.sequence.started_s = started
         output = self.model.forward(batch.inputs)
-        if not batch.sequences:
+        if not batch.sequences:  # only chunks ran, and nothing that is read below waits for the device
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)
             return []
         return read_outcomes(
             batch.sequences,

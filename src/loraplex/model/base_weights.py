@@ -1,7 +1,7 @@
 """Reads the tensors of a base's safetensors files, one by one."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,6 +10,18 @@ from loraplex.bundle import read_json
 from loraplex.errors import UnsupportedModelError
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Weights(Protocol):
+    """The tensors of a base, by name."""
+
+    @property
+    def names(self) -> frozenset[str]: ...
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return the tensor in `dtype` on the device. Raises UnsupportedModelError where it is missing or has another
+        shape."""
+        ...
 
 
 class BaseWeights:
@@ -32,8 +44,7 @@ class BaseWeights:
         return frozenset(self._shards)
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return a copy of the tensor on the device. Raises UnsupportedModelError where the tensor is missing or has
-        another shape."""
+        """Return a copy, because the file may change. Otherwise as `Weights.read`."""
         if name not in self._shards:
             raise UnsupportedModelError(
                 self._folder, f"the weights lack {name!r}", remedy="copy all of the base's safetensors files"

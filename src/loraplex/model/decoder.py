@@ -11,7 +11,7 @@ from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.errors import UnsupportedModelError
 from loraplex.machine import budget_bytes
 from loraplex.model.adapted_layers import AdaptedLayer, AdaptedLayers
-from loraplex.model.base_weights import BaseWeights
+from loraplex.model.base_weights import Weights
 from loraplex.model.graphs import Capture, Piece, PieceRunner, Tensors
 from loraplex.model.inputs import ModelInputs, ModelOutput, Segments
 from loraplex.model.kv_cache import KVCache, head_dim, kv_bytes, kv_shapes
@@ -28,7 +28,7 @@ MEMO_MEMORY = "5%"  # budget of the step memo, of the free memory
 EMBEDDING, OUTPUT, NORM, LAYER = "model.embed_tokens", "lm_head", "model.norm.weight", "model.layers.{}."
 
 
-def decodes(config: Any, weights: BaseWeights) -> bool:
+def decodes(config: Any, weights: Weights) -> bool:
     """Whether `Decoder` can compute this config from these weights, with the same result as transformers' model."""
     if config.model_type not in FAMILIES:
         return False
@@ -98,7 +98,7 @@ class Decoder:
     def __init__(
         self,
         config: Any,
-        weights: BaseWeights,
+        weights: Weights,
         dtype: torch.dtype,
         device: torch.device,
         capture: Capture | None = None,

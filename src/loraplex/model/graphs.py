@@ -29,7 +29,7 @@ class Capture(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Graph:
     """The CUDA graph of one piece of one layer. The graph reads and writes fixed addresses."""
 

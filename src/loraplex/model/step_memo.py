@@ -60,6 +60,7 @@ class StepMemo:
         """captures: whether steps are captured as CUDA graphs."""
         self.budget_bytes, self.captures = budget_bytes, captures
         self._memos: dict[Key, _Memo] = {}  # by the segments' key, oldest first
+        self._removed: list[dict[Seq[Segment], Graphs]] = []  # by `clear_slot`
         self._lock = Lock()
 
     def begin(self, segments: Segments, last_segments: Segments) -> None:
@@ -77,6 +78,7 @@ class StepMemo:
         for segments in all_segments:
             segments.stacked = segments.graphs = None
         with self._lock:
+            self._removed.clear()
             total = sum(memo.num_bytes for memo in self._memos.values())
             while self._memos and (len(self._memos) > MAX_MEMOS or total > self.budget_bytes):
                 total -= self._memos.pop(next(iter(self._memos))).num_bytes
@@ -85,13 +87,15 @@ class StepMemo:
         """Drop all memos, to free memory."""
         with self._lock:
             self._memos.clear()
+            self._removed.clear()
 
     def clear_slot(self, slot: int) -> None:
         """Drop the memos that use the slot or its prefix slot, because its adapter is removed or replaced."""
         own = {slot, prefix_slot(slot)}
         with self._lock:
             for key in [key for key in self._memos if not own.isdisjoint(used for used, _ in key)]:
-                del self._memos[key]
+                # Graphs are destroyed on the thread that captures and replays them: at its next `end`.
+                self._removed.append(self._memos.pop(key).graphs)
 
     def _memo(self, segments: Segments) -> _Memo:
         memo = self._memos[segments.key] = self._memos.pop(segments.key, _Memo())
