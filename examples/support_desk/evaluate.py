@@ -2,40 +2,54 @@
 
     python examples/support_desk/evaluate.py DATA
 
-The bare base is scored as the same adapters with lora_B set to zero, so prompts and calibration stay the same.
+The bare base is asked the same prompts, by transformers, and its answers are calibrated as the adapters' answers are.
 """
 
 import argparse
 import gzip
 import json
-import shutil
-import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraplex import ClassifyResult, Loraplex
+from loraplex import Loraplex
+from loraplex.classifier import read_contract
+from loraplex.types import ClassifyRequest
+
+Answers = list[Mapping[str, tuple[str, float]]]  # a conversation: classifier -> (label, score of "yes")
 
 
-def judge(bundle: Path, conversations: list[str], dtype: str) -> list[ClassifyResult]:
+def judge(loraplex: Loraplex, conversations: list[str]) -> Answers:
     """Return each conversation's verdicts from all classifiers. Four threads keep the engine's steps full."""
-    with Loraplex.load(bundle, dtype=dtype) as loraplex, ThreadPoolExecutor(4) as pool:
-        results = pool.map(loraplex.classify, conversations)
-        return list(track(results, description=bundle.name, total=len(conversations)))
+    with ThreadPoolExecutor(4) as pool:
+        results = track(pool.map(loraplex.classify, conversations), description="adapters", total=len(conversations))
+        return [
+            {one.classifier: (str(one.label), (one.scores or {})["yes"]) for one in result.verdicts}
+            for result in results
+        ]
 
 
-def without_adapters(bundle: Path, folder: Path) -> Path:
-    """Return a copy of the bundle in `folder` whose adapters change nothing."""
-    bare = folder / "bare"
-    shutil.copytree(bundle, bare)
-    for path in bare.glob("*/adapter_model.safetensors"):
-        tensors = load_file(path)
-        save_file({key: torch.zeros_like(t) if "lora_B" in key else t for key, t in tensors.items()}, path)
-    return bare
+@torch.inference_mode()
+def judge_by_base(bundle: Path, loraplex: Loraplex, conversations: list[str], dtype: str) -> Answers:
+    """Return the same from the base without adapters."""
+    model = AutoModelForCausalLM.from_pretrained(bundle, dtype=getattr(torch, dtype)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(bundle)
+    answers: Answers = []
+    for conversation in track(conversations, description="bare base"):
+        answers.append(found := {})
+        prompts = loraplex.run(loraplex.service.show_prompt(ClassifyRequest(input=conversation)))
+        for name, _, ids in prompts:
+            contract = read_contract(bundle / name / "classifier.yaml")
+            labels = [tokenizer.encode(label, add_special_tokens=False)[0] for label in contract.labels]
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=1).logits[0, -1]
+            decision = contract.decide(logits.float().log_softmax(-1)[labels].tolist())
+            found[name] = decision.label, decision.scores["yes"]
+    return answers
 
 
 def main() -> None:
@@ -49,9 +63,9 @@ def main() -> None:
     with gzip.open(args.data / "dev.jsonl.gz", "rt", encoding="utf-8") as file:
         dev = [json.loads(line) for line in file][: args.limit]
     conversations = [example["conversation"] for example in dev]
-    results = judge(args.bundle, conversations, args.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        bare_results = judge(without_adapters(args.bundle, Path(folder)), conversations[: args.bare_limit], args.dtype)
+    with Loraplex.load(args.bundle, dtype=args.dtype) as loraplex:
+        results = judge(loraplex, conversations)
+        bare_results = judge_by_base(args.bundle, loraplex, conversations[: args.bare_limit], args.dtype)
 
     print("| classifier | accuracy | F1 | AUC | F1 of the bare base | AUC of the bare base |")
     print("|---|---|---|---|---|---|")
@@ -59,10 +73,10 @@ def main() -> None:
     for name in json.loads((args.data / "tasks.json").read_text())["tasks"]:
         task = name["name"]
 
-        def score(answers: list[ClassifyResult], task: str = task) -> tuple[float, float, float]:
+        def score(answers: Answers, task: str = task) -> tuple[float, float, float]:
             truth = [example["labels"][task] for example in dev[: len(answers)]]
-            said = [answer[task].label == "yes" for answer in answers]
-            yes = [(answer[task].scores or {})["yes"] for answer in answers]
+            said = [answer[task][0] == "yes" for answer in answers]
+            yes = [answer[task][1] for answer in answers]
             return accuracy_score(truth, said), f1_score(truth, said, zero_division=0), roc_auc_score(truth, yes)
 
         accuracy, f1, auc = score(results)

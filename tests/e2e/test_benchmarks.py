@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from benchmarks import gpu
 
 import serving
@@ -62,11 +63,35 @@ def test_the_server_benchmark_runs(tiny_bundle: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plot.svg").stat().st_size > 1000 and "of the capacity" in run.stdout
 
 
-def test_the_backends_are_compared(tmp_path: Path) -> None:
-    texts = ["Customer: Thanks, bye!", "Customer: I need a table for two.\nAgent: Where?\nCustomer: In San Jose."]
-    with gzip.open(tmp_path / "dev.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({"conversation": text}) + "\n" for text in texts)
-    command = [sys.executable, "-m", "benchmarks.agreement", str(tmp_path)]
+@pytest.fixture(scope="module")
+def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the demo's scripts read it: two dialogues of our own, with opposite labels."""
+    folder = tmp_path_factory.mktemp("dialogues")
+    names = [path.parent.name for path in serving.ROOT.glob("examples/support_desk/bundle/*/classifier.yaml")]
+    texts = [
+        "Customer: My order never came.\nAgent: I sent a new one.\nCustomer: Great, thank you, bye!",
+        "Customer: I need a table for two.\nAgent: Where?\nCustomer: In San Jose.",
+    ]
+    with gzip.open(folder / "dev.jsonl.gz", "wt") as file:
+        for i, text in enumerate(texts):
+            file.write(json.dumps({"id": i, "conversation": text, "labels": dict.fromkeys(names, i == 0)}) + "\n")
+    (folder / "tasks.json").write_text(json.dumps({"tasks": [{"name": name} for name in names]}))
+    return folder
+
+
+def test_the_demo_is_scored_beside_its_bare_base(dialogues: Path) -> None:
+    command = [sys.executable, "examples/support_desk/evaluate.py", str(dialogues)]
+    run = subprocess.run(command, cwd=serving.ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 16 + 1 and rows[0][-1] == "AUC of the bare base"
+    accuracy = {row[0]: float(row[1]) for row in rows[1:-1]}
+    assert accuracy["issueResolved"] == 1.0
+    assert any(row[3] != row[5] for row in rows[1:-1]), "the bare base answers as the adapters do"
+
+
+def test_the_backends_are_compared(dialogues: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.agreement", str(dialogues)]
     verdicts, report = tmp_path / "native.json", tmp_path / "peft.json"
     for more in (["--json", str(verdicts)], ["--backend", "peft", "--against", str(verdicts), "--json", str(report)]):
         run = subprocess.run([*command, *more], cwd=serving.ROOT, capture_output=True, text=True)
