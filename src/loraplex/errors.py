@@ -61,16 +61,22 @@ class LoraplexError(Exception):
 
 
 class BadInputError(LoraplexError):
+    """The request's body cannot be read: it is not JSON, or not valid Unicode."""
+
     code = "bad_input"
     status = 400
 
 
 class InvalidRequestError(BadInputError):
+    """The body can be read, but one of its fields is wrong, missing or unknown."""
+
     code = "invalid_request"
     status = 422
 
 
 class UnknownClassifierError(LoraplexError):
+    """No adapter or route has this name. Loraplex never answers with the base instead."""
+
     code = "unknown_classifier"
     status = 404
 
@@ -81,16 +87,22 @@ class UnknownClassifierError(LoraplexError):
 
 
 class UnauthorizedError(LoraplexError):
+    """The API key is missing or unknown."""
+
     code = "unauthorized"
     status = 401
 
 
 class ForbiddenError(LoraplexError):
+    """The API key's scope does not allow this request."""
+
     code = "forbidden"
     status = 403
 
 
 class UnknownRouteError(LoraplexError):
+    """No route has this name."""
+
     code = "unknown_route"
     status = 404
 
@@ -99,6 +111,8 @@ class UnknownRouteError(LoraplexError):
 
 
 class UnknownVerdictError(LoraplexError):
+    """The verdict is not remembered: its id is wrong, or newer verdicts replaced it."""
+
     code = "unknown_verdict"
     status = 404
 
@@ -110,11 +124,15 @@ class UnknownVerdictError(LoraplexError):
 
 
 class RequestTimeoutError(LoraplexError):
+    """The request's body did not arrive in time. The connection is closed."""
+
     code = "request_timeout"
     status = 408
 
 
 class AdapterExistsError(LoraplexError):
+    """SageMaker's or vLLM's call to load an adapter names one that is loaded already."""
+
     code = "adapter_exists"
     status = 409
 
@@ -125,6 +143,8 @@ class AdapterExistsError(LoraplexError):
 
 
 class AdapterInUseError(LoraplexError):
+    """The adapter cannot be unloaded, because a route leads to it."""
+
     code = "adapter_in_use"
     status = 409
 
@@ -136,6 +156,8 @@ class AdapterInUseError(LoraplexError):
 
 
 class NoRevisionError(LoraplexError):
+    """The route has not been changed, so nothing can be rolled back."""
+
     code = "no_revision"
     status = 409
 
@@ -144,11 +166,15 @@ class NoRevisionError(LoraplexError):
 
 
 class InputTooLongError(LoraplexError):
+    """The prompt has more tokens than the contract or the base allows."""
+
     code = "input_too_long"
     status = 413
 
 
 class BodyTooLargeError(LoraplexError):
+    """The body has more bytes than the server accepts. The connection is closed."""
+
     code = "body_too_large"
     status = 413
 
@@ -165,33 +191,47 @@ class OverloadedError(LoraplexError):
 
 
 class QueueFullError(OverloadedError):
+    """As many evaluations or tokens wait as the server allows."""
+
     code = "queue_full"
 
 
 class KeyBusyError(OverloadedError):
+    """As many requests of this API key are in flight as the server allows."""
+
     code = "key_busy"
 
 
 class NotReadyError(LoraplexError):
+    """The server is loading or stopping."""
+
     code = "not_ready"
     status = 503
 
 
 class DeadlineExceededError(LoraplexError):
+    """The request's own deadline has passed."""
+
     code = "deadline_exceeded"
     status = 504
 
 
 class CancelledError(LoraplexError):
+    """The client closed the connection before it had its answer."""
+
     code = "cancelled"
     status = 499
 
 
 class EngineError(LoraplexError):
+    """Loraplex or the device failed on this request."""
+
     code = "engine_error"
 
 
 class StateError(LoraplexError):
+    """The change took effect, but was not saved. It will not survive a restart."""
+
     code = "state_error"
 
     def __init__(self, name: str) -> None:
@@ -202,7 +242,7 @@ class StateError(LoraplexError):
 
 
 class ConfigurationError(LoraplexError):
-    """Something on disk or on the command line is wrong.
+    """A file, a setting or an option is wrong.
 
     source:  the file (and key) at fault. Empty in a server's answer, whose message begins with the source.
     """
@@ -216,18 +256,26 @@ class ConfigurationError(LoraplexError):
 
 
 class BundleError(ConfigurationError):
+    """The bundle's folder or its `loraplex.yaml` is wrong."""
+
     code = "bundle_error"
 
 
 class ContractError(ConfigurationError):
+    """A `classifier.yaml` is wrong, or a golden example is answered otherwise."""
+
     code = "contract_error"
 
 
 class AdapterError(ConfigurationError):
+    """An adapter's files are missing, broken, or not for this base."""
+
     code = "adapter_error"
 
 
 class UnsupportedModelError(ConfigurationError):
+    """The base cannot be served by this backend on this device."""
+
     code = "unsupported_model"
 
 
@@ -260,11 +308,11 @@ def _with_codes(kind: type[LoraplexError]) -> Iterator[tuple[str, type[LoraplexE
         yield from _with_codes(one)
 
 
-_BY_CODE = dict(_with_codes(LoraplexError))
+BY_CODE = dict(_with_codes(LoraplexError))
 
 
 def error_answered(code: str, message: str, *, remedy: str, status: int) -> LoraplexError:
     """Return a server's error as the class with its code, so that callers catch it as they would in process."""
-    if kind := _BY_CODE.get(code):
+    if kind := BY_CODE.get(code):
         return kind.answered(message, remedy=remedy, status=status)
     return ServerError(code, message, remedy=remedy, status=status)

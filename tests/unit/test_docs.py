@@ -8,6 +8,8 @@ import pytest
 
 from loraplex.adapters.kinds import KINDS
 from loraplex.adapters.peft_config import REFUSED_KEYS, PeftConfig
+from loraplex.client.exchange import REFUSED
+from loraplex.errors import BY_CODE
 from loraplex.executors.capabilities import NATIVE, PEFT, PEFT_MIXED, VLLM
 from peft_features import feature_table
 
@@ -36,7 +38,27 @@ def backend_table() -> str:
     return "\n".join(lines)
 
 
-GENERATED = {("adapters.md", "features"): feature_table, ("backends.md", "backends"): backend_table}
+def error_table() -> str:
+    """The table of docs/errors.md."""
+
+    def row(code: str, status: object, name: str, doc: str, is_retried: bool) -> str:
+        return f"| `{code}` | {status} | `{name}` | {doc} | {'yes' if is_retried else ''} |"
+
+    lines = ["| code | status | Python | what happened | retried |", "|---|---|---|---|---|"]
+    for code, error in sorted(BY_CODE.items(), key=lambda pair: (pair[1].status, pair[0])):
+        doc = (error.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        assert doc.endswith("."), f"{error.__name__} has no docstring"
+        lines.append(row(code, error.status, error.__name__, doc, error.status in REFUSED))
+    lines.append(row("unreachable", "", "ServerError", "No server answered the client.", True))
+    lines.append(row("not_loraplex", "", "ServerError", "The answer is not Loraplex's, but perhaps a proxy's.", False))
+    return "\n".join(lines)
+
+
+GENERATED = {
+    ("adapters.md", "features"): feature_table,
+    ("backends.md", "backends"): backend_table,
+    ("errors.md", "errors"): error_table,
+}
 
 
 @pytest.mark.parametrize(("name", "part"), GENERATED)
