@@ -368,7 +368,7 @@ def train_adapter(
     lora = get_peft_model(model, config)
     trainable = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=2e-3, weight_decay=0.0, fused=True)
-    steps = len(prompts) // 16
+    steps = max(1, len(prompts) // 16)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps, 10))
     batches = length_buckets([len(tokens) for tokens in prompts], 16, rng)
     noise, first_question = torch.Generator().manual_seed(args.seed), token_ids(tokenizer, [ASK])[0]

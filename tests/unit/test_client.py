@@ -342,11 +342,11 @@ def test_timeouts(
 # ------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("code", errors._BY_CODE)
+@pytest.mark.parametrize("code", errors.BY_CODE)
 def test_an_error_is_of_the_class_that_has_its_code(ask: Ask, code: str) -> None:
     with pytest.raises(LoraplexError) as caught:
         ask(Script([error(422, code)]), "adapters")
-    assert type(caught.value) is errors._BY_CODE[code]
+    assert type(caught.value) is errors.BY_CODE[code]
     assert (caught.value.code, caught.value.message, caught.value.remedy) == (code, "what", "how")
     assert caught.value.status == 422 and str(caught.value) == "what (how)"
     assert ErrorInfo.of(caught.value) == ErrorInfo(code=code, message="what", remedy="how")
@@ -357,7 +357,7 @@ def test_every_class_with_a_code_of_its_own_is_known() -> None:
     defined = {name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, LoraplexError)}
     assert documented == defined - {"LoraplexError"}
     without = {"OverloadedError", "RefusedError", "ServerError", "LoraplexError"}
-    assert {one.__name__ for one in errors._BY_CODE.values()} == defined - without
+    assert {one.__name__ for one in errors.BY_CODE.values()} == defined - without
 
 
 def test_a_code_from_the_future_is_a_server_error(ask: Ask) -> None:
