@@ -1,17 +1,20 @@
 """What a server remembers outlives it, however it ends."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from loraplex.errors import BundleError
+from loraplex.routing.route_store import RouteStore
 from loraplex.service.state import AdapterState, Remembered
 
 WRITER = """
@@ -101,19 +104,79 @@ def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
             AdapterState(place)
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_folder_that_takes_no_writes_is_found_at_the_start(exists: bool) -> None:
+@pytest.fixture
+def unwritable() -> Iterator[Callable[[Path], None]]:
+    """Takes the right to write a folder, until the test ends."""
     is_root = os.geteuid() == 0  # whom no permission stops: it becomes nobody, who may not enter pytest's folders
-    with tempfile.TemporaryDirectory() as place:
-        if exists:
-            AdapterState(Path(place)).remember(name="a", source="b", is_pinned=False)
+    taken: list[Path] = []
+
+    def take(place: Path) -> None:
+        taken.append(place)
         os.chmod(place, 0o555)
         if is_root:
             os.seteuid(65534)
-        try:
-            with pytest.raises(BundleError, match="--state-dir"):
-                AdapterState(Path(place))
-        finally:
-            if is_root:
-                os.seteuid(0)
-            os.chmod(place, 0o755)
+
+    yield take
+    if is_root:
+        os.seteuid(0)
+    for place in taken:
+        os.chmod(place, 0o755)
+        shutil.rmtree(place)
+
+
+def test_a_new_state_in_a_folder_that_takes_no_writes_is_refused(unwritable: Callable[[Path], None]) -> None:
+    place = Path(tempfile.mkdtemp())
+    unwritable(place)
+    with pytest.raises(BundleError, match="--state-dir"):
+        AdapterState(place)
+
+
+def test_a_state_that_takes_no_writes_is_read(
+    unwritable: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Path(tempfile.mkdtemp())
+    AdapterState(place).remember(name="a", source="b", is_pinned=False)
+    unwritable(place)
+    state = AdapterState(place)
+    assert "loraplex.sqlite" in caplog.text and "not saved" in caplog.text
+    state.acquire()
+    assert [one.name for one in state.remembered()] == ["a"]
+    with pytest.raises(BundleError, match=r"readonly.*--state-dir"):
+        state.remember(name="a", source=None, is_pinned=False)
+    with pytest.raises(BundleError, match="another server"):
+        AdapterState(place).acquire()
+    state.release()
+
+
+def test_deleting_the_lock_file_lets_no_second_server_in(tmp_path: Path) -> None:
+    first, second = AdapterState(tmp_path), AdapterState(tmp_path)
+    first.acquire()
+    (tmp_path / "loraplex.lock").unlink()
+    with pytest.raises(BundleError, match="another server"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+
+
+def test_a_folder_that_is_made_again_belongs_to_the_server_that_made_it(tmp_path: Path) -> None:
+    first = AdapterState(tmp_path / "state")
+    first.acquire()
+    first.remember(name="a", source="1", is_pinned=False)
+    shutil.rmtree(tmp_path / "state")
+    second = AdapterState(tmp_path / "state")
+    second.acquire()
+    second.remember(name="b", source="2", is_pinned=False)
+    with pytest.raises(BundleError, match="removed or replaced"):
+        first.remember(name="a", source=None, is_pinned=False)
+    first.release()
+    with pytest.raises(BundleError, match="another server"):
+        AdapterState(tmp_path / "state").acquire()
+    assert [one.name for one in second.remembered()] == ["b"]
+    second.release()
+
+
+def test_routes_in_the_place_of_adapters_are_refused(tmp_path: Path) -> None:
+    RouteStore(tmp_path / "loraplex.sqlite")
+    with pytest.raises(BundleError, match="another database"):
+        AdapterState(tmp_path)

@@ -1,5 +1,8 @@
 """Remembers which adapters were loaded, unloaded and pinned at run time, also after a kill."""
 
+import fcntl
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +10,8 @@ from filelock import FileLock, Timeout
 
 from loraplex.database import Database
 from loraplex.errors import BundleError
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SCHEMA = (
@@ -29,9 +34,9 @@ class AdapterState:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._held = FileLock(folder / "loraplex.lock", thread_local=False)
+        self._held: int | None = None  # descriptor of the folder
+        self._file = FileLock(folder / "loraplex.lock", timeout=0, thread_local=False)
         self._database = Database(folder / "loraplex.sqlite", format=FORMAT, schema=SCHEMA)
-        self.remembered()
 
     def remembered(self) -> tuple[Remembered, ...]:
         """Return all names, in the order in which they were first remembered."""
@@ -49,13 +54,27 @@ class AdapterState:
 
     def acquire(self) -> None:
         """Lock the folder for this process until `release` or the end of the process, because two servers would
-        overwrite each other's changes. Raises BundleError where another server has the lock."""
-        try:
-            self._held.acquire(timeout=0)
-        except (Timeout, OSError):
-            raise BundleError(
-                self._folder, "another server uses it", remedy="stop that one, or give another --state-dir"
-            ) from None
+        overwrite each other's changes. Raises BundleError where another server has the lock.
+
+        The folder itself is locked, so that deleting the lock file lets nobody in. The lock file keeps servers on
+        other machines out, too."""
+        for lock in (self._lock_folder, self._file.acquire):
+            try:
+                lock()
+            except (BlockingIOError, Timeout):
+                self.release()
+                raise BundleError(
+                    self._folder, "another server uses it", remedy="stop that one, or give another --state-dir"
+                ) from None
+            except OSError as exc:  # a folder that cannot be written, or a file system without one of the locks
+                logger.warning("%s cannot be locked: %s", self._folder, exc)
+
+    def _lock_folder(self) -> None:
+        self._held = os.open(self._folder, os.O_RDONLY)
+        fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self) -> None:
-        self._held.release()
+        self._file.release()
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
