@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -78,7 +79,10 @@ def serve(path: PathArgument, adapter: AdapterOption = None, **settings: Any) ->
         _say(f"ready: {url} (docs: {url}/docs). Try:", as_json)
         path, body = example_request(router.service)
         key = ' -H "Authorization: Bearer $LORAPLEX_API_KEY"' if api_keys else ""
-        typer.echo(f"curl -s {url}{path}{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}")
+        with suppress(OSError):
+            typer.echo(
+                f"curl -s {url}{path}{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+            )
 
     asyncio.run(_serve_to_end(process.serve(open_router, server_config, api_keys, sock, announce), as_json))
 
@@ -109,8 +113,9 @@ async def _serve_to_end(serving: Coroutine[Any, Any, None], as_json: bool) -> No
     except BaseException:
         logger.critical("the server failed", exc_info=True)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
         os._exit(code)
 
 
@@ -118,7 +123,8 @@ def _say(message: str, as_json: bool) -> None:
     if as_json:
         logger.info("%s", message)
     else:
-        stderr.print(message, markup=False)
+        with suppress(OSError):  # output that cannot be written, as on a full disk, must not end the server
+            stderr.print(message, markup=False)
 
 
 def _of(model: type[BaseModel], settings: dict[str, Any]) -> dict[str, Any]:
