@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
 
-from loraplex.errors import BundleError
+from loraplex.errors import BundleError, StateError
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,16 @@ class Database:
             raise BundleError(
                 self._path or "memory", f"cannot be read or written: {exc}", remedy=_remedy(exc)
             ) from None
+
+
+@contextmanager
+def state_errors(effect: str) -> Iterator[None]:
+    """Raise StateError in place of a database's BundleError, for a request. effect: what that means for the client."""
+    try:
+        yield
+    except BundleError as exc:
+        logger.error("%s: %s", effect, exc)
+        raise StateError(f"{effect}: {exc.message}", remedy=exc.remedy) from None
 
 
 def _fill(database: sqlite3.Connection, format: int, schema: Sequence[str]) -> None:

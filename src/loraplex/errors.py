@@ -22,7 +22,7 @@ LoraplexError
 ├── DeadlineExceededError     504  deadline_exceeded
 ├── CancelledError            499  cancelled            the client left
 ├── ServerError               —    (the server's)       raised by clients: another code, or no answer
-├── StateError                500  state_error          the change took effect, but was not saved
+├── StateError                500  state_error          a change is not saved, or what was saved cannot be read
 ├── EngineError               500  engine_error         a fault of Loraplex or the device
 └── ConfigurationError        500  configuration_error  a file or setting is wrong
     ├── BundleError                bundle_error
@@ -233,12 +233,6 @@ class StateError(LoraplexError):
     """The change took effect, but was not saved. It will not survive a restart."""
 
     code = "state_error"
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"the change to {name!r} took effect, but could not be saved and will not survive a restart",
-            remedy="see the server's log; make the --state-dir writable and send the request again",
-        )
 
 
 class ConfigurationError(LoraplexError):

@@ -471,6 +471,22 @@ def test_a_state_directory_has_one_server(folder: Path) -> None:
         assert loraplex.classify(TEXT, "one")["one"].scores == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_change_that_could_not_be_saved_is_saved_with_the_next(folder: Path) -> None:
+    state: dict[str, Any] = {"dtype": "float32", "state_dir": str(folder / "state")}
+    shutil.copytree(folder / "versions" / "one2", folder / "bundle" / "three")
+    with Loraplex.load(folder / "bundle", **state) as loraplex:
+        (folder / "state").rename(folder / "aside")
+        with pytest.raises(StateError, match=r"'one' took effect.*removed or replaced"):
+            loraplex.unload_adapter("one")  # which nobody can repeat
+        with pytest.raises(StateError, match="'two' took effect"):
+            loraplex.pin_adapter("two")
+        assert [verdict.classifier for verdict in loraplex.classify(TEXT).verdicts] == ["three", "two"]
+        (folder / "aside").rename(folder / "state")
+        loraplex.pin_adapter("three")
+    with Loraplex.load(folder / "bundle", **state) as loraplex:
+        assert {info.name: info.pinned for info in loraplex.adapters()} == {"two": True, "three": True}
+
+
 def test_names_in_a_message_are_few(http: httpx.Client) -> None:
     known = [f"adapter{i}" for i in range(5000)]
     assert len(str(UnknownClassifierError("x", known))) < 1000

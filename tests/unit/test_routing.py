@@ -21,6 +21,7 @@ from loraplex.errors import (
     NoRevisionError,
     QueueFullError,
     RefusedError,
+    StateError,
     UnknownClassifierError,
     UnknownRouteError,
     UnknownVerdictError,
@@ -107,12 +108,13 @@ def routed(
     routes: dict[str, RouteSettings],
     use: Callable[[Router, FakeService], Coroutine[Any, Any, None]],
     store: RouteStore | None = None,
+    log: VerdictLog | None = None,
 ) -> None:
     """Run `use` on a started router."""
 
     async def run() -> None:
         service = FakeService(labels)
-        router = Router(as_service(service), routes, store, VerdictLog(max_verdicts=1000))
+        router = Router(as_service(service), routes, store, log or VerdictLog(max_verdicts=1000))
         await router.start()
         try:
             await use(router, service)
@@ -456,6 +458,75 @@ def test_of_more_than_can_wait_the_newest_do(monkeypatch: pytest.MonkeyPatch) ->
     assert log.targets_of("new6") == log.targets_of("new0") == log.targets_of("old3") == (A,)
     with pytest.raises(UnknownVerdictError):
         log.targets_of("old2")
+
+
+def test_statistics_count_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraplex.database.TIMEOUT_S", 0.01)
+    path = tmp_path / "verdicts.sqlite"
+    log = VerdictLog(path, max_verdicts=10)
+    log.add(verdict(str(i)) for i in range(4))
+    log.flush()
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN IMMEDIATE")  # as on a full disk: others can read, and nobody can write
+        log.add(verdict(str(i), "no") for i in range(4, 12))
+        assert log.stats("r").targets[0].label_shares == {"no": 0.8, "yes": 0.2}, "of the newest ten"
+        assert log.targets_of("11") == log.targets_of("2") == (A,)
+        with pytest.raises(BundleError):
+            log.set_truth("11", "yes")
+    assert log.set_truth("11", "yes") == 1
+    assert VerdictLog(path, max_verdicts=10).stats("r") == log.stats("r")
+
+
+def test_a_log_that_was_removed_is_missed_and_its_loss_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = VerdictLog(tmp_path / "verdicts.sqlite", max_verdicts=10)
+    (tmp_path / "verdicts.sqlite").unlink()
+    with pytest.raises(BundleError, match="removed or replaced"):
+        log.flush()
+    log.add(verdict(str(i)) for i in range(4))
+    log.close()
+    assert "4 verdicts could not be written, and are lost" in caplog.text
+
+
+def test_without_their_files_routes_answer_and_do_not_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "state"
+    store, log = RouteStore(folder / "routes.sqlite"), VerdictLog(folder / "verdicts.sqlite", max_verdicts=10)
+
+    async def use(router: Router, service: FakeService) -> None:
+        folder.rename(tmp_path / "aside")
+        answered = (await router.classify(ask("r"))).verdicts[0]
+        assert answered.label == "yes" and answered.id
+        for change in (
+            router.set_route("r", to(B)),
+            router.set_route("s", to(B)),
+            router.delete_route("r"),
+            router.rollback_route("r"),
+            router.set_truth(answered.id, "no"),
+            router.stats("r"),
+        ):
+            with pytest.raises(StateError, match=r"sqlite: was removed or replaced.*restart"):
+                await change
+        assert [(one.name, list(one.targets)) for one in router.routes()] == [("r", [A])]
+        assert not folder.exists()
+        for _ in range(3):
+            log.try_to_flush()
+        assert caplog.text.count("verdicts cannot be written") == 1
+        (tmp_path / "aside").rename(folder)
+        assert await router.set_truth(answered.id, "no") == 1
+        await router.set_route("s", to(B))
+
+    routed({A: "yes", B: "no"}, {"r": to(A)}, use, store, log)
+    assert set(RouteStore(folder / "routes.sqlite").routes()) == {"r", "s"}
+
+
+def test_settings_that_cannot_be_read_are_found_when_the_file_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "routes.sqlite"
+    RouteStore(path).put("x", to(A))
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("UPDATE revisions SET settings = '{'")
+    with pytest.raises(BundleError, match=r"routes\.sqlite.*'x'.*restore"):
+        RouteStore(path)
 
 
 def test_feedback_through_the_router_knows_the_labels() -> None:

@@ -4,6 +4,8 @@ import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from loraplex.config import RouteSettings
 from loraplex.database import Database
 from loraplex.errors import NoRevisionError, UnknownRouteError
@@ -33,6 +35,7 @@ class RouteStore:
     def __init__(self, path: Path | None = None) -> None:
         """path: a SQLite file; None keeps the routes in memory, until the process ends."""
         self._database = Database(path, format=FORMAT, schema=SCHEMA)
+        self.routes()  # settings that cannot be read are an error now, and not after the base was loaded
 
     def routes(self) -> dict[str, Route]:
         """Return the routes in effect, by name, from the oldest revision to the newest."""
@@ -42,7 +45,7 @@ class RouteStore:
     def put(self, name: str, settings: RouteSettings) -> Route:
         """Add a revision that sets the route, and return the route."""
         with self._database.transaction() as database:
-            return _route(name, _append(database, name, settings), settings)
+            return _route(name, _append(database, name, settings), _json(settings))
 
     def delete(self, name: str) -> None:
         """Add a revision that deletes the route. Raises UnknownRouteError if there is no such route."""
@@ -59,9 +62,9 @@ class RouteStore:
                 " ORDER BY revision DESC LIMIT 1 OFFSET 1",
                 (name,),
             ).fetchall()
-        for revision, settings in rows:
-            if settings is not None:
-                return _route(name, revision, RouteSettings.model_validate_json(settings))
+            for revision, settings in rows:
+                if settings is not None:
+                    return _route(name, revision, settings)
         raise NoRevisionError(name)
 
     def rollback(self, name: str) -> Route:
@@ -114,11 +117,15 @@ def _in_effect(database: sqlite3.Connection) -> list[Route]:
         f"SELECT name, revision, settings FROM revisions WHERE revision IN ({IN_EFFECT}) AND settings IS NOT NULL"
         " ORDER BY revision"
     )
-    return [_route(name, revision, RouteSettings.model_validate_json(settings)) for name, revision, settings in rows]
+    return [_route(*row) for row in rows]
 
 
-def _route(name: str, revision: int, settings: RouteSettings) -> Route:
-    return Route(name=name, targets=settings.targets, shadows=settings.shadows, revision=revision)
+def _route(name: str, revision: int, settings: str) -> Route:
+    try:
+        read = RouteSettings.model_validate_json(settings)
+    except ValidationError:
+        raise sqlite3.DatabaseError(f"the settings of the route {name!r} are damaged") from None
+    return Route(name=name, targets=read.targets, shadows=read.shadows, revision=revision)
 
 
 def _json(settings: RouteSettings) -> str:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from loraplex.bundle import check_name
 from loraplex.classifier import valid_unicode
 from loraplex.config import RouteSettings
+from loraplex.database import state_errors
 from loraplex.errors import (
     AdapterInUseError,
     BundleError,
@@ -100,7 +102,7 @@ class Router:
             self._flusher = None
         await self.service.close()
         if self._log is not None:
-            await self._flush()
+            await self._in_files(self._log.close)
         self._files.shutdown(wait=False)
 
     # ------------------------------------------------------------------------------------------- routes
@@ -124,7 +126,8 @@ class Router:
 
     async def set_route(self, name: str, settings: RouteSettings) -> Route:
         """Create or replace a route. The route is stored and in effect when this returns. Raises RefusedError if the
-        name or a target is not valid, and InvalidRequestError for the base's name."""
+        name or a target is not valid, InvalidRequestError for the base's name, and StateError if the file cannot be
+        written."""
         try:
             check_name(name, "route")
         except ConfigurationError as exc:
@@ -133,24 +136,27 @@ class Router:
             raise InvalidRequestError(f"{name!r} is the base's name", remedy="choose another name for the route")
         async with self._changing:
             self._check_targets((*settings.targets, *settings.shadows))
-            route = await self._in_files(self._store.put, name, settings)
-            await self._reload()
+            with _unchanged(name):
+                route = await self._in_files(self._store.put, name, settings)
+                await self._reload()
         return route
 
     async def delete_route(self, name: str) -> None:
-        """Delete a route. Raises UnknownRouteError if there is none."""
+        """Delete a route. Raises UnknownRouteError if there is none, and StateError if the file cannot be written."""
         async with self._changing:
-            await self._in_files(self._store.delete, name)
-            await self._reload()
+            with _unchanged(name):
+                await self._in_files(self._store.delete, name)
+                await self._reload()
 
     async def rollback_route(self, name: str) -> Route:
-        """Undo the last change of a route. Raises NoRevisionError if there is nothing to restore, and RefusedError if a
-        target of the restored route no longer exists."""
+        """Undo the last change of a route. Raises NoRevisionError if there is nothing to restore, RefusedError if a
+        target of the restored route no longer exists, and StateError if the file cannot be written."""
         async with self._changing:
-            before = await self._in_files(self._store.before, name)
-            self._check_targets((*before.targets, *before.shadows))
-            route = await self._in_files(self._store.rollback, name)
-            await self._reload()
+            with _unchanged(name):
+                before = await self._in_files(self._store.before, name)
+                self._check_targets((*before.targets, *before.shadows))
+                route = await self._in_files(self._store.rollback, name)
+                await self._reload()
         return route
 
     async def unload_adapter(self, name: str) -> None:
@@ -234,24 +240,28 @@ class Router:
 
     async def stats(self, name: str) -> RouteStats:
         """Return the statistics of a route, or of a classifier that is requested by its own name. Raises
-        UnknownRouteError for an unknown name, and InvalidRequestError if no verdicts are kept."""
+        UnknownRouteError for an unknown name, InvalidRequestError if no verdicts are kept, and StateError if the file
+        cannot be read."""
         if not self.knows(name):
             raise UnknownRouteError(name)
-        return await self._in_files((await self._kept()).stats, name)
+        log = await self._kept()
+        with state_errors("the verdicts cannot be read"):
+            return await self._in_files(log.stats, name)
 
     async def set_truth(self, verdict_id: str, label: str) -> int:
         """Record the label that a verdict should have had; a later call replaces the label. Returns the number of
-        answers that the label applies to. Raises UnknownVerdictError for an unknown id. Raises InvalidRequestError if
-        the classifier has no such label, or if no verdicts are kept."""
+        answers that the label applies to. Raises UnknownVerdictError for an unknown id, InvalidRequestError if
+        the classifier has no such label or no verdicts are kept, and StateError if the file cannot be written."""
         log = await self._kept()
         valid_unicode(verdict_id + label)
-        for target in await self._in_files(log.targets_of, verdict_id):
-            info = self.service.adapter(target) if self.service.knows(target) else None
-            if info is not None and info.labels and label not in info.labels:
-                raise InvalidRequestError(
-                    f"{label!r} is no label of {target!r}", remedy=f"use one of: {', '.join(info.labels)}"
-                )
-        return await self._in_files(log.set_truth, verdict_id, label)
+        with state_errors("the label is not recorded"):
+            for target in await self._in_files(log.targets_of, verdict_id):
+                info = self.service.adapter(target) if self.service.knows(target) else None
+                if info is not None and info.labels and label not in info.labels:
+                    raise InvalidRequestError(
+                        f"{label!r} is no label of {target!r}", remedy=f"use one of: {', '.join(info.labels)}"
+                    )
+            return await self._in_files(log.set_truth, verdict_id, label)
 
     def num_shadows_shed(self) -> int:
         return self._shadows.num_shed
@@ -294,18 +304,11 @@ class Router:
     async def _in_files(self, work: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._files, partial(work, *arguments))
 
-    async def _flush(self) -> None:
-        """Write the log to its file. A failure is only logged, because a full disk must not cost an answer."""
-        assert self._log is not None
-        try:
-            await self._in_files(self._log.flush)
-        except ConfigurationError as exc:
-            logger.error("verdicts could not be written to disk yet: %s", exc)
-
     async def _flush_for_ever(self) -> None:
+        assert self._log is not None
         while True:
             await asyncio.sleep(FLUSH_EVERY_S)
-            await self._flush()
+            await self._in_files(self._log.try_to_flush)
 
 
 async def start_router(
@@ -331,6 +334,10 @@ def open_stores(state_dir: str | None, *, max_verdicts: int) -> tuple[RouteStore
     store = RouteStore(None if folder is None else folder / "routes.sqlite")
     file = None if folder is None else folder / "verdicts.sqlite"
     return store, VerdictLog(file, max_verdicts=max_verdicts) if max_verdicts else None
+
+
+def _unchanged(route: str) -> AbstractContextManager[None]:
+    return state_errors(f"the route {route!r} is not changed")
 
 
 def _as_asked(verdict: Verdict, name: str, id: str) -> Verdict:

@@ -1,11 +1,13 @@
 """The newest verdicts: target, label, confidence, latency, and feedback. Never holds a conversation."""
 
+import logging
 import math
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -13,6 +15,8 @@ from typing import NamedTuple
 from loraplex.database import Database
 from loraplex.errors import BundleError, UnknownVerdictError
 from loraplex.types import Accuracy, Agreement, Latency, RouteStats, TargetStats
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SCHEMA = (
@@ -77,7 +81,7 @@ class LoggedVerdict(NamedTuple):
 
 
 class VerdictLog:
-    """Verdicts in a SQLite file. New verdicts wait in memory until `flush`; every reading method flushes first. Any
+    """Verdicts in a SQLite file. New verdicts wait in memory until `flush`; every reading method counts them. Any
     thread may call. Methods raise BundleError if the file cannot be read or written."""
 
     def __init__(self, path: Path | None = None, *, max_verdicts: int) -> None:
@@ -88,6 +92,7 @@ class VerdictLog:
         # A deque: one thread may append while another pops.
         self._added: deque[LoggedVerdict] = deque(maxlen=max_verdicts)
         self._flushing = threading.Lock()
+        self._problem = ""  # why the last flush failed
 
     def add(self, verdicts: Iterable[LoggedVerdict]) -> None:
         self._added.extend(verdicts)
@@ -98,6 +103,7 @@ class VerdictLog:
         with self._flushing:
             added = [self._added.popleft() for _ in range(len(self._added))]
             if not added:
+                self._database.check()  # reports a removed file before a verdict waits
                 return
             try:
                 self._write(added)
@@ -106,23 +112,57 @@ class VerdictLog:
                 self._added.extendleft(reversed(added[max(0, len(added) - room) :]))
                 raise
 
+    def try_to_flush(self) -> None:
+        """Flush. A failure is only logged, once, because a full disk must not cost an answer."""
+        before, self._problem = self._problem, ""
+        try:
+            self.flush()
+        except BundleError as exc:
+            self._problem = str(exc)
+            if self._problem != before:
+                logger.error("verdicts cannot be written, and wait in memory: %s", exc)
+        else:
+            if before:
+                logger.warning("verdicts are written again")
+
+    def close(self) -> None:
+        """Flush for the last time, and say what is lost."""
+        self.try_to_flush()
+        if self._added:
+            logger.error("%d verdicts could not be written, and are lost", len(self._added))
+
     def _write(self, added: Seq[LoggedVerdict]) -> None:
         with self._database.transaction() as database:
-            # A shadow may answer after feedback came: its row takes the label of the verdict's other rows.
-            database.executemany(
-                "INSERT OR IGNORE INTO verdicts"
-                " (id, route, target, version, is_shadow, label, confidence, latency_ms, error, truth)"
-                " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, (SELECT truth FROM verdicts WHERE id = ?1))",
-                added,
-            )
-            database.execute(
-                "DELETE FROM verdicts WHERE number <= (SELECT max(number) FROM verdicts) - ?", (self._max_verdicts,)
-            )
+            self._insert(database, added)
+
+    def _insert(self, database: sqlite3.Connection, added: Seq[LoggedVerdict]) -> None:
+        # A shadow may answer after feedback came: its row takes the label of the verdict's other rows.
+        database.executemany(
+            "INSERT OR IGNORE INTO verdicts"
+            " (id, route, target, version, is_shadow, label, confidence, latency_ms, error, truth)"
+            " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, (SELECT truth FROM verdicts WHERE id = ?1))",
+            added,
+        )
+        database.execute(
+            "DELETE FROM verdicts WHERE number <= (SELECT max(number) FROM verdicts) - ?", (self._max_verdicts,)
+        )
+
+    @contextmanager
+    def _all(self) -> Iterator[sqlite3.Connection]:
+        """Run the block with all verdicts: in the file, or where it cannot be written, in a copy in memory."""
+        try:
+            self.flush()
+        except BundleError:
+            with self._flushing, self._database.copy() as database:
+                self._insert(database, tuple(self._added.copy()))
+                yield database
+        else:
+            with self._database.transaction() as database:
+                yield database
 
     def targets_of(self, verdict_id: str) -> tuple[str, ...]:
         """Return all targets that answered, the returned one first. Raises UnknownVerdictError for an unknown id."""
-        self.flush()
-        with self._database.transaction() as database:
+        with self._all() as database:
             found = database.execute(
                 "SELECT target FROM verdicts WHERE id = ? ORDER BY is_shadow", (verdict_id,)
             ).fetchall()
@@ -142,8 +182,7 @@ class VerdictLog:
 
     def stats(self, route: str) -> RouteStats:
         """Return the statistics of a route, for each version of each target, over the verdicts that are kept."""
-        self.flush()
-        with self._database.transaction() as database:
+        with self._all() as database:
             rows = database.execute(COUNTS, (route,)).fetchall()
             return RouteStats(name=route, targets=tuple(_target_stats(database, route, *row) for row in rows))
 

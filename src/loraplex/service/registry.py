@@ -14,7 +14,8 @@ from loraplex.adapters.names import Entry
 from loraplex.adapters.source import resolve_source
 from loraplex.bundle import AdapterSource, Bundle, check_name, open_adapter
 from loraplex.config import EngineConfig
-from loraplex.errors import ConfigurationError, InvalidRequestError, LoraplexError, StateError
+from loraplex.database import state_errors
+from loraplex.errors import ConfigurationError, InvalidRequestError, LoraplexError
 from loraplex.service.classifiers import CheckedClassifier, ClassifierReader, ClassifierVersion
 from loraplex.service.state import AdapterState
 from loraplex.service.versions import Versions
@@ -38,6 +39,7 @@ class AdapterRegistry:
     ) -> None:
         self._bundle, self._config, self._versions, self._reader, self._state = bundle, config, versions, reader, state
         self._remembering = asyncio.Lock()
+        self._unsaved: dict[str, None] = {}  # names whose last change is not in the state yet, in order
         self._sources: dict[str, tuple[Path, str]] = {}  # name -> folder, and what it was resolved from
         self._resolvers = ThreadPoolExecutor(4, "loraplex-source")  # their own threads: a download may hang
 
@@ -118,10 +120,21 @@ class AdapterRegistry:
             self._versions.register(AdapterSource(name=name, path=Path(source), contract=None), exc)
 
     async def _remember(self, name: str) -> None:
-        """Write the name's current source and pin to the state, in order, so that the last change wins. Raises
+        """Write the name's current source and pin to the state, after those that could not be written before. Raises
         StateError where the state cannot be written."""
         if self._state is None:
             return
+        async with self._remembering:  # one at a time, so that the last change wins
+            self._unsaved[name] = None
+            effect = f"the change to {name!r} took effect, but is not saved and is lost at a restart"
+            with state_errors(f"{effect}, unless a later change can be saved"):
+                for one in tuple(self._unsaved):
+                    source, is_pinned = self._source_and_pin(one)
+                    await asyncio.to_thread(self._state.remember, name=one, source=source, is_pinned=is_pinned)
+                    del self._unsaved[one]
+
+    def _source_and_pin(self, name: str) -> tuple[str | None, bool]:
+        """Return what the state remembers of a name."""
         entry = next((one for one in self._versions.names.entries() if one.name == name and not one.is_leaving), None)
         source = None
         if entry is not None:
@@ -129,13 +142,7 @@ class AdapterRegistry:
             is_bundled = any(one.name == name and one.path.resolve() == path.resolve() for one in self._bundle.adapters)
             resolved_path, resolved = self._sources.get(name, (path, str(path.absolute())))
             source = BUNDLE if is_bundled else resolved if resolved_path == path else str(path.absolute())
-        is_pinned = entry is not None and entry.is_pinned
-        async with self._remembering:  # first come, first served
-            try:
-                await asyncio.to_thread(self._state.remember, name=name, source=source, is_pinned=is_pinned)
-            except ConfigurationError as exc:
-                logger.error("%s", exc)
-                raise StateError(name) from None
+        return source, entry is not None and entry.is_pinned
 
     async def _resolve(self, source: str, progress: Progress | None = None) -> ResolvedSource:
         def resolve() -> ResolvedSource:
