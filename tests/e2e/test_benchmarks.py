@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from benchmarks import gpu
 
 import serving
+from loraplex import Loraplex
 
 
 def test_the_gpu_run_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
@@ -77,6 +79,23 @@ def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.write(json.dumps({"id": i, "conversation": text, "labels": dict.fromkeys(names, i == 0)}) + "\n")
     (folder / "tasks.json").write_text(json.dumps({"tasks": [{"name": name} for name in names]}))
     return folder
+
+
+def test_a_bundle_like_the_demo_is_built(tmp_path: Path) -> None:
+    """From a few random dialogues, in two steps: nothing is learnt, but every stage runs, and the result can be served."""
+    draw, words = random.Random(0), "I need a table flight hotel to for in book cancel please thanks bye".split()
+    for split, num in (("train", 32), ("dev", 8)):
+        with gzip.open(tmp_path / f"{split}.jsonl.gz", "wt") as file:
+            for i in range(num):
+                text = "\n".join(f"{who}: {' '.join(draw.choices(words, k=6))}" for who in ("Customer", "Agent"))
+                file.write(json.dumps({"id": i, "conversation": text, "labels": {"isOdd": i % 2 == 1}}) + "\n")
+    (tmp_path / "tasks.json").write_text(json.dumps({"tasks": [{"name": "isOdd", "question": "Is it odd?"}]}))
+    command = [sys.executable, "examples/support_desk/build.py", tmp_path, "--work", tmp_path / "work"]
+    small = ["--out", tmp_path / "bundle", "--base-steps", "2", "--adapter-examples", "16"]
+    run = subprocess.run([*command, *small], cwd=serving.ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with Loraplex.load(tmp_path / "bundle") as loraplex:
+        assert loraplex.classify("Customer: hello")["isOdd"].label in ("yes", "no")
 
 
 def test_the_demo_is_scored_beside_its_bare_base(dialogues: Path) -> None:

@@ -48,20 +48,6 @@ def test_the_contract_is_valid() -> None:
     assert Contract(**contract).labels == ("yes", "no")
 
 
-def test_the_command_lines_run() -> None:
-    commands = [
-        line for block in blocks("console") for line in re.findall(r"^\$ (.*loraplex classify.*)$", block, re.M)
-    ]
-    assert commands
-    for command in commands:
-        arguments = shlex.split(command)[1:]
-        run = subprocess.run(
-            [sys.executable, "-m", "loraplex.cli.main", *arguments], cwd=serving.ROOT, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
-        assert "issueResolved" in run.stdout
-
-
 def test_the_quick_starts_curl_body_is_what_the_server_takes(server: serving.Server) -> None:
     [command] = [block for block in blocks("console") if "curl" in block]
     curl = shlex.split(command[command.index("curl") :])
