@@ -82,7 +82,7 @@ def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_bundle_like_the_demo_is_built(tmp_path: Path) -> None:
-    """From a few random dialogues, in two steps: nothing is learnt, but every stage runs, and the result can be served."""
+    """From a few random dialogues in two steps: nothing is learnt, but every stage runs, and the result is served."""
     draw, words = random.Random(0), "I need a table flight hotel to for in book cancel please thanks bye".split()
     for split, num in (("train", 32), ("dev", 8)):
         with gzip.open(tmp_path / f"{split}.jsonl.gz", "wt") as file:
@@ -90,8 +90,8 @@ def test_a_bundle_like_the_demo_is_built(tmp_path: Path) -> None:
                 text = "\n".join(f"{who}: {' '.join(draw.choices(words, k=6))}" for who in ("Customer", "Agent"))
                 file.write(json.dumps({"id": i, "conversation": text, "labels": {"isOdd": i % 2 == 1}}) + "\n")
     (tmp_path / "tasks.json").write_text(json.dumps({"tasks": [{"name": "isOdd", "question": "Is it odd?"}]}))
-    command = [sys.executable, "examples/support_desk/build.py", tmp_path, "--work", tmp_path / "work"]
-    small = ["--out", tmp_path / "bundle", "--base-steps", "2", "--adapter-examples", "16"]
+    command = [sys.executable, "examples/support_desk/build.py", str(tmp_path), "--work", str(tmp_path / "work")]
+    small = ["--out", str(tmp_path / "bundle"), "--base-steps", "2", "--adapter-examples", "16"]
     run = subprocess.run([*command, *small], cwd=serving.ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     with Loraplex.load(tmp_path / "bundle") as loraplex:
