@@ -11,7 +11,7 @@ import loraplex
 ROOT = Path(loraplex.__file__).parent
 # From the bottom up. A module may import its own layer and those before it.
 LAYERS = [
-    {"types", "errors", "config", "metrics", "database", "machine"},
+    {"types", "errors", "config", "metrics", "database", "disk", "machine"},
     {"classifier", "client"},
     {"bundle"},
     {"text", "ops"},
@@ -32,6 +32,7 @@ ONLY_IN = {
         "model",
         "adapters/checkpoint",
         "adapters/plan",
+        "adapters/tensor_file",
         "adapters/weights",
         "engine/outcomes",
         "engine/pack",
@@ -41,7 +42,7 @@ ONLY_IN = {
         "executors/vllm",
     },
     "transformers": {"model", "text/tokenizer", "cli/options", "executors/native", "executors/peft", "executors/vllm"},
-    "safetensors": {"adapters/checkpoint", "model/base_weights"},
+    "safetensors": {"adapters/checkpoint"},
     "threadpoolctl": {"machine"},
     "vllm": {"executors/vllm_client"},
     "fastapi": {"server"},

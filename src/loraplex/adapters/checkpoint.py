@@ -6,15 +6,15 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from loraplex.adapters.kinds import kinds_of
 from loraplex.adapters.peft_config import PeftConfig, read_peft_config, short
 from loraplex.adapters.plan import MAGNITUDE, SAVE_AGAIN, TRAIN_PLAINER, WRONG_BASE, Plan, assemble, explain, make_plan
+from loraplex.adapters.tensor_file import TensorFile
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loraplex.errors import AdapterError
@@ -53,51 +53,33 @@ def read_unidentified(folder: Path, base: BaseLayers) -> Unidentified:
 
     Raises AdapterError where a tensor is unexpected, missing, of the wrong shape or not finite. The error names the
     file and the tensor or key. Names and shapes are checked on the header, before any tensor is read. The tensors
-    returned are copies, so they do not change with the file.
+    are in memory of their own, so they do not change with the file.
     """
     config = read_peft_config(folder)
     path = folder / ADAPTER_WEIGHTS
-    try:
-        _check_header_size(path)
-        with safe_open(path, framework="pt") as file:
-            names = _read_names(file, path)
-            found = {name: tuple(file.get_slice(key).get_shape()) for name, key in names.items()}
-            plan = make_plan(folder, config, base, found)
-            _check_shapes(plan, found, path)
-            wanted = [name for name in found if name not in plan.unused]
-            tensors = {name: file.get_tensor(names[name]).clone() for name in wanted}
-    except (SafetensorError, OSError) as exc:
-        raise AdapterError(path, f"not readable as safetensors: {exc}", remedy="save or copy the file again") from None
+    file = TensorFile(path, AdapterError, max_header_bytes=MAX_HEADER_BYTES)
+    names = _read_names(file, path)
+    found = {name: file.entries[key].shape for name, key in names.items()}
+    plan = make_plan(folder, config, base, found)
+    _check_shapes(plan, found, path)
+    wanted = {key: name for name, key in names.items() if name not in plan.unused}
+    tensors = {wanted[key]: tensor for key, tensor in file.read(wanted).items()}
     _check_finite(plan, tensors, path)
     _warn_of_fan_in_fan_out(plan)
     return Unidentified(config, assemble(plan, tensors))
 
 
-def _check_header_size(path: Path) -> None:
-    """Refuse a header above MAX_HEADER_BYTES; safetensors itself would parse up to 100 MB of JSON."""
-    with path.open("rb") as file:
-        num_bytes = int.from_bytes(file.read(8), "little")
-    if num_bytes > min(MAX_HEADER_BYTES, path.stat().st_size):
-        raise AdapterError(
-            path,
-            f"not readable as safetensors: it claims a header of {num_bytes} bytes",
-            remedy="save or copy the file again",
-        )
-
-
-def _read_names(file: Any, path: Path) -> dict[str, str]:
+def _read_names(file: TensorFile, path: Path) -> dict[str, str]:
     """Return name without PEFT's prefix -> name in the file. Raises AdapterError for a name or type not supported."""
-    keys = list(file.keys())
-    if not keys:
+    if not file.entries:
         raise AdapterError(path, "holds no tensors", remedy=SAVE_AGAIN)
-    if len(keys) > MAX_TENSORS:
-        raise AdapterError(path, f"holds {len(keys)} tensors, over {MAX_TENSORS}", remedy=SAVE_AGAIN)
+    if len(file.entries) > MAX_TENSORS:
+        raise AdapterError(path, f"holds {len(file.entries)} tensors, over {MAX_TENSORS}", remedy=SAVE_AGAIN)
     names: dict[str, str] = {}
-    for key in keys:
-        dtype = file.get_slice(key).get_dtype()
-        if dtype not in DTYPES:
+    for key, entry in file.entries.items():
+        if entry.dtype not in DTYPES:
             raise AdapterError(
-                path, f"tensor {short(key)} is {dtype}", remedy="save it as float16, bfloat16 or float32"
+                path, f"tensor {short(key)} is {short(entry.dtype)}", remedy="save it as float16, bfloat16 or float32"
             )
         name = key.removeprefix(PREFIX)
         if name == key:

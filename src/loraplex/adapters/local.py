@@ -7,6 +7,7 @@ from pathlib import Path
 from loraplex.adapters.archive import unpack
 from loraplex.adapters.cache import cached
 from loraplex.adapters.files import ARCHIVE, FILES, SHAPES, ResolvedSource, SourceLimits, check, sizes_of
+from loraplex.disk import unchanged
 from loraplex.errors import AdapterError
 
 
@@ -36,7 +37,12 @@ def from_roots(given: str, roots: Sequence[Path], cache_dir: Path, limits: Sourc
     if path.is_file() and given.endswith(ARCHIVE):
         archive, stat = path, path.stat()
         version = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-        path = cached(cache_dir, str(archive), version, lambda work: unpack(archive, work, given, limits))
+
+        def build(work: Path) -> Path:
+            with unchanged([archive], AdapterError):
+                return unpack(archive, work, given, limits)
+
+        path = cached(cache_dir, str(archive), version, build)
     elif not path.is_dir():
         raise AdapterError(given, f"neither a folder nor a {ARCHIVE}", remedy="give the folder that PEFT saved")
     else:

@@ -54,7 +54,6 @@ class VllmExecutor:
         """Raises ConfigurationError where a --vllm-arg is wrong."""
         self._config = config
         self._arguments = _read_arguments(config.vllm_arg)
-        self._base = Path()
         self._engine: VllmEngine | None = None
         self._ids = count(1)  # vLLM's ids for adapters and their K/V: no two versions share an id
         self.item_bytes = 4
@@ -96,7 +95,8 @@ class VllmExecutor:
             "generation_config": "vllm",
             "disable_log_stats": True,
         }
-        self._base, self.item_bytes, self.stop_ids = base, dtype.itemsize, read_stop_ids(base, config)
+        self._weights = BaseWeights(base)
+        self.item_bytes, self.stop_ids = dtype.itemsize, read_stop_ids(base, config)
         self._engine = VllmEngine(arguments)
         lora = self._engine.lora_config
         self.max_slots, self._max_rank = lora.max_cpu_loras or lora.max_loras, int(lora.max_lora_rank)
@@ -119,7 +119,7 @@ class VllmExecutor:
             )
 
     def parameter(self, name: str) -> torch.Tensor | None:
-        return BaseWeights(self._base).find(name)
+        return self._weights.find(name)
 
     def set_slot(self, slot: int, folder: Path, weights: AdapterWeights) -> None:
         if weights.rank > self._max_rank:

@@ -13,9 +13,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.weights import BaseLayers
+from loraplex.disk import unchanged
 from loraplex.errors import UnsupportedModelError
 from loraplex.machine import free_bytes
-from loraplex.model.base_weights import BaseWeights
+from loraplex.model.base_weights import BaseWeights, weight_files
 from loraplex.model.decoder import Decoder, decoder_layers, decodes
 from loraplex.model.graphs import Capture
 from loraplex.model.model import Model
@@ -204,20 +205,27 @@ def load_transformers_model(
     config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device, attention: str
 ) -> "PreTrainedModel":
     """Load transformers' model from safetensors, shard by shard, in `dtype` on `device`. attention: its name in
-    transformers' AttentionInterface. Raises UnsupportedModelError where the files do not make a model."""
+    transformers' AttentionInterface. Raises UnsupportedModelError where the files do not make a model, or change
+    meanwhile."""
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with unchanged(weight_files(path), UnsupportedModelError):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            # transformers maps the files, and a mapped file must not change while the model serves.
+            for tensor in (*loaded[0].parameters(), *loaded[0].buffers()):
+                tensor.data = tensor.data.clone() if tensor.device.type == "cpu" else tensor.data
+    except UnsupportedModelError:
+        raise
     except Exception as exc:  # from safetensors, PyTorch or the model: the files do not make a model
         raise UnsupportedModelError(
             path, f"the base does not load: {_reason(exc)}", remedy="save or copy the base again"

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.adapters.checkpoint import Unidentified, read_unidentified
+from loraplex.adapters.files import FILES
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.bundle import CONTRACT, AdapterSource, open_adapter
+from loraplex.disk import unchanged
 from loraplex.errors import AdapterError, ContractError
 from loraplex.executors.capabilities import Capabilities
 from loraplex.text.template import Template
@@ -69,8 +71,11 @@ class ClassifierChecker:
         self.capabilities = capabilities
 
     def check(self, source: AdapterSource) -> CheckedClassifier:
-        """Read a classifier and check it. Raises AdapterError or ContractError, which say what is wrong."""
-        adapter = read_unidentified(source.path, self._layers)
+        """Read the classifier that the source's folder holds now, and check it. Raises AdapterError or ContractError,
+        which say what is wrong."""
+        with unchanged([source.path / name for name in FILES], AdapterError):
+            source = open_adapter(source.name, source.path)
+            adapter = read_unidentified(source.path, self._layers)
         # PEFT often saves the base's own embedding beside LoRA on it. Whether it differs is not known yet.
         self.capabilities.check(source.path, adapter.kinds - {"other_embedding"})
         _check_changes(source, adapter.weights)
@@ -96,7 +101,7 @@ class ClassifierReader:
 
     def read(self, source: AdapterSource) -> tuple[ClassifierVersion, AdapterWeights]:
         """Read the version that the folder holds now. Raises AdapterError or ContractError, which say what is wrong."""
-        return self.identify(self._checker.check(open_adapter(source.name, source.path)))
+        return self.identify(self._checker.check(source))
 
     def identify(self, checked: CheckedClassifier) -> tuple[ClassifierVersion, AdapterWeights]:
         """Return the version and weights of a checked classifier. Raises AdapterError where the backend does not serve

@@ -1,0 +1,75 @@
+"""Files that others may write while they are read, and Git LFS pointers in the place of files. Knows no format."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from loraplex.errors import ConfigurationError
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+SETTLED_S = 0.01  # a file system's clock may tick this slowly: two writes within one tick look alike
+CHANGED = "changed while it was read"
+WRITE_ELSEWHERE = (
+    "copy the new version to a new folder, and rename the folder or load it from there; "
+    "if a copy was under way, try again when it is complete"
+)
+
+
+class Stamp(NamedTuple):
+    """Identifies one state of a file. The system alone sets `changed_ns`; a copy may keep `modified_ns`."""
+
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+
+def stamp_of(found: os.stat_result) -> Stamp:
+    return Stamp(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@contextmanager
+def unchanged(paths: Sequence[Path], error: type[ConfigurationError]) -> Iterator[None]:
+    """Raise `error` where a file changed while the block read the files. A missing file may stay missing.
+
+    The change explains whatever the block raised, so `error` replaces that, too. Waits up to SETTLED_S where a file was
+    written just now."""
+    before = {path: _stamp(path) for path in paths}
+    youngest = max((stamp.changed_ns for stamp in before.values() if stamp is not None), default=0)
+    age = time.time() - youngest / 1e9
+    if 0 <= age < SETTLED_S:
+        time.sleep(SETTLED_S - age)
+    try:
+        yield
+    except Exception:
+        _check_same(before, error)
+        raise
+    _check_same(before, error)
+
+
+def _check_same(before: Mapping[Path, Stamp | None], error: type[ConfigurationError]) -> None:
+    for path, stamp in before.items():
+        if _stamp(path) != stamp:
+            raise error(path, CHANGED, remedy=WRITE_ELSEWHERE) from None
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        return stamp_of(path.stat())
+    except OSError:
+        return None
+
+
+def refuse_pointer(path: Path, start: bytes | str, error: type[ConfigurationError]) -> None:
+    """Raise `error` where a file that starts with `start` is a Git LFS pointer."""
+    if (start.encode(errors="replace") if isinstance(start, str) else start).startswith(POINTER):
+        raise error(path, "is a Git LFS pointer and not the file itself", remedy="run `git lfs pull` in its repository")
+
+
+def starts_of(path: Path) -> bytes:
+    """Return the first bytes of a file, enough to recognise a Git LFS pointer."""
+    with path.open("rb") as file:
+        return file.read(len(POINTER))
