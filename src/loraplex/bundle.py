@@ -9,10 +9,16 @@ from typing import Any
 
 from loraplex.classifier import Contract, read_contract
 from loraplex.config import BundleSettings, read_bundle_settings
+from loraplex.disk import refuse_pointers
 from loraplex.errors import BundleError, ConfigurationError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONTRACT, SETTINGS = "classifier.yaml", "loraplex.yaml"
+# What transformers reads of a base, beside the weights.
+BASE_FILES = (
+    "config.json generation_config.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "vocab.txt merges.txt chat_template.jinja chat_template.json".split()
+)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -108,6 +114,7 @@ def open_adapter(name: str, folder: Path) -> AdapterSource:
 
 
 def read_json(path: Path, error: type[ConfigurationError] = BundleError) -> dict[str, Any]:
+    refuse_pointers([path], error)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as exc:
@@ -147,6 +154,9 @@ def _resolve_base(given: str, root: Path, base: str | None) -> Path:
     read_json(folder / "config.json")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise BundleError(source, f"no tokenizer in {folder}", remedy="copy the base's tokenizer files there")
+    tokenizer = "tokenizer.json" if (folder / "tokenizer.json").is_file() else "tokenizer.model"
+    refuse_pointers((folder / name for name in (*BASE_FILES, tokenizer)), BundleError)
+    weights = ["model.safetensors"]
     if not (folder / "model.safetensors").is_file():
         index = folder / "model.safetensors.index.json"
         if not index.is_file():
@@ -158,9 +168,11 @@ def _resolve_base(given: str, root: Path, base: str | None) -> Path:
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):
             raise BundleError(index, "key 'weight_map' is missing", remedy="save or copy the file again")
-        for shard in sorted(set(shards.values())):
-            if not (folder / str(shard)).is_file():
+        weights = sorted(set(map(str, shards.values())))
+        for shard in weights:
+            if not (folder / shard).is_file():
                 raise BundleError(index, f"names the shard {shard!r}, which is missing", remedy="copy that file too")
+    refuse_pointers((folder / name for name in weights), BundleError)
     return folder
 
 

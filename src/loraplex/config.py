@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from loraplex.disk import refuse_pointers
 from loraplex.errors import BundleError, ConfigurationError
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -158,6 +159,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def read_yaml(path: Path, error: type[ConfigurationError]) -> dict[str, Any]:
     """Return the YAML mapping in a file. Raises `error`, which names the file and the line."""
+    refuse_pointers([path], error)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except Exception as exc:  # YAMLError, and Python's own errors from constructors on `2024-13-45` or `!!int x`

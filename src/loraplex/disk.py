@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,13 +63,14 @@ def _stamp(path: Path) -> Stamp | None:
         return None
 
 
-def refuse_pointer(path: Path, start: bytes | str, error: type[ConfigurationError]) -> None:
-    """Raise `error` where a file that starts with `start` is a Git LFS pointer."""
-    if (start.encode(errors="replace") if isinstance(start, str) else start).startswith(POINTER):
+def refuse_pointer(path: Path, start: bytes, error: type[ConfigurationError]) -> None:
+    """Raise `error` where the file, which starts with `start`, is a Git LFS pointer."""
+    if start.startswith(POINTER):
         raise error(path, "is a Git LFS pointer and not the file itself", remedy="run `git lfs pull` in its repository")
 
 
-def starts_of(path: Path) -> bytes:
-    """Return the first bytes of a file, enough to recognise a Git LFS pointer."""
-    with path.open("rb") as file:
-        return file.read(len(POINTER))
+def refuse_pointers(paths: Iterable[Path], error: type[ConfigurationError]) -> None:
+    """Raise `error` where one of the files is a Git LFS pointer. Skips files that cannot be opened."""
+    for path in paths:
+        with suppress(OSError), path.open("rb") as file:
+            refuse_pointer(path, file.read(len(POINTER)), error)

@@ -1,18 +1,22 @@
 """A file that changes while it is read is noticed."""
 
+import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loraplex import Loraplex
 from loraplex.adapters.archive import unpack
 from loraplex.adapters.checkpoint import read_unidentified
 from loraplex.adapters.source import resolve_source
-from loraplex.bundle import AdapterSource
+from loraplex.bundle import AdapterSource, open_bundle
+from loraplex.cli.classify import _read as read_text
 from loraplex.disk import unchanged
-from loraplex.errors import AdapterError, BundleError
+from loraplex.errors import AdapterError, BundleError, ConfigurationError
 from loraplex.executors.capabilities import NATIVE
 from loraplex.model.loader import read_config, read_layers
 from loraplex.service.classifiers import ClassifierChecker
@@ -104,3 +108,40 @@ def test_an_archive_that_changes_while_it_is_unpacked_is_not_cached(
             resolve()
     assert not list((tmp_path / "cache").rglob("adapter_config.json"))
     assert (resolve() / "adapter_config.json").is_file()
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+BASE_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name", [*BASE_FILES, "task0/classifier.yaml", "task0/adapter_config.json", "task0/adapter_model.safetensors"]
+)
+def test_a_git_lfs_pointer_is_named_whatever_file_it_stands_for(tiny_bundle: Path, tmp_path: Path, name: str) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    (bundle / name).write_text(POINTER)
+    with pytest.raises(ConfigurationError) as caught, Loraplex.load(bundle):
+        pass
+    assert caught.value.message == f"{bundle / name}: is a Git LFS pointer and not the file itself"
+    assert caught.value.remedy == "run `git lfs pull` in its repository"
+
+
+def test_a_shard_that_is_a_git_lfs_pointer_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    (bundle / "model.safetensors").rename(bundle / "a.safetensors")
+    (bundle / "b.safetensors").write_text(POINTER)
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (bundle / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BundleError, match=r"b\.safetensors: is a Git LFS pointer"):
+        open_bundle(bundle)
+
+
+def test_an_archive_or_a_text_that_is_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.gz").write_text(POINTER)
+    with pytest.raises(AdapterError, match=r"x\.tar\.gz: is a Git LFS pointer"):
+        resolve_source("x.tar.gz", roots=[tmp_path], cache_dir=tmp_path / "cache")
+    (tmp_path / "x.txt").write_text(POINTER)
+    with pytest.raises(ConfigurationError, match=r"x\.txt: is a Git LFS pointer"):
+        read_text(tmp_path / "x.txt")

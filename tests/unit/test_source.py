@@ -297,8 +297,16 @@ def test_a_hostile_member_is_refused(
 @pytest.mark.parametrize("name", [WEIGHTS, "junk", "adapter_model.bin", "deep/er/junk"])
 def test_a_bomb_is_stopped_at_the_limit(root: Path, resolve: Resolve, name: str) -> None:
     make_archive(root / "isDone.tar.gz", *adapter_members("a/"), member(name, bytes(200_000)))
-    with pytest.raises(AdapterError, match=r"and 100,000 are allowed"):
+    with pytest.raises(AdapterError, match=r"and 100,000 are allowed") as caught:
         resolve("isDone.tar.gz")
+    assert caught.value.remedy == "no setting raises this limit; save the adapter alone, without the base"
+
+
+def test_a_config_above_the_limit_is_to_be_shortened(root: Path, resolve: Resolve) -> None:
+    (root / "isDone" / CONFIG).write_bytes(b" " * 1001)
+    with pytest.raises(AdapterError, match=r"config\.json has 1,001 bytes or more, and 1,000 are allowed") as caught:
+        resolve("isDone")
+    assert caught.value.remedy == "no setting raises this limit; shorten the file"
 
 
 @pytest.mark.parametrize("at", ["after the end", "in a name", "in names"])

@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 from loraplex.adapters.files import ARCHIVE, CHUNK, FILES, PICKLE, SourceLimits, check, check_size, limit_of, reason_of
 from loraplex.bundle import ADAPTER_CONFIG
+from loraplex.disk import refuse_pointers
 from loraplex.errors import AdapterError
 
 HEADERS = 4 * 2**20  # bytes of headers that tarfile may read; each of a thousand members needs 1,000 to 2,000
@@ -52,6 +53,7 @@ def unpack(archive: Path, work: Path, source: str, limits: SourceLimits) -> Path
     damaged, exceeds `limits`, holds an unsafe member, or holds no adapter."""
     found: dict[str, dict[str, int]] = {}  # folder -> file -> bytes
     targets: dict[str, Path] = {}
+    refuse_pointers([archive], AdapterError)
     remedy = f"pack the folder that PEFT saved again: tar czhf NAME{ARCHIVE} -C FOLDER ."
     try:
         with archive.open("rb") as file:

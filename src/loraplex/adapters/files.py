@@ -77,7 +77,10 @@ def check_size(source: str, what: str, size: int, limit: int) -> None:
         raise AdapterError(
             source,
             f"{what} has {size:,} bytes or more, and {limit:,} are allowed",
-            remedy="save the adapter alone, without the base, or raise the limit",
+            remedy="no setting raises this limit; "
+            + (
+                "shorten the file" if what in (ADAPTER_CONFIG, CONTRACT) else "save the adapter alone, without the base"
+            ),
         )
 
 

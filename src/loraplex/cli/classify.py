@@ -19,7 +19,8 @@ from loraplex.cli.options import (
     named_adapters,
     quiet_libraries,
 )
-from loraplex.errors import InvalidRequestError
+from loraplex.disk import refuse_pointer
+from loraplex.errors import ConfigurationError, InvalidRequestError
 from loraplex.types import ClassifyRequest, ClassifyResult, classifier_names
 
 
@@ -88,6 +89,7 @@ def _read(file: Path | None) -> str:
     """Return the text of `file`, or of standard input if `file` is None."""
     try:
         data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        refuse_pointer(file or Path("standard input"), data, ConfigurationError)
         return data.decode("utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as exc:
         raise InvalidRequestError(f"{file or 'standard input'}: {exc}", remedy="give a UTF-8 text file") from None
