@@ -269,6 +269,7 @@ class AdapterInfo:
 
     state:      registered (not read yet), loading, ready, failed (never loaded; `error` says why) or draining.
     error:      why the last load failed; a version that was ready before still answers.
+    warnings:   what is odd about the version that answers, such as another base in its config.
     num_bytes:  bytes on the device.
     """
 
@@ -284,6 +285,7 @@ class AdapterInfo:
     pinned: bool = False
     on_device: bool = True
     error: ErrorInfo | None = None
+    warnings: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -244,3 +244,21 @@ def test_what_other_threads_asked_before_close_is_answered(tiny_bundle: Path) ->
         outcomes = [call.exception(timeout=30) for call in calls]
     assert outcomes[0] is None
     assert all(exc is None or isinstance(exc, NotReadyError) for exc in outcomes), outcomes
+
+
+def test_an_adapter_of_another_base_is_warned_of_wherever_adapters_are_listed(tmp_path: Path) -> None:
+    base, log = tmp_path / "Tiny-0.1M", tmp_path / "log"
+    tiny.save_base(base, tiny.FAMILIES["llama"])
+    for name, trained_on in (("mine", "org/Tiny-0.1M-bnb-4bit"), ("others", "org/Tiny-0.2M")):
+        tiny.save_adapter(base, base / name, contract=tiny.CONTRACT)
+        config = base / name / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": trained_on}))
+    warning = "it was trained on 'org/Tiny-0.2M' (base_model_name_or_path), and the base served here is 'Tiny-0.1M'"
+    with serving.serve(base, "--dtype", "float32", log=str(log)) as server, serving.client(server) as client:
+        listed = {one["name"]: one["warnings"] for one in client.get("/v1/adapters").json()["adapters"]}
+        assert listed["mine"] is None and listed["others"][0].startswith(warning)
+        assert client.get("/v1/adapters/others").json()["warnings"] == listed["others"]
+        for command in (["list"], ["show", "others"], ["show", "others", "--json"]):
+            run = serving.loraplex("adapters", *command, "--url", server.url)
+            assert run.returncode == 0 and warning in run.stdout, run.stdout
+    assert f"others: {warning}" in log.read_text() and "mine: " not in log.read_text()

@@ -11,6 +11,7 @@ import pytest
 
 from loraplex import Loraplex
 from loraplex.adapters.archive import unpack
+from loraplex.adapters.base_name import ServedBase
 from loraplex.adapters.checkpoint import read_unidentified
 from loraplex.adapters.source import resolve_source
 from loraplex.bundle import AdapterSource, open_bundle
@@ -75,7 +76,7 @@ def test_a_classifier_is_of_one_version(
     for file in (tiny_bundle / "task0").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     layers, num_embeddings = read_layers(read_config(tiny_bundle), tiny_bundle)
-    checker = ClassifierChecker(layers, Tokenizer(tiny_bundle, num_embeddings), 256, NATIVE)
+    checker = ClassifierChecker(layers, Tokenizer(tiny_bundle, num_embeddings), 256, NATIVE, ServedBase(tiny_bundle))
     source = AdapterSource(name="task0", path=folder, contract=None)
     assert checker.check(source).source.contract is not None
 

@@ -2,7 +2,6 @@
 not the model that runs it."""
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from loraplex.adapters.kinds import kinds_of
+from loraplex.adapters.mistakes import check_gathered, check_head, check_name, check_task, warn_of_task
 from loraplex.adapters.peft_config import PeftConfig, read_peft_config, short
 from loraplex.adapters.plan import MAGNITUDE, SAVE_AGAIN, TRAIN_PLAINER, WRONG_BASE, Plan, assemble, explain, make_plan
 from loraplex.adapters.tensor_file import TensorFile
+from loraplex.adapters.tensor_names import PREFIX, pefts_name
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loraplex.errors import AdapterError
 
-logger = logging.getLogger(__name__)
-
-PREFIX = "base_model.model."
 DTYPES = ("F16", "BF16", "F32", "F64")
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
@@ -33,6 +31,7 @@ class Unidentified(NamedTuple):
 
     config: PeftConfig
     weights: AdapterWeights  # with an empty kv_id
+    warnings: tuple[str, ...]  # what is odd about it, although it is served
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -60,13 +59,15 @@ def read_unidentified(folder: Path, base: BaseLayers) -> Unidentified:
     file = TensorFile(path, AdapterError, max_header_bytes=MAX_HEADER_BYTES)
     names = _read_names(file, path)
     found = {name: file.entries[key].shape for name, key in names.items()}
+    check_gathered(path, found)
+    check_task(folder, config, found)
     plan = make_plan(folder, config, base, found)
     _check_shapes(plan, found, path)
     wanted = {key: name for name, key in names.items() if name not in plan.unused}
     tensors = {wanted[key]: tensor for key, tensor in file.read(wanted).items()}
     _check_finite(plan, tensors, path)
-    _warn_of_fan_in_fan_out(plan)
-    return Unidentified(config, assemble(plan, tensors))
+    warnings = (*warn_of_task(config), *_warn_of_fan_in_fan_out(plan))
+    return Unidentified(config, assemble(plan, tensors), warnings)
 
 
 def _read_names(file: TensorFile, path: Path) -> dict[str, str]:
@@ -81,6 +82,7 @@ def _read_names(file: TensorFile, path: Path) -> dict[str, str]:
             raise AdapterError(
                 path, f"tensor {short(key)} is {short(entry.dtype)}", remedy="save it as float16, bfloat16 or float32"
             )
+        check_name(path, key)
         name = key.removeprefix(PREFIX)
         if name == key:
             raise AdapterError(
@@ -108,6 +110,7 @@ def _check_shapes(plan: Plan, found: Mapping[str, tuple[int, ...]], path: Path) 
             )
         if shape == expected:
             continue
+        check_head(plan, name, shape, expected, path)
         message = f"tensor {short(PREFIX + name)} has shape {list(shape)}, expected {list(expected)}"
         if name.endswith("weight") and len(shape) == 2 and shape[1:] == expected[1:] and "lora_" not in name:
             raise AdapterError(
@@ -139,18 +142,16 @@ def _check_finite(plan: Plan, tensors: Mapping[str, torch.Tensor], path: Path) -
             )
 
 
-def _warn_of_fan_in_fan_out(plan: Plan) -> None:
-    """Warn where fan_in_fan_out does not fit the types of the layers. The types decide, as in PEFT."""
+def _warn_of_fan_in_fan_out(plan: Plan) -> tuple[str, ...]:
+    """Return a warning where fan_in_fan_out does not fit the types of the layers. The types decide, as in PEFT."""
     linear = {path for path in plan.scaling if path in plan.layers.linear}
     is_conv1d = bool(linear) and linear <= plan.layers.conv1d
-    if (plan.config.fan_in_fan_out and linear.isdisjoint(plan.layers.conv1d)) or (
-        is_conv1d and not plan.config.fan_in_fan_out and plan.output not in plan.scaling
+    given = plan.config.fan_in_fan_out
+    if (given and linear.isdisjoint(plan.layers.conv1d)) or (
+        is_conv1d and not given and plan.output not in plan.scaling
     ):
-        logger.warning(
-            "%s: fan_in_fan_out is %s, which does not fit the base's layers; their type decides",
-            plan.folder / ADAPTER_CONFIG,
-            plan.config.fan_in_fan_out,
-        )
+        return (f"its fan_in_fan_out is {given}, which does not fit the base's layers; their type decides",)
+    return ()
 
 
 def write_lora(folder: Path, weights: AdapterWeights) -> None:
@@ -164,3 +165,21 @@ def write_lora(folder: Path, weights: AdapterWeights) -> None:
     names = sorted({path.rpartition(".")[2] for path in weights.modules})
     config = {"peft_type": "LORA", "r": weights.rank, "lora_alpha": weights.rank, "target_modules": names}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
+
+
+def rename_tensors(source: Path, target: Path) -> int:
+    """Write the weights in the folder `source` to the folder `target` under PEFT's names. Return how many were renamed.
+
+    Raises AdapterError where two tensors would get one name."""
+    file = TensorFile(source / ADAPTER_WEIGHTS, AdapterError, max_header_bytes=MAX_HEADER_BYTES)
+    names: dict[str, str] = {}
+    for key in file.entries:
+        if (other := names.setdefault(pefts_name(key), key)) != key:
+            raise AdapterError(
+                source / ADAPTER_WEIGHTS,
+                f"tensors {short(other)} and {short(key)} have one name in PEFT",
+                remedy="save the unwrapped model again",
+            )
+    tensors = file.read(names.values())
+    save_file({name: tensors[key] for name, key in names.items()}, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    return sum(name != key for name, key in names.items())

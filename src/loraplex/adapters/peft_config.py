@@ -21,7 +21,7 @@ MAX_PATTERN_CHARS = 10_000
 # Keys of LoraConfig that do not change what a trained adapter computes. The field fan_in_fan_out below is inert, too:
 # PEFT corrects it by the layer's type, and stores lora_A and lora_B alike in both cases.
 INERT_KEYS = frozenset(
-    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode loftq_config lora_dropout "
+    "auto_mapping corda_config eva_config inference_mode loftq_config lora_dropout "
     "lora_ga_config megatron_config megatron_core peft_version qalora_group_size revision runtime_config".split()
 )
 # Keys that change the computation in a way that is not implemented. They are accepted only where they are not set.
@@ -37,7 +37,9 @@ REFUSED_KEYS = {
 INERT_INITS = ("eva", "gaussian", "mica", "orthogonal")
 # Initialisations that change the base's own weights. An adapter's file does not hold that change.
 BASE_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-SCORE_HEADS = ("score", "classifier")
+# PEFT's tasks. Without a head of their own, all compute what CAUSAL_LM computes.
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "TOKEN_CLS", "QUESTION_ANS"]
+SCORE_HEADS, QA_HEAD = ("score", "classifier"), "qa_outputs"
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # PEFT ties modules with these names only
 
 
@@ -62,6 +64,7 @@ PatternKey = Annotated[str, AfterValidator(_compiles("%s")), AfterValidator(_com
 LayersPattern = Annotated[str, AfterValidator(_compiles(LAYERS))]
 SavedName = Annotated[str, Field(min_length=1), AfterValidator(_compiles(SAVED))]
 Names = Annotated[str, AfterValidator(_compiles("%s"))] | list[str]  # a regular expression, or ends of paths
+Text = Annotated[str | None, BeforeValidator(lambda value: value if isinstance(value, str) else None)]
 Flag = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -74,7 +77,7 @@ class PeftConfig(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     peft_type: Literal["LORA"]
-    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] | None = None
+    task_type: TaskType | None = None
     r: Rank
     lora_alpha: Alpha
     rank_pattern: dict[PatternKey, Rank] | None = None
@@ -93,6 +96,7 @@ class PeftConfig(BaseModel):
     ensure_weight_tying: Flag = False
     init_lora_weights: bool | str | None = True
     alora_invocation_tokens: list[Annotated[int, Field(ge=0)]] | None = None
+    base_model_name_or_path: Text = None
     # These keys change how an adapter is trained; at inference the adapter is plain LoRA.
     velora_config: dict[str, Any] | None = None
     monteclora_config: dict[str, Any] | None = None

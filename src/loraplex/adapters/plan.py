@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from loraplex.adapters.peft_config import SCORE_HEADS, PeftConfig, refused, short, token_targets
+from loraplex.adapters.peft_config import QA_HEAD, SCORE_HEADS, PeftConfig, refused, short, token_targets
 from loraplex.adapters.weights import AdapterWeights, BaseLayers, LoRAWeights, SavedModule
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loraplex.errors import AdapterError
@@ -123,6 +123,8 @@ def _plan_saved(plan: Plan) -> None:
     config, layers = plan.config, plan.layers
     known = [path for path in (*layers.embeddings, layers.output, *SCORE_HEADS) if path is not None]
     for name in config.modules_to_save or ():
+        if config.task_type == "QUESTION_ANS" and name == QA_HEAD:
+            continue  # PEFT adds the name, also where the model has no such head
         if not any(path.endswith(name) for path in known):
             raise plan.refuse(
                 "modules_to_save", f"{short(name)} may not be trained in full; only {', '.join(known)} may"

@@ -30,7 +30,7 @@ def list_adapters(url: UrlOption = URL, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(adapters)
         return
-    table = Table("name", "state", "version", "rank", "on device", "pinned", "error", box=None)
+    table = Table("name", "state", "version", "rank", "on device", "pinned", "error", "warnings", box=None)
     for one in adapters:
         table.add_row(
             one.name,
@@ -40,6 +40,7 @@ def list_adapters(url: UrlOption = URL, as_json: JsonOption = False) -> None:
             "yes" if one.on_device else "",
             "yes" if one.pinned else "",
             escape(one.error.message) if one.error else "",
+            escape("; ".join(one.warnings or ())),
         )
     stdout.print(table)
 
@@ -128,8 +129,32 @@ def verify(
         return
     info = proof.adapter
     stdout.print(f"{path}: rank {info.rank}, {info.num_parameters:,} parameters, version {info.version}", markup=False)
+    for warning in info.warnings or ():
+        stdout.print(f"warning: {warning}", markup=False)
     stdout.print(f"golden examples: {proof.num_golden} right" if proof.num_golden else "golden examples: none")
     if proof.difference is None:
         stdout.print("PEFT: not compared" + (" (pip install 'loraplex\\[train]')" if peft else ""))
     else:
         stdout.print(f"PEFT: probabilities differ by at most {proof.difference:.1e} on {proof.num_compared} texts")
+
+
+@app.command()
+def repair(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The adapter's folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="NEW_FOLDER", help="The folder to write.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="A base or a bundle: a folder or a hub id. Default: the parent folder of PATH.")
+    ] = None,
+) -> None:
+    """Write an adapter again under PEFT's tensor names, and check the new files against a base.
+
+    torch.compile, FSDP and data parallelism change the names where the wrapped model was saved. PATH is not changed.
+
+    Example: [bold]loraplex adapters repair trained/isFraud --out bundle/isFraud --base bundle[/]
+    """
+    with errors_to_exit():
+        from loraplex.service.repair import repair as rename
+
+        quiet_libraries()
+        num_renamed = rename(path, out, base or str(path.resolve().parent))
+    stdout.print(f"{out}: {num_renamed} tensors renamed, and all of them fit the base", markup=False)

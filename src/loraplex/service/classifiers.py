@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from loraplex.adapters.base_name import ServedBase
 from loraplex.adapters.checkpoint import Unidentified, read_unidentified
 from loraplex.adapters.files import FILES
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
@@ -25,6 +26,7 @@ class ClassifierVersion:
     labels:         the labels in the order of the scores; None where the likeliest token is the answer.
     shares_prefix:  the base computes the tokens before the activation.
     has_score:      the adapter answers with a score head of its own.
+    warnings:       what is odd about the adapter, although it is served.
     """
 
     source: AdapterSource
@@ -40,6 +42,7 @@ class ClassifierVersion:
     num_parameters: int
     num_bytes: int
     host_bytes: int
+    warnings: tuple[str, ...]
 
     @property
     def ref(self) -> AdapterRef:
@@ -59,14 +62,21 @@ class CheckedClassifier:
     adapter: Unidentified
     template: Template | None
     labels: tuple[str, ...] | None
+    warnings: tuple[str, ...]
 
 
 class ClassifierChecker:
     """Reads and checks classifiers before the base's weights are loaded. Any thread may call."""
 
     def __init__(
-        self, layers: BaseLayers, tokenizer: Tokenizer, max_model_len: int, capabilities: Capabilities
+        self,
+        layers: BaseLayers,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        capabilities: Capabilities,
+        base: ServedBase,
     ) -> None:
+        self._base = base
         self._layers, self._tokenizer, self._max_model_len = layers, tokenizer, max_model_len
         self.capabilities = capabilities
 
@@ -89,7 +99,8 @@ class ClassifierChecker:
                 adapter.weights.invocation_tokens,
                 reads_labels=adapter.weights.score is None,
             )
-        return CheckedClassifier(source=source, adapter=adapter, template=template, labels=labels)
+        warnings = (*adapter.warnings, *self._base.warn_of(adapter.config.base_model_name_or_path))
+        return CheckedClassifier(source=source, adapter=adapter, template=template, labels=labels, warnings=warnings)
 
 
 class ClassifierReader:
@@ -123,6 +134,7 @@ class ClassifierReader:
             num_parameters=weights.num_parameters,
             num_bytes=weights.num_placed * self._item_bytes,
             host_bytes=weights.num_bytes,
+            warnings=checked.warnings,
         )
         return version, weights
 

@@ -173,6 +173,7 @@ class AdapterRegistry:
             pinned=entry.is_pinned,
             on_device=live is not None and live.kv_id in self._versions.residence.slots,
             error=None if entry.error is None else ErrorInfo.of(entry.error),
+            warnings=None if live is None else live.warnings or None,
         )
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex.adapters.base_name import ServedBase
 from loraplex.adapters.host import HostTier
 from loraplex.adapters.residence import Residence
 from loraplex.adapters.slots import SlotTable
@@ -126,7 +127,7 @@ def _load(bundle: Bundle, config: EngineConfig, executor: Executor, own: set[str
     layers, num_embeddings = read_layers(model_config, bundle.base, packs=packs)
     tokenizer = Tokenizer(bundle.base, num_embeddings)
     max_model_len = executor.max_model_len(model_config)
-    checker = ClassifierChecker(layers, tokenizer, max_model_len, executor.capabilities)
+    checker = ClassifierChecker(layers, tokenizer, max_model_len, executor.capabilities, ServedBase(bundle.base))
     checked: dict[str, CheckedClassifier] = {}
     room = budget_bytes(config.host_memory, resolve_device("cpu"))
     for source in bundle.adapters if config.preload == "all" else ():
@@ -164,6 +165,8 @@ def _assemble(
 
     async def prove_version(version: ClassifierVersion, slot: int) -> None:
         await prove(version, slot, loaded.base, computing.compute_now)
+        for warning in version.warnings:
+            logger.warning("%s: %s", version.source.name, warning)
 
     versions = Versions(residence, prove_version, tasks)
     registry = AdapterRegistry(bundle, config, versions, reader, state)
