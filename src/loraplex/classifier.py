@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraplex.config import read_yaml, validate
 from loraplex.errors import ContractError, InvalidRequestError
+from loraplex.problems import shown, wrong
 from loraplex.types import Message
 
 CONVERSATION, QUESTION = "{conversation}", "{question}"
@@ -60,31 +61,34 @@ class Contract(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if len(self.labels) < 2:
-            raise ValueError(f"'labels' needs at least two, got {list(self.labels)}")
-        if len(set(self.labels)) != len(self.labels) or "" in self.labels:
-            raise ValueError(f"'labels' must be distinct and not empty, got {list(self.labels)}")
-        if self.threshold is not None and len(self.labels) != 2:
-            raise ValueError(f"'threshold' needs exactly two labels, there are {len(self.labels)}")
+        labels, said = self.labels, shown(self.labels)
+        if len(labels) < 2:
+            raise wrong(f"'labels' needs at least two, got {said}", "name them: labels: ['yes', 'no']")
+        if len(set(labels)) != len(labels) or "" in labels:
+            raise wrong(f"'labels' must be distinct and not empty, got {said}", "name each label once")
+        if self.threshold is not None and len(labels) != 2:
+            raise wrong(f"'threshold' needs exactly two labels, there are {len(labels)}", "remove 'threshold'")
         for label in self.calibration.bias:
-            if label not in self.labels:
-                raise ValueError(
-                    f"'calibration.bias' names {label!r}, which is not among the labels {list(self.labels)}"
+            if label not in labels:
+                raise wrong(
+                    f"'calibration.bias' names {shown(label)}, which is not among the labels {said}",
+                    "use a label's text",
                 )
         for golden in self.golden:
-            if golden.label not in self.labels:
-                raise ValueError(
-                    f"'golden' expects {golden.label!r}, which is not among the labels {list(self.labels)}"
+            if golden.label not in labels:
+                raise wrong(
+                    f"'golden' expects {shown(golden.label)}, which is not among the labels {said}",
+                    "use a label's text",
                 )
         if self.template is not None:
             if self.template.count(CONVERSATION) != 1:
-                raise ValueError(f"'template' must hold {CONVERSATION} exactly once")
+                raise wrong(f"'template' must hold {CONVERSATION} exactly once", f"write {CONVERSATION} in it once")
             if self.template.count(QUESTION) > 1:
-                raise ValueError(f"'template' may hold {QUESTION} only once")
+                raise wrong(f"'template' may hold {QUESTION} only once", f"remove the other {QUESTION}")
             if QUESTION in self.template and self.question is None:
-                raise ValueError(f"'template' holds {QUESTION}, but there is no 'question'")
+                raise wrong(f"'template' holds {QUESTION}, but there is no 'question'", "add the key 'question'")
         if not self.roles:
-            raise ValueError("'roles' is empty")
+            raise wrong("'roles' is empty", "remove it, or name a role: roles: {user: Customer}")
         return self
 
     def decide(self, log_probs: Sequence[float]) -> "Decision":

@@ -1,20 +1,53 @@
 """Settings: frozen, validated once; unknown keys raise. Flags override the environment, which overrides the file."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from loraplex.disk import refuse_pointers
 from loraplex.errors import BundleError, ConfigurationError
+from loraplex.problems import Problem, find_problem, wrong
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
+BUDGET = re.compile(r"(?P<share>\d{1,9}(\.\d{1,9})?)%|\d{1,9}(\.\d{1,9})?[KMG]iB|0")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
-BUDGET = r"^(\d+(\.\d+)?%|\d+(\.\d+)?[KMG]iB|0)$"
+
+def _budget(value: str) -> str:
+    match = BUDGET.fullmatch(value)
+    if match is None:
+        raise wrong("is no size", "write 2GiB, 512MiB, 20% or 0")
+    if float(match["share"] or 0) > 100:
+        raise wrong("is more than all of the free memory", "write 100% at most, or a size such as 2GiB")
+    return value
+
+
+def _device(value: str) -> str:
+    if not DEVICE.fullmatch(value):
+        raise wrong("is no device", "write auto, cpu, cuda or cuda:1")
+    return value
+
+
+# A choice may be written in either case.
+EitherCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+Budget = Annotated[
+    str, AfterValidator(_budget), BeforeValidator(lambda value: "0" if type(value) is int and not value else value)
+]
 
 
 class EngineConfig(BaseModel):
@@ -22,25 +55,23 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backend: Literal["native", "vllm", "peft"] = Field(
+    backend: Annotated[Literal["native", "vllm", "peft"], EitherCase] = Field(
         "native", description="what runs the model: native, vllm, or peft, the baseline that native is measured against"
     )
     vllm_arg: tuple[str, ...] = Field(
         (), description="with --backend vllm: KEY=VALUE, one of vLLM's engine arguments, such as max_model_len=4096"
     )
-    peft_batching: Literal["sequential", "mixed"] = Field(
+    peft_batching: Annotated[Literal["sequential", "mixed"], EitherCase] = Field(
         "sequential", description="with --backend peft: sequential, or mixed, which uses PEFT's adapter_names"
     )
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="where to compute: auto, cpu, cuda or cuda:N"
+    device: Annotated[str, AfterValidator(_device), EitherCase] = Field(
+        "auto", description="where to compute: auto, cpu, cuda or cuda:N"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], EitherCase] = Field(
         "auto", description="number format of the weights: auto, float32 or bfloat16"
     )
-    kv_cache: str = Field(
-        "20%",
-        pattern=BUDGET,
-        description="memory for K/V cached between calls: a share of free memory, or 2GiB, or 0",
+    kv_cache: Budget = Field(
+        "20%", description="memory for K/V cached between calls: a share of free memory, or 2GiB, or 0"
     )
     max_step_tokens: int | None = Field(
         None,
@@ -62,12 +93,8 @@ class EngineConfig(BaseModel):
         "all", description="adapters to load and prove at start: all, none, or names with commas, which are also pinned"
     )
     max_adapters: int = Field(1024, ge=1, description="maximum adapters on the device at the same time")
-    adapter_memory: str = Field(
-        "20%", pattern=BUDGET, description="device memory for adapters: a share of free memory, or 2GiB"
-    )
-    host_memory: str = Field(
-        "10%", pattern=BUDGET, description="host memory that caches adapters: a share of free memory, or 2GiB"
-    )
+    adapter_memory: Budget = Field("20%", description="device memory for adapters: a share of free memory, or 2GiB")
+    host_memory: Budget = Field("10%", description="host memory that caches adapters: a share of free memory, or 2GiB")
     adapter_root: tuple[str, ...] = Field(
         (), description="folder below which adapters may be loaded at run time, besides the bundle"
     )
@@ -85,7 +112,7 @@ class ServerConfig(BaseModel):
         None, description="file with hashes of API keys, as `loraplex keys new` prints them; or set LORAPLEX_API_KEYS"
     )
     insecure: bool = Field(False, description="listen beyond loopback without API keys")
-    public: tuple[Literal["metrics", "docs"], ...] = Field(
+    public: tuple[Annotated[Literal["metrics", "docs"], EitherCase], ...] = Field(
         (), description="endpoints that need no API key: metrics, docs"
     )
     key_concurrency: int | None = Field(
@@ -99,7 +126,7 @@ class ServerConfig(BaseModel):
     )
     idle_timeout: float = Field(65, gt=0, description="seconds after which an idle connection is closed")
     drain_timeout: int = Field(25, ge=0, description="seconds that requests in flight get to finish at SIGTERM")
-    log_format: Literal["text", "json"] = Field("text", description="text or json")
+    log_format: Annotated[Literal["text", "json"], EitherCase] = Field("text", description="text or json")
     log_inputs: bool = Field(False, description="log the conversations, too")
     keep_verdicts: int = Field(
         200_000, ge=0, description="number of newest verdicts kept for statistics and feedback; 0 keeps none"
@@ -127,7 +154,7 @@ class RouteSettings(BaseModel):
     @classmethod
     def _has_weight(cls, targets: dict[str, float]) -> dict[str, float]:
         if not 0 < sum(targets.values()) < math.inf:
-            raise ValueError("the sum of the weights must be finite and above 0")
+            raise wrong("has weights whose sum is 0 or infinite", "give one of them a weight such as 1")
         return targets
 
 
@@ -177,22 +204,23 @@ def validate(
     values: Mapping[str, Any],
     source: object,
     error: type[ConfigurationError] = ConfigurationError,
+    *,
+    part: str = "",
+    origins: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Build `model` from `values`. Raises `error` for the first problem, with the source, the key and the remedy."""
+    """Build `model` from `values`. Raises `error` for the first problem, with the source, the key and the remedy.
+
+    source:   the file that holds the values.
+    part:     the key of the file that holds them; the whole file by default.
+    origins:  setting -> what stands before its value where the user gave it, such as `--kv-cache `. Messages then name
+              this as the source.
+    """
     try:
         made = model.model_validate(values)
     except ValidationError as exc:
-        first = exc.errors()[0]
-        key = error_place(first, values) or "(top level)"
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(sorted(model.model_fields))
-            raise error(source, f"unknown key {key!r}", remedy=f"remove or correct it; known keys: {known}") from None
-        is_other = first["type"] == "string_pattern_mismatch"  # pydantic would print the regular expression
-        problem = "not a value that it can have" if is_other else first["msg"].removeprefix("Value error, ")
-        given = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
-        field = model.model_fields.get(key)
-        meaning = f": {field.description}" if field is not None and field.description else ""
-        raise error(source, f"key {key!r}: {problem}{given}", remedy=f"correct {key!r}{meaning}") from None
+        written = _as_written(source, part)
+        problem = find_problem(exc.errors(), values, model, written=written)
+        raise _refused(problem, f"{source}, {part}" if part else str(source), error, origins or {}) from None
     try:
         made.model_dump_json()
     except ValueError as exc:  # a lone surrogate, which YAML and JSON can encode and UTF-8 cannot
@@ -200,27 +228,37 @@ def validate(
     return made
 
 
-def error_place(error: Any, value: Any) -> str:
-    """Return the dotted path in `value` of a pydantic error, without the union members that pydantic tried."""
-    place = []
-    for part in error["loc"]:
-        known = part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int)
-        if known:
-            place.append(str(part))
-            value = value[part]
-    if error["type"] == "missing":
-        place.append(str(error["loc"][-1]))
-    return ".".join(place)
+def _refused(
+    problem: Problem, source: str, error: type[ConfigurationError], origins: Mapping[str, str]
+) -> ConfigurationError:
+    if origin := origins.get(problem.place.partition(".")[0]):
+        given = problem.given.strip("'") or problem.given
+        return error(f"{origin}{given}", problem.what, remedy=problem.remedy)
+    where = f"{source}, key {problem.place!r}" if problem.place else source
+    return error(where, problem.sentence, remedy=problem.remedy)
+
+
+def _as_written(source: object, part: str) -> Any:
+    """Return the values of a YAML file, or of one of its keys, with every scalar as text. None for other sources."""
+    if not isinstance(source, Path) or source.suffix != ".yaml":
+        return None
+    written = yaml.load(source.read_text(encoding="utf-8"), yaml.BaseLoader)
+    return written[part] if part else written
 
 
 def read_bundle_settings(path: Path) -> BundleSettings:
     """Read a `loraplex.yaml`. Its `engine:` and `server:` parts are checked here, so that errors name the file."""
     settings = validate(BundleSettings, read_yaml(path, BundleError), path, BundleError)
-    validate(EngineConfig, settings.engine, f"{path}, engine", BundleError)
-    validate(ServerConfig, settings.server, f"{path}, server", BundleError)
+    validate(EngineConfig, settings.engine, path, BundleError, part="engine")
+    validate(ServerConfig, settings.server, path, BundleError, part="server")
     return settings
 
 
-def resolve(model: type[Settings], file: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
-    """Return settings: values of flags or environment (`given`; None: not given) override those of the file."""
-    return validate(model, {**file, **{key: value for key, value in given.items() if value is not None}}, "options")
+def resolve(
+    model: type[Settings], file: Mapping[str, Any], given: Mapping[str, Any], origins: Mapping[str, str] | None = None
+) -> Settings:
+    """Return settings: values of flags or environment (`given`; None: not given) override those of the file. origins:
+    see `validate`; by default the settings are named as Python's arguments."""
+    given = {key: value for key, value in given.items() if value is not None}
+    origins = origins or {key: f"{key}=" for key in given}
+    return validate(model, {**file, **given}, "options", origins=origins)

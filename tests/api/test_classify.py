@@ -97,24 +97,24 @@ def test_a_long_conversation_is_cut_by_contract_and_refused_without(http: httpx.
         ({"input": "x", "classifiers": ["*", "nope"]}, 404, "unknown_classifier", "'*'"),
         ({"input": "x", "classifiers": "\ud800"}, 422, "invalid_request", "Unicode"),
         ({"input": "x", "classifiers": ["task0", "\ud800"]}, 422, "invalid_request", "Unicode"),
-        ({"input": "x", "classifiers": 5}, 422, "invalid_request", "classifiers: should be a name, or a list"),
+        ({"input": "x", "classifiers": 5}, 422, "invalid_request", "classifiers: 5 is not a name or a list"),
         ({"input": "x", "classifiers": ["task0", 5]}, 422, "invalid_request", "classifiers.1: "),
         ({"input": "x", "classifiers": ["task0"] * 10_001}, 422, "invalid_request", "classifiers: "),
         ({"input": "x", "classifiers": []}, 422, "invalid_request", "no classifier"),
         ({"input": ""}, 422, "invalid_request", "empty"),
         ({"input": " \n"}, 422, "invalid_request", "empty"),
         ({"input": []}, 422, "invalid_request", "empty"),
-        ({"input": 3}, 422, "invalid_request", "input: should be text, or a list of messages"),
+        ({"input": 3}, 422, "invalid_request", "input: 3 is not text or a list of messages"),
         ({"input": ["x"]}, 422, "invalid_request", "input.0: "),
-        ({"input": "x", "str": 1}, 422, "invalid_request", "str: "),
-        ({"input": "x", "list[": 1}, 422, "invalid_request", "list[: "),
-        ({"input": "x", "\ud800": 1}, 422, "invalid_request", "unicode string"),
+        ({"input": "x", "str": 1}, 422, "invalid_request", "'str'"),
+        ({"input": "x", "list[": 1}, 422, "invalid_request", "'list['"),
+        ({"input": "x", "\ud800": 1}, 422, "invalid_request", "Unicode"),
         ({"input": None}, 422, "invalid_request", "input"),
         ({}, 422, "invalid_request", "input"),
         ({"input": "x", "clasifiers": "task0"}, 422, "invalid_request", "clasifiers"),
         ({"input": "x", "deadline_ms": -1}, 422, "invalid_request", "deadline_ms"),
         ({"input": [{"role": "user"}]}, 422, "invalid_request", "input.0.content: "),
-        ({"input": [{"role": "user", "content": "x", "text": 1}]}, 422, "invalid_request", "input.0.text: "),
+        ({"input": [{"role": "user", "content": "x", "text": 1}]}, 422, "invalid_request", "'input.0.text'"),
         ({"input": [{"role": "robot", "content": "x"}]}, 422, "invalid_request", "'robot'"),
         ({"input": "\ud800"}, 422, "invalid_request", "Unicode"),
         ([], 422, "invalid_request", "JSON object"),
@@ -126,6 +126,14 @@ def test_wrong_input_gets_status_code_and_remedy(
 ) -> None:
     response = http.post("/v1/classify", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert_error(response, status, code, mentions)
+
+
+def test_a_misspelt_field_is_told_the_right_one(http: httpx.Client) -> None:
+    response = http.post("/v1/classify", json={"text": TEXT})
+    assert_error(response, 422, "invalid_request", "unknown field 'text'; did you mean input?")
+    assert response.json()["error"]["remedy"].startswith("use: input, inputs, classifiers, ")
+    response = http.post("/v1/classify", json={"input": TEXT, "deadline_ms": -3})
+    assert_error(response, 422, "invalid_request", "deadline_ms: -3 is not above 0")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"input": }', b'{"input": "\xff"}', b"\x00", b"[" * 100_000])

@@ -138,6 +138,26 @@ def test_classify_exit_codes(tiny_bundle: Path, arguments: list[str], code: int,
     assert "Traceback" not in run.stderr
 
 
+def test_a_wrong_option_is_told_as_it_was_given(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = serving.loraplex("serve", tiny_bundle, "--kv-cache", "2GB")
+    assert run.returncode == 1
+    told = "--kv-cache 2GB: is no size\nremedy: write 2GiB, 512MiB, 20% or 0\n"
+    assert run.stderr == f"error configuration_error: {told}"
+    monkeypatch.setenv("LORAPLEX_KV_CACHE", "2GB")
+    run = serving.loraplex("serve", tiny_bundle)
+    assert run.stderr == f"error configuration_error: {told}".replace("--kv-cache ", "LORAPLEX_KV_CACHE=")
+
+
+def test_help_shows_choices_in_lower_case() -> None:
+    shown = serving.loraplex("serve", "--help").stdout
+    assert all(one in shown for one in ("[native|vllm|peft]", "[text|json]", "[auto|float32|bfloat16]"))
+
+
+def test_either_case_of_a_choice_is_served(tiny_bundle: Path) -> None:
+    with serving.serve(tiny_bundle, "--log-format", "JSON", "--backend", "Native", "--dtype", "FLOAT32") as server:
+        assert server.stop() == 0
+
+
 def test_a_base_and_named_adapters_need_no_bundle(tmp_path: Path) -> None:
     tiny.save_base(tmp_path / "base", tiny.FAMILIES["llama"])
     tiny.save_adapter(tmp_path / "base", tmp_path / "elsewhere", contract=tiny.CONTRACT)

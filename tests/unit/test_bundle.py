@@ -125,7 +125,7 @@ def test_wrong_settings_name_the_file_and_the_key(bundle: Path, text: str, wrong
 
 
 def test_a_wrong_option_is_an_error_of_its_own() -> None:
-    with pytest.raises(ConfigurationError, match=r"options.*max_queue"):
+    with pytest.raises(ConfigurationError, match=r"max_queue=0: is below 1"):
         resolve(EngineConfig, {}, {"max_queue": 0})
 
 

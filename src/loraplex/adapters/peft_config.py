@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from loraplex.bundle import ADAPTER_CONFIG, read_json
 from loraplex.config import validate
 from loraplex.errors import AdapterError
+from loraplex.problems import wrong
 
 Number = TypeVar("Number", int, float)
 
@@ -48,11 +49,11 @@ def _compiles(pattern: str) -> Callable[[str], str]:
 
     def check(value: str) -> str:
         if len(value) > MAX_PATTERN_CHARS:
-            raise ValueError(f"longer than {MAX_PATTERN_CHARS} characters")
+            raise wrong(f"is longer than {MAX_PATTERN_CHARS} characters", "name the modules in a list")
         try:
             re.compile(pattern.replace("%s", value))
         except (re.error, OverflowError, RecursionError, Warning) as exc:
-            raise ValueError(f"not a regular expression: {exc}") from None
+            raise wrong(f"is no regular expression: {exc}", "correct the expression") from None
         return value
 
     return check

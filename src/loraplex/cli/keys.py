@@ -33,6 +33,6 @@ def new(
     with errors_to_exit():
         from loraplex.server.keys import new_key
 
-        secret, line = new_key(name, scope)
+        secret, line = new_key(name, scope.lower())
     stderr.print(f"the key, shown only once: {secret}", markup=False)
     typer.echo(line)

@@ -35,6 +35,7 @@ def _setting(name: str, model: type[BaseModel]) -> Any:
     given."""
     field = model.model_fields[name]
     kind: Any = field.annotation
+    choices = _choices(kind)
     if get_origin(kind) is tuple:
         kind = list[str]
     elif get_origin(kind) is Literal:
@@ -50,9 +51,31 @@ def _setting(name: str, model: type[BaseModel]) -> Any:
             f"--{name.replace('_', '-')}",
             envvar=f"LORAPLEX_{name.upper()}",
             help=f"{what[:1].upper()}{what[1:]}{default}.{repeatable}",
+            metavar=f"[{'|'.join(choices)}]" if choices else None,
             show_default=False,
         ),
     ]
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """Return the values of the Literal in a type; none if there is none."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return next((found for part in get_args(kind) if (found := _choices(part))), ())
+
+
+def origins(context: typer.Context) -> dict[str, str]:
+    """Return what stands before the value of each setting that the user gave: `--port ` or `LORAPLEX_PORT=`."""
+    return {
+        one.name: f"{one.opts[0]} " if _source(context, one.name) == "COMMANDLINE" else f"{one.envvar}="
+        for one in context.command.params
+        if one.name is not None and _source(context, one.name) in ("COMMANDLINE", "ENVIRONMENT")
+    }
+
+
+def _source(context: typer.Context, name: str) -> str:
+    source = context.get_parameter_source(name)
+    return "" if source is None else source.name
 
 
 DeviceOption = _setting("device", EngineConfig)

@@ -19,6 +19,7 @@ from loraplex.cli.options import (
     PathArgument,
     errors_to_exit,
     named_adapters,
+    origins,
     print_error,
     quiet_libraries,
     settings_options,
@@ -36,7 +37,7 @@ CONVERSATION = "Customer: My order never came.\nAgent: I sent a new one.\nCustom
 
 
 @settings_options(EngineConfig, ServerConfig)
-def serve(path: PathArgument, adapter: AdapterOption = None, **settings: Any) -> None:
+def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = None, **settings: Any) -> None:
     """Serve a bundle over HTTP.
 
     Example: [bold]loraplex serve examples/support_desk/bundle --port 8000[/]
@@ -54,8 +55,9 @@ def serve(path: PathArgument, adapter: AdapterOption = None, **settings: Any) ->
         from loraplex.bundle import open_bundle
 
         bundle = open_bundle(path, adapters)
-        engine_config = resolve(EngineConfig, bundle.settings.engine, _of(EngineConfig, settings))
-        server_config = resolve(ServerConfig, bundle.settings.server, _of(ServerConfig, settings))
+        written = origins(context)
+        engine_config = resolve(EngineConfig, bundle.settings.engine, _of(EngineConfig, settings), written)
+        server_config = resolve(ServerConfig, bundle.settings.server, _of(ServerConfig, settings), written)
         from loraplex.server import keys, logs, process
 
         api_keys = keys.read_keys(server_config.api_key_file, os.environ.get(keys.ENVIRONMENT, ""))

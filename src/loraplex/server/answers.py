@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loraplex.config import error_place
 from loraplex.errors import BadInputError, EngineError, InvalidRequestError, LoraplexError, OverloadedError
+from loraplex.problems import find_problem
 from loraplex.server import logs
 from loraplex.server.lifecycle import PROBES, stopping
 from loraplex.server.schemas import error_json
@@ -102,17 +102,20 @@ async def _validation_error(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, RequestValidationError)
     first = exc.errors()[0]
     if first["type"] == "json_invalid":
-        reason = first.get("ctx", {}).get("error", first["msg"])
+        reason = first.get("ctx", {}).get("error", "it cannot be parsed")
         return answer(request, BadInputError(f"the body is not JSON: {reason}", remedy="send one JSON object in UTF-8"))
     if exc.body is None:
         return answer(request, BadInputError("the body is empty", remedy="send one JSON object in UTF-8"))
     if not isinstance(exc.body, dict):
         remedy = "send a JSON object with Content-Type: application/json"
         return answer(request, InvalidRequestError("the body is not a JSON object", remedy=remedy))
-    place = error_place(first, exc.body)
-    problem = "not a field of this request" if first["type"] == "extra_forbidden" else first["msg"]
-    message = f"{place}: {problem}" if place else problem
-    return answer(request, InvalidRequestError(message, remedy="see /docs for the fields and their types"))
+    model = request.scope["route"].body_field.field_info.annotation
+    errors = [{**one, "loc": one["loc"][1:]} for one in exc.errors()]  # each begins with "body"
+    problem = find_problem(errors, exc.body, model, noun="field")
+    message = f"{problem.place}: {problem.sentence}" if problem.place else problem.sentence
+    return answer(
+        request, InvalidRequestError(message, remedy=f"{problem.remedy}; see /docs for the fields and their types")
+    )
 
 
 async def _http_error(request: Request, exc: Exception) -> JSONResponse:

@@ -1,13 +1,14 @@
 """Bodies of the OpenAI HTTP routes. A field that Loraplex would have to ignore is refused by name."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Tag
 
 from loraplex.errors import InvalidRequestError
+from loraplex.problems import shown, unknown_field
 from loraplex.server.openai_answers import ChatFormat, CompletionFormat
 from loraplex.server.schemas import MAX_ITEMS, either
 from loraplex.types import GenerateRequest, Message
@@ -100,7 +101,7 @@ class _Body(BaseModel):
         Annotated[
             Annotated[str, Tag("text"), Field(min_length=1)]
             | Annotated[list[Annotated[str, Field(min_length=1)]], Tag("list"), Field(max_length=16)],
-            either("text, or a list of at most 16 texts"),
+            either("text or a list of at most 16 texts"),
         ]
         | None
     ) = Field(None, description="the answer ends before the first of these texts")
@@ -151,7 +152,7 @@ class _Body(BaseModel):
 
     def _check(self, num_prompts: int) -> None:
         """Raise InvalidRequestError for a field that would have to be ignored."""
-        _refuse_unknown(self.model_extra or {})
+        _refuse_unknown(self.model_extra or {}, type(self).model_fields)
         if self.best_of is not None and self.best_of != self.num_choices:
             raise InvalidRequestError(f"best_of: {self.best_of} differs from `n`", remedy="leave `best_of` out")
         if self.stream_options is not None and not self.stream:
@@ -163,16 +164,17 @@ class _Body(BaseModel):
             )
 
 
-def _refuse_unknown(fields: Mapping[str, Any]) -> None:
+def _refuse_unknown(fields: Mapping[str, Any], known: Iterable[str]) -> None:
     for name, value in fields.items():
         if name not in NEUTRAL:
-            raise InvalidRequestError(f"{name}: no such field", remedy="leave it out; see /docs for the fields")
+            message, remedy = unknown_field(name, name, known)
+            raise InvalidRequestError(message, remedy=f"{remedy}; see /docs for the fields")
         neutral = NEUTRAL[name]
         if value is not None and neutral is not _ANY and value not in neutral:
-            shown = "".join(f", or give {json.dumps(one)}" for one in neutral)
+            others = "".join(f", or give {json.dumps(one)}" for one in neutral)
             raise InvalidRequestError(
-                f"{name}: {json.dumps(value)[:100]} is not supported",
-                remedy=_REMEDIES.get(name, f"leave it out{shown}"),
+                f"{name}: {shown(value)} is not supported",
+                remedy=_REMEDIES.get(name, f"leave it out{others}"),
             )
 
 
@@ -184,7 +186,7 @@ class CompletionBody(_Body):
         | Annotated[list[str], Tag("texts"), Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
         | Annotated[_Ids, Tag("ids")]
         | Annotated[list[_Ids], Tag("id lists"), Field(max_length=MAX_CHOICES, fail_fast=True)],
-        either("text, token ids, or a list of either", _prompt_kind),
+        either("text, token ids or a list of either", _prompt_kind),
     ]
     max_tokens: int | None = Field(None, ge=1, description="default 16")
     logprobs: int | None = Field(None, ge=0, le=20, description="number of likeliest tokens returned with each token")
@@ -222,7 +224,7 @@ class ChatMessage(BaseModel):
     content: Annotated[
         Annotated[str, Tag("text")]
         | Annotated[list[TextPart], Tag("list"), Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)],
-        either("text, or a list of text parts"),
+        either("text or a list of text parts"),
     ]
 
     def to_message(self, place: str) -> Message:

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import PydanticCustomError
 
+from loraplex.problems import wrong
 from loraplex.types import (
     AdapterInfo,
     BatchResult,
@@ -40,8 +40,8 @@ def kind_of(value: Any) -> str | None:
 
 def either(what: str, kind: Callable[[Any], str | None] = kind_of) -> Discriminator:
     """Return a discriminator that chooses a union's member by the value's type. A value of a wrong type gives one
-    error, "should be {what}", instead of one for each member."""
-    return Discriminator(kind, custom_error_type="either", custom_error_message=f"should be {what}")
+    error, "is not {what}", instead of one for each member."""
+    return Discriminator(kind, custom_error_type="either", custom_error_message=what)
 
 
 class MessageBody(_Body):
@@ -55,7 +55,7 @@ TextOrMessages = (
 
 
 class ConversationBody(_Body):
-    input: Annotated[TextOrMessages, either("text, or a list of messages")]
+    input: Annotated[TextOrMessages, either("text or a list of messages")]
     conversation_id: str | None = None
 
     def to_request(self, classifiers: Names, deadline_ms: float | None) -> ClassifyRequest:
@@ -83,7 +83,7 @@ class ClassifyBody(_Body):
         },
     )
 
-    input: Annotated[TextOrMessages, either("text, or a list of messages")] | SkipJsonSchema[None] = Field(
+    input: Annotated[TextOrMessages, either("text or a list of messages")] | SkipJsonSchema[None] = Field(
         None, description="a conversation: text, or its turns in order"
     )
     inputs: (
@@ -91,7 +91,7 @@ class ClassifyBody(_Body):
             list[
                 Annotated[
                     TextOrMessages | Annotated[ConversationBody, Tag("object")],
-                    either("text, a list of messages, or an object with `input` and `conversation_id`"),
+                    either("text, a list of messages or an object with `input` and `conversation_id`"),
                 ]
             ],
             Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True),
@@ -100,7 +100,7 @@ class ClassifyBody(_Body):
     ) = Field(None, description="several conversations; `results` holds their answers in order")
     classifiers: Annotated[
         Annotated[str, Tag("text")] | Annotated[list[str], Tag("list"), Field(max_length=MAX_ITEMS, fail_fast=True)],
-        either("a name, or a list of names"),
+        either("a name or a list of names"),
     ] = Field("*", description='names of classifiers or routes, or "*" for all')
     conversation_id: str | None = Field(
         None,
@@ -117,9 +117,12 @@ class ClassifyBody(_Body):
     def _one_or_several(self) -> Self:
         given = {"input", "inputs"} & self.model_fields_set
         if len(given) != 1 or (self.input is None and self.inputs is None):
-            raise PydanticCustomError("input_or_inputs", "give either `input` or `inputs`")
+            raise wrong("give either `input` or `inputs`", "give `input` one conversation, or `inputs` several")
         if self.inputs is not None and self.conversation_id is not None:
-            raise PydanticCustomError("conversation_id", "give `conversation_id` in each of `inputs`, not beside them")
+            raise wrong(
+                "`conversation_id` is beside `inputs`, and not in each of them",
+                'give each as {"input": …, "conversation_id": …}',
+            )
         return self
 
     def to_requests(self) -> list[ClassifyRequest]:

@@ -1,0 +1,199 @@
+"""Says in plain sentences why a value was refused. No text of pydantic's own reaches a user."""
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import PydanticCustomError
+
+LONGEST_SHOWN = 60  # characters of a value in a message
+# pydantic's type of error -> what the value should have been
+NOUNS = {
+    "string_type": "text",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("dict_type", "mapping_type", "model_type", "model_attributes_type"), "an object"),
+    "finite_number": "a finite number",
+}
+# pydantic's type of error -> what the value is, and what to do
+SENTENCES = {
+    "missing": ("is missing", "add it"),
+    "greater_than": ("is not above {gt}", "give a number above {gt}"),
+    "greater_than_equal": ("is below {ge}", "give {ge} or more"),
+    "less_than": ("is not below {lt}", "give a number below {lt}"),
+    "less_than_equal": ("is above {le}", "give {le} or less"),
+    "int_parsing_size": ("has too many digits", "give a smaller number"),
+    "too_short": ("has too few items", "give {min_length} or more"),
+    "too_long": ("has too many items", "give {max_length} at most"),
+    "string_too_short": ("is too short", "give text of {min_length} or more characters"),
+    "string_too_long": ("is too long", "give text of at most {max_length} characters"),
+    "string_unicode": ("is not valid Unicode", "send valid UTF-8, and no half of a surrogate pair"),
+    "invalid_key": ("is a name that is not text", "give a name that is text"),
+    "literal_error": ("is not {expected}", "give {expected}"),
+    "wrong": ("{message}", "{remedy}"),
+}
+# Names that users write for one another, because other servers have them.
+SYNONYMS = (
+    ("input", "inputs", "input_text", "prompt", "text", "content", "conversation", "messages", "query"),
+    ("classifiers", "classifier", "adapter_name", "adapter", "adapters", "model", "lora_name", "name", "names"),
+    ("deadline_ms", "deadline", "timeout", "timeout_ms", "timeout_s"),
+    ("source", "src", "lora_path", "path", "url", "uri"),
+    ("pinned", "pin"),
+    ("targets", "target", "weights"),
+    ("shadows", "shadow"),
+    ("labels", "classes", "label"),
+    ("label", "truth", "answer", "expected"),
+    ("verdict_id", "id"),
+    ("conversation_id", "session_id", "session"),
+    ("max_tokens", "max_new_tokens", "max_completion_tokens"),
+)
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+YAML_KINDS = {bool: "boolean", int: "number", float: "number"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Why a value was refused.
+
+    place:   the path of the value, with dots; empty where the values as a whole are wrong.
+    given:   the value as it is shown; empty where `what` says all.
+    what:    the rest of the sentence.
+    remedy:  what to do.
+    """
+
+    place: str
+    given: str
+    what: str
+    remedy: str
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.given} {self.what}".strip()
+
+
+def wrong(message: str, remedy: str) -> PydanticCustomError:
+    """Return an error for a validator to raise. A field's message goes on after the value: "is no size"."""
+    return PydanticCustomError("wrong", "{message}", {"message": message, "remedy": remedy})
+
+
+def find_problem(errors: Sequence[Any], values: Any, model: Any, *, noun: str = "key", written: Any = None) -> Problem:
+    """Return the first problem of the values that `model` refused.
+
+    errors:   pydantic's `ValidationError.errors()`.
+    noun:     "key" in a file, "field" in a request.
+    written:  the values of a YAML file with every scalar as text, so that the message can show how to quote it.
+    """
+    error = errors[0]
+    if error["type"] == "missing":  # a misspelt name is the likelier reason
+        error = next((one for one in errors if one["type"] == "extra_forbidden"), error)
+    path = _path(error, values)
+    for one in errors:  # of a union's members, the one that got furthest says most
+        other = _path(one, values)
+        if len(other) > len(path) and other[: len(path)] == path:
+            error, path = one, other
+    place = ".".join(map(str, path))
+    if error["type"] == "extra_forbidden":
+        what, remedy = unknown_field(place, path[-1], _fields_at(model, error["loc"][:-1]), noun)
+        return Problem(place="", given="", what=what, remedy=remedy)
+    value = error["input"]
+    if written is not None and error["type"] == "string_type" and (kind := _yaml_kind(value)):
+        return _unquoted(path, f"the YAML {kind} {shown(value)}", written)
+    nouns = _nouns(one for one in errors if _path(one, values) == path) if _noun(error) else ""
+    if nouns:
+        nouns = nouns.replace("an object", "keys and values") if noun == "key" else nouns
+        return Problem(place=place, given=shown(value), what=f"is not {nouns}", remedy=f"give {nouns}")
+    context = {key: _number(part) for key, part in error.get("ctx", {}).items()}
+    what, remedy = SENTENCES.get(error["type"], ("is not a value that this can have", "correct it"))
+    given = shown(value) if (place and error["type"] != "missing") or error["type"] == "string_unicode" else ""
+    return Problem(place=place, given=given, what=what.format_map(context), remedy=remedy.format_map(context))
+
+
+def unknown_field(place: str, name: object, known: Iterable[str], noun: str = "field") -> tuple[str, str]:
+    """Return the message and the remedy for a name that is not `known`."""
+    known = list(known)
+    synonyms = [group for group in SYNONYMS if name in group]
+    near = [one for group in synonyms for one in group if one in known and one != name]
+    near = near or difflib.get_close_matches(str(name), known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"unknown {noun} {shown(place)}{hint}", f"use: {', '.join(known)}" if known else "leave it out"
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: text in quotes, all else as JSON, and both cut."""
+    if isinstance(value, str):
+        text = repr(value[: LONGEST_SHOWN + 1])
+        return text if len(value) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…'"
+    try:
+        text = json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):  # such as a number of thousands of digits
+        return f"this {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def _path(error: Any, value: Any) -> tuple[str | int, ...]:
+    """Return the path in `value` of a pydantic error, without the union members that pydantic tried."""
+    path: list[str | int] = []
+    for part in error["loc"]:
+        is_index = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+        if is_index or (isinstance(value, Mapping) and part in value):
+            path.append(part)
+            value = value[part]
+    return (*path, error["loc"][-1]) if error["type"] == "missing" else tuple(path)
+
+
+def _noun(error: Any) -> str:
+    return str(error["msg"]) if error["type"] == "either" else NOUNS.get(error["type"], "")
+
+
+def _nouns(errors: Iterable[Any]) -> str:
+    *others, last = dict.fromkeys(noun for one in errors if (noun := _noun(one)))
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _number(value: object) -> object:
+    """Return the value of a limit as people write it: 1 for 1.0, and false for Python's False."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return {"False": "false", "True": "true"}.get(value, value) if isinstance(value, str) else value
+
+
+def _yaml_kind(value: object) -> str:
+    return YAML_KINDS.get(type(value), "date" if isinstance(value, date) else "")
+
+
+def _unquoted(path: tuple[str | int, ...], what: str, written: Any) -> Problem:
+    """Return the problem of a YAML scalar that is no text. `written` shows it as the file has it."""
+    *parents, last = path
+    around = written
+    for part in parents:
+        around = around[part]
+    if isinstance(last, int):
+        quoted = ", ".join(repr(one) for one in around)
+        given = f"the {ORDINALS[last]}" if last < len(ORDINALS) else f"number {last + 1}"
+        remedy = f"quote it: [{quoted}]"
+    else:
+        parents, given, remedy = list(path), "", f"quote it: {around[last]!r}"
+    return Problem(place=".".join(map(str, parents)), given=given, what=f"is {what}, not text", remedy=remedy)
+
+
+def _fields_at(model: Any, loc: Sequence[str | int]) -> list[str]:
+    """Return the names of the fields where `loc` leads, from the model on. Unions give those of all their members."""
+    models = list(_models(model))
+    for part in loc:
+        inner = [one.model_fields[part].annotation for one in models if part in one.model_fields]
+        models = [found for one in inner for found in _models(one)] or models
+    return list(dict.fromkeys(name for one in models for name in one.model_fields))
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    else:
+        for part in get_args(annotation):
+            yield from _models(part)
