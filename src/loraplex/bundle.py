@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loraplex.classifier import Contract, read_contract
-from loraplex.config import BundleSettings, read_bundle_settings
+from loraplex.config import BundleSettings, RouteSettings, read_bundle_settings
 from loraplex.disk import refuse_pointers
 from loraplex.errors import BundleError, ConfigurationError
 
@@ -81,6 +81,19 @@ def check_name(name: str, source: object = "adapter") -> None:
         raise BundleError(
             source, f"{name!r} cannot name a classifier", remedy="use letters, digits, '.', '_' and '-', 128 at most"
         )
+
+
+def check_routes(routes: Mapping[str, RouteSettings], base_name: str, knows: Callable[[str], bool]) -> None:
+    """Raise BundleError where a route of `loraplex.yaml` has a name that is not valid, or an unknown target. knows:
+    whether there is an adapter of a name."""
+    for name, settings in routes.items():
+        source = f"loraplex.yaml, routes.{name}"
+        check_name(name, source)
+        if name == base_name:
+            raise BundleError(source, f"{name!r} is also the base's name", remedy="choose another name for the route")
+        for target in (*settings.targets, *settings.shadows):
+            if not knows(target):
+                raise BundleError(source, f"there is no classifier {target!r}", remedy="use a classifier of the bundle")
 
 
 def open_base(path: str) -> Bundle:

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from loraplex.bundle import open_bundle
+from loraplex.bundle import Bundle, open_bundle
 from loraplex.config import EngineConfig, resolve
 from loraplex.errors import NotReadyError
 from loraplex.routing.router import Router, start_router
+from loraplex.service.preparation import Preparation, prepare
 from loraplex.types import (
     AdapterInfo,
     ClassifyRequest,
@@ -58,13 +59,18 @@ class Loraplex:
 
         adapters:  name -> folder, besides those of the bundle.
         engine:    fields of EngineConfig, such as device="cpu" or dtype="float32"."""
-        from loraplex.service.start import start
-
         bundle = open_bundle(path, adapters)
         config = resolve(EngineConfig, bundle.settings.engine, engine)
+        return cls.start(bundle, config, prepare(bundle, config))
+
+    @classmethod
+    def start(cls, bundle: Bundle, config: EngineConfig, preparation: Preparation) -> Self:
+        """Load a bundle that is prepared: `load` does this, and the preparation, too."""
+        from loraplex.service.start import start
 
         async def start_all() -> Router:
-            return await start_router(await start(bundle, config), bundle.settings.routes)
+            service = await start(bundle, config, preparation=preparation)
+            return await start_router(service, bundle.settings.routes)
 
         return cls(start_all)
 

@@ -14,7 +14,7 @@ import serving
 import tiny
 from loraplex.config import EngineConfig
 from loraplex.errors import ConfigurationError
-from loraplex.service import start
+from loraplex.service import preparation
 
 TEXT = "Customer: hello\nAgent: at what time?"
 
@@ -98,9 +98,9 @@ def test_a_bundle_that_it_cannot_serve_does_not_start(tmp_path: Path) -> None:
 def test_without_it_the_error_says_how_to_install_it(
     backend: Literal["peft", "vllm"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "is_installed", lambda library: False)
+    monkeypatch.setattr(preparation, "is_installed", lambda library: False)
     with pytest.raises(ConfigurationError) as caught:
-        start.open_executor(EngineConfig(backend=backend))
+        preparation.check_backend(EngineConfig(backend=backend))
     extra = {"peft": "train", "vllm": "vllm"}[backend]
     assert f"pip install 'loraplex[{extra}]'" in caught.value.remedy
-    assert start.open_executor(EngineConfig()).name == "native"
+    preparation.check_backend(EngineConfig())

@@ -12,6 +12,8 @@ import torch
 
 import tiny
 from loraplex import Loraplex, machine
+from loraplex.errors import ConfigurationError
+from loraplex.executors import native
 from loraplex.executors.native import NativeExecutor
 from loraplex.machine import budget_bytes, choose_threads, compute_alone
 from loraplex.service.classifiers import ClassifierReader
@@ -25,6 +27,17 @@ CPU = torch.device("cpu")
 def test_budgets(monkeypatch: pytest.MonkeyPatch, given: str, expected: int) -> None:
     monkeypatch.setattr(machine, "free_bytes", lambda device: 1000)
     assert budget_bytes(given, CPU) == expected
+
+
+@pytest.mark.parametrize("is_refused_late", [False, True])
+def test_kv_that_does_not_fit_is_told_with_what_is_free(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, is_refused_late: bool
+) -> None:
+    """Late: the machine does not say what is free, or another process took it meanwhile."""
+    if is_refused_late:
+        monkeypatch.setattr(native, "free_bytes", lambda device: 0)
+    with pytest.raises(ConfigurationError, match=r"--kv-cache 900000GiB: does not fit: [\d.]+ GiB are free on cpu"):
+        Loraplex.load(tiny_bundle, dtype="float32", device="cpu", kv_cache="900000GiB")
 
 
 @pytest.mark.parametrize(

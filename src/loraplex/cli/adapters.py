@@ -119,6 +119,10 @@ def verify(
     with errors_to_exit():
         from dataclasses import asdict
 
+        from loraplex.bundle import open_adapter, open_base
+
+        open_adapter(path.resolve().name, path)  # told before PyTorch is imported
+        open_base(base or str(path.resolve().parent))
         from loraplex.service.verify import verify as prove
 
         quiet_libraries()

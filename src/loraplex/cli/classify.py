@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loraplex.bundle import open_bundle
+from loraplex.classifier import conversation_text
 from loraplex.cli.options import (
     AdapterOption,
     DeviceOption,
@@ -17,14 +19,17 @@ from loraplex.cli.options import (
     PathArgument,
     errors_to_exit,
     named_adapters,
+    origins,
     quiet_libraries,
 )
+from loraplex.config import EngineConfig, resolve
 from loraplex.disk import refuse_pointer
-from loraplex.errors import ConfigurationError, InvalidRequestError
+from loraplex.errors import ConfigurationError, InvalidRequestError, UnknownClassifierError
 from loraplex.types import ClassifyRequest, ClassifyResult, classifier_names
 
 
 def classify(
+    context: typer.Context,
     path: PathArgument,
     stdin: Annotated[
         str | None, typer.Argument(metavar="[-]", help="Read the conversation from standard input.")
@@ -63,11 +68,22 @@ def classify(
     adapters = named_adapters(adapter)
     with errors_to_exit():
         conversation = text if text is not None else _read(None if file in (None, Path("-")) else file)
+        # Whatever can be wrong is told before PyTorch is imported, and before the base is loaded.
+        conversation_text(conversation, {})
+        bundle = open_bundle(path, adapters)
+        given = {"device": device, "dtype": dtype}
+        config = resolve(EngineConfig, bundle.settings.engine, given, origins(context))
         from loraplex.inprocess import Loraplex
+        from loraplex.service.preparation import prepare
 
-        quiet_libraries()
+        preparation = prepare(bundle, config)
         request = ClassifyRequest(input=conversation, classifiers=classifier_names("*" if every else classifier or ()))
-        with Loraplex.load(path, adapters=adapters, device=device, dtype=dtype) as loraplex:
+        known = [*sorted(preparation.names), *bundle.settings.routes]
+        for name in () if request.classifiers == "*" else request.classifiers:
+            if name not in known:
+                raise UnknownClassifierError(name, known)
+        quiet_libraries()
+        with Loraplex.start(bundle, config, preparation) as loraplex:
             prompts = loraplex.show_prompt(request) if show_prompt else ()
             result = loraplex.classify(conversation, request.classifiers)
     if as_json:

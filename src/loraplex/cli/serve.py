@@ -58,23 +58,26 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
         written = origins(context)
         engine_config = resolve(EngineConfig, bundle.settings.engine, _of(EngineConfig, settings), written)
         server_config = resolve(ServerConfig, bundle.settings.server, _of(ServerConfig, settings), written)
-        from loraplex.server import keys, logs, process
-
-        api_keys = keys.read_keys(server_config.api_key_file, os.environ.get(keys.ENVIRONMENT, ""))
         from loraplex.routing.router import Router, open_stores, start_router
+        from loraplex.server import keys, logs, process
+        from loraplex.service.preparation import prepare
+
+        # Whatever can be wrong is told before PyTorch is imported, which can take a minute.
+        api_keys = keys.read_keys(server_config.api_key_file, os.environ.get(keys.ENVIRONMENT, ""))
+        preparation = prepare(bundle, engine_config)
+        stores = open_stores(engine_config.state_dir, max_verdicts=server_config.keep_verdicts)
+        sock = process.listen(server_config, api_keys)
+        logs.configure(server_config.log_format)
+        as_json = server_config.log_format == "json"
+        _say(f"loading {bundle.base} with {len(bundle.adapters)} adapters …", as_json)
         from loraplex.service.start import open_executor, start
 
         quiet_libraries()
-        logs.configure(server_config.log_format)
         executor = open_executor(engine_config)
-        stores = open_stores(engine_config.state_dir, max_verdicts=server_config.keep_verdicts)
-        as_json = server_config.log_format == "json"
-        sock = process.listen(server_config, api_keys)
     url = process.url_of(server_config, sock)
-    _say(f"loading {bundle.base} with {len(bundle.adapters)} adapters …", as_json)
 
     async def open_router() -> Router:
-        service = await start(bundle, engine_config, executor)
+        service = await start(bundle, engine_config, executor, preparation)
         return await start_router(service, bundle.settings.routes, *stores)
 
     def announce(router: Router) -> None:

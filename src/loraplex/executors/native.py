@@ -13,8 +13,9 @@ from loraplex.engine.block_pool import BLOCK_SIZE, BlockPool
 from loraplex.engine.engine import Engine
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
+from loraplex.errors import ConfigurationError
 from loraplex.executors.capabilities import NATIVE
-from loraplex.machine import budget_bytes, give_back
+from loraplex.machine import budget_bytes, free_bytes, give_back
 from loraplex.model.graphs import CUDACapture, capturing
 from loraplex.model.loader import default_step_tokens, load_model, read_stop_ids, resolve_device, resolve_dtype
 from loraplex.model.model import Model
@@ -43,7 +44,7 @@ class NativeExecutor:
         runner = ModelRunner(model)
         runner.verify_packing()
         num_blocks = budget_bytes(options.kv_cache, device) // (BLOCK_SIZE * model.kv_bytes)
-        model.allocate_cache(num_blocks * BLOCK_SIZE)
+        _allocate(model, num_blocks, options.kv_cache, device)
         scheduler = Scheduler(
             pool=BlockPool(num_blocks),
             max_step_tokens=options.max_step_tokens or default_step_tokens(device, model.dtype, config),
@@ -80,3 +81,19 @@ class NativeExecutor:
         """The base, valid from `load` to `close`."""
         assert self._model is not None, "the base is not loaded"
         return self._model
+
+
+def _allocate(model: Model, num_blocks: int, budget: str, device: torch.device) -> None:
+    """Allocate the K/V tensors of `num_blocks`. Raises ConfigurationError where the device has no room for them. A CPU
+    is asked first: Linux promises memory that it does not have, and kills the process that uses it."""
+    free = free_bytes(device)
+    if not 0 < free < num_blocks * BLOCK_SIZE * model.kv_bytes:
+        try:
+            return model.allocate_cache(num_blocks * BLOCK_SIZE)
+        except (RuntimeError, MemoryError):  # PyTorch's errors for memory on a CPU and on CUDA are RuntimeErrors
+            free = free_bytes(device)
+    raise ConfigurationError(
+        f"--kv-cache {budget}",
+        f"does not fit: {free / 2**30:.1f} GiB are free on {device}",
+        remedy="give less, such as 20%",
+    )

@@ -4,7 +4,6 @@ vLLM schedules and computes in its own processes. `vllm_engine.py` sends the req
 """
 
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Sequence as Seq
@@ -22,6 +21,7 @@ from loraplex.bundle import AdapterSource
 from loraplex.config import EngineConfig
 from loraplex.errors import AdapterError, ConfigurationError, LoraplexError
 from loraplex.executors.capabilities import VLLM
+from loraplex.executors.vllm_arguments import read_arguments
 from loraplex.executors.vllm_client import DEVICE_TYPE, reason
 from loraplex.executors.vllm_engine import VllmEngine
 from loraplex.machine import budget_bytes
@@ -31,16 +31,6 @@ from loraplex.types import MAX_TOP
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM takes for max_lora_rank
 MOST_LORAS = 32  # adapters that vLLM keeps room for on the device by default
-# The engine arguments that may be set: how vLLM uses the machine and divides the work. Other arguments change which
-# model answers, or name code to import. A bundle's file may set arguments, and a bundle may come from anyone.
-ARGUMENTS = frozenset(
-    "async_scheduling attention_backend block_size cpu_offload_gb disable_cascade_attn disable_custom_all_reduce "
-    "enable_chunked_prefill enable_expert_parallel enable_prefix_caching enforce_eager fully_sharded_loras "
-    "gpu_memory_utilization kv_cache_dtype kv_cache_memory_bytes long_prefill_token_threshold max_cpu_loras "
-    "max_lora_rank max_loras max_model_len max_num_batched_tokens max_num_seqs max_parallel_loading_workers "
-    "optimization_level performance_mode pipeline_parallel_size quantization safetensors_load_strategy seed "
-    "tensor_parallel_size".split()
-)
 
 
 class VllmExecutor:
@@ -53,7 +43,7 @@ class VllmExecutor:
     def __init__(self, config: EngineConfig) -> None:
         """Raises ConfigurationError where a --vllm-arg is wrong."""
         self._config = config
-        self._arguments = _read_arguments(config.vllm_arg)
+        self._arguments = read_arguments(config.vllm_arg)
         self._engine: VllmEngine | None = None
         self._ids = count(1)  # vLLM's ids for adapters and their K/V: no two versions share an id
         self.item_bytes = 4
@@ -183,28 +173,3 @@ def _on_cpu(kv_bytes: int) -> dict[str, Any]:
     if not kv_bytes:
         raise ConfigurationError("--kv-cache 0", "leaves vLLM no K/V to compute in", remedy="give it 256MiB or more")
     return {"kv_cache_memory_bytes": kv_bytes, "block_size": 32}
-
-
-def _read_arguments(given: Seq[str]) -> dict[str, Any]:
-    """Return the arguments of KEY=VALUE items. A value is read as JSON if it is JSON, else as text. Raises
-    ConfigurationError where an item is malformed, not allowed, or repeated."""
-    arguments: dict[str, Any] = {}
-    for item in given:
-        key, separator, value = item.partition("=")
-        key = key.removeprefix("--").replace("-", "_")
-        problem = None
-        if not separator:
-            problem = "is not KEY=VALUE"
-        elif key not in ARGUMENTS:
-            problem = "is not an engine argument that may be set"
-        elif key in arguments:
-            problem = "is given twice"
-        if problem is not None:
-            raise ConfigurationError(
-                f"--vllm-arg {item}", problem, remedy=f"give each of these once at most: {', '.join(sorted(ARGUMENTS))}"
-            )
-        try:
-            arguments[key] = json.loads(value)
-        except ValueError:
-            arguments[key] = value
-    return arguments

@@ -16,13 +16,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from loraplex.bundle import check_name
+from loraplex.bundle import check_name, check_routes
 from loraplex.classifier import valid_unicode
 from loraplex.config import RouteSettings
 from loraplex.database import state_errors
 from loraplex.errors import (
     AdapterInUseError,
-    BundleError,
     ConfigurationError,
     InvalidRequestError,
     LoraplexError,
@@ -69,18 +68,7 @@ class Router:
     async def start(self) -> None:
         """Read the routes and start the background tasks. Raises BundleError if a route of `loraplex.yaml` has a name
         that is not valid, or an unknown target."""
-        for name, settings in self._from_file.items():
-            source = f"loraplex.yaml, routes.{name}"
-            check_name(name, source)
-            if name == self.service.base_name:
-                raise BundleError(
-                    source, f"{name!r} is also the base's name", remedy="choose another name for the route"
-                )
-            for target in (*settings.targets, *settings.shadows):
-                if not self.service.knows(target):
-                    raise BundleError(
-                        source, f"there is no classifier {target!r}", remedy="use a classifier of the bundle"
-                    )
+        check_routes(self._from_file, self.service.base_name, self.service.knows)
         await self._in_files(self._store.read_file, self._from_file)
         await self._reload()
         for route in self._routes.values():

@@ -28,8 +28,14 @@ CLOSE_S = 5.0  # longest wait for the router to close; the end of the process fr
 
 
 def listen(config: ServerConfig, keys: Sequence[ApiKey]) -> socket.socket:
-    """Bind the port and return the listening socket. Raises ConfigurationError if the port cannot be bound, or if other
-    machines could reach it without a key."""
+    """Bind the port and return the listening socket. Raises ConfigurationError if the port cannot be bound, if other
+    machines could reach it without a key, or if keys are limited and there are none."""
+    if config.key_concurrency is not None and not keys:
+        raise ConfigurationError(
+            f"--key-concurrency {config.key_concurrency}",
+            "has no effect without API keys",
+            remedy=f"give keys with --api-key-file or {ENVIRONMENT}, or leave it out",
+        )
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     # asyncio sets TCP_NODELAY only if the protocol is named. Without it, half of an answer can wait 40 ms.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -44,11 +50,11 @@ def listen(config: ServerConfig, keys: Sequence[ApiKey]) -> socket.socket:
                 remedy=f"give keys with --api-key-file or {ENVIRONMENT}, or --insecure to answer everyone",
             )
         sock.listen(2048)
-    except OSError as exc:
+    except (OSError, ValueError, OverflowError) as exc:  # ValueError: no name of a host, such as "a..b"
         sock.close()
         raise ConfigurationError(
             f"--host {config.host} --port {config.port}",
-            f"cannot be bound: {exc.strerror or exc}",
+            f"cannot be bound: {getattr(exc, 'strerror', None) or exc}",
             remedy="choose another --host or --port",
         ) from None
     except ConfigurationError:

@@ -17,13 +17,11 @@ from loraplex.config import EngineConfig
 from loraplex.database import state_errors
 from loraplex.errors import ConfigurationError, InvalidRequestError, LoraplexError
 from loraplex.service.classifiers import CheckedClassifier, ClassifierReader, ClassifierVersion
-from loraplex.service.state import AdapterState
+from loraplex.service.state import BUNDLE, AdapterState
 from loraplex.service.versions import Versions
 from loraplex.types import AdapterInfo, ErrorInfo
 
 logger = logging.getLogger(__name__)
-
-BUNDLE = "bundle:"  # the remembered source of an adapter in the bundle's own folder, wherever the bundle is
 
 
 class AdapterRegistry:
@@ -188,18 +186,3 @@ def _progress(name: str) -> Callable[[int, int | None], None]:
             logger.warning("%s: %d of %s MiB", name, num_bytes >> 20, "?" if total is None else total >> 20)
 
     return log
-
-
-def preloaded(preload: str, bundle: Bundle, state: AdapterState | None) -> frozenset[str] | None:
-    """Return the names to load at the start; None for all. Raises ConfigurationError for an unknown name."""
-    if preload in ("all", "none"):
-        return None if preload == "all" else frozenset()
-    remembered = () if state is None else state.remembered()
-    known = {source.name for source in bundle.adapters} | {one.name for one in remembered}
-    names = frozenset(name.strip() for name in preload.split(",") if name.strip())
-    unknown = sorted(names - known)
-    if unknown:
-        raise ConfigurationError(
-            "--preload", f"there is no classifier {unknown[0]!r}", remedy="give all, none, or names that the bundle has"
-        )
-    return names

@@ -1,12 +1,10 @@
 """Starts a service from a bundle and its settings. Cheap checks run before any weights are read."""
 
 import asyncio
-import importlib.util
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from loraplex.adapters.base_name import ServedBase
 from loraplex.adapters.host import HostTier
@@ -22,28 +20,32 @@ from loraplex.model.loader import read_config, read_layers, resolve_device
 from loraplex.service.base import Base
 from loraplex.service.classifiers import CheckedClassifier, ClassifierChecker, ClassifierReader, ClassifierVersion
 from loraplex.service.computing import Computing
+from loraplex.service.preparation import Preparation, prepare
 from loraplex.service.proof import prove
-from loraplex.service.registry import BUNDLE, AdapterRegistry, preloaded
+from loraplex.service.registry import AdapterRegistry
 from loraplex.service.service import Service
-from loraplex.service.state import AdapterState
+from loraplex.service.state import BUNDLE, AdapterState
 from loraplex.service.versions import Versions
 from loraplex.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-async def start(bundle: Bundle, config: EngineConfig | None = None, executor: Executor | None = None) -> Service:
+async def start(
+    bundle: Bundle,
+    config: EngineConfig | None = None,
+    executor: Executor | None = None,
+    preparation: Preparation | None = None,
+) -> Service:
     """Load the base and the adapters, and return the service. config: by default the bundle's own. executor: by default
-    the one that `config` names. Raises ConfigurationError where a file or a setting is wrong, or the backend's library
-    is not installed."""
+    the one that `config` names. preparation: what `prepare` returned; by default it is called here. Raises
+    ConfigurationError where a file or a setting is wrong, or the backend's library is not installed."""
     config = config or resolve(EngineConfig, bundle.settings.engine, {})
-    executor = executor or open_executor(config)
-    state = None if config.state_dir is None else AdapterState(Path(config.state_dir))
-    if state is not None:
-        state.acquire()
+    preparation = preparation or prepare(bundle, config)
+    state = preparation.state
     loaded: _Loaded | None = None
     try:
-        preload = preloaded(config.preload, bundle, state)
+        executor = executor or open_executor(config)
         thread = ThreadPoolExecutor(1, "loraplex-load")
         try:
             loaded = await asyncio.get_running_loop().run_in_executor(
@@ -55,12 +57,13 @@ async def start(bundle: Bundle, config: EngineConfig | None = None, executor: Ex
     except BaseException:
         if loaded is not None:
             await asyncio.to_thread(loaded.computation.close)
-        executor.close()
+        if executor is not None:
+            executor.close()
         if state is not None:
             state.release()
         raise
     try:
-        await service.registry.start(preload, loaded.checked)
+        await service.registry.start(preparation.preload, loaded.checked)
     except BaseException:
         await service.close()
         raise
@@ -68,28 +71,14 @@ async def start(bundle: Bundle, config: EngineConfig | None = None, executor: Ex
     return service
 
 
-def is_installed(library: str) -> bool:
-    return importlib.util.find_spec(library) is not None
-
-
 def open_executor(config: EngineConfig) -> Executor:
-    """Return the executor that `config` names. Only its own library is imported. Raises ConfigurationError where the
-    library is not installed."""
+    """Return the executor that `config` names. Only its own library is imported; `prepare` has checked that it is
+    installed. Raises ConfigurationError where it cannot be imported."""
     if config.backend == "peft":
-        if not is_installed("peft"):
-            raise ConfigurationError(
-                "--backend peft", "PEFT is not installed", remedy="pip install 'loraplex[train]', or --backend native"
-            )
         from loraplex.executors.peft import PeftExecutor
 
         return PeftExecutor(config)
     if config.backend == "vllm":
-        if not is_installed("vllm"):
-            raise ConfigurationError(
-                "--backend vllm",
-                "vLLM is not installed",
-                remedy="pip install 'loraplex[vllm]', or --backend native; for a CPU see docs/backends.md",
-            )
         try:
             from loraplex.executors.vllm import VllmExecutor
         except ImportError as exc:

@@ -13,6 +13,7 @@ from loraplex.errors import BundleError
 
 logger = logging.getLogger(__name__)
 
+BUNDLE = "bundle:"  # the remembered source of an adapter in the bundle's own folder, wherever the bundle is
 FORMAT = 1
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS adapters (name TEXT PRIMARY KEY, source TEXT, is_pinned INTEGER NOT NULL) STRICT",

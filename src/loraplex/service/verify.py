@@ -9,9 +9,10 @@ from pathlib import Path
 from loraplex.bundle import open_adapter, open_base
 from loraplex.config import EngineConfig
 from loraplex.errors import AdapterError
+from loraplex.service.preparation import is_installed
 from loraplex.service.proof import PROBE_TEXT, activated
 from loraplex.service.service import Service
-from loraplex.service.start import is_installed, start
+from loraplex.service.start import start
 from loraplex.types import AdapterInfo, ClassifyRequest, GenerateRequest
 
 TOLERANCE = 1e-4

@@ -1,0 +1,130 @@
+"""Checks before a start all that can be checked without PyTorch, so that a mistake is told at once."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex.bundle import Bundle, check_routes
+from loraplex.config import EngineConfig
+from loraplex.errors import MOST_SHOWN, ConfigurationError, UnsupportedModelError
+from loraplex.executors.vllm_arguments import read_arguments
+from loraplex.service.state import BUNDLE, AdapterState
+
+# Option -> whether the settings do what it says, and what it takes for that.
+EFFECTS: dict[str, tuple[Callable[[EngineConfig], bool], str]] = {
+    "vllm_arg": (lambda config: config.backend == "vllm", "--backend vllm"),
+    "peft_batching": (lambda config: config.backend == "peft", "--backend peft"),
+    "cuda_graphs": (lambda config: config.backend == "native", "--backend native"),
+    "kv_cache": (lambda config: config.backend != "peft" or config.kv_cache == "0", "--backend native or vllm"),
+    "adapter_memory": (lambda config: config.backend != "vllm", "--backend native or peft"),
+    "max_step_sequences": (
+        lambda config: config.backend != "peft" or config.peft_batching == "mixed" or config.max_step_sequences == 1,
+        "--peft-batching mixed",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """What a start needs, checked.
+
+    state:    what was changed at run time, locked for this process; None without a state directory.
+    names:    the adapters that requests can name after the start.
+    preload:  those to load at the start; None for all.
+    """
+
+    state: AdapterState | None
+    names: frozenset[str]
+    preload: frozenset[str] | None
+
+
+def prepare(bundle: Bundle, config: EngineConfig) -> Preparation:
+    """Check the settings against each other, the bundle and the disk, and lock the state directory. Imports no PyTorch.
+
+    Raises ConfigurationError, which names the option at fault."""
+    check_effects(config)
+    check_backend(config)
+    for root in config.adapter_root:
+        _check_folder("--adapter-root", Path(root), Path(root))
+    if config.state_dir is not None:
+        folder = Path(config.state_dir)
+        _check_folder("--state-dir", folder, folder if os.path.lexists(folder) else folder.absolute().parent)
+    state = None if config.state_dir is None else AdapterState(Path(config.state_dir))
+    if state is not None:
+        state.acquire()
+    try:
+        names = _names(bundle, state)
+        check_routes(bundle.settings.routes, bundle.base_name, names.__contains__)
+        return Preparation(state=state, names=names, preload=_preloaded(config.preload, bundle, state))
+    except BaseException:
+        if state is not None:
+            state.release()
+        raise
+
+
+def check_effects(config: EngineConfig) -> None:
+    """Raise ConfigurationError for an option that was given and would be ignored."""
+    for name, (has_effect, needed) in EFFECTS.items():
+        if getattr(config, name) != EngineConfig.model_fields[name].default and not has_effect(config):
+            raise ConfigurationError(
+                f"--{name.replace('_', '-')}",
+                f"has no effect with --backend {config.backend}",
+                remedy=f"leave it out, or give {needed}",
+            )
+    if config.cuda_graphs and config.device == "cpu":
+        raise UnsupportedModelError(
+            "--device cpu", "CUDA graphs are for CUDA devices only", remedy="leave out --cuda-graphs"
+        )
+
+
+def is_installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def check_backend(config: EngineConfig) -> None:
+    """Raise ConfigurationError where the backend's library is not installed, or does not take its arguments."""
+    if config.backend == "peft" and not is_installed("peft"):
+        raise ConfigurationError(
+            "--backend peft", "PEFT is not installed", remedy="pip install 'loraplex[train]', or --backend native"
+        )
+    if config.backend == "vllm" and not is_installed("vllm"):
+        raise ConfigurationError(
+            "--backend vllm",
+            "vLLM is not installed",
+            remedy="pip install 'loraplex[vllm]', or --backend native; for a CPU see docs/backends.md",
+        )
+    read_arguments(config.vllm_arg)
+
+
+def _check_folder(option: str, given: Path, needed: Path) -> None:
+    if not os.path.isdir(needed):  # False also where it may not be looked at
+        problem = "is no folder" if needed == given else f"cannot be made: there is no folder {str(needed)!r}"
+        raise ConfigurationError(f"{option} {given}", problem, remedy="correct the path, or make the folder")
+
+
+def _names(bundle: Bundle, state: AdapterState | None) -> frozenset[str]:
+    own = {source.name for source in bundle.adapters}
+    for one in () if state is None else state.remembered():
+        if one.source is None:
+            own.discard(one.name)
+        elif one.source != BUNDLE:
+            own.add(one.name)
+    return frozenset(own)
+
+
+def _preloaded(preload: str, bundle: Bundle, state: AdapterState | None) -> frozenset[str] | None:
+    if preload in ("all", "none"):
+        return None if preload == "all" else frozenset()
+    remembered = () if state is None else state.remembered()
+    known = [*(source.name for source in bundle.adapters), *(one.name for one in remembered)]
+    names = frozenset(name.strip() for name in preload.split(",") if name.strip())
+    unknown = sorted(names.difference(known))
+    if unknown or not names:
+        raise ConfigurationError(
+            f"--preload {preload}",
+            f"there is no classifier {unknown[0]!r}" if unknown else "names no classifier",
+            remedy=f"give all, none, or names with commas; there are: {', '.join(known[:MOST_SHOWN]) or 'none'}",
+        )
+    return names
