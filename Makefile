@@ -10,24 +10,31 @@ BUNDLE ?= examples/support_desk/bundle
 
 VLLM_BIN = .venv-vllm/bin
 
-PIP_INSTALL = pip install --quiet --disable-pip-version-check
+PIP_INSTALL = pip install --disable-pip-version-check --progress-bar off
+# A line for each download, and one before pip writes the files, instead of all that pip says. pip's failure stays one.
+SHELL = bash
+.SHELLFLAGS = -o pipefail -c
+SHOW = sed -un -e 's/^ *Downloading /  downloading /p' -e 's/^ *Using cached /  from the cache: /p' \
+	-e 's/^Installing collected packages.*/  writing the files …/p'
 
 .PHONY: setup dev serve test test-vllm check format lock lock-vllm clean
 
 setup: $(VENV)/.serving
 
 $(VENV)/.serving: requirements.lock pyproject.toml
-	@echo "Installing what serving needs into $(VENV): 1.2 GB, about a minute"
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/$(PIP_INSTALL) -r requirements.lock
-	$(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@echo "1 of 3: making $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@echo "2 of 3: installing what serving needs: 1.2 GB, about a minute with a fast connection"
+	@$(BIN)/$(PIP_INSTALL) -r requirements.lock | $(SHOW)
+	@echo "3 of 3: installing Loraplex itself"
+	@$(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation -e . | $(SHOW)
 	@touch $@
 
 dev: $(VENV)/.dev
 
 $(VENV)/.dev: $(VENV)/.serving requirements-dev.lock
-	@echo "Installing what training and the tests need into $(VENV): 0.6 GB, about a minute"
-	$(BIN)/$(PIP_INSTALL) --no-deps -r requirements-dev.lock
+	@echo "Installing what training and the tests need into $(VENV): 0.6 GB, about a minute with a fast connection"
+	@$(BIN)/$(PIP_INSTALL) --no-deps -r requirements-dev.lock | $(SHOW)
 	@touch $@
 
 serve: setup
@@ -43,8 +50,8 @@ test-vllm: .venv-vllm/.installed
 
 .venv-vllm/.installed: requirements-vllm.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv-vllm
-	$(VLLM_BIN)/$(PIP_INSTALL) --no-deps -r requirements-vllm.lock
-	$(VLLM_BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	$(VLLM_BIN)/$(PIP_INSTALL) --no-deps -r requirements-vllm.lock | $(SHOW)
+	$(VLLM_BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation -e . | $(SHOW)
 	@touch $@
 
 check: dev
