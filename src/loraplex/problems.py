@@ -174,7 +174,7 @@ def _unquoted(path: tuple[str | int, ...], what: str, written: Any) -> Problem:
     for part in parents:
         around = around[part]
     if isinstance(last, int):
-        quoted = ", ".join(repr(one) for one in around)
+        quoted = ", ".join([*map(repr, around[: len(ORDINALS)]), "…"][: len(around)])
         given = f"the {ORDINALS[last]}" if last < len(ORDINALS) else f"number {last + 1}"
         remedy = f"quote it: [{quoted}]"
     else:

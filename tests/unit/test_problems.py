@@ -187,6 +187,7 @@ def test_a_request_is_told_field_value_and_remedy(model: Any, values: Any, said:
         ("labels: [0, 1]", "key 'labels': the first is the YAML number 0, not text (quote it: ['0', '1'])"),
         ("labels: [1.50, b]", "key 'labels': the first is the YAML number 1.5, not text (quote it: ['1.50', 'b'])"),
         ("labels: [a, 2024-01-01]", "the YAML date \"2024-01-01\", not text (quote it: ['a', '2024-01-01'])"),
+        ("labels: [a, b, c, d, e, f, g, h, i, j, 0]", "number 11 is the YAML number 0, not text (quote it: ['a',"),
         ("labels: yes", "key 'labels': true is not a list (give a list)"),
         ("labels: [a, b]\nquestion: no", "key 'question': is the YAML boolean false, not text (quote it: 'no')"),
         ("labels: [a, b]\ngolden: [{text: x, label: yes}]", "key 'golden.0.label': is the YAML boolean true, not"),
