@@ -28,6 +28,8 @@ from sklearn.metrics import f1_score, roc_auc_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from loraplex.classifier import normalized
+
 BOS, EOS, PAD, ASK, VERDICT = "<s>", "</s>", "<pad>", "<|ask|>", "<|verdict|>"
 SPECIAL_TOKENS = [BOS, EOS, PAD, ASK, VERDICT]
 TEMPLATE = "{conversation}" + ASK + "{question}" + VERDICT
@@ -40,8 +42,10 @@ Example = dict[str, Any]
 
 
 def read_examples(path: Path) -> list[Example]:
+    """Return the examples, with conversations as the server renders them."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        examples = [json.loads(line) for line in file]
+    return [{**example, "conversation": normalized(example["conversation"])} for example in examples]
 
 
 def progress(description: str, total: int) -> tuple[Progress, TaskID]:

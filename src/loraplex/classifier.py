@@ -1,6 +1,7 @@
 """A classifier's contract (`classifier.yaml`), and its decision from label log probabilities. Knows no tokenizer."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from loraplex.types import Message
 
 CONVERSATION, QUESTION = "{conversation}", "{question}"
 DEFAULT_ROLES = {"user": "Customer", "assistant": "Agent"}
+# Unicode's line ends. Word writes a VT for a line break, and PDFs have an FF between pages.
+_LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -133,7 +136,7 @@ def read_contract(path: Path) -> Contract:
 
 
 def conversation_text(conversation: str | Sequence[Message], roles: Mapping[str, str]) -> str:
-    """Return the conversation as text: one `Name: content` line a message. Text is returned unchanged.
+    """Return the conversation as text: one normalized `Name: content` a message. Text is returned unchanged.
 
     Raises InvalidRequestError for an unknown role, and where the conversation is empty."""
     if isinstance(conversation, str):
@@ -147,13 +150,19 @@ def conversation_text(conversation: str | Sequence[Message], roles: Mapping[str,
         for message in conversation:
             if message.role.lower() not in names:
                 raise InvalidRequestError(f"unknown role {message.role!r}", remedy=f"use one of: {', '.join(roles)}")
-            lines.append(f"{names[message.role.lower()]}: {message.content}")
+            lines.append(normalized(f"{names[message.role.lower()]}: {message.content}"))
         text = "\n".join(lines)
         if not any(message.content.strip() for message in conversation):
             text = ""
     if not text.strip():
         raise InvalidRequestError("the input is empty", remedy="send the text or the messages to classify")
     return valid_unicode(text)
+
+
+def normalized(text: str) -> str:
+    """Return `text` with `\\n` for every line end and without whitespace at its end. Both depend on the way that a text
+    took, not on its words, and change a verdict."""
+    return _LINE_ENDS.sub("\n", text).rstrip()
 
 
 def valid_unicode(text: str) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from loraplex.classifier import Contract, conversation_text, read_contract
+from loraplex.classifier import Contract, conversation_text, normalized, read_contract
 from loraplex.errors import ContractError, InvalidRequestError
 from loraplex.types import Message
 
@@ -107,6 +107,13 @@ def test_nothing_to_judge_is_an_error(empty: Any) -> None:
 def test_an_unknown_role_is_an_error() -> None:
     with pytest.raises(InvalidRequestError, match="system"):
         conversation_text([Message(role="system", content="x")], ROLES)
+
+
+@pytest.mark.parametrize("line_end", ["\r\n", "\r", "\v", "\f", "\x85", "\u2028", "\u2029"])
+def test_line_ends_and_whitespace_at_the_end_are_normalized(line_end: str) -> None:
+    assert normalized(f"a {line_end}{line_end} b\n{line_end} \u00a0\t") == "a \n\n b"
+    messages = [Message(role="user", content=f"a{line_end}b {line_end}"), Message(role="assistant", content="")]
+    assert conversation_text(messages, ROLES) == "Customer: a\nb\nAgent:"
 
 
 def test_half_a_surrogate_pair_is_an_error() -> None:

@@ -106,7 +106,7 @@ def _read(file: Path | None) -> str:
     try:
         data = sys.stdin.buffer.read() if file is None else file.read_bytes()
         refuse_pointer(file or Path("standard input"), data, ConfigurationError)
-        return data.decode("utf-8").rstrip("\r\n")
+        return data.decode("utf-8")  # as it is: an adapter without a contract gets it verbatim, as over HTTP
     except (OSError, UnicodeDecodeError) as exc:
         raise InvalidRequestError(f"{file or 'standard input'}: {exc}", remedy="give a UTF-8 text file") from None
 

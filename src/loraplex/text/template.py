@@ -65,10 +65,10 @@ class Template:
         return self.prefix + conversation + self.suffix
 
     def prompt(self, conversation: str, conversations: Conversations) -> Prompt:
-        """Return the prompt for `conversation`. The oldest turns are cut, with a warning, where the prompt is too long.
-        Raises InputTooLongError where even the end of the conversation does not fit."""
+        """Return the prompt for the normalized `conversation`. The oldest turns are cut, with a warning, where the
+        prompt is too long. Raises InputTooLongError where even the end of the conversation does not fit."""
         warnings = []
-        conversation, spelled = conversations.escape(conversation)
+        conversation, spelled = conversations.escape(conversations.normalized(conversation))
         if spelled:
             warnings.append(kept_as_text(spelled))
         ids = self._encode(conversation, conversations)

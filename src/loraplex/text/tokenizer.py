@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-from loraplex.classifier import valid_unicode
+from loraplex.classifier import normalized, valid_unicode
 from loraplex.errors import BundleError, ContractError, InvalidRequestError
 from loraplex.text.detokenizer import REPLACEMENT
 from loraplex.types import Message
@@ -167,6 +167,7 @@ class Conversations:
     """Caches the tokens of one call's conversations: each text is tokenized once, however many classifiers ask."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self.normalized = functools.cache(normalized)
         self.encode = functools.cache(tokenizer.encode)
         self.offsets = functools.cache(tokenizer.offsets)
         self.escape = functools.cache(tokenizer.escape)
