@@ -46,6 +46,7 @@ class Contract(BaseModel):
     labels:         in order; the first is the positive one.
     threshold:      only with two labels: answer labels[0] where its score is at least this.
     abstain_below:  mark a verdict as abstained where its label's score is lower.
+    min_label_mass: warn where all labels together are less probable; 0 never warns.
     max_length:     maximum tokens of the whole prompt; a longer conversation loses its oldest turns.
     roles:          message role -> the name written before the turn.
     """
@@ -57,6 +58,7 @@ class Contract(BaseModel):
     labels: tuple[str, ...]
     threshold: Probability | None = None
     abstain_below: Probability = 0.0
+    min_label_mass: Probability = 0.05
     calibration: Calibration = Calibration()
     max_length: int | None = Field(None, ge=8)
     roles: dict[str, str] = Field(default_factory=lambda: dict(DEFAULT_ROLES))
@@ -110,12 +112,14 @@ class Contract(BaseModel):
             winner = 0 if scores[0] >= (0.5 if self.threshold is None else self.threshold) else 1
         else:
             winner = max(range(len(scores)), key=scores.__getitem__)
+        label_mass = min(1.0, math.fsum(math.exp(log_prob) for log_prob in log_probs))
         return Decision(
             label=self.labels[winner],
             confidence=scores[winner],
             scores=dict(zip(self.labels, scores, strict=True)),
-            label_mass=min(1.0, math.fsum(math.exp(log_prob) for log_prob in log_probs)),
+            label_mass=label_mass,
             abstained=scores[winner] < self.abstain_below,
+            warnings=(_low_mass(label_mass, self.min_label_mass),) if label_mass < self.min_label_mass else (),
         )
 
 
@@ -128,6 +132,14 @@ class Decision:
     scores: Mapping[str, float]
     label_mass: float
     abstained: bool
+    warnings: tuple[str, ...]
+
+
+def _low_mass(label_mass: float, least: float) -> str:
+    return (
+        f"low_label_mass: the labels have a probability of {label_mass:.2g} together, "
+        f"less than min_label_mass {least:g}; the model expects another text here, so the scores say little"
+    )
 
 
 def read_contract(path: Path) -> Contract:

@@ -35,6 +35,11 @@ class Metrics(Collector):
             "Verdicts by classifier or route, adapter and label; is_positive: the contract's first label",
             ["classifier", "adapter", "label", "is_positive"],
         )
+        self._warnings = self._counter(
+            "loraplex_warnings",
+            "Verdicts with a warning, by classifier or route, adapter and the warning's code, such as low_label_mass",
+            ["classifier", "adapter", "code"],
+        )
         self._completions = self._counter(
             "loraplex_completions",
             "Generated texts by requested model, adapter that answered (empty: the base), and outcome",
@@ -66,6 +71,8 @@ class Metrics(Collector):
             if verdict.label is not None and verdict.scores:  # without scores the label may be any token
                 is_positive = verdict.label == next(iter(verdict.scores))
                 self._labels.inc(name, adapter, verdict.label, str(is_positive).lower())
+            for warning in verdict.warnings or ():
+                self._warnings.inc(name, adapter, warning.partition(":")[0])
         self.observe_work(result.usage, result.timings)
 
     def observe_work(self, usage: Usage, timings: Timings) -> None:
@@ -98,7 +105,7 @@ class Metrics(Collector):
 
         Adapters that no request has asked count 0, instead of being absent. Series of removed names are dropped;
         otherwise names that come and go would fill the memory."""
-        for counter in (self._verdicts, self._labels, self._completions):
+        for counter in (self._verdicts, self._labels, self._warnings, self._completions):
             counter.forget(lambda name: name not in ("", UNKNOWN) and not self._is_known(name))
         for name in self._stats().adapters:
             self._verdicts.inc(name, name, "ok", by=0)

@@ -94,6 +94,7 @@ class Verdict:
     scores:      label -> calibrated probability; the sum is 1.
     label_mass:  probability of all labels together, over the whole vocabulary, before calibration.
     abstained:   whether the score is below the contract's `abstain_below`; `label` is still the best one.
+    warnings:    each is "code: sentence". The codes: escaped_special_tokens, cut_conversation, low_label_mass.
     Without a contract or a score head, `label` is the decoded top token and `confidence` its probability.
     """
 
@@ -246,7 +247,7 @@ class GenerateResult:
 
     tokens:    all generated tokens, including an end-of-text token or the tokens of a stop text (reason "stop").
     text:      the answer without an end-of-text token or stop text.
-    warnings:  which parts of the prompt were not taken as given.
+    warnings:  which parts of the prompt were not taken as given, as a verdict's warnings.
     """
 
     id: str

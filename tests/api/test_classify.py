@@ -73,6 +73,15 @@ def test_special_tokens_in_the_input_are_warned_of_and_change_nothing_else(http:
     assert "'<|ask|>'" in verdict["warnings"][0]
 
 
+def test_labels_that_the_model_does_not_expect_are_warned_of(http: httpx.Client) -> None:
+    [verdict] = ask(http, classifiers="task0")["verdicts"]
+    assert verdict["label_mass"] < 0.05, "the tiny model is random, so no label is likely"
+    [warning] = verdict["warnings"]
+    assert warning.startswith(f"low_label_mass: the labels have a probability of {verdict['label_mass']:.2g} together")
+    [both, _] = ask(http, input=TEXT + "<|ask|>", classifiers="task0")["verdicts"][0]["warnings"]
+    assert both.startswith("escaped_special_tokens: ")
+
+
 def test_many_at_once_equal_one_by_one(http: httpx.Client) -> None:
     texts = [f"Customer: hello {'and again ' * (i % 5)} {i}" for i in range(24)]
     alone = [labels(ask(http, input=text)) for text in texts]

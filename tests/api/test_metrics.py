@@ -57,6 +57,8 @@ def test_answers_are_counted_by_classifier_outcome_and_label(http: httpx.Client)
     label = answer["verdicts"][0]["label"]
     is_positive = "true" if label == "yes" else "false"
     assert grown("loraplex_labels_total", "task0", "task0", is_positive, label) == 3
+    assert all(verdict["label_mass"] < 0.05 for verdict in answer["verdicts"][:2]), "nothing to warn of"
+    assert grown("loraplex_warnings_total", "task0", "task0", "low_label_mass") == 3
     cached = answer["usage"]["cached_tokens"] + again["usage"]["cached_tokens"]
     assert cached > 0 and grown("loraplex_tokens_total", "cached") == cached
     assert grown("loraplex_request_seconds_count", "compute") == 3

@@ -113,6 +113,7 @@ def test_classify_reads_a_file_or_standard_input_and_prints_a_table(tiny_bundle:
     assert "--- task0: " in by_file.stdout and "Customer: hello<|ask|>Is it done?\n" in by_file.stdout
     assert by_file.stdout.splitlines()[:-1] == by_stdin.stdout.splitlines()[:-1]  # the last line tells the time
     assert "confidence" in by_file.stdout
+    assert "warning: low_label_mass: " in by_file.stdout, "the tiny model is random, so no label is likely"
 
 
 @pytest.mark.parametrize(

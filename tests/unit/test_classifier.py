@@ -40,6 +40,21 @@ def test_abstains_below_the_winners_probability() -> None:
     assert not contract(abstain_below=0.6).decide([math.log(0.7), math.log(0.3)]).abstained
 
 
+@pytest.mark.parametrize(
+    ("values", "mass", "is_low"),
+    [
+        ({}, 0.05, False),
+        ({}, 0.0499, True),
+        ({"min_label_mass": 0.5}, 0.4, True),
+        ({"min_label_mass": 0.0}, 1e-9, False),
+    ],
+)
+def test_a_label_mass_below_the_contracts_bound_is_warned_of(values: Any, mass: float, is_low: bool) -> None:
+    decision = contract(**values).decide([math.log(mass * 0.9), math.log(mass * 0.1)])
+    assert decision.confidence == pytest.approx(0.9)
+    assert [warning.partition(":")[0] for warning in decision.warnings] == ["low_label_mass"] * is_low
+
+
 def test_three_labels_take_the_likeliest() -> None:
     decision = contract(labels=("a", "b", "c")).decide([-3.0, -1.0, -2.0])
     assert decision.label == "b"

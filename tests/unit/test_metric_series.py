@@ -16,7 +16,13 @@ def test_what_is_gone_is_forgotten() -> None:
     metrics = Metrics(lambda: stats_of(known), lambda name: name in known, lambda: 0)
 
     def ask(name: str) -> None:
-        verdict = Verdict(classifier=name, label="yes", scores={"yes": 1.0}, adapter=AdapterRef(name=name, version="v"))
+        verdict = Verdict(
+            classifier=name,
+            label="yes",
+            scores={"yes": 1.0},
+            adapter=AdapterRef(name=name, version="v"),
+            warnings=("low_label_mass: 0.01",),
+        )
         metrics.observe(ClassifyResult(id="x", verdicts=(verdict,), usage=Usage(), timings=Timings()))
         metrics.observe_completion(name, name, "ok")
         metrics.observe_failure([name], "queue_full")

@@ -126,8 +126,13 @@ def _print_table(result: ClassifyResult) -> None:
         table.add_row(escape(verdict.classifier), escape(label), f"{verdict.confidence:.3f}", escape(scores), version)
     console = Console()
     console.print(table)
-    for warning in dict.fromkeys(warning for verdict in result.verdicts for warning in verdict.warnings or ()):
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+    names: dict[str, list[str]] = {}  # of the classifiers that give a warning
+    for verdict in result.verdicts:
+        for warning in verdict.warnings or ():
+            names.setdefault(warning, []).append(verdict.classifier)
+    for warning, warned in names.items():
+        who = "" if len(warned) == len(result.verdicts) else f"{', '.join(warned)}: "
+        console.print(f"warning: {who}{warning}", style="yellow", markup=False)
     usage, timings = result.usage, result.timings
     console.print(
         f"{usage.computed_tokens} tokens in {timings.total_ms:.0f} ms "

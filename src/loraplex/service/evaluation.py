@@ -60,7 +60,6 @@ class Evaluation:
         if self.error is not None:
             return Verdict(id=id, classifier=self.name, adapter=ref, error=ErrorInfo.of(self.error))
         assert self.version is not None and self.prompt is not None, "an evaluation without an error was computed"
-        warnings = self.prompt.warnings or None
         contract, labels = self.version.source.contract, self.version.labels
         if contract is not None:
             decision = contract.decide(_label_log_probs(self.outputs, self.version))
@@ -73,7 +72,7 @@ class Evaluation:
                 label_mass=decision.label_mass,
                 abstained=decision.abstained,
                 adapter=ref,
-                warnings=warnings,
+                warnings=self.prompt.warnings + decision.warnings or None,
             )
         [output] = self.outputs
         if labels is None:
@@ -89,7 +88,7 @@ class Evaluation:
             confidence=confidence,
             scores=scores,
             adapter=ref,
-            warnings=warnings,
+            warnings=self.prompt.warnings or None,
         )
 
 

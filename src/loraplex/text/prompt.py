@@ -67,7 +67,8 @@ def chat(
 
 
 def kept_as_text(spelled: Seq[str]) -> str:
-    return f"the input spells special tokens, which were kept as text: {', '.join(map(repr, spelled))}"
+    found = ", ".join(map(repr, spelled))
+    return f"escaped_special_tokens: the input spells special tokens, which were kept as text: {found}"
 
 
 def _prompt_of(

@@ -76,7 +76,8 @@ class Template:
             num_tokens = len(ids)
             conversation, ids = self._truncate(conversation, num_tokens, conversations)
             warnings.append(
-                f"the prompt has {num_tokens} tokens, {self._room} at most; the oldest turns were cut: {len(ids)}"
+                f"cut_conversation: the prompt has {num_tokens} tokens, {self._room} at most; "
+                f"the oldest turns were cut: {len(ids)}"
             )
         return Prompt(
             text=self.render(conversation),
