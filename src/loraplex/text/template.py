@@ -1,6 +1,7 @@
 """A contract bound to a tokenizer. Makes the prompts of a classifier."""
 
 import re
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 from loraplex.classifier import CONVERSATION, QUESTION, Contract
@@ -10,6 +11,7 @@ from loraplex.text.tokenizer import Conversations, Tokenizer
 
 # Conversations with different endings. Labels and invocation must not depend on the ending, as binding checks.
 _PROBES = ("Customer: hello", "Customer: is it done?", "Agent: Yes.\nCustomer: ok 5")
+_CHARS_PER_TOKEN = 8  # in an end of a conversation that is likely to fill a prompt; languages have one to five
 
 
 class Template:
@@ -71,14 +73,16 @@ class Template:
         conversation, spelled = conversations.escape(conversations.normalized(conversation))
         if spelled:
             warnings.append(kept_as_text(spelled))
-        ids = self._encode(conversation, conversations)
-        if len(ids) > self._room:
-            num_tokens = len(ids)
-            conversation, ids = self._truncate(conversation, num_tokens, conversations)
-            warnings.append(
-                f"cut_conversation: the prompt has {num_tokens} tokens, {self._room} at most; "
-                f"the oldest turns were cut: {len(ids)}"
-            )
+        for end in self._ends(conversation):
+            ids = self._encode(end, conversations)
+            if len(ids) > self._room:
+                num_tokens = f"{'more than ' if len(end) < len(conversation) else ''}{len(ids)}"
+                conversation, ids = self._truncate(end, len(ids), conversations)
+                warnings.append(
+                    f"cut_conversation: the prompt has {num_tokens} tokens, {self._room} at most; "
+                    f"the oldest turns were cut: {len(ids)}"
+                )
+                break
         return Prompt(
             text=self.render(conversation),
             token_ids=tuple(ids),
@@ -86,6 +90,18 @@ class Template:
             activation=self._activation(ids),
             warnings=tuple(warnings),
         )
+
+    def _ends(self, conversation: str) -> Iterator[str]:
+        """Yield ever longer ends of the conversation, and at last all of it. The first that is too long for a prompt
+        is the one to cut, so that a megabyte is not tokenized for its last few hundred tokens.
+
+        Each end begins at a multiple of its least size. So its beginning moves rarely while the conversation grows.
+        """
+        size = _CHARS_PER_TOKEN * self._room  # in characters
+        while len(conversation) >= 2 * size:
+            yield conversation[(len(conversation) // size - 1) * size :]
+            size *= 2
+        yield conversation
 
     def _encode(self, conversation: str, conversations: Conversations) -> list[int]:
         if self._suffix_ids is not None:
