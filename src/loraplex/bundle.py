@@ -10,7 +10,7 @@ from typing import Any
 from loraplex.classifier import Contract, read_contract
 from loraplex.config import BundleSettings, RouteSettings, read_bundle_settings
 from loraplex.disk import refuse_pointers
-from loraplex.errors import BundleError, ConfigurationError
+from loraplex.errors import BundleError, ConfigurationError, quoted
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONTRACT, SETTINGS = "classifier.yaml", "loraplex.yaml"
@@ -79,7 +79,9 @@ def check_name(name: str, source: object = "adapter") -> None:
     """Raise BundleError where `name` cannot name a classifier."""
     if not NAME.fullmatch(name):
         raise BundleError(
-            source, f"{name!r} cannot name a classifier", remedy="use letters, digits, '.', '_' and '-', 128 at most"
+            source,
+            f"{quoted(name)} cannot name a classifier",
+            remedy="use letters, digits, '.', '_' and '-', 128 at most",
         )
 
 

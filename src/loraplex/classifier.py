@@ -10,7 +10,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraplex.config import read_yaml, validate
-from loraplex.errors import ContractError, InvalidRequestError
+from loraplex.errors import ContractError, InvalidRequestError, quoted
 from loraplex.problems import shown, wrong
 from loraplex.types import Message
 
@@ -161,7 +161,9 @@ def conversation_text(conversation: str | Sequence[Message], roles: Mapping[str,
         lines = []
         for message in conversation:
             if message.role.lower() not in names:
-                raise InvalidRequestError(f"unknown role {message.role!r}", remedy=f"use one of: {', '.join(roles)}")
+                raise InvalidRequestError(
+                    f"unknown role {quoted(message.role)}", remedy=f"use one of: {', '.join(roles)}"
+                )
             lines.append(normalized(f"{names[message.role.lower()]}: {message.content}"))
         text = "\n".join(lines)
         if not any(message.content.strip() for message in conversation):

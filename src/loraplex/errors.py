@@ -31,10 +31,29 @@ LoraplexError
     └── UnsupportedModelError      unsupported_model
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 MOST_SHOWN = 20  # maximum names in a message; there may be thousands
+MAX_QUOTED = 200  # maximum characters of a value in a message; a client may send megabytes
+
+
+def shortened(text: str) -> str:
+    """Return `text` for an error's message: its beginning and its length if it is long."""
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}… ({len(text)} characters)"
+
+
+def quoted(value: object) -> str:
+    """Return the value for an error's message, as Python writes it: shortened if it is long."""
+    if isinstance(value, str) and len(value) > MAX_QUOTED:
+        return f"{value[:MAX_QUOTED]!r}… ({len(value)} characters)"
+    return shortened(repr(value))
+
+
+def listed(values: Sequence[object]) -> str:
+    """Return the values for an error's message: the first few of them, and how many there are."""
+    some = ", ".join(map(quoted, values[:MOST_SHOWN]))
+    return f"{some}, … ({len(values)} in all)" if len(values) > MOST_SHOWN else some
 
 
 class LoraplexError(Exception):
@@ -80,10 +99,11 @@ class UnknownClassifierError(LoraplexError):
     code = "unknown_classifier"
     status = 404
 
-    def __init__(self, name: str, known: list[str]) -> None:
+    def __init__(self, names: str | Sequence[str], known: list[str]) -> None:
+        unknown = (names,) if isinstance(names, str) else names
         some = ", ".join(known[:MOST_SHOWN]) or "(none loaded)"
         rest = f", … ({len(known)} in all: GET /v1/adapters)" if len(known) > MOST_SHOWN else ""
-        super().__init__(f"no classifier named {name!r}", remedy=f"use one of: {some}{rest}")
+        super().__init__(f"no classifier named {listed(unknown)}", remedy=f"use one of: {some}{rest}")
 
 
 class UnauthorizedError(LoraplexError):
@@ -107,7 +127,7 @@ class UnknownRouteError(LoraplexError):
     status = 404
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"no route named {name!r}", remedy="GET /v1/routes lists them")
+        super().__init__(f"no route named {quoted(name)}", remedy="GET /v1/routes lists them")
 
 
 class UnknownVerdictError(LoraplexError):
@@ -118,7 +138,7 @@ class UnknownVerdictError(LoraplexError):
 
     def __init__(self, verdict_id: str) -> None:
         super().__init__(
-            f"no verdict {verdict_id!r} is remembered",
+            f"no verdict {quoted(verdict_id)} is remembered",
             remedy="check the id, send feedback sooner, or raise --keep-verdicts",
         )
 
@@ -150,7 +170,7 @@ class AdapterInUseError(LoraplexError):
 
     def __init__(self, name: str, routes: list[str]) -> None:
         super().__init__(
-            f"{name!r} is a target of the routes {', '.join(map(repr, routes[:MOST_SHOWN]))}",
+            f"{name!r} is a target of the routes {listed(routes)}",
             remedy="change or delete them first",
         )
 
@@ -162,7 +182,10 @@ class NoRevisionError(LoraplexError):
     status = 409
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"no change to the route {name!r} can be rolled back", remedy=f"PUT /v1/routes/{name} sets it")
+        super().__init__(
+            f"no change to the route {quoted(name)} can be rolled back",
+            remedy=f"PUT /v1/routes/{shortened(name)} sets it",
+        )
 
 
 class InputTooLongError(LoraplexError):

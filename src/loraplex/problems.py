@@ -10,6 +10,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 
+from loraplex.errors import shortened
+
 LONGEST_SHOWN = 60  # characters of a value in a message
 # pydantic's type of error -> what the value should have been
 NOUNS = {
@@ -97,7 +99,7 @@ def find_problem(errors: Sequence[Any], values: Any, model: Any, *, noun: str = 
         other = _path(one, values)
         if len(other) > len(path) and other[: len(path)] == path:
             error, path = one, other
-    place = ".".join(map(str, path))
+    place = ".".join(shortened(str(part)) for part in path)
     if error["type"] == "extra_forbidden":
         what, remedy = unknown_field(place, path[-1], _fields_at(model, error["loc"][:-1]), noun)
         return Problem(place="", given="", what=what, remedy=remedy)

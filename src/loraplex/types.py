@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loraplex.errors import InvalidRequestError, LoraplexError
+from loraplex.errors import InvalidRequestError, LoraplexError, quoted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ def conversation_of(given: Input) -> str | tuple[Message, ...]:
     if isinstance(given, str):
         return given
     if not isinstance(given, Iterable):
-        raise InvalidRequestError(f"no conversation: {given!r}", remedy="give text, or messages")
+        raise InvalidRequestError(f"no conversation: {quoted(given)}", remedy="give text, or messages")
     return tuple(_message(one) for one in given)
 
 
@@ -34,7 +34,7 @@ def _message(given: Message | Mapping[str, str]) -> Message:
         return Message(role=given["role"], content=given["content"])
     except (KeyError, TypeError):
         raise InvalidRequestError(
-            f"no message: {given!r}", remedy="give text, or messages with 'role' and 'content'"
+            f"no message: {quoted(given)}", remedy="give text, or messages with 'role' and 'content'"
         ) from None
 
 

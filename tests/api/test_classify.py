@@ -143,6 +143,58 @@ def test_a_misspelt_field_is_told_the_right_one(http: httpx.Client) -> None:
     assert response.json()["error"]["remedy"].startswith("use: input, inputs, classifiers, ")
     response = http.post("/v1/classify", json={"input": TEXT, "deadline_ms": -3})
     assert_error(response, 422, "invalid_request", "deadline_ms: -3 is not above 0")
+LONG = "y" * 30_000  # in a path, too: h11 takes 64 KiB
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "mentions"),
+    [
+        ("POST", "/v1/classify", {"input": "x", "classifiers": LONG}, "no classifier named 'yy"),
+        ("POST", "/v1/classify", {"input": "x", "classifiers": [f"no{i}" for i in range(5000)]}, "(5000 in all)"),
+        ("POST", "/v1/classify", {"input": "x", "classifiers": ["task0", *map(str, range(5000))]}, "(5000 in all)"),
+        ("POST", "/v1/classify", {"input": "x", "classifiers": ["task0", *([LONG] * 2)], LONG: 1}, "yy"),
+        ("POST", "/v1/classify", {"input": [{"role": LONG, "content": "x"}], "classifiers": "task0"}, "unknown role"),
+        ("POST", "/v1/classify", {"input": [{"role": "user", "content": "x", LONG: 1}]}, "input.0.yy"),
+        ("POST", "/invocations", {"input_text": "x", "adapter_name": LONG}, "no classifier named 'yy"),
+        ("POST", "/v1/completions", {"model": LONG, "prompt": "x"}, "no classifier named 'yy"),
+        ("POST", "/v1/completions", {"model": "task0", "prompt": "x", LONG: 1}, "no such field"),
+        ("POST", "/v1/completions", {"model": "task0", "prompt": "x", "suffix": LONG}, "suffix"),
+        ("POST", "/v1/completions", {"model": "task0", "prompt": "x", "logit_bias": {LONG: 1}}, "logit_bias"),
+        ("POST", "/v1/completions", {"model": "task0", "prompt": [10**4000]}, "the token 1000"),
+        ("POST", "/v1/chat/completions", {"model": "task0", "messages": [{"role": LONG, "content": "x"}]}, "role"),
+        (
+            "POST",
+            "/v1/chat/completions",
+            {"model": "task0", "messages": [{"role": "user", "content": "x", LONG: 1}]},
+            "not supported",
+        ),
+        ("PUT", "/v1/routes/r", {"targets": {LONG: 1}}, "no classifier named 'yy"),
+        ("PUT", "/v1/routes/r", {"targets": {"task0": 1, LONG: "z"}}, "targets.yy"),
+        ("PUT", f"/v1/routes/{LONG}", {"targets": {"task0": 1}}, "cannot name"),
+        ("POST", f"/v1/routes/{LONG}/rollback", {}, "can be rolled back"),
+        ("PUT", f"/v1/adapters/{LONG}", {"source": "nowhere"}, ""),
+        ("PUT", "/v1/adapters/new", {"source": LONG}, ""),
+        ("POST", "/v1/load_lora_adapter", {"lora_name": LONG, "lora_path": LONG}, ""),
+        ("POST", "/v1/feedback", {"verdict_id": LONG, "label": LONG}, ""),
+        ("GET", f"/v1/adapters/{LONG}", None, "no classifier named 'yy"),
+        ("GET", f"/{LONG}", None, "no path '/yy"),
+        ("PATCH", f"/v1/adapters/{LONG}", None, "not allowed"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_an_error_repeats_only_the_beginning_of_what_was_sent(
+    http: httpx.Client, method: str, path: str, body: Any, mentions: str
+) -> None:
+    response = http.request(method, path, json=body)
+    assert response.status_code in (404, 405, 409, 422), response.text[:500]
+    error = response.json()["error"]
+    assert mentions in error["message"] and error["remedy"], error
+    assert len(response.content) < 5_000
+
+
+def test_some_unknown_names_leave_the_others_their_verdicts(http: httpx.Client) -> None:
+    known, *unknown = ask(http, classifiers=["task0", *(f"no{i}" for i in range(100))])["verdicts"]
+    assert known["label"] and all(one["error"]["code"] == "unknown_classifier" for one in unknown)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"input": }', b'{"input": "\xff"}', b"\x00", b"[" * 100_000])

@@ -29,6 +29,7 @@ from loraplex.errors import (
     RefusedError,
     UnknownClassifierError,
     UnknownRouteError,
+    quoted,
 )
 from loraplex.routing.route_store import RouteStore
 from loraplex.routing.shadows import Shadow, Shadows
@@ -247,7 +248,7 @@ class Router:
                 info = self.service.adapter(target) if self.service.knows(target) else None
                 if info is not None and info.labels and label not in info.labels:
                     raise InvalidRequestError(
-                        f"{label!r} is no label of {target!r}", remedy=f"use one of: {', '.join(info.labels)}"
+                        f"{quoted(label)} is no label of {target!r}", remedy=f"use one of: {', '.join(info.labels)}"
                     )
             return await self._in_files(log.set_truth, verdict_id, label)
 

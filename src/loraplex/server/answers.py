@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loraplex.errors import BadInputError, EngineError, InvalidRequestError, LoraplexError, OverloadedError
+from loraplex.errors import BadInputError, EngineError, InvalidRequestError, LoraplexError, OverloadedError, quoted
 from loraplex.problems import find_problem
 from loraplex.server import logs
 from loraplex.server.lifecycle import PROBES, stopping
@@ -124,8 +124,8 @@ async def _http_error(request: Request, exc: Exception) -> JSONResponse:
     path = request.url.path
     known = {
         400: ("bad_input", "the body cannot be decoded", "send one JSON object in UTF-8"),
-        404: ("not_found", f"there is no path {path!r}", "see /docs for the paths"),
-        405: ("method_not_allowed", f"{request.method} is not allowed for {path!r}", "see /docs for the paths"),
+        404: ("not_found", f"there is no path {quoted(path)}", "see /docs for the paths"),
+        405: ("method_not_allowed", f"{request.method} is not allowed for {quoted(path)}", "see /docs for the paths"),
     }
     code, message, remedy = known.get(exc.status_code, ("http_error", str(exc.detail), "see /docs for the paths"))
     return _json(request, exc.status_code, code, message, remedy, exc.headers)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Tag
 
-from loraplex.errors import InvalidRequestError
+from loraplex.errors import InvalidRequestError, shortened
 from loraplex.problems import shown, unknown_field
 from loraplex.server.openai_answers import ChatFormat, CompletionFormat
 from loraplex.server.schemas import MAX_ITEMS, either
@@ -233,7 +233,7 @@ class ChatMessage(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if value not in (None, [], {}):
                 raise InvalidRequestError(
-                    f"{place}.{name}: is not supported", remedy="leave it out, or write it as text"
+                    f"{place}.{shortened(name)}: is not supported", remedy="leave it out, or write it as text"
                 )
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         return Message(role=self.role, content=content)

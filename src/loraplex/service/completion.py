@@ -5,7 +5,7 @@ import math
 import uuid
 
 from loraplex.engine.sequence import Sampling, Sequence, SequenceOutput, Token
-from loraplex.errors import InvalidRequestError
+from loraplex.errors import InvalidRequestError, quoted
 from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
 from loraplex.service.evaluation import make_sequence, render
@@ -147,4 +147,4 @@ def _check(request: GenerateRequest) -> None:
         ),
     ):
         if not is_good:
-            raise InvalidRequestError(f"{name} is {value}", remedy=f"give {wanted}")
+            raise InvalidRequestError(f"{name} is {quoted(value)}", remedy=f"give {wanted}")

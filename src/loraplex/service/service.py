@@ -11,7 +11,7 @@ from loraplex.adapters.residence import Lease
 from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.classifier import valid_unicode
 from loraplex.engine.sequence import Sequence, SequenceOutput
-from loraplex.errors import DeadlineExceededError, InvalidRequestError, LoraplexError
+from loraplex.errors import DeadlineExceededError, InvalidRequestError, LoraplexError, UnknownClassifierError
 from loraplex.executors.executor import Executor
 from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
@@ -36,6 +36,7 @@ from loraplex.types import (
 )
 
 Leased = tuple[Evaluation, Lease[ClassifierVersion]]
+MAX_UNKNOWN = 100  # unknown names in a call that is still answered; each has an error of its own in the answer
 
 
 class Service:
@@ -159,9 +160,13 @@ class Service:
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResult:
         """Return one verdict per classifier, in order. A classifier that fails has its error in its verdict. Where all
-        fail, the first error is raised. Raises QueueFullError where too much waits."""
+        fail, the first error is raised. Raises QueueFullError where too much waits, and UnknownClassifierError where
+        the request names more than MAX_UNKNOWN unknown classifiers."""
         started = time.monotonic()
         names = self._names(request)
+        unknown = [name for name in names if not self.knows(name)]
+        if len(unknown) > MAX_UNKNOWN:
+            raise UnknownClassifierError(unknown, list(self.names()))
         with self.computing.admission.evaluations(len(names)):
             return await self._classify(request, names, started)
 

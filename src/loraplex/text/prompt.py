@@ -5,7 +5,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 from loraplex.classifier import valid_unicode
-from loraplex.errors import InputTooLongError, InvalidRequestError
+from loraplex.errors import InputTooLongError, InvalidRequestError, listed
 from loraplex.text.tokenizer import Tokenizer
 from loraplex.types import Message
 
@@ -67,8 +67,7 @@ def chat(
 
 
 def kept_as_text(spelled: Seq[str]) -> str:
-    found = ", ".join(map(repr, spelled))
-    return f"escaped_special_tokens: the input spells special tokens, which were kept as text: {found}"
+    return f"escaped_special_tokens: the input spells special tokens, which were kept as text: {listed(spelled)}"
 
 
 def _prompt_of(

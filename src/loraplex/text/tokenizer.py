@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.classifier import normalized, valid_unicode
-from loraplex.errors import BundleError, ContractError, InvalidRequestError
+from loraplex.errors import BundleError, ContractError, InvalidRequestError, quoted, shortened
 from loraplex.text.detokenizer import REPLACEMENT
 from loraplex.types import Message
 
@@ -59,7 +59,11 @@ class Tokenizer:
         wrong = next((one for one in token_ids if not 0 <= one < self._num_embeddings), None)
         if wrong is None:
             return
-        spelled = f"the token {self.decode(wrong)!r} ({wrong})" if 0 <= wrong < len(self._hf) else f"the token {wrong}"
+        spelled = (
+            f"the token {self.decode(wrong)!r} ({wrong})"
+            if 0 <= wrong < len(self._hf)
+            else f"the token {quoted(wrong)}"
+        )
         raise InvalidRequestError(
             f"{spelled} has no embedding in the base, which has {self._num_embeddings} embeddings",
             remedy="leave it out, or serve the base with the tokenizer that it was saved with",
@@ -150,7 +154,7 @@ class Tokenizer:
             text = self._apply_chat_template(turns, given)
         except Exception as exc:  # jinja's errors and the template's own
             raise InvalidRequestError(
-                f"the base's chat template refuses the messages: {exc}",
+                f"the base's chat template refuses the messages: {shortened(str(exc))}",
                 remedy="send the roles, in the order, that it is written for",
             ) from None
         return text, tuple(dict.fromkeys(spelled))
