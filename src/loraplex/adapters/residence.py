@@ -12,7 +12,7 @@ from loraplex.adapters.host import HostTier
 from loraplex.adapters.slots import SlotTable
 from loraplex.adapters.tasks import AdapterThreads, Tasks, closed
 from loraplex.bundle import AdapterSource
-from loraplex.errors import AdapterError, EngineError, LoraplexError, NotReadyError
+from loraplex.errors import AdapterError, EngineError, LoraplexError, NotReadyError, exhaustion
 
 logger = logging.getLogger(__name__)
 
@@ -312,7 +312,7 @@ def as_error(exc: Exception, name: str) -> LoraplexError:
     if isinstance(exc, LoraplexError):
         return exc
     logger.error("%s cannot be loaded", name, exc_info=exc)
-    return EngineError(
+    return exhaustion(exc) or EngineError(
         f"{name!r} cannot be loaded: {type(exc).__name__}: {exc}",
         remedy="try again; the server's log has the details",
     )

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from loraplex.config import EngineConfig
-from loraplex.errors import LoraplexError
+from loraplex.errors import LoraplexError, exhaustion
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -101,11 +101,14 @@ def settings_options(*models: type[BaseModel]) -> Callable[[Command], Command]:
 
 @contextmanager
 def errors_to_exit() -> Iterator[None]:
-    """Turn a LoraplexError into two lines on stderr and exit code 1."""
+    """Turn a LoraplexError, and the machine's lack of memory or threads, into two lines on stderr and exit code 1."""
     try:
         yield
-    except LoraplexError as exc:
-        print_error(exc)
+    except Exception as exc:
+        error = exc if isinstance(exc, LoraplexError) else exhaustion(exc)
+        if error is None:
+            raise
+        print_error(error)
         raise typer.Exit(1) from None
 
 

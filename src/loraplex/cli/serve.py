@@ -26,7 +26,7 @@ from loraplex.cli.options import (
     stderr,
 )
 from loraplex.config import EngineConfig, ServerConfig, resolve
-from loraplex.errors import LoraplexError
+from loraplex.errors import LoraplexError, exhaustion
 
 if TYPE_CHECKING:
     from loraplex.service.service import Service
@@ -110,13 +110,14 @@ async def _serve_to_end(serving: Coroutine[Any, Any, None], as_json: bool) -> No
         await serving
         _say("stopped", as_json)
         code = 0
-    except LoraplexError as exc:
-        if as_json:
-            logger.critical("%s", exc, extra={"fields": {"error": exc.code}})
+    except BaseException as exc:
+        error = exc if isinstance(exc, LoraplexError) else exhaustion(exc)
+        if error is None:
+            logger.critical("the server failed", exc_info=True)
+        elif as_json:
+            logger.critical("%s", error, extra={"fields": {"error": error.code}})
         else:
-            print_error(exc)
-    except BaseException:
-        logger.critical("the server failed", exc_info=True)
+            print_error(error)
     finally:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):

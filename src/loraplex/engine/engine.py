@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, Self
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import EngineRequest, Outcome, Sequence, lone_sequence
 from loraplex.engine.step import Step
-from loraplex.errors import EngineError, LoraplexError, NotReadyError
+from loraplex.errors import EngineError, LoraplexError, NotReadyError, exhaustion
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +225,6 @@ def _append_tokens(outcomes: Seq[tuple[Sequence, Outcome]]) -> tuple[list[tuple[
 
 
 def _engine_error(exc: BaseException) -> EngineError:
-    return EngineError(
+    return exhaustion(exc) or EngineError(
         f"the engine failed: {type(exc).__name__}: {exc}", remedy="send it again; the server's log has the details"
     )

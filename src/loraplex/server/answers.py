@@ -12,7 +12,15 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loraplex.errors import BadInputError, EngineError, InvalidRequestError, LoraplexError, OverloadedError, quoted
+from loraplex.errors import (
+    BadInputError,
+    EngineError,
+    InvalidRequestError,
+    LoraplexError,
+    OverloadedError,
+    exhaustion,
+    quoted,
+)
 from loraplex.problems import find_problem
 from loraplex.server import logs
 from loraplex.server.lifecycle import PROBES, stopping
@@ -70,11 +78,16 @@ class AnswerErrors:
                 logger.error("unexpected error", exc_info=exc)
             else:
                 logger.error("unexpected error\n%s", trace(exc))
-            remedy = "report it; the server's log has the details"
-            error = EngineError(f"unexpected {type(exc).__name__}", remedy=remedy)
+            error = unexpected(exc)
         # If the answer has begun, it stays incomplete, and uvicorn closes the connection.
         if logs.current().status is None:
             await answer(Request(scope), error)(scope, receive, send)
+
+
+def unexpected(exc: BaseException) -> EngineError:
+    """Return the error that answers for an exception that no code expected."""
+    remedy = "report it; the server's log has the details"
+    return exhaustion(exc) or EngineError(f"unexpected {type(exc).__name__}", remedy=remedy)
 
 
 def trace(exc: BaseException) -> str:

@@ -15,9 +15,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from loraplex.errors import EngineError, LoraplexError
+from loraplex.errors import LoraplexError
 from loraplex.server import logs
-from loraplex.server.answers import trace
+from loraplex.server.answers import trace, unexpected
 from loraplex.server.lifecycle import stopping
 from loraplex.server.openai_answers import Answer, ChatCompletion, Completion, Format, usage_of
 from loraplex.server.openai_schemas import ChatBody, CompletionBody
@@ -160,7 +160,7 @@ def _error_event(request: Request, error: Exception) -> bytes:
     """Return `error` as the stream's last event, because an HTTP status was already sent. Counts and logs the error."""
     if not isinstance(error, LoraplexError):
         logger.error("unexpected error in a stream\n%s", trace(error))
-        error = EngineError(f"unexpected {type(error).__name__}", remedy="report it; the server's log has the details")
+        error = unexpected(error)
     logs.current().error = error.code
     metrics_of(request).fail(error.code)
     return json.dumps(error_json(error.code, error.message, error.remedy)).encode()

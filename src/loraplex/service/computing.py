@@ -2,16 +2,19 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from loraplex.engine.sequence import EngineRequest, Outcome, Sequence
-from loraplex.errors import DeadlineExceededError
+from loraplex.errors import DeadlineExceededError, exhaustion
 from loraplex.executors.executor import Computation
 from loraplex.service.admission import Admission
 from loraplex.text.threads import LONG_CHARS, TokenizerThreads
 from loraplex.types import Message
+
+logger = logging.getLogger(__name__)
 
 
 class Computing:
@@ -66,8 +69,11 @@ class Computing:
                 release()
             else:
                 self.admission.check_tokens(request.num_tokens)
-        except BaseException:
+        except BaseException as exc:
             release()
+            if (error := exhaustion(exc)) is not None:  # no thread for a tokenizer, or no memory for the text
+                logger.error("a request was not tokenized", exc_info=exc)
+                raise error from None
             raise
         return request
 

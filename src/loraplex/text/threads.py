@@ -35,13 +35,13 @@ class TokenizerThreads:
         if num_chars < LONG_CHARS:
             future = self._short.submit(context.run, work)
         else:
-            self.num_long_chars += num_chars
 
             def done(_: Future[Result]) -> None:
                 with suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(self._free, num_chars)
 
             future = self._long.submit(context.run, work)
+            self.num_long_chars += num_chars  # after `submit`, which fails where no thread can start
             future.add_done_callback(done)
         try:
             async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
