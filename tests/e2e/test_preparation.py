@@ -1,6 +1,8 @@
 """Mistakes in options are told before PyTorch or transformers is imported, which can take a minute."""
 
+import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +72,7 @@ def test_a_start_without_mistakes_does_import_it(tiny_bundle: Path, without_torc
         (["--vllm-arg", "max_num_seqs=3"], "--vllm-arg: has no effect with --backend native"),
         (["--cuda-graphs", "--device", "cpu"], "--device cpu: CUDA graphs are for CUDA devices only"),
         (["--api-key-file", "{folder}/nope"], "cannot be read: No such file or directory"),
+        (["--adapter", "broken={folder}/broken"], "key 'r': 0 is below 1"),
         (["--adapter", "task0={folder}"], "a second classifier named 'task0'"),
     ],
 )
@@ -77,6 +80,9 @@ def test_a_mistake_of_a_server_is_told_without_torch(
     tiny_bundle: Path, without_torch: Path, taken: int, arguments: list[str], mentions: str
 ) -> None:
     (without_torch / "file").write_text("")
+    shutil.copytree(tiny_bundle / "task0", without_torch / "broken")
+    broken = without_torch / "broken" / "adapter_config.json"
+    broken.write_text(json.dumps(json.loads(broken.read_text()) | {"r": 0}))
     (without_torch / "held").mkdir()
     held = AdapterState(without_torch / "held")
     held.acquire()
@@ -95,6 +101,7 @@ def test_a_mistake_of_a_server_is_told_without_torch(
         (["classify", "{bundle}", "-c", "tsak0", "--text", "x"], "no classifier named 'tsak0'"),
         (["classify", "{bundle}", "-c", "task0", "-c", "tsak0", "--text", "x"], "no classifier named 'tsak0'"),
         (["classify", "{bundle}", "--all", "--text", "x", "--dtype", "int4"], "--dtype int4: is not 'auto'"),
+        (["adapters", "verify", "{bundle}/task0", "--text", ""], "the input is empty"),
         (["adapters", "verify", "{bundle}/nope"], "no such folder"),
         (["adapters", "verify", "{bundle}/task0", "--base", "./nope"], "no folder './nope'"),
     ],
@@ -153,6 +160,7 @@ def test_the_state_decides_which_names_there_are(tiny_bundle: Path, tmp_path: Pa
     state.remember(name="late", source="/somewhere", is_pinned=True)
     config = resolve(EngineConfig, {}, {"state_dir": str(tmp_path / "state"), "preload": "late, task1"})
     preparation = prepare(open_bundle(tmp_path), config)
+    assert preparation.own == {"task1", "task2", "verbatim"}
     assert preparation.names == {"task1", "task2", "verbatim", "late"}
     assert preparation.preload is not None and set(preparation.preload) == {"late", "task1"}
     with pytest.raises(BundleError, match="another server"):

@@ -119,10 +119,15 @@ def verify(
     with errors_to_exit():
         from dataclasses import asdict
 
+        from loraplex.adapters.peft_config import read_peft_config
         from loraplex.bundle import open_adapter, open_base
+        from loraplex.classifier import conversation_text
 
         open_adapter(path.resolve().name, path)  # told before PyTorch is imported
+        read_peft_config(path)
         open_base(base or str(path.resolve().parent))
+        for one in text or ():
+            conversation_text(one, {})
         from loraplex.service.verify import verify as prove
 
         quiet_libraries()

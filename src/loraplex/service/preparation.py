@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex.adapters.peft_config import read_peft_config
 from loraplex.bundle import Bundle, check_routes
 from loraplex.config import EngineConfig
 from loraplex.errors import MOST_SHOWN, ConfigurationError, UnsupportedModelError
@@ -32,11 +33,13 @@ class Preparation:
 
     state:    what was changed at run time, locked for this process; None without a state directory.
     names:    the adapters that requests can name after the start.
+    own:      those of the bundle that were not replaced or unloaded at run time.
     preload:  those to load at the start; None for all.
     """
 
     state: AdapterState | None
     names: frozenset[str]
+    own: frozenset[str]
     preload: frozenset[str] | None
 
 
@@ -55,9 +58,13 @@ def prepare(bundle: Bundle, config: EngineConfig) -> Preparation:
     if state is not None:
         state.acquire()
     try:
-        names = _names(bundle, state)
+        own, names = _names(bundle, state)
         check_routes(bundle.settings.routes, bundle.base_name, names.__contains__)
-        return Preparation(state=state, names=names, preload=_preloaded(config.preload, bundle, state))
+        preload = _preloaded(config.preload, bundle, state)
+        for source in bundle.adapters:
+            if source.name in (own if preload is None else own & preload):
+                read_peft_config(source.path)
+        return Preparation(state=state, names=names, own=own, preload=preload)
     except BaseException:
         if state is not None:
             state.release()
@@ -104,14 +111,12 @@ def _check_folder(option: str, given: Path, needed: Path) -> None:
         raise ConfigurationError(f"{option} {given}", problem, remedy="correct the path, or make the folder")
 
 
-def _names(bundle: Bundle, state: AdapterState | None) -> frozenset[str]:
-    own = {source.name for source in bundle.adapters}
-    for one in () if state is None else state.remembered():
-        if one.source is None:
-            own.discard(one.name)
-        elif one.source != BUNDLE:
-            own.add(one.name)
-    return frozenset(own)
+def _names(bundle: Bundle, state: AdapterState | None) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the bundle's own adapters that are there after the start, and all that are."""
+    remembered = () if state is None else state.remembered()
+    changed = {one.name for one in remembered if one.source != BUNDLE}
+    own = frozenset(source.name for source in bundle.adapters if source.name not in changed)
+    return own, own.union(one.name for one in remembered if one.source not in (None, BUNDLE))
 
 
 def _preloaded(preload: str, bundle: Bundle, state: AdapterState | None) -> frozenset[str] | None:

@@ -24,7 +24,7 @@ from loraplex.service.preparation import Preparation, prepare
 from loraplex.service.proof import prove
 from loraplex.service.registry import AdapterRegistry
 from loraplex.service.service import Service
-from loraplex.service.state import BUNDLE, AdapterState
+from loraplex.service.state import AdapterState
 from loraplex.service.versions import Versions
 from loraplex.text.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ async def start(
         thread = ThreadPoolExecutor(1, "loraplex-load")
         try:
             loaded = await asyncio.get_running_loop().run_in_executor(
-                thread, _load, bundle, config, executor, _own_adapters(bundle, state)
+                thread, _load, bundle, config, executor, preparation.own
             )
         finally:
             thread.shutdown(wait=False)  # ends the thread and its OpenMP threads, see `compute_alone`
@@ -101,13 +101,7 @@ class _Loaded:
     computation: Computation
 
 
-def _own_adapters(bundle: Bundle, state: AdapterState | None) -> set[str]:
-    """Return the names of the bundle's adapters that were not replaced or unloaded at run time."""
-    remembered = () if state is None else state.remembered()
-    return {source.name for source in bundle.adapters} - {one.name for one in remembered if one.source != BUNDLE}
-
-
-def _load(bundle: Bundle, config: EngineConfig, executor: Executor, own: set[str]) -> _Loaded:
+def _load(bundle: Bundle, config: EngineConfig, executor: Executor, own: frozenset[str]) -> _Loaded:
     """Check the adapters, then load the base. Runs on a thread of its own. own: names of the bundle's adapters to
     check."""
     choose_threads()
