@@ -143,6 +143,8 @@ def test_a_misspelt_field_is_told_the_right_one(http: httpx.Client) -> None:
     assert response.json()["error"]["remedy"].startswith("use: input, inputs, classifiers, ")
     response = http.post("/v1/classify", json={"input": TEXT, "deadline_ms": -3})
     assert_error(response, 422, "invalid_request", "deadline_ms: -3 is not above 0")
+
+
 LONG = "y" * 30_000  # in a path, too: h11 takes 64 KiB
 
 
