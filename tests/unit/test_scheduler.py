@@ -382,6 +382,18 @@ def test_random_traffic_never_reads_a_block_that_holds_something_else(
     assert model.policy.pool.num_available == blocks, "a reference stayed behind"
 
 
+def test_halves_compute_no_more_where_the_shared_third_is_in_the_other_half() -> None:
+    """The first and the third are of one request, and share less than a block with the second."""
+    text = [5] * 20
+    first, third = sequence(text, NO_ADAPTER), sequence(text, 0, activation=15)
+    second = sequence(text, 0, activation=16)
+    EngineRequest([first, third])
+    EngineRequest([second])
+    step = Step.of([first, second, third])
+    assert step.num_tokens == 29
+    assert [half.num_tokens for half in step.halves()] == [20, 25]
+
+
 # ------------------------------------------------------------------------------------------------------- blocks
 
 

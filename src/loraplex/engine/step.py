@@ -73,11 +73,12 @@ class Step:
     tokens: fewer are not worth the extra attention calls (every text begins with the same BOS).
     """
 
-    def __init__(self, *, shares: bool = True) -> None:
-        """shares: whether sequences share prefixes. If False, every sequence is computed whole."""
+    def __init__(self, *, shares: bool = True, min_shared: int = BLOCK_SIZE) -> None:
+        """shares: whether sequences share prefixes. If False, every sequence is computed whole. min_shared: tokens that
+        sequences of different requests have to share."""
         self.placed: list[Placed] = []
         self.num_tokens = 0
-        self._shares = shares
+        self._shares, self._min_shared = shares, min_shared
         self._roots: dict[tuple[tuple[int, ...], int, int], list[Run]] = {}
 
     @classmethod
@@ -139,7 +140,8 @@ class Step:
         """Return two steps with half of the sequences each, to retry a step that failed. They read and write the same
         blocks as this step, so neither computes more tokens than this step."""
         middle = len(self.placed) // 2
-        first, second = Step(shares=self._shares), Step(shares=self._shares)
+        # Sequences that share through a third one, which is now in the other half, may share less than a block.
+        first, second = (Step(shares=self._shares, min_shared=1) for _ in range(2))
         for index, one in enumerate(self.placed):
             (first if index < middle else second).add(Placed(one.sequence, one.end, one.start, one.cached, one.kept))
         return first, second
@@ -152,7 +154,7 @@ class Step:
         for run in siblings if self._shares else ():
             num_common = _num_common(run.token_ids, placed.sequence.token_ids, at, end)
             same_request = run.owner.request is placed.sequence.request
-            if num_common > most and (same_request or num_common >= BLOCK_SIZE):
+            if num_common > most and (same_request or num_common >= self._min_shared):
                 best, most = run, num_common
         return best, most
 
