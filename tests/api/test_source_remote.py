@@ -335,7 +335,7 @@ def test_what_s3_lacks_or_forbids_says_what_to_do(
         ("nowhere", f"no {CONFIG}", "save_pretrained"),
         ("nowhere.tar.gz", "cannot be fetched from S3", "check the bucket and the key"),
         ("pickled", "pickle", "python -c"),
-        ("big", r"2,000 bytes .* 1,000 are allowed", "the limit"),
+        ("big", r"2,000 bytes .* 1,000 are allowed", "no setting raises this limit"),
     ):
         with pytest.raises(AdapterError, match=wrong) as caught:
             resolve(f"s3://{bucket.name}/{key}", limits=SourceLimits(max_bytes=1000))

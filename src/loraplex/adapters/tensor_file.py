@@ -4,9 +4,10 @@ The file is never mapped: if somebody cuts a mapped file short, the process is k
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from loraplex.errors import ConfigurationError
 
 MAX_HEADER_BYTES = 100_000_000  # as safetensors
 MAX_DIMENSIONS = 64
+OWN_PAGES_BYTES = 2**20
 TYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -87,10 +89,10 @@ class TensorFile:
         entry = self.entries[name]
         if entry.dtype not in TYPES:
             raise self._unreadable(f"tensor {_short(name)} has the type {entry.dtype!r}")
-        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        tensor = _empty(entry.shape, TYPES[entry.dtype], entry.end - entry.begin)
         file.seek(self._start + entry.begin)
-        self._fill(file, data.numpy().data)
-        return data.view(TYPES[entry.dtype]).reshape(entry.shape)
+        self._fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return tensor
 
     def _read_header(self, file: FileIO, max_header_bytes: int) -> tuple[dict[str, Entry], int]:
         assert self._stamp is not None, "the file is open"
@@ -150,6 +152,16 @@ class TensorFile:
             f"not readable as safetensors: {reason}",
             remedy="save or copy the file again, to a new folder, and load the folder when the copy is complete",
         )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, num_bytes: int) -> torch.Tensor:
+    """Return a tensor with any content. A large one has pages of its own, which the machine has back as soon as the
+    tensor is freed; malloc would keep some of them. A small one has none, because a process has 65,530 maps at most."""
+    if num_bytes >= OWN_PAGES_BYTES:
+        with suppress(OSError):  # too many maps
+            memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return torch.frombuffer(memory, dtype=dtype).reshape(shape)
+    return torch.empty(shape, dtype=dtype)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
