@@ -39,11 +39,15 @@ def _command(*arguments: object) -> list[str]:
 
 
 @contextmanager
-def serve(*arguments: object, log: str = "", **environment: str) -> Iterator[Server]:
-    """`loraplex serve …` on a free port, from the line that it prints when ready. log: where standard error goes."""
+def serve(*arguments: object, log: str = "", max_files: str = "", **environment: str) -> Iterator[Server]:
+    """`loraplex serve …` on a free port, from the line that it prints when ready. log: where standard error goes.
+    max_files: as after `ulimit -n`."""
+    command = _command("serve", *arguments, "--port", 0)
+    if max_files:
+        command = ["sh", "-c", f'ulimit -n {max_files} && exec "$@"', "sh", *command]
     with open(log, "w") if log else nullcontext() as stderr:
         process = subprocess.Popen(
-            _command("serve", *arguments, "--port", 0),
+            command,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

@@ -125,6 +125,12 @@ class ServerConfig(BaseModel):
         30, gt=0, description="seconds within which the whole request must arrive; after that 408"
     )
     idle_timeout: float = Field(65, gt=0, description="seconds after which an idle connection is closed")
+    max_connections: int | None = Field(
+        None,
+        ge=1,
+        description="maximum open connections; above it 503; by default what the limit on open files leaves, 10000 at "
+        "most",
+    )
     drain_timeout: int = Field(25, ge=0, description="seconds that requests in flight get to finish at SIGTERM")
     log_format: Annotated[Literal["text", "json"], EitherCase] = Field("text", description="text or json")
     log_inputs: bool = Field(False, description="log the conversations, too")

@@ -15,9 +15,12 @@ LoraplexError
 ├── RefusedError              422  (the cause's)        a name, adapter or target in a request is wrong
 ├── InputTooLongError         413  input_too_long
 ├── BodyTooLargeError         413  body_too_large
+├── MalformedHttpError        400  malformed_http       the request is not HTTP/1.1
+├── HeadTooLargeError         431  head_too_large       the request's head is too long
 ├── OverloadedError           429                       retry later
 │   ├── QueueFullError             queue_full
-│   └── KeyBusyError               key_busy             too many requests in flight for one key
+│   ├── KeyBusyError               key_busy             too many requests in flight for one key
+│   └── TooManyConnectionsError 503 too_many_connections
 ├── NotReadyError             503  not_ready
 ├── DeadlineExceededError     504  deadline_exceeded
 ├── CancelledError            499  cancelled            the client left
@@ -203,6 +206,16 @@ class BodyTooLargeError(LoraplexError):
     status = 413
 
 
+class MalformedHttpError(LoraplexError):
+    code = "malformed_http"
+    status = 400
+
+
+class HeadTooLargeError(LoraplexError):
+    code = "head_too_large"
+    status = 431
+
+
 class OverloadedError(LoraplexError):
     """A limit is reached for now. retry_after_s: seconds after which a retry is worthwhile."""
 
@@ -224,6 +237,17 @@ class KeyBusyError(OverloadedError):
     """As many requests of this API key are in flight as the server allows."""
 
     code = "key_busy"
+
+
+class TooManyConnectionsError(OverloadedError):
+    code = "too_many_connections"
+    status = 503
+
+    def __init__(self, max_connections: int) -> None:
+        super().__init__(
+            f"{max_connections} connections to this server are open, as many as it allows",
+            remedy="retry later, close idle connections, or raise --max-connections",
+        )
 
 
 class NotReadyError(LoraplexError):

@@ -23,7 +23,7 @@ from loraplex.errors import (
 )
 from loraplex.problems import find_problem
 from loraplex.server import logs
-from loraplex.server.lifecycle import PROBES, stopping
+from loraplex.server.lifecycle import PROBES, REFUSAL, stopping
 from loraplex.server.schemas import error_json
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,17 @@ def add_handlers(app: FastAPI) -> None:
 
 
 class AnswerErrors:
-    """Middleware: answers errors that other middlewares raise, and errors that no handler expected."""
+    """Middleware: answers errors that other middlewares raise, errors that no handler expected, and requests on a
+    connection beyond the limit. Probes are answered there, too, so that a busy server is not taken for a dead one."""
 
     def __init__(self, app: ASGIApp, log_inputs: bool) -> None:
         self.app, self._log_inputs = app, log_inputs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            refusal = scope.get("state", {}).get(REFUSAL)
+            if refusal is not None and scope["path"] not in PROBES:
+                raise refusal
             return await self.app(scope, receive, send)
         except LoraplexError as exc:
             error = exc

@@ -8,6 +8,7 @@ from loraplex.errors import NotReadyError
 from loraplex.routing.router import Router
 
 PROBES = frozenset({"/health", "/ready", "/ping"})
+REFUSAL = "loraplex.refusal"  # key of a scope's state: the error for a request on a connection beyond the limit
 
 
 def stopping() -> NotReadyError:
@@ -71,14 +72,18 @@ class Gate:
 
 
 class LastAnswer:
-    """Middleware: adds `Connection: close` to every answer, refusals included, while the server drains."""
+    """Middleware: adds `Connection: close` to every answer, refusals included, while the server drains, and on a
+    connection beyond the limit."""
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
         self.app, self._lifecycle = app, lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_spare = REFUSAL in scope.get("state", ())
+
         async def send_last(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._lifecycle.phase == "draining":
+            is_last = is_spare or self._lifecycle.phase == "draining"
+            if message["type"] == "http.response.start" and is_last:
                 message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             await send(message)
 

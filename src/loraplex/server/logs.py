@@ -15,6 +15,7 @@ from typing import Any, Literal
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loraplex.errors import LoraplexError
 from loraplex.server.lifecycle import PROBES
 
 logger = logging.getLogger("loraplex.access")
@@ -140,6 +141,17 @@ class RequestLog:
         more = {name: value for name, value in more.items() if value}
         text += "".join(f" {name}={value if name in ('key', 'error') else repr(value)}" for name, value in more.items())
         logger.log(level, "%s", text, extra={"fields": fields | more})
+
+
+def log_malformed(error: LoraplexError) -> str:
+    """Write the line of a request that is not HTTP, which never reaches the app. Return the request's new id."""
+    record = RequestRecord(uuid.uuid4().hex)
+    token = _current.set(record)
+    fields = {"status": error.status, "error": error.code}
+    text = "(malformed) {status} error={error}".format_map(fields)
+    logger.info("%s", text, extra={"fields": fields})
+    _current.reset(token)
+    return record.id
 
 
 class _Templates:

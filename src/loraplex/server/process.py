@@ -17,9 +17,10 @@ from loraplex.config import ServerConfig
 from loraplex.errors import ConfigurationError, EngineError
 from loraplex.routing.router import Router
 from loraplex.server.app import create_app
+from loraplex.server.connection import MAX_HEAD_BYTES, Connection, OpenConnections
 from loraplex.server.keys import ENVIRONMENT, ApiKey
 from loraplex.server.lifecycle import Lifecycle
-from loraplex.server.limits import IdleLimit
+from loraplex.server.listener import Listener, num_allowed
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +28,22 @@ POLL_S = 0.1
 CLOSE_S = 5.0  # longest wait for the router to close; the end of the process frees everything anyway
 
 
-def listen(config: ServerConfig, keys: Sequence[ApiKey]) -> socket.socket:
-    """Bind the port and return the listening socket. Raises ConfigurationError if the port cannot be bound, if other
-    machines could reach it without a key, or if keys are limited and there are none."""
+def listen(config: ServerConfig, keys: Sequence[ApiKey]) -> Listener:
+    """Bind the port and return the listening socket. Raises the process's limit on open files.
+
+    Raises ConfigurationError if the port cannot be bound, if other machines could reach it without a key, if keys are
+    limited and there are none, or if --max-connections is too high."""
     if config.key_concurrency is not None and not keys:
         raise ConfigurationError(
             f"--key-concurrency {config.key_concurrency}",
             "has no effect without API keys",
             remedy=f"give keys with --api-key-file or {ENVIRONMENT}, or leave it out",
         )
+    max_connections = num_allowed(config.max_connections)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     # asyncio sets TCP_NODELAY only if the protocol is named. Without it, half of an answer can wait 40 ms.
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock.max_connections = max_connections
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((config.host, config.port))
@@ -72,7 +77,7 @@ async def serve(
     start: Callable[[], Coroutine[Any, Any, Router]],
     config: ServerConfig,
     keys: Sequence[ApiKey],
-    sock: socket.socket,
+    sock: Listener,
     on_ready: Callable[[Router], None],
 ) -> None:
     """Serve on `sock` until SIGTERM or SIGINT.
@@ -84,7 +89,8 @@ async def serve(
     lifecycle = Lifecycle()
     settings = uvicorn.Config(
         create_app(config, keys, lifecycle),
-        http=IdleLimit,
+        http=Connection,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -94,7 +100,8 @@ async def serve(
         server_header=False,
         timeout_keep_alive=math.ceil(config.idle_timeout),
     )
-    server = _Server(settings, lifecycle, config.drain_timeout)
+    server = _Server(settings, lifecycle, config.drain_timeout, sock)
+    asyncio.get_running_loop().set_exception_handler(_log_loop_error)
     # After its shutdown, uvicorn raises the signal again for the handlers that were installed before its own.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
@@ -126,11 +133,22 @@ async def _run(
         await router.close()
 
 
+def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log an error of the event loop. One of `accept` takes one line: it comes again each second while it lasts."""
+    if "socket" in context and isinstance(context.get("exception"), OSError):
+        logger.warning("%s; trying again in a second", context["exception"].strerror)
+    else:
+        loop.default_exception_handler(context)
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, with a drain before its shutdown."""
 
-    def __init__(self, settings: uvicorn.Config, lifecycle: Lifecycle, drain_timeout: float) -> None:
+    def __init__(
+        self, settings: uvicorn.Config, lifecycle: Lifecycle, drain_timeout: float, listener: Listener
+    ) -> None:
         super().__init__(settings)
+        self.server_state = OpenConnections(listener)
         self._lifecycle, self._drain_timeout = lifecycle, drain_timeout
 
     def stop(self) -> None:
@@ -147,7 +165,7 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         ends = loop.time() + self._drain_timeout
         for connection in list(self.server_state.connections):
-            assert isinstance(connection, IdleLimit)
+            assert isinstance(connection, Connection)
             if not connection.is_new:  # the first request of a new connection may be on its way
                 connection.shutdown()  # closes at once if idle, else after its answer
         while True:
