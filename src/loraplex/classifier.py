@@ -10,7 +10,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraplex.config import read_yaml, validate
-from loraplex.errors import ContractError, InvalidRequestError, quoted
+from loraplex.errors import ContractError, InvalidRequestError, quoted, shortened
 from loraplex.problems import shown, wrong
 from loraplex.types import Message
 
@@ -161,9 +161,7 @@ def conversation_text(conversation: str | Sequence[Message], roles: Mapping[str,
         lines = []
         for message in conversation:
             if message.role.lower() not in names:
-                raise InvalidRequestError(
-                    f"unknown role {quoted(message.role)}", remedy=f"use one of: {', '.join(roles)}"
-                )
+                raise _unknown_role(message.role, roles)
             lines.append(normalized(f"{names[message.role.lower()]}: {message.content}"))
         text = "\n".join(lines)
         if not any(message.content.strip() for message in conversation):
@@ -177,6 +175,14 @@ def normalized(text: str) -> str:
     """Return `text` with `\\n` for every line end and without whitespace at its end. Both depend on the way that a text
     took, not on its words, and change a verdict."""
     return _LINE_ENDS.sub("\n", text).rstrip()
+
+
+def _unknown_role(role: str, roles: Mapping[str, str]) -> InvalidRequestError:
+    named = ", ".join(f"{key}: {name}" for key, name in {**roles, shortened(role): shortened(role).title()}.items())
+    return InvalidRequestError(
+        f"unknown role {quoted(role)}",
+        remedy=f"use one of: {', '.join(roles)}; or name it in the adapter's classifier.yaml: `roles: {{{named}}}`",
+    )
 
 
 def valid_unicode(text: str) -> str:

@@ -15,6 +15,7 @@ LoraplexError
 ├── RefusedError              422  (the cause's)        a name, adapter or target in a request is wrong
 ├── InputTooLongError         413  input_too_long
 ├── BodyTooLargeError         413  body_too_large
+├── UnsupportedEncodingError  415  unsupported_encoding  the body is compressed
 ├── MalformedHttpError        400  malformed_http       the request is not HTTP/1.1
 ├── HeadTooLargeError         431  head_too_large       the request's head is too long
 ├── OverloadedError           429                       retry later
@@ -204,6 +205,11 @@ class BodyTooLargeError(LoraplexError):
 
     code = "body_too_large"
     status = 413
+
+
+class UnsupportedEncodingError(LoraplexError):
+    code = "unsupported_encoding"
+    status = 415
 
 
 class MalformedHttpError(LoraplexError):

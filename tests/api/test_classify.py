@@ -223,12 +223,6 @@ def test_a_body_full_of_mistakes_does_not_keep_the_others_waiting(http: httpx.Cl
     assert time.monotonic() - started < 2, "every item was looked at"
 
 
-def test_an_undeclared_body_is_told_how(http: httpx.Client) -> None:
-    response = http.post("/v1/classify", content=b'{"input": "x"}')
-    assert_error(response, 422, "invalid_request", "")
-    assert "Content-Type: application/json" in response.json()["error"]["remedy"]
-
-
 def test_unknown_routes_and_methods_have_the_same_shape(http: httpx.Client) -> None:
     assert_error(http.get("/nope"), 404, "not_found", "/nope")
     assert_error(http.get("/v1/classify"), 405, "method_not_allowed", "GET")

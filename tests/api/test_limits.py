@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 import serving
+from loraplex.server.connection import LINGER_S
 
 BODY_TIMEOUT, IDLE_TIMEOUT = 1.0, 2.0
 CONTENT = b'{"input": "Customer: hello", "classifiers": "task0"}'
@@ -119,6 +120,8 @@ def test_a_chunked_body_is_answered_and_counted(sock: socket.socket) -> None:
     status, _, body = answer(sock)
     assert (status, code(body)) == (413, "body_too_large")
 
+    assert serving.receive(sock) == b"", "the rest of the body would be read as a request"
+
 
 def test_a_declared_length_that_is_too_large_is_refused_before_the_body_comes(sock: socket.socket) -> None:
     sock.sendall(HEAD + b"Expect: 100-continue\r\n" + length(4097))
@@ -131,19 +134,73 @@ def test_a_body_of_just_the_limit_is_read(sock: socket.socket) -> None:
     assert answer(sock)[0] == 200
 
 
-def test_after_a_refused_body_was_sent_all_the_same_the_connection_goes_on(sock: socket.socket) -> None:
-    sock.sendall(HEAD + length(100_000) + b"x" * 100_000)
-    assert answer(sock)[0] == 413
-    sock.sendall(HEAD + length(len(CONTENT)) + CONTENT)
+@pytest.mark.parametrize("size", [100_000, 20_000_000])
+def test_a_client_that_sends_the_refused_body_all_the_same_gets_the_answer_and_the_end(
+    sock: socket.socket, size: int
+) -> None:
+    sock.sendall(HEAD + length(size))
+    thread = threading.Thread(target=send_all, args=(sock, b"x" * size))
+    thread.start()
+    status, headers, body = answer(sock)
+    assert (status, headers["connection"], code(body)) == (413, "close", "body_too_large")
+    assert serving.receive(sock) == b""
+    thread.join()
+
+
+def send_all(sock: socket.socket, data: bytes) -> None:
+    try:
+        sock.sendall(data)
+    except ConnectionError:
+        pass
+
+
+@pytest.mark.parametrize("path", [b"/v1/classify", b"/nowhere", b"/health"])
+def test_a_length_and_chunks_at_once_end_the_connection(sock: socket.socket, path: bytes) -> None:
+    """A proxy that believes one, and a server that believes the other, see different requests."""
+    both = HEAD.replace(b"/v1/classify", path) + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    sock.sendall(both + b"%x\r\n%s\r\n0\r\n\r\n" % (len(CONTENT), CONTENT) + HEAD + length(len(CONTENT)) + CONTENT)
+    status, headers, body = answer(sock)
+    if path != b"/health":
+        assert (status, code(body)) == (400, "bad_input")
+    assert headers["connection"] == "close" and serving.receive(sock) == b""
+
+
+@pytest.mark.parametrize("value", [b"gzip", b"br", b"zstd", b"identity, deflate"])
+def test_a_compressed_body_is_415_by_name(sock: socket.socket, value: bytes) -> None:
+    sock.sendall(HEAD + b"Content-Encoding: " + value + b"\r\n" + length(len(CONTENT)) + CONTENT)
+    status, headers, body = answer(sock)
+    assert (status, code(body), headers["accept-encoding"]) == (415, "unsupported_encoding", "identity")
+    error = json.loads(body)["error"]
+    assert repr(value.decode()) in error["message"] and "uncompressed" in error["remedy"]
+
+
+def test_identity_is_no_compression(sock: socket.socket) -> None:
+    sock.sendall(HEAD + b"Content-Encoding: identity\r\n" + length(len(CONTENT)) + CONTENT)
     assert answer(sock)[0] == 200
 
 
-def test_a_length_and_chunks_at_once_are_refused(sock: socket.socket) -> None:
-    """A proxy that believes one, and a server that believes the other, see different requests."""
-    both = HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
-    sock.sendall(both + b"%x\r\n%s\r\n0\r\n\r\n" % (len(CONTENT), CONTENT))
-    status, _, body = answer(sock)
-    assert (status, code(body)) == (400, "bad_input")
+@pytest.mark.parametrize(
+    ("sent", "status", "error", "says"),
+    [
+        (b"GARBAGE\r\n\r\n", 400, "malformed_http", "illegal request line"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400, "malformed_http", "illegal request line"),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400, "malformed_http", "Host"),
+        (b"GET /health HTTP/1.1\r\nHost: any\r\nbad header\r\n\r\n", 400, "malformed_http", "bad header"),
+        (HEAD + b"Transfer-Encoding: gzip\r\n\r\n", 501, "malformed_http", "Transfer-Encoding"),
+        (HEAD + b"X-Long: " + b"x" * 20_000, 431, "head_too_large", "16384 bytes"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzzz\r\n", 400, "malformed_http", "chunk"),
+    ],
+)
+def test_malformed_http_gets_the_json_error_and_the_end(
+    sock: socket.socket, sent: bytes, status: int, error: str, says: str
+) -> None:
+    sock.sendall(sent)
+    found, headers, body = answer(sock)
+    assert (found, code(body), headers["connection"]) == (status, error, "close")
+    assert headers["content-type"] == "application/json" and headers["x-request-id"]
+    assert set(json.loads(body)["error"]) == {"code", "message", "remedy"}
+    assert says in json.loads(body)["error"]["message"]
+    assert serving.receive(sock) == b""
 
 
 @pytest.mark.parametrize("value", [b"-1", b"1e3", b"5, 6", b"0x10", b""])
@@ -171,13 +228,14 @@ def test_what_is_computed_longer_than_a_body_may_take_is_answered(tiny_bundle: P
 
 
 def test_a_client_that_leaves_in_the_midst_of_its_body_harms_nobody(server: serving.Server) -> None:
-    for _ in range(20):
-        with serving.connect(server) as sock:
-            sock.sendall(HEAD + length(len(CONTENT)) + CONTENT[:7])
     with serving.client(server) as http:
+        before = num_cancelled(http)
+        for _ in range(20):
+            with serving.connect(server) as sock:
+                sock.sendall(HEAD + length(len(CONTENT)) + CONTENT[:7])
         assert http.post("/v1/classify", content=CONTENT, headers={"Content-Type": "application/json"}).is_success
         deadline = time.monotonic() + 5
-        while "loraplex_requests_cancelled_total 20" not in http.get("/metrics").text:
+        while num_cancelled(http) != before + 20:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
@@ -256,7 +314,10 @@ def test_a_refused_body_without_an_end_is_cut_off(sock: socket.socket) -> None:
     assert answer(sock)[0] == 413
     thread = drip(sock, b"x" * 1000, 0.1, stopped)
     try:
-        assert_closed_after(sock, IDLE_TIMEOUT, started)
+        assert serving.receive(sock) == b""
+        while thread.is_alive():  # until the server has thrown enough away
+            assert time.monotonic() - started < LINGER_S + 2
+            time.sleep(0.05)
     finally:
         stopped.set()
         thread.join()

@@ -96,6 +96,45 @@ def test_a_component_that_is_no_adapter_is_an_error(runtime: Any) -> None:
         invoke(runtime, {"input_text": TEXT}, InferenceComponentName="nope")
 
 
+def test_a_target_model_names_the_adapter(runtime: Any, http: httpx.Client) -> None:
+    by_body = invoke(runtime, {"input_text": TEXT, "adapter_name": "task1"})
+    for model in ("task1", "task1.tar.gz"):
+        assert invoke(runtime, {"input_text": TEXT}, TargetModel=model) == by_body
+        assert invoke(runtime, {"input_text": TEXT, "adapter_name": "task1"}, TargetModel=model) == by_body
+        native = invoke(runtime, {"input": TEXT}, TargetModel=model)
+        assert [verdict["classifier"] for verdict in native["verdicts"]] == ["task1"]
+        headers = {"X-Amzn-SageMaker-Target-Model": model}
+        assert http.post("/invocations", json={"input_text": TEXT}, headers=headers).json() == by_body
+    with pytest.raises(runtime.exceptions.ModelError, match="no classifier named 'nope'"):
+        invoke(runtime, {"input_text": TEXT}, TargetModel="nope.tar.gz")
+
+
+@pytest.mark.parametrize(
+    ("body", "more"),
+    [
+        ({"input_text": TEXT, "adapter_name": "task0"}, {}),
+        ({"input": TEXT, "classifiers": ["task0", "task1"]}, {}),
+        ({"input": TEXT, "classifiers": "*"}, {}),
+        ({"input_text": TEXT}, {"InferenceComponentName": "task0"}),
+    ],
+)
+def test_a_target_model_beside_another_name_is_refused(runtime: Any, body: object, more: dict[str, str]) -> None:
+    with pytest.raises(
+        runtime.exceptions.ModelError, match=r"Target-Model is 'task1', and the request names"
+    ) as caught:
+        invoke(runtime, body, TargetModel="task1", **more)
+    assert caught.value.response["OriginalStatusCode"] == 422
+
+
+@pytest.mark.parametrize("part", ["TargetVariant", "TargetContainerHostname"])
+def test_a_part_of_an_endpoint_is_refused(runtime: Any, http: httpx.Client, part: str) -> None:
+    with pytest.raises(runtime.exceptions.ModelError, match="'blue', and this server is a single container"):
+        invoke(runtime, {"input_text": TEXT}, **{part: "blue"})
+    # SageMaker has followed it before it asks its container.
+    headers = {"X-Amzn-SageMaker-Target-Variant": "blue"}
+    assert http.post("/invocations", json={"input_text": TEXT}, headers=headers).status_code == 200
+
+
 def test_a_streamed_answer_comes_in_one_part(runtime: Any) -> None:
     body = json.dumps({"input_text": TEXT, "adapter_name": "task0"})
     response = runtime.invoke_endpoint_with_response_stream(

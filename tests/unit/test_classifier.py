@@ -131,6 +131,16 @@ def test_line_ends_and_whitespace_at_the_end_are_normalized(line_end: str) -> No
     assert conversation_text(messages, ROLES) == "Customer: a\nb\nAgent:"
 
 
+def test_an_unknown_role_hears_how_to_name_it() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        conversation_text([Message(role="system", content="x")], {"user": "Customer", "assistant": "Agent"})
+    assert caught.value.message == "unknown role 'system'"
+    assert caught.value.remedy == (
+        "use one of: user, assistant; or name it in the adapter's classifier.yaml: "
+        "`roles: {user: Customer, assistant: Agent, system: System}`"
+    )
+
+
 def test_half_a_surrogate_pair_is_an_error() -> None:
     with pytest.raises(InvalidRequestError, match="ud800"):
         conversation_text("a\ud800", ROLES)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from loraplex.errors import ConfigurationError, RefusedError
+from loraplex.server.json_body import JsonRoute
 from loraplex.server.lifecycle import stopping
 from loraplex.server.routes import router_of, service_of
 from loraplex.server.schemas import AdapterBody, AdapterList, SageMakerAdapterBody, VllmLoadBody, VllmUnloadBody, errors
@@ -15,7 +16,7 @@ from loraplex.types import AdapterInfo
 
 Result = TypeVar("Result")
 
-router = APIRouter(tags=["adapters"])
+router = APIRouter(tags=["adapters"], route_class=JsonRoute)
 
 UNKNOWN = errors(_404="no such adapter")
 UNLOADING = UNKNOWN | errors(_409="a route uses the adapter")

@@ -13,16 +13,18 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraplex.errors import (
-    BadInputError,
+    BodyTooLargeError,
     EngineError,
     InvalidRequestError,
     LoraplexError,
     OverloadedError,
+    RequestTimeoutError,
     exhaustion,
     quoted,
 )
 from loraplex.problems import find_problem
 from loraplex.server import logs
+from loraplex.server.json_body import OBJECT
 from loraplex.server.lifecycle import PROBES, REFUSAL, stopping
 from loraplex.server.schemas import error_json
 
@@ -38,8 +40,10 @@ def answer(request: Request, error: LoraplexError) -> JSONResponse:
         headers["Retry-After"] = "1"
     elif error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    elif error.status == 408:
-        headers["Connection"] = "close"  # the rest of the body may never arrive
+    elif error.status == 415:
+        headers["Accept-Encoding"] = "identity"
+    if isinstance(error, RequestTimeoutError | BodyTooLargeError):
+        headers["Connection"] = "close"  # the rest of the body is not read
     return _json(request, error.status, error.code, error.message, error.remedy, headers)
 
 
@@ -117,15 +121,8 @@ async def _loraplex_error(request: Request, exc: Exception) -> JSONResponse:
 async def _validation_error(request: Request, exc: Exception) -> JSONResponse:
     """Answer with the first error that validation found, and its path in the body."""
     assert isinstance(exc, RequestValidationError)
-    first = exc.errors()[0]
-    if first["type"] == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "it cannot be parsed")
-        return answer(request, BadInputError(f"the body is not JSON: {reason}", remedy="send one JSON object in UTF-8"))
-    if exc.body is None:
-        return answer(request, BadInputError("the body is empty", remedy="send one JSON object in UTF-8"))
     if not isinstance(exc.body, dict):
-        remedy = "send a JSON object with Content-Type: application/json"
-        return answer(request, InvalidRequestError("the body is not a JSON object", remedy=remedy))
+        return answer(request, InvalidRequestError("the body is not a JSON object", remedy=OBJECT))
     model = request.scope["route"].body_field.field_info.annotation
     errors = [{**one, "loc": one["loc"][1:]} for one in exc.errors()]  # each begins with "body"
     problem = find_problem(errors, exc.body, model, noun="field")
@@ -136,13 +133,16 @@ async def _validation_error(request: Request, exc: Exception) -> JSONResponse:
 
 
 async def _http_error(request: Request, exc: Exception) -> JSONResponse:
-    """Answer what the framework itself refuses: unknown paths and methods, and bodies that cannot be decoded."""
+    """Answer what the framework itself refuses: unknown paths and methods."""
     assert isinstance(exc, HTTPException)
-    path = request.url.path
-    known = {
-        400: ("bad_input", "the body cannot be decoded", "send one JSON object in UTF-8"),
-        404: ("not_found", f"there is no path {quoted(path)}", "see /docs for the paths"),
-        405: ("method_not_allowed", f"{request.method} is not allowed for {quoted(path)}", "see /docs for the paths"),
-    }
-    code, message, remedy = known.get(exc.status_code, ("http_error", str(exc.detail), "see /docs for the paths"))
-    return _json(request, exc.status_code, code, message, remedy, exc.headers)
+    path, paths, headers = request.url.path, request.app.state.paths, exc.headers
+    code, message, remedy = "http_error", str(exc.detail), "see /docs for the paths"
+    if exc.status_code == 404:
+        code, message = "not_found", f"there is no path {quoted(path)}"
+        if similar := paths.similar(path):
+            remedy = f"did you mean {' or '.join(similar)}? See /docs for all paths"
+    elif exc.status_code == 405:
+        allowed = ", ".join(paths.methods(path))
+        code, headers = "method_not_allowed", {"Allow": allowed}
+        message = f"{request.method} is not allowed for {quoted(path)}; use {allowed}"
+    return _json(request, exc.status_code, code, message, remedy, headers)

@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 
 from fastapi import FastAPI
-from starlette.routing import Route
 
 import loraplex
 from loraplex.config import ServerConfig
@@ -15,6 +14,7 @@ from loraplex.server.keys import ApiKey
 from loraplex.server.lifecycle import Gate, LastAnswer, Lifecycle
 from loraplex.server.limits import BodyLimit
 from loraplex.server.logs import RequestLog
+from loraplex.server.paths import Paths
 from loraplex.server.schemas import COMMON
 from loraplex.server.security import Access
 
@@ -36,10 +36,11 @@ def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycl
     )
     app.state.created = int(time.time())
     app.state.lifecycle = lifecycle
-    paths = {route.path for route in app.routes if isinstance(route, Route)}  # the documentation's paths
+    declared = list(app.routes)  # the documentation's
     for part in (routes, sagemaker, admin, traffic, openai):
         app.include_router(part.router)
-        paths |= {route.path for route in part.router.routes if isinstance(route, Route)}
+        declared += part.router.routes
+    app.state.paths = paths = Paths(declared)
     add_handlers(app)
     # Innermost first: a request passes the last one first.
     app.add_middleware(sagemaker.JsonByDefault)

@@ -72,17 +72,19 @@ class Gate:
 
 
 class LastAnswer:
-    """Middleware: adds `Connection: close` to every answer, refusals included, while the server drains, and on a
-    connection beyond the limit."""
+    """Middleware: adds `Connection: close` to every answer, refusals included, while the server drains. Also on a
+    connection beyond the limit, and where a request has Content-Length beside Transfer-Encoding (RFC 9112, 6.1)."""
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
         self.app, self._lifecycle = app, lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        names = {name for name, _ in scope.get("headers", ())}
+        is_ambiguous = names >= {b"content-length", b"transfer-encoding"}
         is_spare = REFUSAL in scope.get("state", ())
 
         async def send_last(message: Message) -> None:
-            is_last = is_spare or self._lifecycle.phase == "draining"
+            is_last = is_spare or is_ambiguous or self._lifecycle.phase == "draining"
             if message["type"] == "http.response.start" and is_last:
                 message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             await send(message)

@@ -4,7 +4,13 @@ import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraplex.errors import BadInputError, BodyTooLargeError, CancelledError, RequestTimeoutError
+from loraplex.errors import (
+    BadInputError,
+    BodyTooLargeError,
+    CancelledError,
+    RequestTimeoutError,
+    UnsupportedEncodingError,
+)
 from loraplex.server import logs
 
 
@@ -48,6 +54,11 @@ class BodyLimit:
                 length = int(value)
             elif name == b"transfer-encoding":
                 is_chunked = True
+            elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+                raise UnsupportedEncodingError(
+                    f"Content-Encoding is {value.decode('latin-1')!r}, which this server does not read",
+                    remedy="send the body uncompressed, without Content-Encoding",
+                )
         # A proxy may trust the one header and we the other: requests could be smuggled.
         if length is not None and is_chunked:
             raise BadInputError("both Content-Length and Transfer-Encoding are given", remedy="send one of them")

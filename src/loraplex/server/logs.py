@@ -6,17 +6,16 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Set
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.errors import LoraplexError
 from loraplex.server.lifecycle import PROBES
+from loraplex.server.paths import Paths
 
 logger = logging.getLogger("loraplex.access")
 
@@ -98,10 +97,8 @@ def configure(log_format: Literal["text", "json"]) -> None:
 class RequestLog:
     """Middleware: gives each request an id, for its answer's headers and its log lines, and writes its access line."""
 
-    def __init__(self, app: ASGIApp, log_inputs: bool, paths: Set[str]) -> None:
-        """paths: all HTTP routes' paths as they are declared, such as `/v1/adapters/{name}`."""
-        self.app, self._log_inputs = app, log_inputs
-        self._templates = _Templates(paths)
+    def __init__(self, app: ASGIApp, log_inputs: bool, paths: Paths) -> None:
+        self.app, self._log_inputs, self._paths = app, log_inputs, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -123,7 +120,7 @@ class RequestLog:
             self._log(scope, record, (time.perf_counter() - started) * 1000)
 
     def _log(self, scope: Scope, record: RequestRecord, duration_ms: float) -> None:
-        path = self._templates.of(scope["path"].removeprefix(scope.get("root_path", "")))
+        path = self._paths.declared(scope["path"].removeprefix(scope.get("root_path", "")))
         level = logging.DEBUG if path in QUIET and record.status in (200, 503) else logging.INFO
         if not logger.isEnabledFor(level):
             return
@@ -152,19 +149,6 @@ def log_malformed(error: LoraplexError) -> str:
     logger.info("%s", text, extra={"fields": fields})
     _current.reset(token)
     return record.id
-
-
-class _Templates:
-    """Maps a path to its declared template, so that the log does not show what a client put into the path."""
-
-    def __init__(self, paths: Set[str]) -> None:
-        self._literal = {path for path in paths if "{" not in path}
-        self._patterns = [(compile_path(path)[0], path) for path in sorted(paths - self._literal)]
-
-    def of(self, path: str) -> str:
-        if path in self._literal:
-            return path
-        return next((template for pattern, template in self._patterns if pattern.match(path)), "(unknown)")
 
 
 def _request_id(scope: Scope) -> str:

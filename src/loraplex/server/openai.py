@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from loraplex.errors import LoraplexError
 from loraplex.server import logs
 from loraplex.server.answers import trace, unexpected
+from loraplex.server.json_body import JsonRoute
 from loraplex.server.lifecycle import stopping
 from loraplex.server.openai_answers import Answer, ChatCompletion, Completion, Format, usage_of
 from loraplex.server.openai_schemas import ChatBody, CompletionBody
@@ -26,7 +27,7 @@ from loraplex.server.schemas import error_json
 from loraplex.types import GeneratedToken, GenerateRequest, GenerateResult
 
 logger = logging.getLogger(__name__)
-router = APIRouter(tags=["openai"])
+router = APIRouter(tags=["openai"], route_class=JsonRoute)
 
 EVENTS: dict[str, Any] = {"text/event-stream": {}}  # the content type of answers with `stream`
 

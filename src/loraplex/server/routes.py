@@ -10,6 +10,7 @@ from loraplex.errors import CancelledError, LoraplexError, NotReadyError, Unknow
 from loraplex.metrics import Metrics
 from loraplex.routing.batch import classify_batch
 from loraplex.routing.router import Router
+from loraplex.server.json_body import JsonRoute
 from loraplex.server.lifecycle import Lifecycle, stopping
 from loraplex.server.schemas import ClassifyBody, ModelCard, ModelList, errors, result_json
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # the service imports torch
 
 Result = TypeVar("Result")
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ERRORS = errors(

@@ -12,31 +12,63 @@ from fastapi import APIRouter, Header, Request, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loraplex.errors import InvalidRequestError
+from loraplex.server.json_body import JsonRoute
 from loraplex.server.openai import generated_texts
 from loraplex.server.routes import ERRORS, answer, answered, router_of, service_of
 from loraplex.server.schemas import ClassifyBody, InvocationBody, InvocationResult, SageMakerBody
-from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, GenerateRequest
+from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, GenerateRequest, classifier_names
 
-router = APIRouter(tags=["sagemaker"])
+router = APIRouter(tags=["sagemaker"], route_class=JsonRoute)
 
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 COMPONENT_HEADER = "X-Amzn-SageMaker-Inference-Component"
+MODEL_HEADER = "X-Amzn-SageMaker-Target-Model"  # of multi-model endpoints, whose models are archives
+ARCHIVE = ".tar.gz"
+# Which part of an endpoint answers. SageMaker itself follows these before it asks a container; there is no part here.
+PART_HEADERS = ("X-Amzn-SageMaker-Target-Variant", "X-Amzn-SageMaker-Target-Container-Hostname")
+IS_RUNTIME_API = "loraplex.runtime_api"  # key of a scope's state
 ENDPOINT = re.compile(r"/endpoints/[^/]+/invocations(-response-stream)?")
 
 
 @router.post("/invocations", response_model=list[InvocationResult] | ClassifyResult | BatchResult, responses=ERRORS)
 async def invocations(
-    request: Request, body: SageMakerBody, adapter: Annotated[str | None, Header(alias=ADAPTER_HEADER)] = None
+    request: Request,
+    body: SageMakerBody,
+    adapter: Annotated[str | None, Header(alias=ADAPTER_HEADER)] = None,
+    model: Annotated[str | None, Header(alias=MODEL_HEADER)] = None,
 ) -> Response | list[InvocationResult]:
     """Answer `{"input_text", "adapter_name"?}` with `[{"confidence_score", "predicted_text"}]`.
 
-    The body of /v1/classify is answered as on that path. The header names the adapter if the body names none.
+    The body of /v1/classify is answered as on that path. The header of the adapter, or of the target model (with or
+    without `.tar.gz`), names the adapter if the body names none. A target model beside another name is refused.
     """
+    _check_parts(request)
     if isinstance(body, ClassifyBody):
-        if adapter is not None and "classifiers" not in body.model_fields_set:
-            body = body.model_copy(update={"classifiers": adapter})
-        return await answer(request, body)
-    return [await _invoke(request, body, body.adapter_name if body.adapter_name is not None else adapter)]
+        named = classifier_names(body.classifiers) if "classifiers" in body.model_fields_set else adapter
+    else:
+        named = body.adapter_name if body.adapter_name is not None else adapter
+    if model is not None:
+        target = model.removesuffix(ARCHIVE)
+        if named not in (None, target, (target,)):
+            raise InvalidRequestError(
+                f"{MODEL_HEADER} is {model!r}, and the request names {named!r} too", remedy="name one of them"
+            )
+        named = target
+    if isinstance(body, ClassifyBody):
+        return await answer(request, body if named is None else body.model_copy(update={"classifiers": named}))
+    assert named is None or isinstance(named, str)
+    return [await _invoke(request, body, named)]
+
+
+def _check_parts(request: Request) -> None:
+    """Raise InvalidRequestError where a request to the runtime API asks for one part of the endpoint."""
+    for header in PART_HEADERS if IS_RUNTIME_API in request.scope.get("state", ()) else ():
+        if header in request.headers:
+            raise InvalidRequestError(
+                f"{header} is {request.headers[header]!r}, and this server is a single container without variants",
+                remedy="leave it out; to split traffic, make a route: PUT /v1/routes/{name}",
+            )
 
 
 async def _invoke(request: Request, body: InvocationBody, adapter: str | None) -> InvocationResult:
@@ -88,6 +120,7 @@ class RuntimeApi:
         if found is None:
             return await self.app(scope, receive, send)
         scope = {**scope, "path": "/invocations", "raw_path": b"/invocations", "headers": list(scope["headers"])}
+        scope["state"] = {**scope.get("state", {}), IS_RUNTIME_API: True}
         headers = Headers(scope=scope)
         if COMPONENT_HEADER in headers and ADAPTER_HEADER not in headers:
             MutableHeaders(scope=scope)[ADAPTER_HEADER] = headers[COMPONENT_HEADER]

@@ -226,6 +226,7 @@ COMMON = errors(
     _403="the scope of the API key does not allow this",
     _408="the body did not arrive in time",
     _413="the body is too large",
+    _415="the body is compressed",
     _422="not a JSON object, or a field is missing, unknown, empty or of the wrong type",
     _429="too many requests in flight",
     _500="an error in the server",

@@ -3,11 +3,12 @@
 from fastapi import APIRouter, Request
 
 from loraplex.config import RouteSettings
+from loraplex.server.json_body import JsonRoute
 from loraplex.server.routes import router_of
 from loraplex.server.schemas import FeedbackBody, FeedbackResult, RouteList, errors
 from loraplex.types import Route, RouteStats
 
-router = APIRouter(tags=["routes"])
+router = APIRouter(tags=["routes"], route_class=JsonRoute)
 
 UNKNOWN = errors(_404="no such route")
 NOTHING = errors(_409="the route has no change to roll back")
