@@ -24,32 +24,47 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSource:
-    """A PEFT adapter's folder, and its contract if it has one."""
+    """A PEFT adapter's folder, and its contract if it has one. error: why the folder cannot be opened."""
 
     name: str
     path: Path
     contract: Contract | None
+    error: ConfigurationError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """A base, adapters and settings to serve."""
+    """A base, adapters and settings to serve.
+
+    named:        adapters that the command line or the caller named.
+    require_all:  whether any adapter that cannot be loaded ends the start; otherwise only those in `named` do.
+    """
 
     base: Path
     root: Path | None = None  # the folder that holds the bundle, if there is one
     adapters: tuple[AdapterSource, ...]
     settings: BundleSettings = field(default_factory=BundleSettings)
+    named: frozenset[str] = frozenset()
+    require_all: bool = True
     base_name: str = field(init=False)  # the name by which requests ask the base
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base_name", self.base.resolve().name)
+        for source in self.adapters:
+            if source.error is not None and self.requires(source.name):
+                raise source.error
+
+    def requires(self, name: str) -> bool:
+        """Return whether the start ends where this adapter cannot be loaded."""
+        return self.require_all or name in self.named
 
 
-def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = None) -> Bundle:
+def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = None, require_all: bool = True) -> Bundle:
     """Read the bundle at `path`. Raises BundleError or ContractError, which name what is wrong.
 
     The base is at the root of `path`, or where `loraplex.yaml` says. Each folder below `path` with an
-    `adapter_config.json` is an adapter. `adapters` (name -> folder) adds others."""
+    `adapter_config.json` is an adapter. `adapters` (name -> folder) adds others. Without `require_all`, an adapter of
+    the folder that cannot be opened has its error in its source."""
     root = Path(path)
     settings_path = root / SETTINGS
     settings = read_bundle_settings(settings_path) if settings_path.is_file() else BundleSettings()
@@ -64,9 +79,18 @@ def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = No
                 f"a second classifier named {name!r}; the first is {sources[name].path}",
                 remedy="rename one of the folders",
             )
-        sources[name] = open_adapter(name, folder)
+        check_name(name, folder)
+        try:
+            sources[name] = open_adapter(name, folder)
+        except ConfigurationError as exc:
+            sources[name] = AdapterSource(name=name, path=folder, contract=None, error=exc.with_traceback(None))
     bundle = Bundle(
-        base=base, root=root if root.is_dir() else None, adapters=tuple(sources.values()), settings=settings
+        base=base,
+        root=root if root.is_dir() else None,
+        adapters=tuple(sources.values()),
+        settings=settings,
+        named=frozenset(adapters or ()),
+        require_all=require_all,
     )
     if bundle.base_name in sources:
         raise BundleError(

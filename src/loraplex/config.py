@@ -131,6 +131,11 @@ class ServerConfig(BaseModel):
         description="maximum open connections; above it 503; by default what the limit on open files leaves, 10000 at "
         "most",
     )
+    require_all: bool = Field(
+        False,
+        description="end the start if any adapter cannot be loaded; otherwise the others are served, and /ready names "
+        "those that failed",
+    )
     drain_timeout: int = Field(25, ge=0, description="seconds that requests in flight get to finish at SIGTERM")
     log_format: Annotated[Literal["text", "json"], EitherCase] = Field("text", description="text or json")
     log_inputs: bool = Field(False, description="log the conversations, too")

@@ -292,11 +292,13 @@ class StateError(LoraplexError):
 class ConfigurationError(LoraplexError):
     """A file, a setting or an option is wrong.
 
-    source:  the file (and key) at fault. Empty in a server's answer, whose message begins with the source.
+    source:   the file (and key) at fault. Empty in a server's answer, whose message begins with the source.
+    adapter:  name of the adapter that cannot be loaded; empty where it is something else.
     """
 
     code = "configuration_error"
     source = ""
+    adapter = ""
 
     def __init__(self, source: object, message: str, *, remedy: str) -> None:
         super().__init__(f"{source}: {message}", remedy=remedy)

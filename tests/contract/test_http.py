@@ -86,10 +86,10 @@ def test_what_it_cannot_serve_is_refused_at_load_with_the_remedy(other: httpx.Cl
     shutil.rmtree(folder)
 
 
-def test_a_bundle_that_it_cannot_serve_does_not_start(tmp_path: Path) -> None:
+def test_a_bundle_that_it_cannot_serve_does_not_start_where_all_are_required(tmp_path: Path) -> None:
     bundle = tiny.save_bundle(tmp_path / "bundle", adapters=1)
     tiny.save_adapter(bundle, bundle / "tokens", contract=tiny.CONTRACT, trainable_token_indices=[3])
-    run = serving.loraplex("serve", bundle, *OTHERS[0], "--port", 0)
+    run = serving.loraplex("serve", bundle, *OTHERS[0], "--require-all", "--port", 0)
     assert run.returncode == 1
     assert "trainable_token_indices" in run.stderr and "--backend native" in run.stderr
 

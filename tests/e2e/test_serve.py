@@ -212,7 +212,7 @@ def test_a_golden_example_that_fails_keeps_it_from_starting(tmp_path: Path) -> N
     tiny.save_adapter(
         tmp_path, tmp_path / "task", contract={**tiny.CONTRACT, "golden": [{"text": "hello", "label": wrong}]}
     )
-    run = serving.loraplex("serve", tmp_path, "--dtype", "float32", "--port", 0)
+    run = serving.loraplex("serve", tmp_path, "--dtype", "float32", "--require-all", "--port", 0)
     assert run.returncode == 1 and "golden" in run.stderr
     tiny.save_adapter(
         tmp_path, tmp_path / "task", contract={**tiny.CONTRACT, "golden": [{"text": " ", "label": "yes"}]}

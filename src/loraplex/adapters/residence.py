@@ -12,7 +12,14 @@ from loraplex.adapters.host import HostTier
 from loraplex.adapters.slots import SlotTable
 from loraplex.adapters.tasks import AdapterThreads, Tasks, closed
 from loraplex.bundle import AdapterSource
-from loraplex.errors import AdapterError, EngineError, LoraplexError, NotReadyError, exhaustion
+from loraplex.errors import (
+    AdapterError,
+    ConfigurationError,
+    EngineError,
+    LoraplexError,
+    NotReadyError,
+    exhaustion,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -309,6 +316,9 @@ class Residence(Generic[Version]):
 
 
 def as_error(exc: Exception, name: str) -> LoraplexError:
+    """Return the error for the adapter of that name."""
+    if isinstance(exc, ConfigurationError):
+        exc.adapter = name
     if isinstance(exc, LoraplexError):
         return exc
     logger.error("%s cannot be loaded", name, exc_info=exc)

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -54,10 +55,11 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
     with errors_to_exit():
         from loraplex.bundle import open_bundle
 
-        bundle = open_bundle(path, adapters)
+        bundle = open_bundle(path, adapters, require_all=False)
         written = origins(context)
         engine_config = resolve(EngineConfig, bundle.settings.engine, _of(EngineConfig, settings), written)
         server_config = resolve(ServerConfig, bundle.settings.server, _of(ServerConfig, settings), written)
+        bundle = replace(bundle, require_all=server_config.require_all)
         from loraplex.routing.router import Router, open_stores, start_router
         from loraplex.server import keys, logs, process
         from loraplex.service.preparation import prepare

@@ -5,6 +5,7 @@ import logging
 import math
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraplex.errors import (
     BodyTooLargeError,
+    ConfigurationError,
     EngineError,
     InvalidRequestError,
     LoraplexError,
@@ -27,8 +29,13 @@ from loraplex.server import logs
 from loraplex.server.json_body import OBJECT
 from loraplex.server.lifecycle import PROBES, REFUSAL, stopping
 from loraplex.server.schemas import error_json
+from loraplex.types import BatchResult, ClassifyResult, ErrorInfo
 
 logger = logging.getLogger(__name__)
+
+# Errors whose messages may name files, settings or the machine.
+_INTERNAL: tuple[type[LoraplexError], ...] = (ConfigurationError, *ConfigurationError.__subclasses__(), EngineError)
+INTERNAL = frozenset(kind.code for kind in _INTERNAL)
 
 
 def answer(request: Request, error: LoraplexError) -> JSONResponse:
@@ -44,14 +51,52 @@ def answer(request: Request, error: LoraplexError) -> JSONResponse:
         headers["Accept-Encoding"] = "identity"
     if isinstance(error, RequestTimeoutError | BodyTooLargeError):
         headers["Connection"] = "close"  # the rest of the body is not read
-    return _json(request, error.status, error.code, error.message, error.remedy, headers)
+    shown = visible(error)
+    return _json(request, error.status, shown.code, shown.message, shown.remedy, headers, error.message)
+
+
+def visible(error: LoraplexError | ErrorInfo, name: str = "") -> ErrorInfo:
+    """Return the error as the caller may see it. Paths and other internals are for admin keys alone. name: the
+    classifier that the error is about."""
+    info = ErrorInfo.of(error) if isinstance(error, LoraplexError) else error
+    if logs.current().is_trusted or info.code not in INTERNAL:
+        return info
+    if info.code == EngineError.code:
+        return replace(info, message="the server failed", remedy="send it again; the server's log has the details")
+    name = name or getattr(error, "adapter", "")
+    message = f"the adapter {name!r} cannot be used" if name else "a file or a setting of the server is wrong"
+    return replace(info, message=message, remedy="tell the server's operator; GET /v1/adapters tells an admin key why")
+
+
+def visible_result(result: ClassifyResult | BatchResult) -> ClassifyResult | BatchResult:
+    """Return the result with its errors as the caller may see them."""
+    if logs.current().is_trusted:
+        return result
+    if isinstance(result, ClassifyResult):
+        verdicts = (
+            one if one.error is None else replace(one, error=visible(one.error, one.classifier))
+            for one in result.verdicts
+        )
+        return replace(result, verdicts=tuple(verdicts))
+    results = (
+        visible_result(one) if isinstance(one, ClassifyResult) else replace(one, error=visible(one.error))
+        for one in result.results
+    )
+    return replace(result, results=tuple(results))  # type: ignore[arg-type]  # no batch holds a batch
 
 
 def _json(
-    request: Request, status: int, code: str, message: str, remedy: str, headers: Mapping[str, str] | None
+    request: Request,
+    status: int,
+    code: str,
+    message: str,
+    remedy: str,
+    headers: Mapping[str, str] | None,
+    logged: str | None = None,
 ) -> JSONResponse:
+    """Return an error's answer, and put it into the request's log line. logged: the message there, if another."""
     record = logs.current()
-    record.error, record.message = code, message
+    record.error, record.message = code, logged or message
     if request.url.path not in PROBES:  # a probe's 503 is no failure
         request.app.state.metrics.fail(code)
     return JSONResponse(error_json(code, message, remedy), status_code=status, headers=headers)

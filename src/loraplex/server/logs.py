@@ -28,13 +28,15 @@ MOST_INPUT = 8192  # bytes of a body in a log line
 class RequestRecord:
     """The facts about a request that its access line shows.
 
-    key:      name of the API key.
-    error:    code of the error that answered the request.
-    message:  message of this error.
+    key:         name of the API key.
+    error:       code of the error that answered the request.
+    message:     message of this error.
+    is_trusted:  whether answers may show paths and other internals: to admin keys, and where there are no keys.
     """
 
     id: str
     key: str | None = None
+    is_trusted: bool = True
     status: int | None = None
     error: str | None = None
     message: str | None = None

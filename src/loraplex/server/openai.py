@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from loraplex.errors import LoraplexError
 from loraplex.server import logs
-from loraplex.server.answers import trace, unexpected
+from loraplex.server.answers import trace, unexpected, visible
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.lifecycle import stopping
 from loraplex.server.openai_answers import Answer, ChatCompletion, Completion, Format, usage_of
@@ -164,7 +164,8 @@ def _error_event(request: Request, error: Exception) -> bytes:
         error = unexpected(error)
     logs.current().error = error.code
     metrics_of(request).fail(error.code)
-    return json.dumps(error_json(error.code, error.message, error.remedy)).encode()
+    shown = visible(error)
+    return json.dumps(error_json(shown.code, shown.message, shown.remedy)).encode()
 
 
 def _facts(results: Seq[GenerateResult]) -> dict[str, Any]:

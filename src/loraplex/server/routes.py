@@ -10,9 +10,18 @@ from loraplex.errors import CancelledError, LoraplexError, NotReadyError, Unknow
 from loraplex.metrics import Metrics
 from loraplex.routing.batch import classify_batch
 from loraplex.routing.router import Router
+from loraplex.server.answers import visible_result
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.lifecycle import Lifecycle, stopping
-from loraplex.server.schemas import ClassifyBody, ModelCard, ModelList, errors, result_json
+from loraplex.server.schemas import (
+    ClassifyBody,
+    FailedAdapter,
+    ModelCard,
+    ModelList,
+    Readiness,
+    errors,
+    result_json,
+)
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult
 
 if TYPE_CHECKING:  # the service imports torch
@@ -99,7 +108,7 @@ def _observe(metrics: Metrics, named: Iterable[str], result: ClassifyResult | Ba
 
 async def answer(request: Request, body: ClassifyBody) -> Response:
     result = await answered(request, *body.to_requests(), is_batch=body.inputs is not None)
-    return Response(result_json(result), media_type="application/json")
+    return Response(result_json(visible_result(result)), media_type="application/json")
 
 
 @router.post("/v1/classify", response_model=ClassifyResult | BatchResult, responses=ERRORS, tags=["classify"])
@@ -146,22 +155,24 @@ async def health(request: Request) -> dict[str, str]:
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", tags=["health"])
-async def ready(request: Request) -> dict[str, str]:
-    """Answer 200 while requests are accepted: the base and the preloaded adapters are loaded, and the server is not
-    stopping."""
+async def ready(request: Request) -> Readiness:
+    """Answer 200 while requests are accepted: the base is loaded, the preloaded adapters are loaded or have failed, and
+    the server is not stopping. `failed` names the adapters that cannot be used."""
     return _ready(request)
 
 
 @router.head("/ping", include_in_schema=False)
 @router.get("/ping", tags=["health"])
-async def ping(request: Request) -> dict[str, str]:
+async def ping(request: Request) -> Readiness:
     """Answer SageMaker's health check, as /ready does."""
     return _ready(request)
 
 
-def _ready(request: Request) -> dict[str, str]:
+def _ready(request: Request) -> Readiness:
     request.app.state.lifecycle.check_ready()
-    return _alive(request)
+    _alive(request)
+    failed = service_of(request).failed()
+    return Readiness(failed=[FailedAdapter(name=name, code=code) for name, code in failed.items()])
 
 
 def _alive(request: Request) -> dict[str, str]:

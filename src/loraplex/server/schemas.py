@@ -239,6 +239,18 @@ def error_json(code: str, message: str, remedy: str) -> dict[str, Any]:
     return {"error": {"code": code, "message": message.encode(errors="backslashreplace").decode(), "remedy": remedy}}
 
 
+class FailedAdapter(BaseModel):
+    """An adapter that cannot be used. Its error has more at GET /v1/adapters, which needs an admin key."""
+
+    name: str
+    code: str
+
+
+class Readiness(BaseModel):
+    status: Literal["ok"] = "ok"
+    failed: list[FailedAdapter] = []
+
+
 class ModelCard(BaseModel):
     """A model as OpenAI's API lists it. The parent of an adapter is the base."""
 

@@ -49,11 +49,12 @@ class Access:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        logs.current().is_trusted = False
         operation = f"{method} {scope['path'].removeprefix(scope.get('root_path', ''))}"
         if operation in self._open:
             return await self.app(scope, receive, send)
         key = self._key_of(scope)
-        logs.current().key = key.name
+        logs.current().key, logs.current().is_trusted = key.name, key.scope == "admin"
         if key.scope != "admin" and operation not in INFER and not MODEL.fullmatch(operation):
             raise ForbiddenError(
                 f"the key {key.name!r} has the scope {key.scope!r}", remedy="use a key with the scope 'admin'"

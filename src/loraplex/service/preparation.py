@@ -62,7 +62,7 @@ def prepare(bundle: Bundle, config: EngineConfig) -> Preparation:
         check_routes(bundle.settings.routes, bundle.base_name, names.__contains__)
         preload = _preloaded(config.preload, bundle, state)
         for source in bundle.adapters:
-            if source.name in (own if preload is None else own & preload):
+            if source.name in (own if preload is None else own & preload) and bundle.requires(source.name):
                 read_peft_config(source.path)
         return Preparation(state=state, names=names, own=own, preload=preload)
     except BaseException:

@@ -79,9 +79,9 @@ class AdapterRegistry:
     async def start(self, preload: frozenset[str] | None, checked: dict[str, CheckedClassifier]) -> None:
         """Register the bundle's adapters, with the changes that the state remembers, and load the names in `preload`.
 
-        A broken adapter of the bundle raises its error. A broken adapter that was loaded at run time does not: its
-        entry says what is wrong. preload: names to load now; None for all. checked: the bundle's adapters that were
-        read already; each is removed when it is used.
+        The error of a broken adapter is in its entry, or is raised where the bundle requires the adapter. preload:
+        names to load now; None for all. checked: the bundle's adapters that were read already; each is removed when it
+        is used.
         """
         bundled = {source.name: source for source in self._bundle.adapters}
         remembered = {} if self._state is None else {one.name: one for one in self._state.remembered()}
@@ -89,7 +89,10 @@ class AdapterRegistry:
         for name in {**bundled, **remembered}:
             one = remembered.get(name)
             if name in bundled and (one is None or one.source == BUNDLE):
-                self._versions.register(bundled[name])
+                error = bundled[name].error
+                if error is not None:
+                    logger.error("%s cannot be loaded: %s", name, error)
+                self._versions.register(bundled[name], error)
                 its_own.add(name)
             elif one is not None and one.source not in (None, BUNDLE):
                 await self._register_remembered(name, one.source)
@@ -103,10 +106,10 @@ class AdapterRegistry:
                 identified = None if read is None else await asyncio.to_thread(self._reader.identify, read)
                 await self._versions.load(entry.source, pin=one_pinned or is_named, read=identified)
             except LoraplexError as exc:
-                # Only broken files of the bundle stop the start, not a lack of room beside other adapters.
-                if entry.name in its_own and isinstance(exc, ConfigurationError):
+                # Only broken files end the start, not a lack of room beside other adapters.
+                if self._bundle.requires(entry.name) and isinstance(exc, ConfigurationError):
                     raise
-                logger.error("%s: %s", entry.name, exc)
+                logger.error("%s cannot be loaded: %s", entry.name, exc)
 
     async def _register_remembered(self, name: str, source: str) -> None:
         try:
@@ -114,6 +117,8 @@ class AdapterRegistry:
             self._versions.register(open_adapter(name, resolved.path))
             self._sources[name] = resolved.path, resolved.source
         except LoraplexError as exc:
+            if self._bundle.requires(name):
+                raise
             logger.error("%s cannot be loaded again from %s: %s", name, source, exc)
             self._versions.register(AdapterSource(name=name, path=Path(source), contract=None), exc)
 

@@ -96,6 +96,11 @@ class Service:
         """Return whether there is an adapter of that name that can be asked."""
         return self.versions.names.knows(name)
 
+    def failed(self) -> dict[str, str]:
+        """Return the adapters that cannot be used: name -> code of the error. Cheap: called at every probe."""
+        entries = self.versions.names.entries()
+        return {one.name: one.error.code for one in entries if one.state == "failed" and one.error is not None}
+
     async def load_adapter(
         self, name: str, source: str, *, pin: bool | None = None, replace: bool = True
     ) -> AdapterInfo:

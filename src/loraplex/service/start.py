@@ -114,8 +114,13 @@ def _load(bundle: Bundle, config: EngineConfig, executor: Executor, own: frozens
     checked: dict[str, CheckedClassifier] = {}
     room = budget_bytes(config.host_memory, resolve_device("cpu"))
     for source in bundle.adapters if config.preload == "all" else ():
-        if source.name in own:
-            one = checker.check(source)
+        if source.name in own and source.error is None:
+            try:
+                one = checker.check(source)
+            except ConfigurationError:
+                if bundle.requires(source.name):
+                    raise
+                continue  # the registry reads it again, and keeps the error
             room -= one.adapter.weights.num_bytes
             if room >= 0:
                 checked[source.name] = one

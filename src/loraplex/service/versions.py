@@ -29,7 +29,7 @@ class Versions(Generic[Version]):
 
     def register(self, source: AdapterSource, error: LoraplexError | None = None) -> None:
         """Add a name without reading its adapter, which is read on first use. error: why the adapter cannot be read."""
-        error = None if error is None else fresh(error)
+        error = None if error is None else fresh(as_error(error, source.name))
         self.names.add(Entry(source.name, source, error=error, is_registered=True))
 
     async def load(
