@@ -1,5 +1,6 @@
 # make serve      install what serving needs, then serve the demo bundle: make serve PORT=8100 BUNDLE=path/to/bundle
-# make test       install what the tests need, too, then run all tests but those of vLLM
+# make test       install what the tests need, too, then run all tests but those of vLLM and of faults
+# make chaos-short   kill, starve and fill up a real server: two minutes
 # make test-vllm  run the tests of vLLM, in an environment of its own
 # make check      formatting, lint and types, as CI does
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -17,7 +18,7 @@ SHELL = bash
 SHOW = sed -un -e 's/^ *Downloading /  downloading /p' -e 's/^ *Using cached /  from the cache: /p' \
 	-e 's/^Installing collected packages.*/  writing the files …/p'
 
-.PHONY: setup dev serve test test-vllm check format lock lock-vllm clean
+.PHONY: setup dev serve test chaos-short test-vllm check format lock lock-vllm clean
 
 setup: $(VENV)/.serving
 
@@ -41,7 +42,10 @@ serve: setup
 	$(BIN)/loraplex serve $(BUNDLE) --port $(PORT)
 
 test: dev
-	$(BIN)/pytest -n logical --dist loadfile
+	$(BIN)/pytest -n logical --dist loadfile -m 'not chaos'
+
+chaos-short: dev
+	$(BIN)/pytest -n logical -m chaos
 
 # vLLM on the CPU, whose processes inherit no warnings filter and leave sockets to be collected.
 test-vllm: .venv-vllm/.installed

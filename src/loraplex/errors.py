@@ -15,13 +15,15 @@ LoraplexError
 ├── RefusedError              422  (the cause's)        a name, adapter or target in a request is wrong
 ├── InputTooLongError         413  input_too_long
 ├── BodyTooLargeError         413  body_too_large
-├── UnsupportedEncodingError  415  unsupported_encoding  the body is compressed
+├── UnsupportedEncodingError  415  unsupported_encoding the body is compressed
 ├── MalformedHttpError        400  malformed_http       the request is not HTTP/1.1
 ├── HeadTooLargeError         431  head_too_large       the request's head is too long
+├── NotFoundError             404  not_found            no such path
+├── MethodNotAllowedError     405  method_not_allowed
 ├── OverloadedError           429                       retry later
 │   ├── QueueFullError             queue_full
 │   ├── KeyBusyError               key_busy             too many requests in flight for one key
-│   └── TooManyConnectionsError 503 too_many_connections
+│   └── TooManyConnectionsError    too_many_connections (503)
 ├── NotReadyError             503  not_ready
 ├── DeadlineExceededError     504  deadline_exceeded
 ├── CancelledError            499  cancelled            the client left
@@ -35,7 +37,6 @@ LoraplexError
     └── UnsupportedModelError      unsupported_model
 """
 
-import errno
 from collections.abc import Iterator, Sequence
 from typing import Self
 
@@ -148,6 +149,20 @@ class UnknownVerdictError(LoraplexError):
         )
 
 
+class NotFoundError(LoraplexError):
+    """The server has no such path."""
+
+    code = "not_found"
+    status = 404
+
+
+class MethodNotAllowedError(LoraplexError):
+    """The path does not take this method. The header `Allow` names those that it takes."""
+
+    code = "method_not_allowed"
+    status = 405
+
+
 class RequestTimeoutError(LoraplexError):
     """The request's body did not arrive in time. The connection is closed."""
 
@@ -208,16 +223,22 @@ class BodyTooLargeError(LoraplexError):
 
 
 class UnsupportedEncodingError(LoraplexError):
+    """The body has a `Content-Encoding`: it is compressed."""
+
     code = "unsupported_encoding"
     status = 415
 
 
 class MalformedHttpError(LoraplexError):
+    """The request is not HTTP/1.1. The connection is closed."""
+
     code = "malformed_http"
     status = 400
 
 
 class HeadTooLargeError(LoraplexError):
+    """The request's line and headers have more than 16 KiB."""
+
     code = "head_too_large"
     status = 431
 
@@ -246,6 +267,8 @@ class KeyBusyError(OverloadedError):
 
 
 class TooManyConnectionsError(OverloadedError):
+    """As many connections are open as the server allows."""
+
     code = "too_many_connections"
     status = 503
 
@@ -278,13 +301,13 @@ class CancelledError(LoraplexError):
 
 
 class EngineError(LoraplexError):
-    """Loraplex or the device failed on this request."""
+    """Loraplex or the device failed, or ran out of memory, threads or open files. The remedy says what to lower."""
 
     code = "engine_error"
 
 
 class StateError(LoraplexError):
-    """The change took effect, but was not saved. It will not survive a restart."""
+    """A change was not saved, or what was saved cannot be read."""
 
     code = "state_error"
 
@@ -349,44 +372,6 @@ class ServerError(LoraplexError):
         super().__init__(message, remedy=remedy)
         self.code = code
         self.status = status
-
-
-_EXHAUSTED = {
-    "threads": "lower the load, or raise the limit of threads: the container's pids limit, or ulimit -u",
-    "open files": "lower the load, or raise the limit of open files: ulimit -n",
-    "host memory": "lower --kv-cache and --max-step-tokens (on a CPU) or --host-memory, or raise the container's limit",
-    "device memory": "lower --kv-cache, --adapter-memory or --max-step-tokens, or stop what else uses the device",
-}
-
-
-def exhaustion(exc: BaseException) -> EngineError | None:
-    """Return the error for an exception that says that the machine ran out of something, such as memory or threads.
-    The error says what to lower. None for any other exception."""
-    if isinstance(exc, BaseExceptionGroup):
-        return next((error for one in exc.exceptions if (error := exhaustion(one)) is not None), None)
-    what = _exhausted(exc)
-    if what is None:
-        return None
-    detail = f"{type(exc).__name__}: {shortened(' '.join(str(exc).split()))}".removesuffix(": ")
-    return EngineError(
-        f"the server ran out of {what}: {detail}", remedy=f"send it again; if it recurs, {_EXHAUSTED[what]}"
-    )
-
-
-def _exhausted(exc: BaseException) -> str | None:
-    if isinstance(exc, MemoryError) or (isinstance(exc, OSError) and exc.errno == errno.ENOMEM):
-        return "host memory"
-    if isinstance(exc, OSError):
-        return "open files" if exc.errno in (errno.EMFILE, errno.ENFILE) else None
-    if not isinstance(exc, RuntimeError):
-        return None
-    if "can't start new thread" in str(exc):
-        return "threads"
-    if "DefaultCPUAllocator" in str(exc):  # torch raises a plain RuntimeError
-        return "host memory"
-    # torch.OutOfMemoryError, by its name: clients need no torch. cuBLAS has an error of its own.
-    is_device = type(exc).__name__ == "OutOfMemoryError" or "out of memory" in str(exc)
-    return "device memory" if is_device or "CUBLAS_STATUS_ALLOC_FAILED" in str(exc) else None
 
 
 def _with_codes(kind: type[LoraplexError]) -> Iterator[tuple[str, type[LoraplexError]]]:

@@ -159,7 +159,7 @@ LONG = "y" * 30_000  # in a path, too: h11 takes 64 KiB
         ("POST", "/v1/classify", {"input": [{"role": "user", "content": "x", LONG: 1}]}, "input.0.yy"),
         ("POST", "/invocations", {"input_text": "x", "adapter_name": LONG}, "no classifier named 'yy"),
         ("POST", "/v1/completions", {"model": LONG, "prompt": "x"}, "no classifier named 'yy"),
-        ("POST", "/v1/completions", {"model": "task0", "prompt": "x", LONG: 1}, "no such field"),
+        ("POST", "/v1/completions", {"model": "task0", "prompt": "x", LONG: 1}, "unknown field"),
         ("POST", "/v1/completions", {"model": "task0", "prompt": "x", "suffix": LONG}, "suffix"),
         ("POST", "/v1/completions", {"model": "task0", "prompt": "x", "logit_bias": {LONG: 1}}, "logit_bias"),
         ("POST", "/v1/completions", {"model": "task0", "prompt": [10**4000]}, "the token 1000"),

@@ -124,11 +124,43 @@ case("body_too_large", r"8192 bytes.*--max-body-bytes")(
 case("deadline_exceeded", r"deadline.*more time")(
     lambda on: on.ask("POST", "/v1/classify", {**BODY, "deadline_ms": 0.001})
 )
-case("configuration_error", r"device.*'tpu'.*cpu")(lambda on: raised(lambda: Loraplex.load(on.bundle, device="tpu")))
+case("configuration_error", r"device=tpu.*cpu")(lambda on: raised(lambda: Loraplex.load(on.bundle, device="tpu")))
 case("bundle_error", r"no-such-folder.*")(lambda on: raised(lambda: Loraplex.load(on.folder / "no-such-folder")))
 case("unreachable", r"127.0.0.1:9.*")(
     lambda on: raised(lambda: Client("http://127.0.0.1:9", max_retries=0).classify("x"))
 )
+
+
+case("not_found", r"'/v1/clasify'.*/v1/classify")(lambda on: on.ask("POST", "/v1/clasify", BODY))
+case("method_not_allowed", r"GET.*'/v1/classify'; use POST")(lambda on: on.ask("GET", "/v1/classify"))
+
+
+@case("unsupported_encoding", r"'br'.*uncompressed")
+def _(on: Served) -> Seen:
+    headers = {"X-API-Key": ADMIN, "Content-Encoding": "br", "Content-Type": "application/json"}
+    return seen(on.http.post("/v1/classify", content=b"x", headers=headers).json()["error"])
+
+
+def answer_to(on: Served, head: bytes) -> Seen:
+    with serving.connect(on.server) as sock:
+        sock.sendall(head)
+        return seen(json.loads(serving.receive(sock).partition(b"\r\n\r\n")[2])["error"])
+
+
+case("malformed_http", r"HTTP/1.1")(lambda on: answer_to(on, b"HELO\r\n\r\n"))
+case("head_too_large", r"KiB|bytes")(lambda on: answer_to(on, b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 70_000 + b"\r\n\r\n"))
+
+
+@case("too_many_connections", r"2 connections.*--max-connections")
+def _(on: Served) -> Seen:
+    with (
+        serving.serve(on.bundle, "--max-connections", 2, "--preload", "none") as server,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(2):
+            stack.enter_context(serving.connect(server))
+        with httpx.Client() as client:
+            return seen(client.get(f"{server.url}/v1/models").json()["error"])
 
 
 @case("request_timeout", r"1 seconds.*--body-timeout")

@@ -17,7 +17,8 @@ from loraplex.adapters.residence import as_error
 from loraplex.cli.options import errors_to_exit
 from loraplex.config import ServerConfig
 from loraplex.engine.engine import _engine_error
-from loraplex.errors import EngineError, exhaustion
+from loraplex.errors import EngineError
+from loraplex.exhaustion import exhaustion
 from loraplex.routing.router import Router
 from loraplex.server.app import create_app
 from loraplex.server.lifecycle import Lifecycle

@@ -18,8 +18,8 @@ from loraplex.errors import (
     EngineError,
     LoraplexError,
     NotReadyError,
-    exhaustion,
 )
+from loraplex.exhaustion import exhaustion
 
 logger = logging.getLogger(__name__)
 

@@ -123,7 +123,7 @@ def verify(
         from loraplex.bundle import open_adapter, open_base
         from loraplex.classifier import conversation_text
 
-        open_adapter(path.resolve().name, path)  # told before PyTorch is imported
+        open_adapter("adapter", path)  # told before PyTorch is imported
         read_peft_config(path)
         open_base(base or str(path.resolve().parent))
         for one in text or ():

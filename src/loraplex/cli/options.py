@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from loraplex.config import EngineConfig
-from loraplex.errors import LoraplexError, exhaustion
+from loraplex.errors import LoraplexError
+from loraplex.exhaustion import exhaustion
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

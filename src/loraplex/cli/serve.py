@@ -27,7 +27,8 @@ from loraplex.cli.options import (
     stderr,
 )
 from loraplex.config import EngineConfig, ServerConfig, resolve
-from loraplex.errors import LoraplexError, exhaustion
+from loraplex.errors import LoraplexError
+from loraplex.exhaustion import exhaustion
 
 if TYPE_CHECKING:
     from loraplex.service.service import Service

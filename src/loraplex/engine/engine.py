@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol, Self
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import EngineRequest, Outcome, Sequence, lone_sequence
 from loraplex.engine.step import Step
-from loraplex.errors import EngineError, LoraplexError, NotReadyError, exhaustion
+from loraplex.errors import EngineError, LoraplexError, NotReadyError
+from loraplex.exhaustion import exhaustion
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,13 @@ from loraplex.errors import (
     EngineError,
     InvalidRequestError,
     LoraplexError,
+    MethodNotAllowedError,
+    NotFoundError,
     OverloadedError,
     RequestTimeoutError,
-    exhaustion,
     quoted,
 )
+from loraplex.exhaustion import exhaustion
 from loraplex.problems import find_problem
 from loraplex.server import logs
 from loraplex.server.json_body import OBJECT
@@ -180,14 +182,15 @@ async def _validation_error(request: Request, exc: Exception) -> JSONResponse:
 async def _http_error(request: Request, exc: Exception) -> JSONResponse:
     """Answer what the framework itself refuses: unknown paths and methods."""
     assert isinstance(exc, HTTPException)
-    path, paths, headers = request.url.path, request.app.state.paths, exc.headers
-    code, message, remedy = "http_error", str(exc.detail), "see /docs for the paths"
+    path, paths, remedy = request.url.path, request.app.state.paths, "see /docs for the paths"
     if exc.status_code == 404:
-        code, message = "not_found", f"there is no path {quoted(path)}"
         if similar := paths.similar(path):
             remedy = f"did you mean {' or '.join(similar)}? See /docs for all paths"
-    elif exc.status_code == 405:
+        return answer(request, NotFoundError(f"there is no path {quoted(path)}", remedy=remedy))
+    if exc.status_code == 405:
         allowed = ", ".join(paths.methods(path))
-        code, headers = "method_not_allowed", {"Allow": allowed}
         message = f"{request.method} is not allowed for {quoted(path)}; use {allowed}"
-    return _json(request, exc.status_code, code, message, remedy, headers)
+        response = answer(request, MethodNotAllowedError(message, remedy=remedy))
+        response.headers["Allow"] = allowed
+        return response
+    return _json(request, exc.status_code, "http_error", str(exc.detail), remedy, exc.headers)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from loraplex.engine.sequence import EngineRequest, Outcome, Sequence
-from loraplex.errors import DeadlineExceededError, exhaustion
+from loraplex.errors import DeadlineExceededError
 from loraplex.executors.executor import Computation
+from loraplex.exhaustion import exhaustion
 from loraplex.service.admission import Admission
 from loraplex.text.threads import LONG_CHARS, TokenizerThreads
 from loraplex.types import Message
