@@ -129,6 +129,12 @@ def test_what_a_page_mentions_exists(page: Path) -> None:
             assert options <= known_options, f"{command}: {sorted(options - known_options)}"
 
 
+def test_files_that_the_pages_name_exist() -> None:
+    for page in PAGES:
+        for path in re.findall(r"`((?:tests|src|benchmarks|examples)/[\w/.-]+)`", page.read_text()):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
 def options_of(words: list[str], command: str) -> list[str]:
     found: Any = typer.main.get_command(app)
     for word in words:
