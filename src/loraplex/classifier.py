@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraplex.config import read_yaml, validate
 from loraplex.errors import ContractError, InvalidRequestError, quoted, shortened
-from loraplex.problems import shown, wrong
+from loraplex.problems import wrong
 from loraplex.types import Message
 
 CONVERSATION, QUESTION = "{conversation}", "{question}"
@@ -66,7 +66,7 @@ class Contract(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        labels, said = self.labels, shown(self.labels)
+        labels, said = self.labels, quoted(self.labels)
         if len(labels) < 2:
             raise wrong(f"'labels' needs at least two, got {said}", "name them: labels: ['yes', 'no']")
         if len(set(labels)) != len(labels) or "" in labels:
@@ -76,13 +76,13 @@ class Contract(BaseModel):
         for label in self.calibration.bias:
             if label not in labels:
                 raise wrong(
-                    f"'calibration.bias' names {shown(label)}, which is not among the labels {said}",
+                    f"'calibration.bias' names {quoted(label)}, which is not among the labels {said}",
                     "use a label's text",
                 )
         for golden in self.golden:
             if golden.label not in labels:
                 raise wrong(
-                    f"'golden' expects {shown(golden.label)}, which is not among the labels {said}",
+                    f"'golden' expects {quoted(golden.label)}, which is not among the labels {said}",
                     "use a label's text",
                 )
         if self.template is not None:

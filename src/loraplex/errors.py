@@ -37,6 +37,7 @@ LoraplexError
     └── UnsupportedModelError      unsupported_model
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Self
 
@@ -50,10 +51,13 @@ def shortened(text: str) -> str:
 
 
 def quoted(value: object) -> str:
-    """Return the value for an error's message, as Python writes it: shortened if it is long."""
-    if isinstance(value, str) and len(value) > MAX_QUOTED:
-        return f"{value[:MAX_QUOTED]!r}… ({len(value)} characters)"
-    return shortened(repr(value))
+    """Return a value for an error's message: text in quotes, all else as JSON. A long value is cut."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= MAX_QUOTED else f"{value[:MAX_QUOTED]!r}… ({len(value)} characters)"
+    try:
+        return shortened(json.dumps(value, default=str))
+    except (TypeError, ValueError, RecursionError):  # such as a number of thousands of digits
+        return f"this {type(value).__name__}"
 
 
 def listed(values: Sequence[object]) -> str:

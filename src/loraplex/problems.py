@@ -1,7 +1,6 @@
 """Says in plain sentences why a value was refused. No text of pydantic's own reaches a user."""
 
 import difflib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -10,9 +9,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 
-from loraplex.errors import shortened
+from loraplex.errors import quoted, shortened
 
-LONGEST_SHOWN = 60  # characters of a value in a message
 # pydantic's type of error -> what the value should have been
 NOUNS = {
     "string_type": "text",
@@ -105,14 +103,14 @@ def find_problem(errors: Sequence[Any], values: Any, model: Any, *, noun: str = 
         return Problem(place="", given="", what=what, remedy=remedy)
     value = error["input"]
     if written is not None and error["type"] == "string_type" and (kind := _yaml_kind(value)):
-        return _unquoted(path, f"the YAML {kind} {shown(value)}", written)
+        return _unquoted(path, f"the YAML {kind} {quoted(value)}", written)
     nouns = _nouns(one for one in errors if _path(one, values) == path) if _noun(error) else ""
     if nouns:
         nouns = nouns.replace("an object", "keys and values") if noun == "key" else nouns
-        return Problem(place=place, given=shown(value), what=f"is not {nouns}", remedy=f"give {nouns}")
+        return Problem(place=place, given=quoted(value), what=f"is not {nouns}", remedy=f"give {nouns}")
     context = {key: _number(part) for key, part in error.get("ctx", {}).items()}
     what, remedy = SENTENCES.get(error["type"], ("is not a value that this can have", "correct it"))
-    given = shown(value) if (place and error["type"] != "missing") or error["type"] == "string_unicode" else ""
+    given = quoted(value) if (place and error["type"] != "missing") or error["type"] == "string_unicode" else ""
     return Problem(place=place, given=given, what=what.format_map(context), remedy=remedy.format_map(context))
 
 
@@ -123,19 +121,7 @@ def unknown_field(place: str, name: object, known: Iterable[str], noun: str = "f
     near = [one for group in synonyms for one in group if one in known and one != name]
     near = near or difflib.get_close_matches(str(name), known, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"unknown {noun} {shown(place)}{hint}", f"use: {', '.join(known)}" if known else "leave it out"
-
-
-def shown(value: object) -> str:
-    """Return a value for a message: text in quotes, all else as JSON, and both cut."""
-    if isinstance(value, str):
-        text = repr(value[: LONGEST_SHOWN + 1])
-        return text if len(value) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…'"
-    try:
-        text = json.dumps(value, default=str)
-    except (TypeError, ValueError, RecursionError):  # such as a number of thousands of digits
-        return f"this {type(value).__name__}"
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+    return f"unknown {noun} {quoted(place)}{hint}", f"use: {', '.join(known)}" if known else "leave it out"
 
 
 def _path(error: Any, value: Any) -> tuple[str | int, ...]:
@@ -176,9 +162,9 @@ def _unquoted(path: tuple[str | int, ...], what: str, written: Any) -> Problem:
     for part in parents:
         around = around[part]
     if isinstance(last, int):
-        quoted = ", ".join([*map(repr, around[: len(ORDINALS)]), "…"][: len(around)])
+        whole = ", ".join([*map(repr, around[: len(ORDINALS)]), "…"][: len(around)])
         given = f"the {ORDINALS[last]}" if last < len(ORDINALS) else f"number {last + 1}"
-        remedy = f"quote it: [{quoted}]"
+        remedy = f"quote it: [{whole}]"
     else:
         parents, given, remedy = list(path), "", f"quote it: {around[last]!r}"
     return Problem(place=".".join(map(str, parents)), given=given, what=f"is {what}, not text", remedy=remedy)

@@ -155,7 +155,11 @@ def problem_of(model: Any, values: Any) -> str:
         (CompletionBody, {"model": "m", "prompt": [1, "a"]}, "prompt.1: 'a' is not a whole number"),
         (CompletionBody, {"model": "m", "prompt": "x" * 9, "stop": ["a"] * 17}, "has too many items (give 16 at most)"),
         (CompletionBody, {"model": "m", "prompt": "x", "logit_bias": {"a": 1}}, "logit_bias.a: 'a' is not a whole"),
-        (ChatBody, {"model": "m", "messages": "x" * 99}, f"messages: '{'x' * 59}…' is not a list (give a list)"),
+        (
+            ChatBody,
+            {"model": "m", "messages": "x" * 999},
+            f"messages: '{'x' * 200}'… (999 characters) is not a list (give a list)",
+        ),
         (
             ChatBody,
             {"model": "m", "messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": [1]}},

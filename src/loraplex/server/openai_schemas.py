@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Tag
 
-from loraplex.errors import InvalidRequestError, shortened
-from loraplex.problems import shown, unknown_field
+from loraplex.errors import InvalidRequestError, quoted, shortened
+from loraplex.problems import unknown_field
 from loraplex.server.openai_answers import ChatFormat, CompletionFormat
 from loraplex.server.schemas import MAX_ITEMS, either
 from loraplex.types import GenerateRequest, Message
@@ -173,7 +173,7 @@ def _refuse_unknown(fields: Mapping[str, Any], known: Iterable[str]) -> None:
         if value is not None and neutral is not _ANY and value not in neutral:
             others = "".join(f", or give {json.dumps(one)}" for one in neutral)
             raise InvalidRequestError(
-                f"{name}: {shown(value)} is not supported",
+                f"{name}: {quoted(value)} is not supported",
                 remedy=_REMEDIES.get(name, f"leave it out{others}"),
             )
 
