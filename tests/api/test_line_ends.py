@@ -103,7 +103,7 @@ def test_over_http(http: httpx.Client, expected: Mapping[str, Any], text: str) -
 def test_chat_completions_through_a_contract(http: httpx.Client) -> None:
     def log_prob(content: str) -> float:
         messages = [{"role": "user", "content": content}]
-        body = {"model": "isAcceptingOption", "messages": messages, "max_tokens": 1, "logprobs": True}
+        body = {"model": "isAcceptingOption", "messages": messages, "max_tokens": 1, "temperature": 0, "logprobs": True}
         answer = http.post("/v1/chat/completions", json=body).json()
         return float(answer["choices"][0]["logprobs"]["content"][0]["logprob"])
 

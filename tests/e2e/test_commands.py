@@ -27,7 +27,7 @@ PAGES = [
 ]
 SERVES = re.compile(r"^(make serve|(\S+=\S+ )*loraplex serve )")
 # These set up an environment, take long, or need vLLM. Other tests run them, in a small form where they are long.
-ELSEWHERE = re.compile(r"^(make (dev|check|test)|python examples/)|--backend vllm")
+ELSEWHERE = re.compile(r"^(make (dev|check|test|chaos)|python examples/)|--backend vllm")
 
 
 def console(page: Path) -> list[str]:

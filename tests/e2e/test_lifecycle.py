@@ -186,7 +186,7 @@ def test_a_signal_ends_it_at_once_though_a_thread_still_loads(tiny_bundle: Path,
 def test_sigterm_ends_it_before_it_listens_too(tiny_bundle: Path, tmp_path: Path) -> None:
     script = (
         "import loraplex.bundle as b, time\n"
-        "b.open_bundle = lambda *_: (print('here', flush=True), time.sleep(1000))\n"
+        "b.open_bundle = lambda *_, **__: (print('here', flush=True), time.sleep(1000))\n"
         "from loraplex.cli.main import app\napp()"
     )
     command = [sys.executable, "-c", script, "serve", str(tiny_bundle)]

@@ -70,7 +70,7 @@ def test_captured_steps_equal_the_cpus(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Texts that come again, and an adapter that leaves its slot and comes back to the same one."""
-    with Loraplex.load(bundle, device=str(device), dtype=dtype, kv_cache="0", cuda_graphs=True) as there:
+    with Loraplex.load(bundle, device="auto", dtype=dtype, kv_cache="0", cuda_graphs=True) as there:
         for i in range(10):
             if i == 5:
                 there.unload_adapter("plain")
@@ -90,7 +90,7 @@ def test_adapters_come_and_go_while_steps_are_captured(
     """Unloading gives memory back to the driver, which a capture on another thread would not survive."""
     texts = [TEXTS[1] + " please" * i for i in range(12)]
     expected = {text: cpu.classify(text, "active0")["active0"].scores for text in texts}
-    with Loraplex.load(bundle, device=str(device), dtype="float32", kv_cache="0", cuda_graphs=True) as there:
+    with Loraplex.load(bundle, device="auto", dtype="float32", kv_cache="0", cuda_graphs=True) as there:
         stop, errors = threading.Event(), []
 
         def swap() -> None:

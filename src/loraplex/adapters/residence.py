@@ -113,6 +113,7 @@ class Residence(Generic[Version]):
                 future.set_exception(closed())
                 future.exception()
         await self._tasks.close()
+        self._waiting.clear()  # of placements that were cancelled before they began
         await self._threads.close()
 
     # ------------------------------------------------------------------------------------------- versions
@@ -178,6 +179,7 @@ class Residence(Generic[Version]):
         lease = self.try_lease(version)
         if lease is not None:
             return lease
+        self._tasks.check_open()
         self._num_leases[id(version)] += 1  # a version that callers wait for must not be forgotten
         future: asyncio.Future[Lease[Version]] = asyncio.get_running_loop().create_future()
         if version.kv_id not in self._waiting:
