@@ -45,7 +45,7 @@ test: dev
 	$(BIN)/pytest -n logical --dist loadfile -m 'not chaos'
 
 chaos-short: dev
-	$(BIN)/pytest -n logical -m chaos
+	$(BIN)/pytest -n logical --dist loadfile -m chaos
 
 # vLLM on the CPU, whose processes inherit no warnings filter and leave sockets to be collected.
 test-vllm: .venv-vllm/.installed

@@ -46,7 +46,7 @@ def _device(value: str) -> str:
 # A choice may be written in either case.
 EitherCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 Budget = Annotated[
-    str, AfterValidator(_budget), BeforeValidator(lambda value: "0" if type(value) is int and not value else value)
+    str, AfterValidator(_budget), BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)
 ]
 
 
@@ -188,7 +188,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+                written = getattr(key_node, "value", key)
+                problem = f"key {written} is read as {key!r} and not as text; quote it: '{written}'"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)

@@ -129,7 +129,12 @@ def _make(path: Path, format: int, schema: Sequence[str]) -> None:
     try:
         with closing(sqlite3.connect(new)) as database:
             _fill(database, format, schema)
-        new.rename(path)
+        try:
+            os.link(new, path)  # unlike a rename, never replaces the file of a server that starts at the same time
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            new.rename(path)
     finally:
         for rest in (new, new.with_name(f"{new.name}-journal")):
             rest.unlink(missing_ok=True)

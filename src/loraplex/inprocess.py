@@ -11,7 +11,7 @@ from loraplex.bundle import Bundle, open_bundle
 from loraplex.config import EngineConfig, resolve
 from loraplex.errors import NotReadyError
 from loraplex.routing.router import Router, start_router
-from loraplex.service.preparation import Preparation, prepare
+from loraplex.service.preparation import Preparation, check_effects, prepare
 from loraplex.types import (
     AdapterInfo,
     ClassifyRequest,
@@ -61,6 +61,7 @@ class Loraplex:
         engine:    fields of EngineConfig, such as device="cpu" or dtype="float32"."""
         bundle = open_bundle(path, adapters)
         config = resolve(EngineConfig, bundle.settings.engine, engine)
+        check_effects(config, [name for name, value in engine.items() if value is not None])
         return cls.start(bundle, config, prepare(bundle, config))
 
     @classmethod

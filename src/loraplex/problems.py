@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 
-from loraplex.errors import quoted, shortened
+from loraplex.errors import MAX_QUOTED, quoted, shortened
 
 # pydantic's type of error -> what the value should have been
 NOUNS = {
@@ -119,7 +119,7 @@ def unknown_field(place: str, name: object, known: Iterable[str], noun: str = "f
     known = list(known)
     synonyms = [group for group in SYNONYMS if name in group]
     near = [one for group in synonyms for one in group if one in known and one != name]
-    near = near or difflib.get_close_matches(str(name), known, 1)
+    near = near or difflib.get_close_matches(str(name)[:MAX_QUOTED], known, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"unknown {noun} {quoted(place)}{hint}", f"use: {', '.join(known)}" if known else "leave it out"
 

@@ -270,9 +270,10 @@ def _(on: Served) -> Seen:
 
 @case("state_error", r"'task2'.*--state-dir")
 def _(on: Served) -> Seen:
-    """The last one: the server keeps no state after it."""
-    (on.folder / "state").rename(on.folder / "moved")
-    return on.ask("DELETE", "/v1/adapters/task2")
+    state = on.folder / "gone"
+    with serving.serve(on.bundle, "--state-dir", state, "--preload", "none") as server, httpx.Client() as client:
+        state.rename(on.folder / "moved")
+        return seen(client.delete(f"{server.url}/v1/adapters/task2").json()["error"])
 
 
 @case("not_loraplex", r"127.0.0.1:\d+")

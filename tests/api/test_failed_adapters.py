@@ -164,3 +164,15 @@ def test_in_process_all_are_required(place: Path) -> None:
         shutil.rmtree(place / "copy" / name)
     with pytest.raises(AdapterError, match="truncated"):
         Loraplex.load(place / "copy", dtype="float32")
+
+
+def test_an_infer_key_sees_no_path_where_the_state_is_gone(tiny_bundle: Path, tmp_path: Path) -> None:
+    options = ("--state-dir", tmp_path / "state", "--preload", "none")
+    with serving.serve(tiny_bundle, *options, LORAPLEX_API_KEYS=KEYS) as server, serving.client(server) as http:
+        body = {"input": "Customer: hello", "classifiers": "task0"}
+        verdict = http.post("/v1/classify", json=body, headers=INFER).json()["verdicts"][0]
+        (tmp_path / "state").rename(tmp_path / "moved")
+        feedback = {"verdict_id": verdict["id"], "label": "yes"}
+        hidden, told = (http.post("/v1/feedback", json=feedback, headers=key).json()["error"] for key in (INFER, ADMIN))
+    assert hidden["code"] == told["code"] == "state_error"
+    assert str(tmp_path) in told["message"] and str(tmp_path) not in json.dumps(hidden)

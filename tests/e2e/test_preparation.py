@@ -69,7 +69,7 @@ def test_a_start_without_mistakes_does_import_it(tiny_bundle: Path, without_torc
         (["--state-dir", "{folder}/held"], "/held: another server uses it"),
         (["--adapter-root", "/nope"], "--adapter-root /nope: is no folder"),
         (["--kv-cache", "200%"], "--kv-cache 200%: is more than all of the free memory"),
-        (["--vllm-arg", "max_num_seqs=3"], "--vllm-arg: has no effect with --backend native"),
+        (["--vllm-arg", "max_num_seqs=3"], "--vllm-arg max_num_seqs=3: has no effect with --backend native"),
         (["--cuda-graphs", "--device", "cpu"], "--device cpu: CUDA graphs are for CUDA devices only"),
         (["--api-key-file", "{folder}/nope"], "cannot be read: No such file or directory"),
         (["--adapter", "broken={folder}/broken"], "key 'r': 0 is below 1"),
@@ -125,18 +125,18 @@ def test_a_classifier_that_only_a_route_names_is_known(tiny_bundle: Path, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "mentions"),
     [
-        ({"vllm_arg": ("seed=1",)}, "--vllm-arg: has no effect with --backend native"),
-        ({"peft_batching": "mixed"}, "--peft-batching: has no effect with --backend native"),
-        ({"backend": "peft", "kv_cache": "1GiB"}, "--kv-cache: has no effect with --backend peft"),
-        ({"backend": "peft", "max_step_sequences": 4}, "--max-step-sequences: has no effect with --backend peft"),
+        ({"vllm_arg": ("seed=1",)}, "--vllm-arg seed=1: has no effect with --backend native"),
+        ({"peft_batching": "mixed"}, "--peft-batching mixed: has no effect with --backend native"),
+        ({"backend": "peft", "kv_cache": "1GiB"}, "--kv-cache 1GiB: has no effect with --backend peft"),
+        ({"backend": "peft", "max_step_sequences": 4}, "--max-step-sequences 4: has no effect with --backend peft"),
         ({"backend": "peft", "cuda_graphs": True}, "--cuda-graphs: has no effect with --backend peft"),
         ({"backend": "vllm", "cuda_graphs": True}, "--cuda-graphs: has no effect with --backend vllm"),
-        ({"backend": "vllm", "adapter_memory": "1GiB"}, "--adapter-memory: has no effect with --backend vllm"),
+        ({"backend": "vllm", "adapter_memory": "1GiB"}, "--adapter-memory 1GiB: has no effect with --backend vllm"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(settings: dict[str, Any], mentions: str) -> None:
     with pytest.raises(ConfigurationError, match=mentions) as caught:
-        check_effects(resolve(EngineConfig, {}, settings))
+        check_effects(resolve(EngineConfig, {}, settings), settings)
     assert caught.value.remedy.startswith("leave it out, or give --")
 
 
@@ -149,7 +149,7 @@ def test_an_option_that_would_be_ignored_is_refused(settings: dict[str, Any], me
     ],
 )
 def test_an_option_with_an_effect_is_taken(settings: dict[str, Any]) -> None:
-    check_effects(resolve(EngineConfig, {}, settings))
+    check_effects(resolve(EngineConfig, {}, settings), settings)
 
 
 def test_the_state_decides_which_names_there_are(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -135,6 +135,19 @@ def test_a_wrong_contract_stops_the_bundle(bundle: Path) -> None:
         open_bundle(bundle)
 
 
+def test_a_bare_yes_as_a_key_is_told_to_be_quoted(bundle: Path) -> None:
+    (bundle / "isDone" / "classifier.yaml").write_text("labels: ['yes', 'no']\ncalibration: {bias: {yes: -0.3}}")
+    with pytest.raises(ContractError, match="key yes is read as True and not as text; quote it: 'yes'"):
+        open_bundle(bundle)
+
+
+def test_a_size_without_a_unit_is_told_the_sizes_at_once(bundle: Path) -> None:
+    (bundle / "loraplex.yaml").write_text("engine: {kv_cache: 5}")
+    with pytest.raises(BundleError, match="'5' is no size") as caught:
+        open_bundle(bundle)
+    assert "write 2GiB" in caught.value.remedy
+
+
 def test_a_path_that_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no folder"):
         open_bundle(tmp_path / "nowhere")

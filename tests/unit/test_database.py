@@ -55,6 +55,17 @@ def test_an_emptied_file_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
+def test_two_that_begin_at_once_use_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.sqlite"
+    first = opened(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda self: False)  # the second looked before the first had made the file
+        second = opened(path)
+    add(first, "a")
+    add(second, "b")
+    assert words(first) == words(second) == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     "schema",
     [SCHEMA[1:], ("CREATE TABLE words (other TEXT)",), ("CREATE TABLE other (word TEXT)",), SCHEMA[:1]],

@@ -192,6 +192,12 @@ def test_a_repair_that_does_not_help_writes_nothing(base: Path, tmp_path: Path) 
         repair(twice, other, str(base))
 
 
+def test_a_repair_to_where_nothing_can_be_written_says_so(base: Path) -> None:
+    tiny.save_adapter(base, folder := base / "repaired")
+    with pytest.raises(BundleError, match="/proc/nowhere/x: cannot be written"):
+        repair(folder, Path("/proc/nowhere/x"), str(base))
+
+
 def test_the_repair_command(base: Path, tmp_path: Path) -> None:
     folder = made(
         base, base / "bad", {f"_orig_mod.{name}": one for name, one in load_file(base / "good" / WEIGHTS).items()}

@@ -74,8 +74,9 @@ def classify(
         given = {"device": device, "dtype": dtype}
         config = resolve(EngineConfig, bundle.settings.engine, given, origins(context))
         from loraplex.inprocess import Loraplex
-        from loraplex.service.preparation import prepare
+        from loraplex.service.preparation import check_effects, prepare
 
+        check_effects(config, origins(context))
         preparation = prepare(bundle, config)
         request = ClassifyRequest(input=conversation, classifiers=classifier_names("*" if every else classifier or ()))
         known = [*sorted(preparation.names), *bundle.settings.routes]

@@ -63,10 +63,11 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
         bundle = replace(bundle, require_all=server_config.require_all)
         from loraplex.routing.router import Router, open_stores, start_router
         from loraplex.server import keys, logs, process
-        from loraplex.service.preparation import prepare
+        from loraplex.service.preparation import check_effects, prepare
 
         # Whatever can be wrong is told before PyTorch is imported, which can take a minute.
         api_keys = keys.read_keys(server_config.api_key_file, os.environ.get(keys.ENVIRONMENT, ""))
+        check_effects(engine_config, written)
         preparation = prepare(bundle, engine_config)
         stores = open_stores(engine_config.state_dir, max_verdicts=server_config.keep_verdicts)
         sock = process.listen(server_config, api_keys)
@@ -77,6 +78,7 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
 
         quiet_libraries()
         executor = open_executor(engine_config)
+        logs.configure(server_config.log_format)  # again: these imports have added handlers
     url = process.url_of(server_config, sock)
 
     async def open_router() -> Router:

@@ -127,6 +127,7 @@ class Router:
             self._check_targets((*settings.targets, *settings.shadows))
             with _unchanged(name):
                 route = await self._in_files(self._store.put, name, settings)
+            with _saved(name):
                 await self._reload()
         return route
 
@@ -135,6 +136,7 @@ class Router:
         async with self._changing:
             with _unchanged(name):
                 await self._in_files(self._store.delete, name)
+            with _saved(name):
                 await self._reload()
 
     async def rollback_route(self, name: str) -> Route:
@@ -145,6 +147,7 @@ class Router:
                 before = await self._in_files(self._store.before, name)
                 self._check_targets((*before.targets, *before.shadows))
                 route = await self._in_files(self._store.rollback, name)
+            with _saved(name):
                 await self._reload()
         return route
 
@@ -327,6 +330,12 @@ def open_stores(state_dir: str | None, *, max_verdicts: int) -> tuple[RouteStore
 
 def _unchanged(route: str) -> AbstractContextManager[None]:
     return state_errors(f"the route {route!r} is not changed")
+
+
+def _saved(route: str) -> AbstractContextManager[None]:
+    return state_errors(
+        f"the change of the route {route!r} is saved, and takes effect at a restart or with the next one"
+    )
 
 
 def _as_asked(verdict: Verdict, name: str, id: str) -> Verdict:

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraplex.errors import (
+    BadInputError,
     BodyTooLargeError,
     ConfigurationError,
     EngineError,
@@ -23,6 +24,7 @@ from loraplex.errors import (
     NotFoundError,
     OverloadedError,
     RequestTimeoutError,
+    StateError,
     quoted,
 )
 from loraplex.exhaustion import exhaustion
@@ -35,8 +37,15 @@ from loraplex.types import BatchResult, ClassifyResult, ErrorInfo
 
 logger = logging.getLogger(__name__)
 
+MOST_ERRORS = 100  # of a body that are looked at; a body may have hundreds of thousands
+
 # Errors whose messages may name files, settings or the machine.
-_INTERNAL: tuple[type[LoraplexError], ...] = (ConfigurationError, *ConfigurationError.__subclasses__(), EngineError)
+_INTERNAL: tuple[type[LoraplexError], ...] = (
+    ConfigurationError,
+    *ConfigurationError.__subclasses__(),
+    EngineError,
+    StateError,
+)
 INTERNAL = frozenset(kind.code for kind in _INTERNAL)
 
 
@@ -65,6 +74,12 @@ def visible(error: LoraplexError | ErrorInfo, name: str = "") -> ErrorInfo:
         return info
     if info.code == EngineError.code:
         return replace(info, message="the server failed", remedy="send it again; the server's log has the details")
+    if info.code == StateError.code:
+        message, remedy = (
+            "a change could not be saved, or what was saved could not be read",
+            "tell the server's operator",
+        )
+        return replace(info, message=message, remedy=remedy)
     name = name or getattr(error, "adapter", "")
     message = f"the adapter {name!r} cannot be used" if name else "a file or a setting of the server is wrong"
     return replace(info, message=message, remedy="tell the server's operator; GET /v1/adapters tells an admin key why")
@@ -171,7 +186,7 @@ async def _validation_error(request: Request, exc: Exception) -> JSONResponse:
     if not isinstance(exc.body, dict):
         return answer(request, InvalidRequestError("the body is not a JSON object", remedy=OBJECT))
     model = request.scope["route"].body_field.field_info.annotation
-    errors = [{**one, "loc": one["loc"][1:]} for one in exc.errors()]  # each begins with "body"
+    errors = [{**one, "loc": one["loc"][1:]} for one in exc.errors()[:MOST_ERRORS]]  # each begins with "body"
     problem = find_problem(errors, exc.body, model, noun="field")
     message = f"{problem.place}: {problem.sentence}" if problem.place else problem.sentence
     return answer(
@@ -193,4 +208,6 @@ async def _http_error(request: Request, exc: Exception) -> JSONResponse:
         response = answer(request, MethodNotAllowedError(message, remedy=remedy))
         response.headers["Allow"] = allowed
         return response
-    return _json(request, exc.status_code, "http_error", str(exc.detail), remedy, exc.headers)
+    error = BadInputError(str(exc.detail), remedy=remedy)
+    error.status = exc.status_code
+    return answer(request, error)

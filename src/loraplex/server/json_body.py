@@ -30,7 +30,7 @@ PROBLEMS = {
 }
 FORM = re.compile(r"[\w.%+~-]+=[^\s\"{}]*(&|$)")
 WORD = re.compile(r"[A-Za-z_]\w*")
-CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?\b(?:NaN|Infinity)\b)', re.DOTALL)
+CONSTANT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|(-?(?:NaN|Infinity))', re.DOTALL)
 
 
 class JsonRoute(APIRoute):
@@ -81,7 +81,9 @@ def parse(body: bytes) -> Any:
         text = body.decode(encoding, "surrogatepass")
     except UnicodeDecodeError as exc:
         raise BadInputError(
-            f"the body is not text in {encoding.upper()}: byte {exc.start} is 0x{body[exc.start]:02x}", remedy=OBJECT
+            f"the body is not text in {encoding.removesuffix('-sig').upper()}: "
+            f"byte {exc.start + len(body) - len(exc.object)} is 0x{exc.object[exc.start]:02x}",
+            remedy=OBJECT,
         ) from None
     if not text.strip():
         raise BadInputError("the body is empty", remedy=OBJECT)
@@ -94,8 +96,8 @@ def parse(body: bytes) -> Any:
         raise _not_json(text, at, "JSON has no NaN and no Infinity") from None
     except RecursionError:
         raise _too_deep() from None
-    except ValueError as exc:  # Python reads no number of more than 4300 digits
-        raise BadInputError(f"the body holds a number that is too long: {exc}", remedy="send shorter numbers") from None
+    except ValueError:  # Python reads no number of more than 4300 digits
+        raise BadInputError("the body holds a number of more than 4300 digits", remedy="send shorter numbers") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(value)
     return value

@@ -89,7 +89,7 @@ async def _invoke(request: Request, body: InvocationBody, adapter: str | None) -
 
 
 class JsonByDefault:
-    """Middleware: reads a body of unnamed content type as JSON, because boto3's runtime client need not name one."""
+    """Middleware: reads a body of unspecified type as JSON, because boto3's runtime client names none by default."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -98,7 +98,7 @@ class JsonByDefault:
         if scope["type"] == "http" and scope["path"] == "/invocations":
             scope = {**scope, "headers": list(scope["headers"])}
             headers = MutableHeaders(scope=scope)
-            if headers.get("Content-Type", "application/octet-stream") == "application/octet-stream":
+            if headers.get("Content-Type") == "application/octet-stream":
                 headers["Content-Type"] = "application/json"
         await self.app(scope, receive, send)
 

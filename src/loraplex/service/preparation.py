@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,6 @@ def prepare(bundle: Bundle, config: EngineConfig) -> Preparation:
     """Check the settings against each other, the bundle and the disk, and lock the state directory. Imports no PyTorch.
 
     Raises ConfigurationError, which names the option at fault."""
-    check_effects(config)
     check_backend(config)
     for root in config.adapter_root:
         _check_folder("--adapter-root", Path(root), Path(root))
@@ -71,12 +70,16 @@ def prepare(bundle: Bundle, config: EngineConfig) -> Preparation:
         raise
 
 
-def check_effects(config: EngineConfig) -> None:
-    """Raise ConfigurationError for an option that was given and would be ignored."""
+def check_effects(config: EngineConfig, given: Collection[str]) -> None:
+    """Raise ConfigurationError for an option that would be ignored. given: names of the options that the user gave.
+    Settings of a bundle's file are not checked, so that the file serves with every backend."""
     for name, (has_effect, needed) in EFFECTS.items():
-        if getattr(config, name) != EngineConfig.model_fields[name].default and not has_effect(config):
+        value = getattr(config, name)
+        is_default = value == EngineConfig.model_fields[name].default  # written out, perhaps by a script
+        if name in given and not is_default and not has_effect(config):
+            shown = " ".join(value) if isinstance(value, tuple) else "" if value is True else value
             raise ConfigurationError(
-                f"--{name.replace('_', '-')}",
+                f"--{name.replace('_', '-')} {shown}".rstrip(),
                 f"has no effect with --backend {config.backend}",
                 remedy=f"leave it out, or give {needed}",
             )

@@ -22,8 +22,7 @@ def repair(folder: Path, out: Path, base: str) -> int:
     open_adapter("adapter", folder)
     root = open_base(base).base
     layers, _ = read_layers(read_config(root, packs=False), root, packs=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".repair-") as work:
+    with _beside(out) as work:
         made = Path(work, out.name)
         made.mkdir()
         with unchanged([folder / name for name in FILES], AdapterError):
@@ -42,3 +41,12 @@ def repair(folder: Path, out: Path, base: str) -> int:
             raise AdapterError(folder, f"{message}; nothing was written", remedy=exc.remedy) from None
         made.rename(out)
     return num_renamed
+
+
+def _beside(out: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a temporary folder beside `out`. Raises BundleError where none can be made."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=out.parent, prefix=".repair-")
+    except OSError as exc:
+        raise BundleError(out, f"cannot be written: {exc.strerror or exc}", remedy="name another folder") from None
