@@ -185,6 +185,12 @@ def _resolve_base(given: str, root: Path, base: str | None) -> Path:
     else:
         source, folder = given, _from_hub(given, given)
     if not (folder / "config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise BundleError(
+                source,
+                "is an adapter, without a base",
+                remedy=f"give BASE --adapter {folder.name}={folder}, or its bundle",
+            )
         raise BundleError(
             source,
             f"no config.json in {folder}, so there is no base model",

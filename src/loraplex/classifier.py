@@ -1,5 +1,6 @@
 """A classifier's contract (`classifier.yaml`), and its decision from label log probabilities. Knows no tokenizer."""
 
+import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,18 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraplex.config import read_yaml, validate
 from loraplex.errors import ContractError, InvalidRequestError, quoted, shortened
-from loraplex.problems import wrong
+from loraplex.problems import NumbersAreNoBooleans, wrong
 from loraplex.types import Message
 
 CONVERSATION, QUESTION = "{conversation}", "{question}"
 DEFAULT_ROLES = {"user": "Customer", "assistant": "Agent"}
 # Unicode's line ends. Word writes a VT for a line break, and PDFs have an FF between pages.
-_LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
+_LINE_ENDS = re.compile("\r+\n|[\r\v\f\x85\u2028\u2029]")  # a file written twice in text mode has \r\r\n
+_BRACES = re.compile(r"(\{+)(\s*(\w+)\s*)\}")
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class Calibration(BaseModel):
+class Calibration(NumbersAreNoBooleans):
     """How label log probabilities become scores: softmax((log p + bias) / temperature) over the labels."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,7 +42,7 @@ class Golden(BaseModel):
     label: str
 
 
-class Contract(BaseModel):
+class Contract(NumbersAreNoBooleans):
     """How a classifier is asked, and how its answer is read.
 
     labels:         in order; the first is the positive one.
@@ -92,6 +94,12 @@ class Contract(BaseModel):
                 raise wrong(f"'template' may hold {QUESTION} only once", f"remove the other {QUESTION}")
             if QUESTION in self.template and self.question is None:
                 raise wrong(f"'template' holds {QUESTION}, but there is no 'question'", "add the key 'question'")
+            _check_placeholders(self.template)
+            if QUESTION not in self.template and self.question is not None:
+                raise wrong(
+                    f"'question' is given, but 'template' does not hold {QUESTION}",
+                    f"write {QUESTION} in the template, or remove 'question'",
+                )
         if not self.roles:
             raise wrong("'roles' is empty", "remove it, or name a role: roles: {user: Customer}")
         return self
@@ -121,6 +129,14 @@ class Contract(BaseModel):
             abstained=scores[winner] < self.abstain_below,
             warnings=(_low_mass(label_mass, self.min_label_mass),) if label_mass < self.min_label_mass else (),
         )
+
+
+def _check_placeholders(template: str) -> None:
+    """Refuse what was probably meant as a placeholder. Other braces are text, such as JSON."""
+    for braces, inner, name in _BRACES.findall(template):
+        known = difflib.get_close_matches(name.lower(), ("conversation", "question"), 1, 0.7)
+        if known and braces + inner != "{" + known[0]:
+            raise wrong(f"'template' holds {quoted(braces + inner + '}' * len(braces))}", f"write {{{known[0]}}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,9 +188,9 @@ def conversation_text(conversation: str | Sequence[Message], roles: Mapping[str,
 
 
 def normalized(text: str) -> str:
-    """Return `text` with `\\n` for every line end and without whitespace at its end. Both depend on the way that a text
-    took, not on its words, and change a verdict."""
-    return _LINE_ENDS.sub("\n", text).rstrip()
+    """Return `text` with `\\n` for every line end, without a byte order mark, and without whitespace at its end. These
+    depend on the way that a text took, not on its words, and change a verdict."""
+    return _LINE_ENDS.sub("\n", text.removeprefix("\ufeff")).rstrip()
 
 
 def _unknown_role(role: str, roles: Mapping[str, str]) -> InvalidRequestError:

@@ -20,9 +20,11 @@ from pydantic import (
 
 from loraplex.disk import refuse_pointers
 from loraplex.errors import BundleError, ConfigurationError
-from loraplex.problems import Problem, find_problem, wrong
+from loraplex.problems import NumbersAreNoBooleans, Problem, find_problem, wrong
 
 Settings = TypeVar("Settings", bound=BaseModel)
+
+MOST, A_DAY_S = 10**9, 86_400  # limits of numbers and of seconds, so that none overflows later
 
 BUDGET = re.compile(r"(?P<share>\d{1,9}(\.\d{1,9})?)%|\d{1,9}(\.\d{1,9})?[KMG]iB|0")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
@@ -50,7 +52,7 @@ Budget = Annotated[
 ]
 
 
-class EngineConfig(BaseModel):
+class EngineConfig(NumbersAreNoBooleans):
     """How the model runs, how much it may queue, and how much memory adapters get."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,14 +78,18 @@ class EngineConfig(BaseModel):
     max_step_tokens: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="maximum tokens in one forward pass; by default up to 8192 on CUDA, on a CPU 2048 in bfloat16 and "
         "1024 in float32",
     )
-    max_step_sequences: int = Field(512, ge=1, description="maximum sequences in one forward pass")
-    max_queue: int = Field(4096, ge=1, description="maximum evaluations that wait or run; above it requests get 429")
+    max_step_sequences: int = Field(512, ge=1, le=MOST, description="maximum sequences in one forward pass")
+    max_queue: int = Field(
+        4096, ge=1, le=MOST, description="maximum evaluations that wait or run; above it requests get 429"
+    )
     max_queue_tokens: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="maximum tokens that wait to be computed; above it requests get 429; 32 steps' worth by default",
     )
     cuda_graphs: bool = Field(
@@ -92,7 +98,7 @@ class EngineConfig(BaseModel):
     preload: str = Field(
         "all", description="adapters to load and prove at start: all, none, or names with commas, which are also pinned"
     )
-    max_adapters: int = Field(1024, ge=1, description="maximum adapters on the device at the same time")
+    max_adapters: int = Field(1024, ge=1, le=MOST, description="maximum adapters on the device at the same time")
     adapter_memory: Budget = Field("20%", description="device memory for adapters: a share of free memory, or 2GiB")
     host_memory: Budget = Field("10%", description="host memory that caches adapters: a share of free memory, or 2GiB")
     adapter_root: tuple[str, ...] = Field(
@@ -101,7 +107,7 @@ class EngineConfig(BaseModel):
     state_dir: str | None = Field(None, description="folder that keeps adapters, routes and verdicts across restarts")
 
 
-class ServerConfig(BaseModel):
+class ServerConfig(NumbersAreNoBooleans):
     """Where the server listens, who may ask it, and which requests it accepts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -116,18 +122,19 @@ class ServerConfig(BaseModel):
         (), description="endpoints that need no API key: metrics, docs"
     )
     key_concurrency: int | None = Field(
-        None, ge=1, description="maximum requests in flight for one API key; above it 429"
+        None, ge=1, le=MOST, description="maximum requests in flight for one API key; above it 429"
     )
     max_body_bytes: int = Field(
-        2 * 2**20, ge=1024, description="maximum bytes of a request body; a larger one gets 413"
+        2 * 2**20, ge=1024, le=MOST, description="maximum bytes of a request body; a larger one gets 413"
     )
     body_timeout: float = Field(
-        30, gt=0, description="seconds within which the whole request must arrive; after that 408"
+        30, gt=0, le=A_DAY_S, description="seconds within which the whole request must arrive; after that 408"
     )
-    idle_timeout: float = Field(65, gt=0, description="seconds after which an idle connection is closed")
+    idle_timeout: float = Field(65, gt=0, le=A_DAY_S, description="seconds after which an idle connection is closed")
     max_connections: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="maximum open connections; above it 503; by default what the limit on open files leaves, 10000 at "
         "most",
     )
@@ -136,15 +143,20 @@ class ServerConfig(BaseModel):
         description="end the start if any adapter cannot be loaded; otherwise the others are served, and /ready names "
         "those that failed",
     )
-    drain_timeout: int = Field(25, ge=0, description="seconds that requests in flight get to finish at SIGTERM")
+    drain_timeout: int = Field(
+        25, ge=0, le=A_DAY_S, description="seconds that requests in flight get to finish at SIGTERM"
+    )
     log_format: Annotated[Literal["text", "json"], EitherCase] = Field("text", description="text or json")
     log_inputs: bool = Field(False, description="log the conversations, too")
     keep_verdicts: int = Field(
-        200_000, ge=0, description="number of newest verdicts kept for statistics and feedback; 0 keeps none"
+        200_000,
+        ge=0,
+        le=MOST,
+        description="number of newest verdicts kept for statistics and feedback; 0 keeps none",
     )
 
 
-class RouteSettings(BaseModel):
+class RouteSettings(NumbersAreNoBooleans):
     """Where a route leads. In `loraplex.yaml` an adapter's name alone makes the route an alias for the adapter.
 
     targets:  adapter -> weight; one of them answers, chosen by weight.
@@ -203,13 +215,23 @@ def read_yaml(path: Path, error: type[ConfigurationError]) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except Exception as exc:  # YAMLError, and Python's own errors from constructors on `2024-13-45` or `!!int x`
-        reason = " ".join(str(exc).split()) or type(exc).__name__
-        raise error(path, f"not readable as YAML: {reason}", remedy="correct the file") from None
+        reason = " ".join(str(exc).split()).replace('in "<unicode string>", ', "") or type(exc).__name__
+        raise error(path, f"not readable as YAML: {reason}", remedy=_yaml_remedy(exc, reason)) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise error(path, f"holds a {type(content).__name__}, not keys and values", remedy="write `key: value` lines")
     return content
+
+
+def _yaml_remedy(exc: Exception, reason: str) -> str:
+    if isinstance(exc, UnicodeDecodeError):
+        return "save the file as UTF-8"
+    if "'\\t'" in reason:
+        return "indent with spaces, not with tabs"
+    if "mapping values are not allowed" in reason:
+        return "put quotes around a text that holds a colon and a space, or align the key with the others"
+    return "correct the file"
 
 
 def validate(

@@ -1,12 +1,13 @@
 """Says in plain sentences why a value was refused. No text of pydantic's own reaches a user."""
 
 import difflib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 from pydantic_core import PydanticCustomError
 
 from loraplex.errors import MAX_QUOTED, quoted, shortened
@@ -75,6 +76,39 @@ class Problem:
     @property
     def sentence(self) -> str:
         return f"{self.given} {self.what}".strip()
+
+
+class NumbersAreNoBooleans(BaseModel):
+    """Base of models with numbers: refuses a boolean in the place of a number, which pydantic would read as 0 or 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans(cls, values: Any) -> Any:
+        for name in _numbers(cls) if isinstance(values, Mapping) else ():
+            value = values.get(name)
+            for one in value.values() if isinstance(value, Mapping) else (value,):
+                if isinstance(one, bool):
+                    raise wrong(f"has {quoted(one)} for {name!r}, which takes a number", f"give a number for {name!r}")
+        return values
+
+
+@functools.cache
+def _numbers(model: type[BaseModel]) -> tuple[str, ...]:
+    """Return the fields that take a number, or numbers by name."""
+    kinds = {name: set(_kinds(field.annotation)) for name, field in model.model_fields.items()}
+    return tuple(name for name, found in kinds.items() if found & {int, float} and bool not in found)
+
+
+def _kinds(annotation: Any) -> Iterator[type]:
+    parts = get_args(annotation)
+    if get_origin(annotation) is dict:
+        parts = parts[1:]
+    elif get_origin(annotation) in (list, tuple, Literal):
+        return
+    if not parts and isinstance(annotation, type):
+        yield annotation
+    for part in parts:
+        yield from _kinds(part)
 
 
 def wrong(message: str, remedy: str) -> PydanticCustomError:

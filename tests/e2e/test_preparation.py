@@ -63,6 +63,8 @@ def test_a_start_without_mistakes_does_import_it(tiny_bundle: Path, without_torc
         (["--key-concurrency", "2"], "--key-concurrency 2: has no effect without API keys"),
         (["--preload", "task0,tsak1"], "--preload task0,tsak1: there is no classifier 'tsak1'"),
         (["--preload", " , "], "names no classifier"),
+        (["--port", "22a"], "--port 22a: is not a whole number"),
+        (["--idle-timeout", "inf"], "--idle-timeout inf: is above 86400"),
         (["--state-dir", "{folder}/file"], "/file: is no folder"),
         (["--state-dir", "{folder}/missing/state"], "/missing/state: cannot be made: there is no folder"),
         (["--state-dir", "/proc/state"], "/proc/state/loraplex.sqlite: cannot be read or written"),

@@ -148,6 +148,30 @@ def test_a_size_without_a_unit_is_told_the_sizes_at_once(bundle: Path) -> None:
     assert "write 2GiB" in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("server: {idle_timeout: .inf}", "Infinity is above 86400"),
+        ("server: {keep_verdicts: 1000000000000000000000000000000}", "is above 1000000000"),
+        ("engine: {max_queue: true}", "has true for 'max_queue', which takes a number"),
+        ("routes: {a: {targets: {isDone: true}}}", "has true for 'targets', which takes a number"),
+        ("engine:\n\tkv_cache: 0", "indent with spaces"),
+        ("base: one: two", "put quotes around a text"),
+    ],
+)
+def test_numbers_have_limits_and_yaml_errors_remedies(bundle: Path, text: str, wrong: str) -> None:
+    (bundle / "loraplex.yaml").write_text(text)
+    with pytest.raises(BundleError) as caught:
+        open_bundle(bundle)
+    assert wrong in str(caught.value) and "unicode string" not in str(caught.value)
+
+
+def test_an_adapter_is_no_bundle(bundle: Path) -> None:
+    with pytest.raises(BundleError, match="isDone: is an adapter, without a base") as caught:
+        open_bundle(bundle / "isDone")
+    assert "BASE --adapter isDone=" in caught.value.remedy
+
+
 def test_a_path_that_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no folder"):
         open_bundle(tmp_path / "nowhere")

@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def test_an_unknown_role_is_an_error() -> None:
         conversation_text([Message(role="system", content="x")], ROLES)
 
 
-@pytest.mark.parametrize("line_end", ["\r\n", "\r", "\v", "\f", "\x85", "\u2028", "\u2029"])
+@pytest.mark.parametrize("line_end", ["\r\n", "\r\r\n", "\r", "\v", "\f", "\x85", "\u2028", "\u2029"])
 def test_line_ends_and_whitespace_at_the_end_are_normalized(line_end: str) -> None:
     assert normalized(f"a {line_end}{line_end} b\n{line_end} \u00a0\t") == "a \n\n b"
     messages = [Message(role="user", content=f"a{line_end}b {line_end}"), Message(role="assistant", content="")]
@@ -144,3 +145,41 @@ def test_an_unknown_role_hears_how_to_name_it() -> None:
 def test_half_a_surrogate_pair_is_an_error() -> None:
     with pytest.raises(InvalidRequestError, match="ud800"):
         conversation_text("a\ud800", ROLES)
+
+
+def test_a_byte_order_mark_and_two_line_ends() -> None:
+    assert normalized("\ufeffa\n\r\nb") == "a\n\nb"
+
+
+@pytest.mark.parametrize(
+    ("template", "wrong"),
+    [
+        ("{conversation}{questoin}", "holds '{questoin}' (write {question})"),
+        ("{conversation}{{question}}", "holds '{{question}}' (write {question})"),
+        ("{conversation} { question }", "holds '{ question }' (write {question})"),
+        ("{conversation}", "'question' is given, but 'template' does not hold {question}"),
+    ],
+)
+def test_a_template_that_would_drop_the_question_is_refused(tmp_path: Path, template: str, wrong: str) -> None:
+    path = tmp_path / "classifier.yaml"
+    path.write_text(json.dumps({"question": "Done?", "template": template, "labels": ["yes", "no"]}))
+    with pytest.raises(ContractError) as caught:
+        read_contract(path)
+    assert wrong in str(caught.value)
+
+
+def test_other_braces_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "classifier.yaml"
+    template = '{"input": {conversation}, "task": {question}} {answer}'
+    path.write_text(json.dumps({"question": "Done?", "template": template, "labels": ["yes", "no"]}))
+    assert read_contract(path).template == template
+
+
+@pytest.mark.parametrize(
+    "key", ["threshold: yes", "min_label_mass: true", "max_length: on", "calibration: {temperature: true}"]
+)
+def test_a_boolean_is_no_number(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "classifier.yaml"
+    path.write_text(f"labels: ['yes', 'no']\n{key}\n")
+    with pytest.raises(ContractError, match=r"has true for '[a-z_]+', which takes a number"):
+        read_contract(path)

@@ -155,7 +155,7 @@ def test_a_changed_name_is_explained_and_repaired(base: Path, tmp_path: Path, ke
     folder = made(base, tmp_path / "a folder", tensors)
     error = error_of(base, folder)
     assert reason in error.message
-    assert f"loraplex adapters repair '{folder}' --out NEW_FOLDER" in error.remedy
+    assert f"loraplex adapters repair '{folder}' --base BASE --out NEW_FOLDER" in error.remedy
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert repair(folder, tmp_path / "new" / "x", str(base)) == 1
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}, "edited in place"

@@ -85,3 +85,17 @@ def test_a_file_that_is_cut_short_says_so(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(AdapterError, match=r"describes 4\d\d bytes, and the file has 4\d\d; it was cut short"):
         TensorFile(path, AdapterError)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"<!DOCTYPE html><html>", "a page of HTML"),
+        (b"PK\x03\x04" + bytes(60), "a zip archive"),
+        (b"\x80\x02}q" * 9, "a pickle"),
+    ],
+)
+def test_what_stands_in_its_place_is_named(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(AdapterError, match=f"not readable as safetensors: it is {what}"):
+        TensorFile(tmp_path / "x.safetensors", AdapterError)

@@ -24,7 +24,7 @@ def check_name(path: Path, key: str) -> None:
             path,
             f"tensor {short(key)} is not named as PEFT does: {who_named(key)}",
             remedy="save the unwrapped model, or rename the tensors: "
-            f"loraplex adapters repair {shlex.quote(str(path.parent))} --out NEW_FOLDER",
+            f"loraplex adapters repair {shlex.quote(str(path.parent))} --base BASE --out NEW_FOLDER",
         )
 
 

@@ -38,6 +38,8 @@ TYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+# First bytes of what may stand in the place of a safetensors file.
+OTHER_FILES = {b"PK": "a zip archive, as torch.save writes it", b"\x80": "a pickle", b"<": "a page of HTML or XML"}
 # Types of safetensors whose tensors cannot be read here. They may stand beside others that can.
 OTHER_TYPES = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
@@ -105,7 +107,8 @@ class TensorFile:
         num_bytes = int.from_bytes(start[:8], "little")
         if size < 8 or num_bytes > min(max_header_bytes, size - 8):
             claimed = f"it claims a header of {num_bytes} bytes, and " if size >= 8 else ""
-            raise self._unreadable(f"{claimed}the file has {size} bytes")
+            other = next((f"it is {what}" for first, what in OTHER_FILES.items() if start.startswith(first)), None)
+            raise self._unreadable(other or f"{claimed}the file has {size} bytes")
         text = bytearray(num_bytes)
         file.seek(8)
         self._fill(file, memoryview(text))

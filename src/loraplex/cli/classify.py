@@ -70,6 +70,10 @@ def classify(
         conversation = text if text is not None else _read(None if file in (None, Path("-")) else file)
         # Whatever can be wrong is told before PyTorch is imported, and before the base is loaded.
         conversation_text(conversation, {})
+        if text is not None and "\\n" in text and "\n" not in text:
+            typer.echo(
+                "warning: --text holds \\n as two characters and no line end; give $'…\\n…', or --file", err=True
+            )
         bundle = open_bundle(path, adapters)
         given = {"device": device, "dtype": dtype}
         config = resolve(EngineConfig, bundle.settings.engine, given, origins(context))
@@ -107,7 +111,7 @@ def _read(file: Path | None) -> str:
     try:
         data = sys.stdin.buffer.read() if file is None else file.read_bytes()
         refuse_pointer(file or Path("standard input"), data, ConfigurationError)
-        return data.decode("utf-8")  # as it is: an adapter without a contract gets it verbatim, as over HTTP
+        return data.decode("utf-8-sig")  # as it is: an adapter without a contract gets it verbatim, as over HTTP
     except (OSError, UnicodeDecodeError) as exc:
         raise InvalidRequestError(f"{file or 'standard input'}: {exc}", remedy="give a UTF-8 text file") from None
 

@@ -43,6 +43,9 @@ def _setting(name: str, model: type[BaseModel]) -> Any:
         kind = str
     elif get_origin(kind) is UnionType:
         [kind] = [one for one in get_args(kind) if one is not NoneType]
+    number = kind.__name__ if kind in (int, float) else None
+    if number is not None:
+        kind = str  # read by the settings, whose message shows the value and says where it was given
     default = "" if field.default in (None, (), False) else f" (default: {field.default})"
     what = field.description or ""
     repeatable = " Repeatable." if kind == list[str] else ""
@@ -52,7 +55,7 @@ def _setting(name: str, model: type[BaseModel]) -> Any:
             f"--{name.replace('_', '-')}",
             envvar=f"LORAPLEX_{name.upper()}",
             help=f"{what[:1].upper()}{what[1:]}{default}.{repeatable}",
-            metavar=f"[{'|'.join(choices)}]" if choices else None,
+            metavar=f"[{'|'.join(choices)}]" if choices else None if number is None else f"<{number}>",
             show_default=False,
         ),
     ]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import sys
 from typing import Any
 
@@ -128,7 +129,9 @@ def _malformed(exc: BaseException | None) -> LoraplexError:
         return HeadTooLargeError(
             f"the request's head has more than {MAX_HEAD_BYTES} bytes", remedy="send fewer or shorter headers"
         )
-    error = MalformedHttpError(f"the request is not HTTP/1.1: {exc}", remedy="send HTTP/1.1 without TLS to this port")
+    reason = re.sub(r"bytearray\(b(['\"].*['\"])\)", r"\1", str(exc))
+    remedy = "correct the request; this port takes HTTP/1.1 without TLS"
+    error = MalformedHttpError(f"the request is not HTTP/1.1: {reason}", remedy=remedy)
     error.status = status
     return error
 
