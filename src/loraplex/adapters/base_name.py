@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from loraplex.adapters.peft_config import short
 from loraplex.bundle import read_json
+from loraplex.errors import quoted
 
 IN_CACHE = re.compile(r"(?:^|/)models--(?:[^/]+?--)?([^/]+)")  # the hub's cache: models--org--name/snapshots/…
 # How a base is stored or quantized. The adapter was trained on the same base all the same.
@@ -31,7 +31,7 @@ class ServedBase:
         if name is None or not self._surely or not _normal([name]).isdisjoint(self._names):
             return ()
         return (
-            f"it was trained on {short(given)} (base_model_name_or_path), and the base served here is "
+            f"it was trained on {quoted(given)} (base_model_name_or_path), and the base served here is "
             f"{self._surely[0]!r}; if they differ, its answers are wrong",
         )
 

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 
 from loraplex.adapters.kinds import kinds_of
 from loraplex.adapters.mistakes import check_gathered, check_head, check_name, check_task, warn_of_task
-from loraplex.adapters.peft_config import PeftConfig, read_peft_config, short
+from loraplex.adapters.peft_config import PeftConfig, read_peft_config
 from loraplex.adapters.plan import MAGNITUDE, SAVE_AGAIN, TRAIN_PLAINER, WRONG_BASE, Plan, assemble, explain, make_plan
 from loraplex.adapters.tensor_file import TensorFile
 from loraplex.adapters.tensor_names import PREFIX, pefts_name
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from loraplex.errors import AdapterError
+from loraplex.errors import AdapterError, quoted
 
 DTYPES = ("F16", "BF16", "F32", "F64")
 MAX_HEADER_BYTES = 16 * 2**20
@@ -80,18 +80,18 @@ def _read_names(file: TensorFile, path: Path) -> dict[str, str]:
     for key, entry in file.entries.items():
         if entry.dtype not in DTYPES:
             raise AdapterError(
-                path, f"tensor {short(key)} is {short(entry.dtype)}", remedy="save it as float16, bfloat16 or float32"
+                path, f"tensor {quoted(key)} is {quoted(entry.dtype)}", remedy="save it as float16, bfloat16 or float32"
             )
         check_name(path, key)
         name = key.removeprefix(PREFIX)
         if name == key:
             raise AdapterError(
-                path, f"tensor {short(key)} is not named as PEFT does ({PREFIX}…)", remedy="save the adapter with PEFT"
+                path, f"tensor {quoted(key)} is not named as PEFT does ({PREFIX}…)", remedy="save the adapter with PEFT"
             )
         if name.endswith(f".{MAGNITUDE}.weight"):  # PEFT reads both spellings
             name = name.removesuffix(".weight")
         if name in names:
-            raise AdapterError(path, f"holds {short(name)} twice", remedy=SAVE_AGAIN)
+            raise AdapterError(path, f"holds {quoted(name)} twice", remedy=SAVE_AGAIN)
         names[name] = key
     return names
 
@@ -106,12 +106,12 @@ def _check_shapes(plan: Plan, found: Mapping[str, tuple[int, ...]], path: Path) 
             continue
         else:
             raise AdapterError(
-                path, f"tensor {short(PREFIX + name)} is not expected: {explain(plan, name)}", remedy=TRAIN_PLAINER
+                path, f"tensor {quoted(PREFIX + name)} is not expected: {explain(plan, name)}", remedy=TRAIN_PLAINER
             )
         if shape == expected:
             continue
         check_head(plan, name, shape, expected, path)
-        message = f"tensor {short(PREFIX + name)} has shape {list(shape)}, expected {list(expected)}"
+        message = f"tensor {quoted(PREFIX + name)} has shape {list(shape)}, expected {list(expected)}"
         if name.endswith("weight") and len(shape) == 2 and shape[1:] == expected[1:] and "lora_" not in name:
             raise AdapterError(
                 path,
@@ -123,7 +123,7 @@ def _check_shapes(plan: Plan, found: Mapping[str, tuple[int, ...]], path: Path) 
     if missing:
         raise AdapterError(
             path,
-            f"tensor {short(PREFIX + missing[0])} is missing ({len(missing)} in all): "
+            f"tensor {quoted(PREFIX + missing[0])} is missing ({len(missing)} in all): "
             f"{plan.required[missing[0]].reason}",
             remedy=f"{SAVE_AGAIN}; the file is not complete, or it belongs to another base",
         )
@@ -137,7 +137,7 @@ def _check_finite(plan: Plan, tensors: Mapping[str, torch.Tensor], path: Path) -
         if not (factor <= LARGEST and max(-low, high) * factor <= LARGEST):
             raise AdapterError(
                 path,
-                f"tensor {short(PREFIX + name)} holds NaN or infinity, or overflows when scaled by {factor:g}",
+                f"tensor {quoted(PREFIX + name)} holds NaN or infinity, or overflows when scaled by {factor:g}",
                 remedy="train the adapter again",
             )
 
@@ -177,7 +177,7 @@ def rename_tensors(source: Path, target: Path) -> int:
         if (other := names.setdefault(pefts_name(key), key)) != key:
             raise AdapterError(
                 source / ADAPTER_WEIGHTS,
-                f"tensors {short(other)} and {short(key)} have one name in PEFT",
+                f"tensors {quoted(other)} and {quoted(key)} have one name in PEFT",
                 remedy="save the unwrapped model again",
             )
     tensors = file.read(names.values())

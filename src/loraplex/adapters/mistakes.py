@@ -4,11 +4,11 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from loraplex.adapters.peft_config import QA_HEAD, SCORE_HEADS, PeftConfig, refused, short
+from loraplex.adapters.peft_config import QA_HEAD, SCORE_HEADS, PeftConfig, refused
 from loraplex.adapters.plan import Plan, Shape
 from loraplex.adapters.tensor_names import PREFIX, pefts_name, who_named
 from loraplex.bundle import ADAPTER_WEIGHTS
-from loraplex.errors import AdapterError
+from loraplex.errors import AdapterError, quoted
 
 HEADS = (*SCORE_HEADS, QA_HEAD)
 OTHER_TASKS = {
@@ -22,7 +22,7 @@ def check_name(path: Path, key: str) -> None:
     if pefts_name(key) != key:
         raise AdapterError(
             path,
-            f"tensor {short(key)} is not named as PEFT does: {who_named(key)}",
+            f"tensor {quoted(key)} is not named as PEFT does: {who_named(key)}",
             remedy="save the unwrapped model, or rename the tensors: "
             f"loraplex adapters repair {shlex.quote(str(path.parent))} --base BASE --out NEW_FOLDER",
         )
@@ -34,7 +34,7 @@ def check_gathered(path: Path, found: Mapping[str, Shape]) -> None:
     if empty:
         raise AdapterError(
             path,
-            f"tensor {short(PREFIX + empty[0])} has shape [0] ({len(empty)} such tensors in all): it was saved under "
+            f"tensor {quoted(PREFIX + empty[0])} has shape [0] ({len(empty)} such tensors in all): it was saved under "
             "DeepSpeed ZeRO-3 without gathering the weights",
             remedy="save it again with save_pretrained(…, state_dict=accelerator.get_state_dict(model)), or with "
             "stage3_gather_16bit_weights_on_model_save; zero_to_fp32.py gathers a checkpoint that is there already",
@@ -75,7 +75,7 @@ def check_head(plan: Plan, name: str, shape: Shape, expected: Shape, path: Path)
     if layer == plan.output and is_cut:
         raise AdapterError(
             path,
-            f"tensor {short(PREFIX + name)} has shape {list(shape)}, expected {list(expected)}: the output head was "
+            f"tensor {quoted(PREFIX + name)} has shape {list(shape)}, expected {list(expected)}: the output head was "
             f"cut to {shape[0]} rows, perhaps one for each label; PEFT cannot load it onto this base either",
             remedy=f"train with the whole head ({expected[0]} rows), or as a sequence classifier: task_type 'SEQ_CLS' "
             "with a head 'score' of one row for each label",

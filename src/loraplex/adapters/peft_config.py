@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from loraplex.bundle import ADAPTER_CONFIG, read_json
 from loraplex.config import validate
-from loraplex.errors import AdapterError
+from loraplex.errors import AdapterError, quoted
 from loraplex.problems import wrong
 
 Number = TypeVar("Number", int, float)
@@ -213,7 +213,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
             raise refused(
                 folder,
                 key,
-                f"unknown, and it may change the answers (value {short(value)})",
+                f"unknown, and it may change the answers (value {quoted(value)})",
                 "remove it if it is inert",
             )
     if raw.get("target_modules", ()) is None:
@@ -225,13 +225,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
 
 
 def refused(folder: Path, key: str, message: str, remedy: str) -> AdapterError:
-    return AdapterError(f"{folder / ADAPTER_CONFIG}, key {short(key)}", message, remedy=remedy)
-
-
-def short(value: object) -> str:
-    """Return `repr(value)`, cut for a message: a value in a file may be megabytes long."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return AdapterError(f"{folder / ADAPTER_CONFIG}, key {quoted(key)}", message, remedy=remedy)
 
 
 def _check_init(folder: Path, init: bool | str | None) -> None:
@@ -241,10 +235,12 @@ def _check_init(folder: Path, init: bool | str | None) -> None:
         raise refused(
             folder,
             "init_lora_weights",
-            f"{short(init)} changes the base's weights",
+            f"{quoted(init)} changes the base's weights",
             "convert the adapter: save_pretrained(…, path_initial_model_for_weight_conversion=…)",
         )
-    raise refused(folder, "init_lora_weights", f"{short(init)} is unknown", "save the adapter with True if it is inert")
+    raise refused(
+        folder, "init_lora_weights", f"{quoted(init)} is unknown", "save the adapter with True if it is inert"
+    )
 
 
 def _check_combinations(folder: Path, config: PeftConfig) -> None:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from loraplex.adapters.peft_config import QA_HEAD, SCORE_HEADS, PeftConfig, refused, short, token_targets
+from loraplex.adapters.peft_config import QA_HEAD, SCORE_HEADS, PeftConfig, refused, token_targets
 from loraplex.adapters.weights import AdapterWeights, BaseLayers, LoRAWeights, SavedModule
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from loraplex.errors import AdapterError
+from loraplex.errors import AdapterError, quoted
 
 Shape = tuple[int, ...]
 Tensors = Mapping[str, torch.Tensor]  # by name in the file, without PEFT's prefix
@@ -127,7 +127,7 @@ def _plan_saved(plan: Plan) -> None:
             continue  # PEFT adds the name, also where the model has no such head
         if not any(path.endswith(name) for path in known):
             raise plan.refuse(
-                "modules_to_save", f"{short(name)} may not be trained in full; only {', '.join(known)} may"
+                "modules_to_save", f"{quoted(name)} may not be trained in full; only {', '.join(known)} may"
             )
     for path in layers.linear:
         if config.saves(path):
@@ -161,7 +161,7 @@ def _plan_lora(plan: Plan) -> None:
     if is_tied:
         targeted |= {path for path in (plan.embedding, plan.output) if path is not None}
     if not targeted:
-        raise plan.refuse("target_modules", f"{short(config.target_modules)} names no layer of the base", WRONG_BASE)
+        raise plan.refuse("target_modules", f"{quoted(config.target_modules)} names no layer of the base", WRONG_BASE)
     for path in sorted(targeted):
         reason = f"{ADAPTER_CONFIG} targets {path}"
         rank, plan.scaling[path] = config.rank_and_scaling(path)
@@ -219,7 +219,7 @@ def _plan_token_rows(plan: Plan) -> None:
     for name, ids in token_targets(config, plan.embedding).items():
         matched = [path for path in plan.shapes if path.endswith(name)]
         if not matched or any(path.endswith(name) for path in layers.linear):
-            raise plan.refuse(key, f"{short(name)} is not the name of an embedding or an output head")
+            raise plan.refuse(key, f"{quoted(name)} is not the name of an embedding or an output head")
         for path in matched:
             if path in plan.token_ids:
                 raise plan.refuse(key, f"names {path} twice")
@@ -362,7 +362,7 @@ def explain(plan: Plan, name: str) -> str:
         if path == name:
             continue
         if path not in layers.linear and path not in plan.shapes:
-            return f"the base has no layer {short(path)} that takes LoRA"
+            return f"the base has no layer {quoted(path)} that takes LoRA"
         if path not in plan.scaling:
             return f"{ADAPTER_CONFIG} does not target that layer"
         if part == MAGNITUDE:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from loraplex.disk import CHANGED, WRITE_ELSEWHERE, Stamp, refuse_pointer, stamp_of
-from loraplex.errors import ConfigurationError
+from loraplex.errors import ConfigurationError, quoted
 
 MAX_HEADER_BYTES = 100_000_000  # as safetensors
 MAX_DIMENSIONS = 64
@@ -92,7 +92,7 @@ class TensorFile:
     def _read_tensor(self, file: FileIO, name: str) -> torch.Tensor:
         entry = self.entries[name]
         if entry.dtype not in TYPES:
-            raise self._unreadable(f"tensor {_short(name)} has the type {entry.dtype!r}")
+            raise self._unreadable(f"tensor {quoted(name)} has the type {entry.dtype!r}")
         tensor = _empty(entry.shape, TYPES[entry.dtype], entry.end - entry.begin)
         file.seek(self._start + entry.begin)
         self._fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -123,7 +123,7 @@ class TensorFile:
         end = 0
         for name, entry in sorted(entries.items(), key=lambda named: named[1][2:]):
             if entry.begin != end:
-                raise self._unreadable(f"the bytes of tensor {_short(name)} do not follow the tensor before it")
+                raise self._unreadable(f"the bytes of tensor {quoted(name)} do not follow the tensor before it")
             end = entry.end
         if size != 8 + num_bytes + end:
             raise self._unreadable(
@@ -143,7 +143,7 @@ class TensorFile:
                 is_right = dtype in OTHER_TYPES if known is None else math.prod(shape) * known.itemsize == end - begin
                 if is_right:
                     return Entry(dtype, tuple(shape), begin, end)
-        raise self._unreadable(f"its header describes tensor {_short(name)} wrongly")
+        raise self._unreadable(f"its header describes tensor {quoted(name)} wrongly")
 
     def _fill(self, file: FileIO, view: memoryview) -> None:
         while view:
@@ -175,8 +175,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         raise ValueError("it names something twice")
     return made
-
-
-def _short(name: str) -> str:
-    text = repr(name)
-    return text if len(text) <= 200 else f"{text[:200]}…"
