@@ -79,7 +79,11 @@ class SimulatedModel:
             for placed in half.placed:
                 for index, block in placed.kept.items():
                     end = placed.kept_positions(index).stop
-                    self.contents[block] = () if placed.sequence in failed else content(placed.sequence, end)
+                    written = content(placed.sequence, end)
+                    if placed.sequence not in failed:
+                        self.contents[block] = written
+                    elif self.contents.get(block, ())[:end] != written:  # else it wrote what was there already
+                        self.contents[block] = ()
         answered = [one.sequence for one in step.placed if not one.is_chunk and one.sequence not in failed]
         generating = {one for one in answered if one.append(Token(7 + one.num_tokens % 5, 0.0))}
         self.finished |= {one: self.now for one in (*answered, *failed) if one not in generating}

@@ -40,6 +40,8 @@ def tokenizer(hugging_face: PreTrainedTokenizerFast, tmp_path_factory: pytest.Te
 
 def template(tokenizer: Tokenizer, max_model_len: int = 4096, **contract: Any) -> Template:
     values = {"labels": ("yes", "no"), "question": "Is it done?", **contract}
+    if "{question}" not in values.get("template", "{question}"):
+        del values["question"]
     return Template(tokenizer, Contract(**values), max_model_len, SOURCE)
 
 
