@@ -1,4 +1,4 @@
-"""What this machine can do: the rate of matrix products, and the bandwidth of its memory."""
+"""Measures what this machine can do: the rate of matrix products, and the bandwidth of its memory."""
 
 import functools
 import time

@@ -50,7 +50,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What one forward pass computes and reads: every layer on every token, the head on the wanted rows.
+    """Holds what one forward pass computes and reads: every layer on every token, the head on the wanted rows.
 
     linear, lora, attention:  FLOPs.
     num_weights:              weights of the base and of the adapters; each is read at least once.

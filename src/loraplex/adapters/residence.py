@@ -12,13 +12,7 @@ from loraplex.adapters.host import HostTier
 from loraplex.adapters.slots import SlotTable
 from loraplex.adapters.tasks import AdapterThreads, Tasks, closed
 from loraplex.bundle import AdapterSource
-from loraplex.errors import (
-    AdapterError,
-    ConfigurationError,
-    EngineError,
-    LoraplexError,
-    NotReadyError,
-)
+from loraplex.errors import AdapterError, ConfigurationError, EngineError, LoraplexError, NotReadyError
 from loraplex.exhaustion import exhaustion
 
 logger = logging.getLogger(__name__)

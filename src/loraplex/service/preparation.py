@@ -29,7 +29,7 @@ EFFECTS: dict[str, tuple[Callable[[EngineConfig], bool], str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preparation:
-    """What a start needs, checked.
+    """Holds what a start needs, checked.
 
     state:    what was changed at run time, locked for this process; None without a state directory.
     names:    the adapters that requests can name after the start.
