@@ -5,7 +5,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 from loraplex.adapters.slots import NO_ADAPTER, prefix_slot
-from loraplex.classifier import DEFAULT_ROLES, conversation_text
+from loraplex.classifier import DEFAULT_ROLES
 from loraplex.engine.block_pool import BASE_KV
 from loraplex.engine.sequence import NEXT_TOKEN, Outcome, Sampling, Sequence, SequenceOutput, Target
 from loraplex.errors import LoraplexError
@@ -108,9 +108,9 @@ def render(
     InvalidRequestError where the input makes no prompt."""
     contract = version.source.contract
     if version.template is None or contract is None:
-        text = conversation_text(input, DEFAULT_ROLES)
+        text = conversations.text(input, DEFAULT_ROLES)
         return verbatim(text, base.tokenizer, base.max_model_len, version.invocation_tokens)
-    return version.template.prompt(conversation_text(input, contract.roles), conversations)
+    return version.template.prompt(conversations.text(input, contract.roles), conversations)
 
 
 def make_sequence(

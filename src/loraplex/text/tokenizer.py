@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-from loraplex.classifier import normalized, valid_unicode
+from loraplex.classifier import conversation_text, normalized, valid_unicode
 from loraplex.errors import BundleError, ContractError, InvalidRequestError, quoted, shortened
 from loraplex.text.detokenizer import REPLACEMENT
 from loraplex.types import Message
@@ -172,6 +172,12 @@ class Conversations:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.normalized = functools.cache(normalized)
+        self._text = functools.cache(lambda conversation, roles: conversation_text(conversation, dict(roles)))
         self.encode = functools.cache(tokenizer.encode)
         self.offsets = functools.cache(tokenizer.offsets)
         self.escape = functools.cache(tokenizer.escape)
+
+    def text(self, conversation: str | tuple[Message, ...], roles: Mapping[str, str]) -> str:
+        """Return `conversation_text`, which is made once for all classifiers with the same roles."""
+        text: str = self._text(conversation, tuple(roles.items()))
+        return text
