@@ -8,6 +8,8 @@ from loraplex.executors.native import NativeExecutor
 from loraplex.model.decoder import Decoder
 from loraplex.model.model import Model
 from loraplex.model.step_memo import StepMemo
+from loraplex.text.frame import Taken
+from loraplex.text.template import Template
 from sound import check_blocks
 
 
@@ -43,3 +45,14 @@ def check_pool(loraplex: Loraplex) -> None:
         assert time.monotonic() < end, "blocks are held although nothing runs"
         time.sleep(0.001)
     check_blocks(pool)
+
+
+def prompt_text(template: Template, conversation: Taken) -> str:
+    """Return the text of a prompt with all of the conversation."""
+    head, tail = template.parts(conversation)
+    return head + (tail or "")
+
+
+def tail(template: Template) -> str:
+    """Return the text behind a conversation."""
+    return template.parts("x")[1] or ""

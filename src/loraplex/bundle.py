@@ -13,6 +13,14 @@ from loraplex.disk import refuse_pointers
 from loraplex.errors import BundleError, ConfigurationError, quoted
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What an adapter's folder says about its prompts, as trainers save it.
+PROMPT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 CONTRACT, SETTINGS = "classifier.yaml", "loraplex.yaml"
 # What transformers reads of a base, beside the weights.
 BASE_FILES = (

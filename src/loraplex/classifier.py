@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -45,6 +45,9 @@ class Golden(BaseModel):
 class Contract(NumbersAreNoBooleans):
     """How a classifier is asked, and how its answer is read.
 
+    format:         lines: messages are written as lines `Name: content`, and stand in the template or in one user
+                    message of the chat template. chat: each is a message of the chat template, and the question is a
+                    last message of the user.
     labels:         in order; the first is the positive one.
     threshold:      only with two labels: answer labels[0] where its score is at least this.
     abstain_below:  mark a verdict as abstained where its label's score is lower.
@@ -57,6 +60,7 @@ class Contract(NumbersAreNoBooleans):
 
     question: str | None = None
     template: str | None = None
+    format: Literal["lines", "chat"] = "lines"
     labels: tuple[str, ...]
     threshold: Probability | None = None
     abstain_below: Probability = 0.0
@@ -100,6 +104,8 @@ class Contract(NumbersAreNoBooleans):
                     f"'question' is given, but 'template' does not hold {QUESTION}",
                     f"write {QUESTION} in the template, or remove 'question'",
                 )
+            if self.format == "chat":
+                raise wrong("'format' is 'chat', and there is a 'template' too", "remove one of them")
         if not self.roles:
             raise wrong("'roles' is empty", "remove it, or name a role: roles: {user: Customer}")
         return self

@@ -264,6 +264,9 @@ class GenerateResult:
 OnToken = Callable[[GeneratedToken, str], None]
 
 
+Owner = Literal["base", "adapter"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
     """An adapter as the API lists it. Fields are None until the adapter has been read, or where they do not apply.
@@ -272,6 +275,9 @@ class AdapterInfo:
     error:      why the last load failed; a version that was ready before still answers.
     warnings:   what is odd about the version that answers, such as another base in its config.
     num_bytes:  bytes on the device.
+    template:   what writes the prompts of /v1/classify: the contract's `template`, the chat template, or nothing (None:
+                the text is taken verbatim).
+    chat_template, tokenizer:  whether they are the adapter's own, or the base's.
     """
 
     name: str
@@ -285,6 +291,9 @@ class AdapterInfo:
     path: str
     pinned: bool = False
     on_device: bool = True
+    template: Literal["contract", "chat_template"] | None = None
+    chat_template: Owner | None = None
+    tokenizer: Owner | None = None
     error: ErrorInfo | None = None
     warnings: tuple[str, ...] | None = None
 

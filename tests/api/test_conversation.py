@@ -10,6 +10,7 @@ import pytest
 import serving
 import tiny
 from loraplex.bundle import open_bundle
+from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.template import Template
 from loraplex.text.tokenizer import Conversations, Tokenizer
 
@@ -35,7 +36,7 @@ def templates(bundle: Path, names: Seq[str]) -> list[Template]:
     for name in names:
         contract = contracts[name]
         assert contract is not None
-        bound.append(Template(tokenizer, contract, MAX_MODEL_LEN, name))
+        bound.append(Template(ChatTemplate.of(tokenizer), contract, MAX_MODEL_LEN, name))
     return bound
 
 
@@ -53,7 +54,7 @@ def test_a_turn_computes_its_new_tokens_and_the_questions(bundle: Path, http: ht
     before: tuple[int, ...] = ()
     num_checked = num_moved = 0
     for text in dialogue(len(names[0])):
-        prompts = [template.prompt(text, Conversations(Tokenizer(bundle))) for template in bound]
+        prompts = [template.prompt(text, Conversations()) for template in bound]
         conversation = prompts[0].token_ids[: prompts[0].num_conversation]
         num_questions = sum(len(prompt.token_ids) - prompt.num_conversation for prompt in prompts)
         num_questions += sum(len(ids) - 1 for template in bound for ids in template.label_ids.values())

@@ -21,6 +21,7 @@ from loraplex.errors import AdapterError, BundleError, ConfigurationError
 from loraplex.executors.capabilities import NATIVE
 from loraplex.model.loader import read_config, read_layers
 from loraplex.service.classifiers import ClassifierChecker
+from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.tokenizer import Tokenizer
 
 
@@ -76,7 +77,9 @@ def test_a_classifier_is_of_one_version(
     for file in (tiny_bundle / "task0").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     layers, num_embeddings = read_layers(read_config(tiny_bundle), tiny_bundle)
-    checker = ClassifierChecker(layers, Tokenizer(tiny_bundle, num_embeddings), 256, NATIVE, ServedBase(tiny_bundle))
+    checker = ClassifierChecker(
+        layers, ChatTemplate.of(Tokenizer(tiny_bundle, num_embeddings)), 256, NATIVE, ServedBase(tiny_bundle)
+    )
     source = AdapterSource(name="task0", path=folder, contract=None)
     assert checker.check(source).source.contract is not None
 

@@ -22,6 +22,7 @@ from loraplex.exhaustion import exhaustion
 from loraplex.routing.router import Router
 from loraplex.server.app import create_app
 from loraplex.server.lifecycle import Lifecycle
+from loraplex.text.tokenizer import Tokenizer
 
 
 def raised(call: Callable[[], object]) -> BaseException:
@@ -122,7 +123,7 @@ def test_a_request_without_memory_for_its_text_gets_an_error(
 
     with Loraplex.load(tiny_bundle, device="cpu", dtype="float32") as loraplex:
         with monkeypatch.context() as patch:
-            patch.setattr(loraplex.service.base.tokenizer, "encode", fails)
+            patch.setattr(Tokenizer, "encode", fails)
             with pytest.raises(EngineError, match="ran out of host memory"):
                 loraplex.classify("Customer: hello", ["task0", "task1"])
         assert loraplex.classify("Customer: hello", "task0")["task0"].label

@@ -12,8 +12,10 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+from checks import prompt_text, tail
 from loraplex.classifier import Contract, normalized
 from loraplex.text import template as template_module
+from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.template import Template
 from loraplex.text.tokenizer import Conversations, Tokenizer
 
@@ -97,7 +99,7 @@ def bound(tokenizer: Tokenizer) -> Template:
 
 def bind(tokenizer: Tokenizer, max_length: int) -> Template:
     contract = Contract(labels=("yes", "no"), template=TEMPLATE, max_length=max_length)
-    return Template(tokenizer, contract, 4096, "classifier.yaml", reads_labels=False)
+    return Template(ChatTemplate.of(tokenizer), contract, 4096, "classifier.yaml", reads_labels=False)
 
 
 def is_text(text: str) -> bool:
@@ -111,15 +113,15 @@ def is_text(text: str) -> bool:
 class Counted(Conversations):
     """Counts the characters that are tokenized."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__(tokenizer)
+    def __init__(self) -> None:
+        super().__init__()
         self.num_chars = 0
-        self.encode, self.offsets = self._counted(tokenizer.encode), self._counted(tokenizer.offsets)  # type: ignore[assignment]
+        self.encode, self.offsets = self._counted(Tokenizer.encode), self._counted(Tokenizer.offsets)  # type: ignore[assignment]
 
     def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(text: str, **options: Any) -> Any:
+        def counted(tokenizer: Tokenizer, text: str, **options: Any) -> Any:
             self.num_chars += len(text)
-            return call(text, **options)
+            return call(tokenizer, text, **options)
 
         return counted
 
@@ -142,13 +144,16 @@ def test_a_prompt_is_what_the_tokenizer_makes_of_the_texts_end(
 ) -> None:
     if not is_text(text):
         return
-    prompt = bound.prompt(text, Conversations(tokenizer))
-    escaped, kept = tokenizer.escape(normalized(text))[0], prompt.text.removesuffix(bound.suffix)
+    prompt = bound.prompt(text, Conversations())
+    escaped, kept = (
+        tokenizer.escape(normalized(text))[0],
+        prompt.text.removesuffix(tail(bound)),
+    )
     encoded: Any = hugging_face(prompt.text)
     assert list(prompt.token_ids) == encoded["input_ids"] and len(prompt.token_ids) <= MAX_LENGTH
     assert escaped.endswith(kept)
     if kind in BYTE_LEVEL and escaped.removesuffix(kept).endswith("\n") and kept.startswith(("Customer:", "Agent:")):
-        whole = tokenizer.encode(bound.render(escaped))
+        whole = tokenizer.encode(prompt_text(bound, escaped))
         assert tuple(whole[-len(prompt.token_ids) :]) == prompt.token_ids, "not the tokens of the whole"
 
 
@@ -157,26 +162,26 @@ def test_a_prompt_is_what_the_tokenizer_makes_of_the_texts_end(
 def test_the_same_texts_are_cut_as_with_everything_tokenized(tokenizer: Tokenizer, bound: Template, text: str) -> None:
     if not is_text(text):
         return
-    prompt = bound.prompt(text, Conversations(tokenizer))
+    prompt = bound.prompt(text, Conversations())
     with all_tokenized():
-        by_whole = bound.prompt(text, Conversations(tokenizer))
+        by_whole = bound.prompt(text, Conversations())
     assert any("cut_" in one for one in prompt.warnings) == any("cut_" in one for one in by_whole.warnings)
     if len(text) < 16 * MAX_LENGTH or not prompt.warnings:
         assert prompt == by_whole
 
 
 def test_a_megabyte_is_not_tokenized_for_its_end(tokenizer: Tokenizer, bound: Template) -> None:
-    counted = Counted(tokenizer)
+    counted = Counted()
     prompt = bound.prompt(dialogue(50_000), counted)
     assert MAX_LENGTH / 2 <= len(prompt.token_ids) <= MAX_LENGTH
     assert counted.num_chars < 100 * MAX_LENGTH
-    assert "has more than" in prompt.warnings[0] and prompt.text.endswith("turn 49999 says hello" + bound.suffix)
+    assert "has more than" in prompt.warnings[0] and prompt.text.endswith("turn 49999 says hello" + tail(bound))
 
 
 def test_an_end_of_few_tokens_is_made_longer(tokenizer: Tokenizer, bound: Template) -> None:
     """A run of spaces, or of characters that the tokenizer does not know, may be one token."""
     text = dialogue(300) + "\nCustomer: " + " " * 3000 + "the end"
-    prompt = bound.prompt(text, Conversations(tokenizer))
+    prompt = bound.prompt(text, Conversations())
     assert "cut_conversation" in prompt.warnings[0] and MAX_LENGTH / 4 <= len(prompt.token_ids) <= MAX_LENGTH
 
 
@@ -186,7 +191,7 @@ def test_the_start_moves_about_as_rarely_as_with_everything_tokenized(tokenizer:
     def num_moves() -> int:
         starts = []
         for num_turns in range(120, 170):
-            prompt = bound.prompt(dialogue(num_turns), Conversations(tokenizer))
+            prompt = bound.prompt(dialogue(num_turns), Conversations())
             assert 160 <= len(prompt.token_ids) <= 320
             assert prompt.text.startswith(("Customer: turn", "Agent: turn")), "cut inside a turn"
             starts.append(prompt.text.partition(" says")[0])

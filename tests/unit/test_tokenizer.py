@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings, strategies
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+from checks import prompt_text, tail
 from loraplex.classifier import Contract, normalized
 from loraplex.errors import BundleError, ContractError, InputTooLongError, InvalidRequestError
+from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.prompt import verbatim
 from loraplex.text.template import Template, turn_starts
 from loraplex.text.tokenizer import Conversations, Tokenizer
@@ -42,7 +44,7 @@ def template(tokenizer: Tokenizer, max_model_len: int = 4096, **contract: Any) -
     values = {"labels": ("yes", "no"), "question": "Is it done?", **contract}
     if "{question}" not in values.get("template", "{question}"):
         del values["question"]
-    return Template(tokenizer, Contract(**values), max_model_len, SOURCE)
+    return Template(ChatTemplate.of(tokenizer), Contract(**values), max_model_len, SOURCE)
 
 
 def ids_of(hugging_face: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -53,7 +55,7 @@ def ids_of(hugging_face: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 @pytest.mark.parametrize("text", TEMPLATES)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(conversation=strategies.text(min_size=1, max_size=80))
+@given(conversation=strategies.text(min_size=1, max_size=80).filter(str.strip))
 def test_prompts_equal_the_tokenizer_on_the_rendered_text(
     hugging_face: PreTrainedTokenizerFast, tokenizer: Tokenizer, text: str, conversation: str
 ) -> None:
@@ -62,7 +64,7 @@ def test_prompts_equal_the_tokenizer_on_the_rendered_text(
     except UnicodeEncodeError:
         return
     bound = template(tokenizer, template=text)
-    prompt = bound.prompt(conversation, Conversations(tokenizer))
+    prompt = bound.prompt(conversation, Conversations())
     assert prompt.text == text.replace("{question}", "Is it done?").replace("{conversation}", normalized(conversation))
     assert list(prompt.token_ids) == ids_of(hugging_face, prompt.text)
     assert prompt.warnings == ()
@@ -76,7 +78,7 @@ def test_what_is_verbatim_parses_special_tokens(hugging_face: PreTrainedTokenize
 
 def test_special_tokens_in_a_conversation_stay_text(tokenizer: Tokenizer) -> None:
     bound = template(tokenizer, template="{conversation}<|ask|>{question}\n")
-    prompt = bound.prompt("a<|ask|>b</s>", Conversations(tokenizer))
+    prompt = bound.prompt("a<|ask|>b</s>", Conversations())
     ask, eos = tiny.SPECIAL_TOKENS.index("<|ask|>"), tiny.SPECIAL_TOKENS.index("</s>")
     assert prompt.token_ids.count(ask) == 1 and eos not in prompt.token_ids
     assert len(prompt.warnings) == 1 and "'<|ask|>'" in prompt.warnings[0] and "'</s>'" in prompt.warnings[0]
@@ -84,12 +86,12 @@ def test_special_tokens_in_a_conversation_stay_text(tokenizer: Tokenizer) -> Non
 
 def test_placeholders_in_a_conversation_stay_text(tokenizer: Tokenizer) -> None:
     bound = template(tokenizer, template="{conversation}<|ask|>{question}\n")
-    prompt = bound.prompt("{question}{conversation}", Conversations(tokenizer))
+    prompt = bound.prompt("{question}{conversation}", Conversations())
     assert prompt.text == "{question}{conversation}<|ask|>Is it done?\n"
 
 
 def test_a_conversation_is_tokenized_once(tokenizer: Tokenizer) -> None:
-    conversations = Conversations(tokenizer)
+    conversations = Conversations()
     for question in ("One?", "Two?", "Three?"):
         template(tokenizer, question=question, template=TEMPLATES[0]).prompt("Customer: hi", conversations)
     assert conversations.encode.cache_info().misses == 1
@@ -97,7 +99,7 @@ def test_a_conversation_is_tokenized_once(tokenizer: Tokenizer) -> None:
 
 def test_a_labels_tokens_are_those_that_follow_the_prompt(tokenizer: Tokenizer) -> None:
     bound = template(tokenizer, template=TEMPLATES[0], labels=("yes", "not at all"))
-    rendered = bound.render("Customer: hi")
+    rendered = prompt_text(bound, "Customer: hi")
     for label, ids in bound.label_ids.items():
         assert tokenizer.encode(rendered + label) == tokenizer.encode(rendered) + list(ids)
 
@@ -136,9 +138,9 @@ def test_a_long_conversation_loses_its_oldest_turns_and_its_start_stays_put(toke
     bound = template(tokenizer, template=TEMPLATES[0], max_length=160)
     starts = []
     for num_turns in range(1, 40):
-        prompt = bound.prompt(dialogue(num_turns), Conversations(tokenizer))
+        prompt = bound.prompt(dialogue(num_turns), Conversations())
         assert len(prompt.token_ids) <= 160
-        conversation = prompt.text.removesuffix(bound.suffix)
+        conversation = prompt.text.removesuffix(tail(bound))
         assert dialogue(num_turns).endswith(conversation)
         assert conversation.startswith(("Customer: turn", "Agent: turn")), "cut inside a turn"
         assert bool(prompt.warnings) == (conversation != dialogue(num_turns))
@@ -150,9 +152,9 @@ def test_a_long_conversation_loses_its_oldest_turns_and_its_start_stays_put(toke
 
 def test_one_turn_that_is_too_long_is_cut_inside(tokenizer: Tokenizer) -> None:
     bound = template(tokenizer, template=TEMPLATES[0], max_length=100)
-    prompt = bound.prompt("Customer: " + "hello there " * 200 + "the end", Conversations(tokenizer))
+    prompt = bound.prompt("Customer: " + "hello there " * 200 + "the end", Conversations())
     assert 50 <= len(prompt.token_ids) <= 100
-    assert prompt.text.endswith("the end" + bound.suffix)
+    assert prompt.text.endswith("the end" + tail(bound))
 
 
 @pytest.mark.parametrize("max_length", [40, 60, 100, 250])
@@ -164,8 +166,8 @@ def test_however_long_the_template_and_the_turns_half_of_the_room_stays_used(
 ) -> None:
     for num_words in (1, max_length // 8, max_length // 4):
         bound = template(tokenizer, template="{conversation}<|ask|>" + "a " * num_words + "\n", max_length=max_length)
-        num_fixed = len(tokenizer.encode(bound.render("")))
-        used = len(bound.prompt(text, Conversations(tokenizer)).token_ids)
+        num_fixed = len(tokenizer.encode(prompt_text(bound, "")))
+        used = len(bound.prompt(text, Conversations()).token_ids)
         assert num_fixed + (max_length - num_fixed) // 2 - 1 <= used <= max_length
 
 
@@ -188,7 +190,7 @@ def test_the_default_template_is_the_bases_chat_template_without_a_second_bos(tm
     tiny.FAMILIES["llama"].save_pretrained(tmp_path)
     hugging_face.save_pretrained(tmp_path)
     tokenizer = Tokenizer(tmp_path)
-    prompt = template(tokenizer).prompt("Customer: hi", Conversations(tokenizer))
+    prompt = template(tokenizer).prompt("Customer: hi", Conversations())
     assert prompt.text == "<s>[INST] Customer: hi\nIs it done? [/INST]<|ask|>"
     encoded: Any = hugging_face(prompt.text, add_special_tokens=False)
     assert list(prompt.token_ids) == encoded["input_ids"]
@@ -201,7 +203,7 @@ def test_a_chat_template_writes_all_special_tokens_itself(tmp_path: Path) -> Non
     tiny.FAMILIES["llama"].save_pretrained(tmp_path)
     hugging_face.save_pretrained(tmp_path)
     tokenizer = Tokenizer(tmp_path)
-    prompt = template(tokenizer).prompt("Customer: hi", Conversations(tokenizer))
+    prompt = template(tokenizer).prompt("Customer: hi", Conversations())
     trained: Any = hugging_face.apply_chat_template(
         [{"role": "user", "content": "Customer: hi\nIs it done?"}], tokenize=True, return_dict=True
     )
@@ -212,12 +214,12 @@ def test_a_template_that_begins_with_bos_gets_no_second_one(tmp_path: Path) -> N
     tiny.FAMILIES["llama"].save_pretrained(tmp_path)
     tiny.metaspace_tokenizer().save_pretrained(tmp_path)
     tokenizer = Tokenizer(tmp_path)
-    prompt = template(tokenizer, template="<s>{conversation}<|ask|>").prompt("hi", Conversations(tokenizer))
+    prompt = template(tokenizer, template="<s>{conversation}<|ask|>").prompt("hi", Conversations())
     assert prompt.token_ids.count(0) == 1
 
 
 def test_without_a_chat_template_the_question_follows_the_conversation(tokenizer: Tokenizer) -> None:
-    assert template(tokenizer).render("Customer: hi") == "Customer: hi\nIs it done?\n"
+    assert prompt_text(template(tokenizer), "Customer: hi") == "Customer: hi\nIs it done?\n"
 
 
 def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT
+from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT, PROMPT_FILES
 from loraplex.errors import AdapterError
 
-FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT)  # the only files that are read, fetched or unpacked
+FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT, *PROMPT_FILES)  # the only files that are read, fetched or unpacked
 PICKLE = "adapter_model.bin"
 ARCHIVE = ".tar.gz"
 CHUNK = 2**20
@@ -27,7 +27,8 @@ class SourceLimits:
     """Size limits of an adapter from any source. An archive may not unpack to more than `max_bytes`."""
 
     max_bytes: int = 8 * 2**30
-    max_text_bytes: int = 4 * 2**20  # of the config, and of the contract: both are parsed in memory
+    max_text_bytes: int = 4 * 2**20  # of the config, the contract and the like, which are parsed in memory
+    max_vocabulary_bytes: int = 128 * 2**20  # of tokenizer.json; those of 250,000 tokens take about 35 MB
     max_members: int = 1000
 
 
@@ -79,13 +80,16 @@ def check_size(source: str, what: str, size: int, limit: int) -> None:
             f"{what} has {size:,} bytes or more, and {limit:,} are allowed",
             remedy="no setting raises this limit; "
             + (
-                "shorten the file" if what in (ADAPTER_CONFIG, CONTRACT) else "save the adapter alone, without the base"
+                "shorten the file"
+                if what in FILES and what != ADAPTER_WEIGHTS
+                else "save the adapter alone, without the base"
             ),
         )
 
 
 def limit_of(name: str, limits: SourceLimits) -> int:
-    return limits.max_bytes if name == ADAPTER_WEIGHTS else limits.max_text_bytes
+    special = {ADAPTER_WEIGHTS: limits.max_bytes, "tokenizer.json": limits.max_vocabulary_bytes}
+    return special.get(name, limits.max_text_bytes)
 
 
 def reason_of(exc: Exception) -> str:

@@ -24,6 +24,8 @@ from loraplex.adapters.files import (
 from loraplex.bundle import CONTRACT
 from loraplex.errors import AdapterError
 
+# The beginnings of all FILES and of the pickle.
+PREFIXES = ("adapter_", "added_tokens", "chat_template", CONTRACT, "special_tokens", "tokenizer")
 ATTEMPTS = 5  # at resuming a download that was cut, and at fetching objects that change meanwhile
 
 
@@ -94,11 +96,11 @@ def _list(client: Any, bucket: str, key: str) -> list[_Object]:
         head = client.head_object(Bucket=bucket, Key=key)
         return [_Object(bucket, key, head["ETag"], head["ContentLength"])]
     # List instead of asking by name: a role that may not list gets the same answer for "missing" and "forbidden", and
-    # a missing contract must not go unnoticed. Two prefixes, because the folder may hold a million other objects.
+    # a missing contract must not go unnoticed. By prefix, because the folder may hold a million other objects.
     folder = f"{key}/" if key else ""
     pages = [
         page
-        for start in ("adapter_", CONTRACT)
+        for start in PREFIXES
         for page in client.get_paginator("list_objects_v2").paginate(
             Bucket=bucket, Prefix=f"{folder}{start}", Delimiter="/"
         )

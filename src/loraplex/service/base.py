@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.tokenizer import Tokenizer
 
 
@@ -10,12 +11,17 @@ class Base:
     """The base that is served.
 
     name:           the name by which the base is asked.
+    chat:           its chat template and its tokenizer.
     max_model_len:  the most tokens of a prompt.
     stop_ids:       the tokens that end a text.
     """
 
     name: str
-    tokenizer: Tokenizer
+    chat: ChatTemplate
     max_model_len: int
     pad_token_id: int | None
     stop_ids: frozenset[int]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.chat.tokenizer

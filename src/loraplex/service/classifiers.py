@@ -10,9 +10,12 @@ from loraplex.adapters.checkpoint import Unidentified, read_unidentified
 from loraplex.adapters.files import FILES
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.bundle import CONTRACT, AdapterSource, open_adapter
+from loraplex.classifier import Contract
 from loraplex.disk import unchanged
-from loraplex.errors import AdapterError, ContractError
+from loraplex.errors import AdapterError, ContractError, InvalidRequestError
 from loraplex.executors.capabilities import Capabilities
+from loraplex.text.adapter_prompt import AdapterPrompts
+from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.template import Template
 from loraplex.text.tokenizer import Tokenizer
 from loraplex.types import AdapterRef
@@ -20,9 +23,10 @@ from loraplex.types import AdapterRef
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifierVersion:
-    """One version of a classifier: its adapter's weights and its contract.
+    """One version of a classifier: its adapter's weights, its contract, and its tokenizer.
 
-    id:             hash of `kv_id` and the contract; answers show it as the version.
+    id:             hash of all three; answers show it as the version.
+    chat:           the chat template and the tokenizer: the adapter's own, or the base's.
     labels:         the labels in the order of the scores; None where the likeliest token is the answer.
     shares_prefix:  the base computes the tokens before the activation.
     has_score:      the adapter answers with a score head of its own.
@@ -32,6 +36,7 @@ class ClassifierVersion:
     source: AdapterSource
     id: str
     kv_id: str
+    chat: ChatTemplate
     template: Template | None
     labels: tuple[str, ...] | None
     invocation_tokens: tuple[int, ...] | None
@@ -43,6 +48,10 @@ class ClassifierVersion:
     num_bytes: int
     host_bytes: int
     warnings: tuple[str, ...]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.chat.tokenizer
 
     @property
     def ref(self) -> AdapterRef:
@@ -60,6 +69,7 @@ class CheckedClassifier:
 
     source: AdapterSource
     adapter: Unidentified
+    chat: ChatTemplate
     template: Template | None
     labels: tuple[str, ...] | None
     warnings: tuple[str, ...]
@@ -71,13 +81,14 @@ class ClassifierChecker:
     def __init__(
         self,
         layers: BaseLayers,
-        tokenizer: Tokenizer,
+        chat: ChatTemplate,
         max_model_len: int,
         capabilities: Capabilities,
         base: ServedBase,
     ) -> None:
         self._base = base
-        self._layers, self._tokenizer, self._max_model_len = layers, tokenizer, max_model_len
+        self._layers, self._max_model_len = layers, max_model_len
+        self._prompts = AdapterPrompts(chat)
         self.capabilities = capabilities
 
     def check(self, source: AdapterSource) -> CheckedClassifier:
@@ -86,21 +97,25 @@ class ClassifierChecker:
         with unchanged([source.path / name for name in FILES], AdapterError):
             source = open_adapter(source.name, source.path)
             adapter = read_unidentified(source.path, self._layers)
+            chat = self._prompts.read(source.path)
         # PEFT often saves the base's own embedding beside LoRA on it. Whether it differs is not known yet.
         self.capabilities.check(source.path, adapter.kinds - {"other_embedding"})
         _check_changes(source, adapter.weights)
-        labels, template = _labels(source, adapter.weights), None
-        if source.contract is not None:
-            template = Template(
-                self._tokenizer,
-                source.contract,
-                self._max_model_len,
-                source.path / CONTRACT,
-                adapter.weights.invocation_tokens,
-                reads_labels=adapter.weights.score is None,
-            )
+        labels = _labels(source, adapter.weights)
+        template = None if source.contract is None else self._bind(source, source.contract, chat, adapter.weights)
         warnings = (*adapter.warnings, *self._base.warn_of(adapter.config.base_model_name_or_path))
-        return CheckedClassifier(source=source, adapter=adapter, template=template, labels=labels, warnings=warnings)
+        return CheckedClassifier(
+            source=source, adapter=adapter, chat=chat, template=template, labels=labels, warnings=warnings
+        )
+
+    def _bind(self, source: AdapterSource, contract: Contract, chat: ChatTemplate, weights: AdapterWeights) -> Template:
+        path, reads_labels = source.path / CONTRACT, weights.score is None
+        try:
+            return Template(
+                chat, contract, self._max_model_len, path, weights.invocation_tokens, reads_labels=reads_labels
+            )
+        except InvalidRequestError as exc:  # the template writes a token that the base does not have
+            raise ContractError(f"{path}, key 'template'", exc.message, remedy=exc.remedy) from None
 
 
 class ClassifierReader:
@@ -122,8 +137,9 @@ class ClassifierReader:
         _check_changes(source, weights)
         version = ClassifierVersion(
             source=source,
-            id=_version_id(weights.kv_id, source),
+            id=_version_id(weights.kv_id, source, checked.chat),
             kv_id=weights.kv_id,
+            chat=checked.chat,
             template=checked.template,
             labels=checked.labels,
             invocation_tokens=weights.invocation_tokens,
@@ -168,6 +184,8 @@ def _labels(source: AdapterSource, weights: AdapterWeights) -> tuple[str, ...] |
     return labels or tuple(f"LABEL_{i}" for i in range(num_labels))  # transformers' default names
 
 
-def _version_id(kv_id: str, source: AdapterSource) -> str:
-    contract = source.contract.model_dump_json() if source.contract is not None else ""
-    return hashlib.sha256(f"{kv_id}\n{contract}".encode()).hexdigest()[:16]
+def _version_id(kv_id: str, source: AdapterSource, chat: ChatTemplate) -> str:
+    # Without defaults, so that a key that a later version of Loraplex adds changes no id.
+    contract = source.contract.model_dump_json(exclude_defaults=True) if source.contract is not None else ""
+    own = "" if chat.is_bases else chat.version
+    return hashlib.sha256(f"{kv_id}\n{contract}\n{own}".encode()).hexdigest()[:16]

@@ -9,6 +9,7 @@ from loraplex.errors import InvalidRequestError, quoted
 from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
 from loraplex.service.evaluation import make_sequence, render
+from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.detokenizer import Detokenizer
 from loraplex.text.prompt import Prompt, chat, tokenized, verbatim
 from loraplex.text.tokenizer import Conversations
@@ -47,11 +48,13 @@ class Completion:
             raise InvalidRequestError(
                 f"{version.source.name!r} has a score head and generates no text", remedy="ask it through /v1/classify"
             )
-        self._version, self._prompt = version, self._make_prompt(version)
+        chat_template = self._base.chat if version is None else version.chat
+        self._version, self._tokenizer = version, chat_template.tokenizer
+        self._prompt = self._make_prompt(version, chat_template)
         # The last token is not computed, so it needs no position.
         num_positions = self._base.max_model_len - len(self._prompt.token_ids) + 1
         self._max_tokens = num_positions if request.max_tokens is None else min(request.max_tokens, num_positions)
-        decode = functools.partial(self._base.tokenizer.decode_part, skip_special_tokens=request.skip_special_tokens)
+        decode = functools.partial(self._tokenizer.decode_part, skip_special_tokens=request.skip_special_tokens)
         self._detokenizer = Detokenizer(decode, self._prompt.token_ids, request.stop)
         sampling = Sampling(
             max_tokens=self._max_tokens,
@@ -92,8 +95,8 @@ class Completion:
             warnings=self._prompt.warnings,
         )
 
-    def _make_prompt(self, version: ClassifierVersion | None) -> Prompt:
-        request, tokenizer, limit = self._request, self._base.tokenizer, self._base.max_model_len
+    def _make_prompt(self, version: ClassifierVersion | None, chat_template: ChatTemplate) -> Prompt:
+        request, limit, tokenizer = self._request, self._base.max_model_len, chat_template.tokenizer
         prompt, options = request.prompt, request.chat_template_kwargs
         invocation = None if version is None else version.invocation_tokens
         if isinstance(prompt, str):
@@ -102,13 +105,13 @@ class Completion:
         if not messages:
             return tokenized([one for one in prompt if isinstance(one, int)], tokenizer, limit, invocation)
         if version is None or version.template is None:
-            return chat(messages, options, tokenizer, limit, invocation)
+            return chat(messages, options, chat_template, limit, invocation)
         if options:
             raise InvalidRequestError(
                 f"{version.source.name!r} has a contract, whose template takes no chat_template_kwargs",
                 remedy="leave them out",
             )
-        return render(version, messages, self._base, Conversations(tokenizer))
+        return render(version, messages, self._base, Conversations())
 
     def _take(self, token: Token) -> bool:
         """Take one token and its text. Return whether to go on."""
@@ -117,7 +120,7 @@ class Completion:
         text = "" if ends else detokenizer.push(token.id)
         if ends or len(self._tokens) + 1 == self._max_tokens:
             text += detokenizer.finish()
-        spelled, utf8 = self._base.tokenizer.spell(token.id)
+        spelled, utf8 = self._tokenizer.spell(token.id)
         top = tuple(self._likely(*one) for one in token.top)
         taken = GeneratedToken(id=token.id, text=spelled, utf8=utf8, log_prob=token.log_prob, offset=offset, top=top)
         self._tokens.append(taken)
@@ -127,7 +130,7 @@ class Completion:
         return not detokenizer.stopped
 
     def _likely(self, token_id: int, log_prob: float) -> LikelyToken:
-        text, utf8 = self._base.tokenizer.spell(token_id)
+        text, utf8 = self._tokenizer.spell(token_id)
         return LikelyToken(id=token_id, text=text, utf8=utf8, log_prob=log_prob)
 
 

@@ -13,7 +13,7 @@ from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
 from loraplex.text.prompt import Prompt, verbatim
 from loraplex.text.template import Template
-from loraplex.text.tokenizer import Conversations, Tokenizer
+from loraplex.text.tokenizer import Conversations
 from loraplex.types import ClassifyRequest, ErrorInfo, Message, Verdict
 
 
@@ -55,7 +55,7 @@ class Evaluation:
         self.error = self.error or next((outcome for outcome in outcomes if isinstance(outcome, LoraplexError)), None)
         self.outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
 
-    def verdict(self, tokenizer: Tokenizer, id: str | None = None) -> Verdict:
+    def verdict(self, id: str | None = None) -> Verdict:
         ref = self.version.ref if self.version is not None else None
         if self.error is not None:
             return Verdict(id=id, classifier=self.name, adapter=ref, error=ErrorInfo.of(self.error))
@@ -76,7 +76,11 @@ class Evaluation:
             )
         [output] = self.outputs
         if labels is None:
-            label, confidence, scores = tokenizer.decode(output.tokens[0].id), math.exp(output.tokens[0].log_prob), None
+            label, confidence, scores = (
+                self.version.tokenizer.decode(output.tokens[0].id),
+                math.exp(output.tokens[0].log_prob),
+                None,
+            )
         else:  # a score head without a contract
             scores = dict(zip(labels, map(math.exp, output.log_probs), strict=True))
             label = max(scores, key=scores.__getitem__)
@@ -106,11 +110,10 @@ def render(
 ) -> Prompt:
     """Return the input's prompt: in the contract's template if there is one, else verbatim. Raises InputTooLongError or
     InvalidRequestError where the input makes no prompt."""
-    contract = version.source.contract
-    if version.template is None or contract is None:
+    if version.template is None:
         text = conversations.text(input, DEFAULT_ROLES)
-        return verbatim(text, base.tokenizer, base.max_model_len, version.invocation_tokens)
-    return version.template.prompt(conversations.text(input, contract.roles), conversations)
+        return verbatim(text, version.tokenizer, base.max_model_len, version.invocation_tokens)
+    return version.template.prompt(input, conversations)
 
 
 def make_sequence(

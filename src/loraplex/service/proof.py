@@ -33,11 +33,11 @@ async def prove(version: ClassifierVersion, slot: int, base: Base, compute: Comp
         )
 
 
-def activated(version: ClassifierVersion, text: str, base: Base) -> str:
+def activated(version: ClassifierVersion, text: str) -> str:
     """Return `text` with the invocation tokens appended where no template has them, so that the adapter acts on it."""
     if version.template is not None or version.invocation_tokens is None:
         return text
-    return text + base.tokenizer.decode(*version.invocation_tokens)
+    return text + version.tokenizer.decode(*version.invocation_tokens)
 
 
 async def _check_golden(version: ClassifierVersion, slot: int, base: Base, compute: Compute) -> None:
@@ -46,9 +46,9 @@ async def _check_golden(version: ClassifierVersion, slot: int, base: Base, compu
         key = f"{version.source.path / CONTRACT}, key 'golden'"
         evaluation = Evaluation(name=version.source.name, version=version, slot=slot)
         request = ClassifyRequest(input=golden.text)
-        await asyncio.to_thread(evaluation.tokenize, request, base, Conversations(base.tokenizer))
+        await asyncio.to_thread(evaluation.tokenize, request, base, Conversations())
         evaluation.take(await compute(evaluation.sequences))
-        verdict = evaluation.verdict(base.tokenizer)
+        verdict = evaluation.verdict()
         if evaluation.error is not None:
             if not isinstance(evaluation.error, BadInputError | InputTooLongError):
                 raise evaluation.error
@@ -63,9 +63,9 @@ async def _check_golden(version: ClassifierVersion, slot: int, base: Base, compu
 
 async def _changes_answers(version: ClassifierVersion, slot: int, base: Base, compute: Compute) -> bool:
     targets = tuple(Target(position=-1, token_id=i) for i in range(16))
-    text = activated(version, PROBE_TEXT, base)
+    text = activated(version, PROBE_TEXT)
     try:
-        prompt = await asyncio.to_thread(render, version, text, base, Conversations(base.tokenizer))
+        prompt = await asyncio.to_thread(render, version, text, base, Conversations())
     except LoraplexError:
         return True  # the adapter takes no such prompt, so nothing can be shown
     sequences = [

@@ -175,6 +175,9 @@ class AdapterRegistry:
             path=str(entry.source.path),
             pinned=entry.is_pinned,
             on_device=live is not None and live.kv_id in self._versions.residence.slots,
+            template=None if live is None or live.template is None else live.template.written_by,
+            chat_template=None if live is None or live.chat.text is None else live.chat.owner,
+            tokenizer=None if live is None else live.tokenizer.owner,
             error=None if entry.error is None else ErrorInfo.of(entry.error),
             warnings=None if live is None else live.warnings or None,
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loraplex.adapters.checkpoint import read_unidentified, rename_tensors
 from loraplex.adapters.files import FILES
-from loraplex.bundle import ADAPTER_CONFIG, CONTRACT, open_adapter, open_base
+from loraplex.bundle import ADAPTER_WEIGHTS, open_adapter, open_base
 from loraplex.disk import unchanged
 from loraplex.errors import AdapterError, BundleError
 from loraplex.model.loader import read_config, read_layers
@@ -26,8 +26,8 @@ def repair(folder: Path, out: Path, base: str) -> int:
         made = Path(work, out.name)
         made.mkdir()
         with unchanged([folder / name for name in FILES], AdapterError):
-            for name in (ADAPTER_CONFIG, CONTRACT):
-                if (folder / name).is_file():
+            for name in FILES:
+                if name != ADAPTER_WEIGHTS and (folder / name).is_file():
                     shutil.copy(folder / name, made)
             num_renamed = rename_tensors(folder, made)
         if not num_renamed:

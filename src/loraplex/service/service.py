@@ -199,10 +199,10 @@ class Service:
         errors = [evaluation.error for evaluation in evaluations if evaluation.error is not None]
         if len(errors) == len(evaluations):
             raise errors[0]
-        id, tokenizer = f"cls-{uuid.uuid4().hex}", self.base.tokenizer
+        id = f"cls-{uuid.uuid4().hex}"
         return ClassifyResult(
             id=id,
-            verdicts=tuple(one.verdict(tokenizer, f"{id}-{index}") for index, one in enumerate(evaluations)),
+            verdicts=tuple(one.verdict(f"{id}-{index}") for index, one in enumerate(evaluations)),
             usage=_usage(evaluations),
             timings=_timings(started, tokenized, [output for one in evaluations for output in one.outputs]),
         )
@@ -227,7 +227,7 @@ class Service:
                 lease.release()
 
         def tokenize() -> list[Sequence]:
-            conversations = Conversations(self.base.tokenizer)
+            conversations = Conversations()
             for evaluation in evaluations:
                 evaluation.tokenize(request, self.base, conversations)
             return [sequence for evaluation in evaluations for sequence in evaluation.sequences]
@@ -284,7 +284,7 @@ class Service:
 
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """Return (classifier, prompt, token ids) for each classifier of the request, without computing an answer."""
-        conversations = Conversations(self.base.tokenizer)
+        conversations = Conversations()
         shown = []
         for name in self._names(request):
             lease = await self.versions.lease(name)

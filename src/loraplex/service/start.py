@@ -26,6 +26,7 @@ from loraplex.service.registry import AdapterRegistry
 from loraplex.service.service import Service
 from loraplex.service.state import AdapterState
 from loraplex.service.versions import Versions
+from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -108,9 +109,9 @@ def _load(bundle: Bundle, config: EngineConfig, executor: Executor, own: frozens
     packs = not executor.capabilities.other_bases
     model_config = read_config(bundle.base, packs=packs)
     layers, num_embeddings = read_layers(model_config, bundle.base, packs=packs)
-    tokenizer = Tokenizer(bundle.base, num_embeddings)
+    chat = ChatTemplate.of(Tokenizer(bundle.base, num_embeddings))
     max_model_len = executor.max_model_len(model_config)
-    checker = ClassifierChecker(layers, tokenizer, max_model_len, executor.capabilities, ServedBase(bundle.base))
+    checker = ClassifierChecker(layers, chat, max_model_len, executor.capabilities, ServedBase(bundle.base))
     checked: dict[str, CheckedClassifier] = {}
     room = budget_bytes(config.host_memory, resolve_device("cpu"))
     for source in bundle.adapters if config.preload == "all" else ():
@@ -127,7 +128,7 @@ def _load(bundle: Bundle, config: EngineConfig, executor: Executor, own: frozens
     computation = executor.load(bundle.base, model_config, bundle.adapters)
     base = Base(
         name=bundle.base_name,
-        tokenizer=tokenizer,
+        chat=chat,
         max_model_len=max_model_len,
         pad_token_id=getattr(model_config, "pad_token_id", None),
         stop_ids=executor.stop_ids,

@@ -63,7 +63,7 @@ async def _difference(service: Service, base: Path, folder: Path, name: str, tex
 
     oracle = await asyncio.to_thread(PeftOracle, base, folder, num_labels=num_labels)
     contract, largest = version.source.contract, 0.0
-    for text in (activated(version, text, service.base) for text in texts):
+    for text in (activated(version, text) for text in texts):
         request = ClassifyRequest(input=text, classifiers=(name,))
         [(_, _, prompt)] = await service.show_prompt(request)
         if version.template is None and not version.has_score:

@@ -1,4 +1,4 @@
-"""Prompts without a contract: verbatim text, token ids, or messages in the base's chat template."""
+"""Prompts without a contract: verbatim text, token ids, or messages in a chat template."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from loraplex.classifier import valid_unicode
 from loraplex.errors import InputTooLongError, InvalidRequestError, listed
+from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.tokenizer import Tokenizer
 from loraplex.types import Message
 
@@ -54,13 +55,13 @@ def tokenized(
 def chat(
     messages: Seq[Message],
     options: Mapping[str, bool | int | str],
-    tokenizer: Tokenizer,
+    template: ChatTemplate,
     max_model_len: int,
     invocation_tokens: tuple[int, ...] | None = None,
 ) -> Prompt:
-    """Return the prompt of messages in the base's chat template. Raises the errors of `verbatim` and
-    `Tokenizer.chat`."""
-    text, spelled = tokenizer.chat(messages, options)
+    """Return the prompt of messages in a chat template. Raises the errors of `verbatim` and `ChatTemplate.chat`."""
+    text, spelled = template.chat(messages, options)
+    tokenizer = template.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens
     prompt = _prompt_of(ids, text, tokenizer, max_model_len, invocation_tokens)
     return replace(prompt, warnings=(kept_as_text(spelled),)) if spelled else prompt

@@ -1,6 +1,7 @@
-"""A base's tokenizer: text to token ids and back, and the chat template."""
+"""A tokenizer: text to token ids and back."""
 
 import functools
+import hashlib
 import inspect
 import re
 import sys
@@ -9,23 +10,22 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-from loraplex.classifier import conversation_text, normalized, valid_unicode
-from loraplex.errors import BundleError, ContractError, InvalidRequestError, quoted, shortened
+from loraplex.classifier import conversation_text, normalized
+from loraplex.errors import BundleError, InvalidRequestError, quoted
 from loraplex.text.detokenizer import REPLACEMENT
-from loraplex.types import Message
+from loraplex.types import Message, Owner
 
 
 class Tokenizer:
     """A Hugging Face tokenizer, and the properties of it that prompts depend on."""
 
-    def __init__(self, folder: Path, num_embeddings: int = sys.maxsize) -> None:
+    def __init__(self, folder: Path, num_embeddings: int = sys.maxsize, owner: Owner = "base") -> None:
         """num_embeddings: of the base. A tokenizer may know more tokens, such as a padding token added later. Raises
         BundleError where the tokenizer does not load or has no fast version."""
         from transformers import AutoTokenizer
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        self._num_embeddings = num_embeddings
-
+        self.folder, self.num_embeddings, self.owner = folder, num_embeddings, owner
         try:
             self._hf: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as exc:  # a Rust panic or many other kinds: the tokenizer is broken or unknown
@@ -38,7 +38,12 @@ class Tokenizer:
                 "the tokenizer has no fast version",
                 remedy="convert it: AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
-        special = [token for token in self._hf.added_tokens_decoder.values() if token.special]
+        self._hf.backend_tokenizer.no_truncation()  # what a saved file says; calls say what they want
+        self._hf.backend_tokenizer.no_padding()
+        added = self._hf.added_tokens_decoder
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.pad_token_id: int | None = self._hf.pad_token_id
+        special = [token for token in added.values() if token.special]
         # Special tokens cut the text first, so the text before one tokenizes alone. A special token that strips the
         # space on its left (lstrip) reaches over the cut.
         self._cutting = {token.content for token in special if not token.lstrip}
@@ -56,7 +61,7 @@ class Tokenizer:
 
     def check(self, token_ids: Iterable[int]) -> None:
         """Raises InvalidRequestError for a token without an embedding in the base."""
-        wrong = next((one for one in token_ids if not 0 <= one < self._num_embeddings), None)
+        wrong = next((one for one in token_ids if not 0 <= one < self.num_embeddings), None)
         if wrong is None:
             return
         spelled = (
@@ -65,7 +70,7 @@ class Tokenizer:
             else f"the token {quoted(wrong)}"
         )
         raise InvalidRequestError(
-            f"{spelled} has no embedding in the base, which has {self._num_embeddings} embeddings",
+            f"{spelled} has no embedding in the base, which has {self.num_embeddings} embeddings",
             remedy="leave it out, or serve the base with the tokenizer that it was saved with",
         )
 
@@ -99,6 +104,10 @@ class Tokenizer:
         """Whether `text` begins with a special token, so that text before it tokenizes alone."""
         return any(text.startswith(token) for token in self._cutting)
 
+    def last_cut(self, text: str) -> int:
+        """Return where the last special token in `text` begins, so that text before it tokenizes alone; 0 without."""
+        return max(0, *(text.rfind(token) for token in self._cutting))
+
     def escape(self, text: str) -> tuple[str, tuple[str, ...]]:
         """Break up special tokens that `text` spells by a space after their first character, so that they stay text.
         Return the text and the special tokens found."""
@@ -111,71 +120,57 @@ class Tokenizer:
                 text = self._spelled.sub("", text)
         return text, found
 
-    def chat_frame(self, content: str, source: object) -> str | None:
-        """Return the base's chat template around one user message, up to where the answer starts; None without a
-        template. Raises ContractError where the template fails."""
-        if not self._hf.chat_template:
+    @property
+    def chat_template(self) -> str | None:
+        """The template in the tokenizer's own files. Of several it is the default one; None where there is none."""
+        try:
+            text: str = self._hf.get_chat_template()
+        except ValueError:  # no template, or several of which none is the default
             return None
-        try:
-            return self._apply_chat_template([{"role": "user", "content": content}], {})
-        except Exception as exc:  # jinja's errors and the template's own
-            raise ContractError(
-                source,
-                f"the base's chat template fails: {exc}",
-                remedy="give a 'template' in classifier.yaml",
-            ) from None
-
-    def chat(self, messages: Seq[Message], options: Mapping[str, bool | int | str]) -> tuple[str, tuple[str, ...]]:
-        """Return the messages in the base's chat template, up to where the answer starts, and the special tokens that
-        were escaped in the messages: only the template may write special tokens. options: the template's own variables.
-        Raises InvalidRequestError where there is no template, or the template refuses the messages or options."""
-        if not self._hf.chat_template:
-            raise InvalidRequestError(
-                "the base has no chat template",
-                remedy="ask an adapter with a contract, or send the whole prompt to /v1/completions",
-            )
-        # transformers' own arguments, such as another template, which a client must not choose.
-        reserved = options.keys() & inspect.signature(self._hf.apply_chat_template).parameters.keys()
-        if reserved:
-            raise InvalidRequestError(
-                f"chat_template_kwargs holds {min(reserved)!r}, which is not a variable of the template",
-                remedy="leave it out",
-            )
-        spelled: list[str] = []
-
-        def escaped(text: str) -> str:
-            text, found = self.escape(valid_unicode(text))
-            spelled.extend(found)
-            return text
-
-        turns = [{"role": escaped(one.role), "content": escaped(one.content)} for one in messages]
-        given = {name: escaped(value) if isinstance(value, str) else value for name, value in options.items()}
-        try:
-            text = self._apply_chat_template(turns, given)
-        except Exception as exc:  # jinja's errors and the template's own
-            raise InvalidRequestError(
-                f"the base's chat template refuses the messages: {shortened(str(exc))}",
-                remedy="send the roles, in the order, that it is written for",
-            ) from None
-        return text, tuple(dict.fromkeys(spelled))
-
-    def _apply_chat_template(self, messages: list[dict[str, str]], options: Mapping[str, Any]) -> str:
-        text: str = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         return text
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], template: str | None, options: Mapping[str, Any]
+    ) -> str:
+        """Return the messages in `template`, up to where the answer starts. Raises whatever the template raises."""
+        text: str = self._hf.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True, **options
+        )
+        return text
+
+    @property
+    def template_arguments(self) -> frozenset[str]:
+        """The names that `apply_chat_template` takes for itself and does not pass on to the template."""
+        return frozenset(inspect.signature(self._hf.apply_chat_template).parameters)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, added tokens included."""
+        vocabulary: dict[str, int] = self._hf.get_vocab()
+        return vocabulary
+
+    @functools.cached_property
+    def rules(self) -> str:
+        """A hash of all that decides how text becomes tokens, and of what chat templates know of a tokenizer. With the
+        same rules, tokenizers work alike."""
+        rules = f"{self._hf.backend_tokenizer.to_str()} {self._hf.bos_token} {self._hf.eos_token}"
+        return hashlib.sha256(rules.encode()).hexdigest()
 
     def starts_with_bos(self, text: str) -> bool:
         return bool(self._hf.bos_token) and text.startswith(self._hf.bos_token)
 
 
 class Conversations:
-    """Caches the tokens of one call's conversations: each text is tokenized once, however many classifiers ask."""
+    """Caches one call's conversations: each text is made once, and tokenized once by each tokenizer, however many
+    classifiers ask."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self) -> None:
         self.normalized = functools.cache(normalized)
+        self.encode = functools.cache(Tokenizer.encode)
+        self.offsets = functools.cache(Tokenizer.offsets)
+        self.escape = functools.cache(Tokenizer.escape)
+        self.render = functools.cache(lambda chat, messages: chat.render(messages))
         self._text = functools.cache(lambda conversation, roles: conversation_text(conversation, dict(roles)))
-        self.encode = functools.cache(tokenizer.encode)
-        self.offsets = functools.cache(tokenizer.offsets)
-        self.escape = functools.cache(tokenizer.escape)
 
     def text(self, conversation: str | tuple[Message, ...], roles: Mapping[str, str]) -> str:
         """Return `conversation_text`, which is made once for all classifiers with the same roles."""

@@ -1,0 +1,130 @@
+"""What an adapter's folder says about its prompts: trainers save the tokenizer and the chat template beside it."""
+
+import hashlib
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from loraplex.bundle import PROMPT_FILES, read_json
+from loraplex.disk import refuse_pointer
+from loraplex.errors import AdapterError, BundleError, quoted
+from loraplex.text.chat_template import ChatTemplate
+from loraplex.text.tokenizer import Tokenizer
+
+VOCABULARY, CONFIG, ADDED, TEMPLATE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+class AdapterPrompts:
+    """Reads the tokenizer and the chat template that adapters' folders hold. Adapters with the same files share one
+    object, and those whose tokenizer works as the base's share the base's. Any thread may call."""
+
+    def __init__(self, base: ChatTemplate) -> None:
+        self._base = base
+        self._read: WeakValueDictionary[str, ChatTemplate] = WeakValueDictionary()  # by the files' hash
+        self._tokenizers: WeakValueDictionary[str, Tokenizer] = WeakValueDictionary()  # by their rules
+
+    def read(self, folder: Path) -> ChatTemplate:
+        """Return the folder's chat template and tokenizer; the base's where the folder says nothing else. Raises
+        AdapterError where they do not load, or the tokenizer gives tokens of the base other ids."""
+        files = {name: (folder / name).read_bytes() for name in PROMPT_FILES if (folder / name).is_file()}
+        if not files:
+            return self._base
+        for name, content in files.items():
+            refuse_pointer(folder / name, content, AdapterError)
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        key = str(hashes)
+        known = self._read.get(key)
+        if known is None:
+            known = self._read[key] = self._parse(folder, files)
+        return known
+
+    def _parse(self, folder: Path, files: dict[str, bytes]) -> ChatTemplate:
+        base = self._base
+        if VOCABULARY in files:
+            tokenizer, text = self._tokenizer(folder, files)
+        else:
+            tokenizer, text = base.tokenizer, _template_of(folder, files)
+            self._check_added(folder, files)
+        if text in (None, base.text):
+            return base if tokenizer is base.tokenizer else ChatTemplate(tokenizer, base.text, base.owner)
+        return ChatTemplate(tokenizer, text, "adapter")
+
+    def _tokenizer(self, folder: Path, files: dict[str, bytes]) -> tuple[Tokenizer, str | None]:
+        """Return the tokenizer, and its own chat template."""
+        base = self._base.tokenizer
+        with tempfile.TemporaryDirectory() as copy:  # so that what is loaded is what was hashed, and nothing else
+            for name, content in files.items():
+                Path(copy, name).write_bytes(content)
+            if CONFIG not in files:
+                with suppress(OSError):  # the base may have none, too
+                    shutil.copy(base.folder / CONFIG, copy)
+            try:
+                own = Tokenizer(Path(copy), base.num_embeddings, "adapter")
+            except BundleError as exc:
+                raise AdapterError(
+                    folder / VOCABULARY,
+                    exc.message.removeprefix(f"{copy}: "),
+                    remedy="save the adapter's tokenizer again; remove its files to use the base's",
+                ) from None
+        _check_ids(folder / VOCABULARY, own, base)
+        if own.rules == base.rules:
+            return base, own.chat_template
+        return self._tokenizers.setdefault(own.rules, own), own.chat_template
+
+    def _check_added(self, folder: Path, files: dict[str, bytes]) -> None:
+        """Raise AdapterError where the files name tokens that the base's tokenizer does not know: without a
+        tokenizer.json nothing says how such a tokenizer works."""
+        added: dict[str, Any] = read_json(folder / ADDED, AdapterError) if ADDED in files else {}
+        config = read_json(folder / CONFIG, AdapterError) if CONFIG in files else {}
+        decoder = config.get("added_tokens_decoder")
+        for token_id, token in decoder.items() if isinstance(decoder, dict) else ():
+            added[str(token.get("content") if isinstance(token, dict) else token)] = token_id
+        known = self._base.tokenizer.vocabulary
+        for token, token_id in added.items():
+            if str(known.get(token)) != str(token_id):
+                raise AdapterError(
+                    folder,
+                    f"its tokenizer has the token {quoted(token)} ({quoted(token_id)}), which the base's has not, and "
+                    f"there is no {VOCABULARY}",
+                    remedy="save the tokenizer there: AutoTokenizer.from_pretrained(…).save_pretrained(…)",
+                )
+
+
+def _check_ids(path: Path, own: Tokenizer, base: Tokenizer) -> None:
+    """Raise AdapterError where a token of the base has another id, or a new token has no embedding. Trainers rename
+    special tokens that a base has in reserve; no prompt here holds a padding token."""
+    remedy = "this tokenizer belongs to another base; remove the tokenizer's files if the base's was used in training"
+    tokens = {token_id: token for token, token_id in base.vocabulary.items()}
+    for token, token_id in own.vocabulary.items():
+        there = tokens.get(token_id)
+        if there is None and token_id >= base.num_embeddings and token_id != own.pad_token_id:
+            raise AdapterError(
+                path,
+                f"the token {quoted(token)} ({token_id}) has no embedding in the base, which has {base.num_embeddings}",
+                remedy="add tokens within the base's embedding, or serve the base that was resized for them",
+            )
+        if there not in (None, token) and token_id not in base.special_ids:
+            raise AdapterError(
+                path,
+                f"the token {token_id} is {quoted(token)}, and {quoted(there)} in the base's tokenizer",
+                remedy=remedy,
+            )
+
+
+def _template_of(folder: Path, files: dict[str, bytes]) -> str | None:
+    """Return the chat template of a folder without a tokenizer.json."""
+    if TEMPLATE in files:
+        return files[TEMPLATE].decode(errors="replace")
+    found = read_json(folder / CONFIG, AdapterError).get("chat_template") if CONFIG in files else None
+    if isinstance(found, list):  # several, by name
+        named = [one for one in found if isinstance(one, dict)]
+        found = next((one.get("template") for one in named if one.get("name") == "default"), None)
+    return found if isinstance(found, str) else None

@@ -1,0 +1,79 @@
+"""A chat template: messages to text."""
+
+import hashlib
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from loraplex.classifier import valid_unicode
+from loraplex.errors import InvalidRequestError, shortened
+from loraplex.text.tokenizer import Tokenizer
+from loraplex.types import Message, Owner
+
+
+class ChatTemplate:
+    """The chat template of a base or of an adapter, or the absence of one.
+
+    text:   None where there is none.
+    owner:  whose template it is. The tokenizer may have another owner.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, text: str | None, owner: Owner) -> None:
+        self.tokenizer, self.text, self.owner = tokenizer, text, owner
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "ChatTemplate":
+        """Return the chat template in a base's own files."""
+        return cls(tokenizer, tokenizer.chat_template, "base")
+
+    @property
+    def is_bases(self) -> bool:
+        return self.owner == self.tokenizer.owner == "base"
+
+    @property
+    def version(self) -> str:
+        """Identifies the template and the tokenizer's rules."""
+        return hashlib.sha256(f"{self.tokenizer.rules} {self.text}".encode()).hexdigest()
+
+    def render(self, messages: Seq[Message], options: Mapping[str, Any] | None = None) -> str:
+        """Return the messages as the template writes them, up to where the answer starts. Special tokens in them are
+        not escaped. Raises whatever the template raises."""
+        turns = [{"role": one.role, "content": one.content} for one in messages]
+        return self.tokenizer.apply_chat_template(turns, self.text, options or {})
+
+    def chat(self, messages: Seq[Message], options: Mapping[str, bool | int | str]) -> tuple[str, tuple[str, ...]]:
+        """Return the messages as `render` does, and the special tokens that were escaped in them: only the template may
+        write special tokens. options: the template's own variables. Raises InvalidRequestError where there is no
+        template, or the template refuses the messages or options."""
+        if self.text is None:
+            raise InvalidRequestError(
+                "the base has no chat template",
+                remedy="ask an adapter with a contract, or send the whole prompt to /v1/completions",
+            )
+        # transformers' own arguments, such as another template, which a client must not choose.
+        reserved = options.keys() & self.tokenizer.template_arguments
+        if reserved:
+            raise InvalidRequestError(
+                f"chat_template_kwargs holds {min(reserved)!r}, which is not a variable of the template",
+                remedy="leave it out",
+            )
+        spelled: list[str] = []
+
+        def escaped(text: str) -> str:
+            text, found = self.tokenizer.escape(valid_unicode(text))
+            spelled.extend(found)
+            return text
+
+        turns = [Message(role=escaped(one.role), content=escaped(one.content)) for one in messages]
+        given = {name: escaped(value) if isinstance(value, str) else value for name, value in options.items()}
+        try:
+            text = self.render(turns, given)
+        except Exception as exc:  # jinja's errors and the template's own
+            raise self.refused(exc) from None
+        return text, tuple(dict.fromkeys(spelled))
+
+    def refused(self, exc: Exception) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"the {self.owner}'s chat template refuses the messages: {shortened(str(exc))}",
+            remedy="send the roles, in the order, that it is written for",
+        )

@@ -1,0 +1,209 @@
+"""What stands around a conversation in a prompt: fixed text, or a chat template."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+from loraplex.classifier import CONVERSATION, QUESTION, Contract, valid_unicode
+from loraplex.errors import ContractError, InvalidRequestError
+from loraplex.text.chat_template import ChatTemplate
+from loraplex.text.tokenizer import Conversations
+from loraplex.types import Message
+
+# Conversations with different ends, and with characters that a template may escape, strip or write in another way.
+# Labels and invocation must not depend on the end, as binding checks.
+TEXTS = ("Customer: hello", "Customer: is it done?", "Agent: Yes.\nCustomer: ok 5", ' "It\'s" <b>é</b> & {x} \\ 5%')
+TURNS = (
+    (Message(role="user", content="hello"),),
+    (Message(role="user", content="is it done?"), Message(role="assistant", content=TEXTS[-1])),
+    tuple(Message(role=role, content="ok 5") for role in ("user", "assistant", "user")),
+)
+MARK = "LoraplexMark"  # stands for a text that is not known while a template is rendered
+
+Taken = str | tuple[Message, ...]  # a conversation as a prompt holds it: normalized, its special tokens escaped
+
+
+class TextFrame:
+    """A conversation that is text, within fixed text or within one user message of a chat template.
+
+    prefix:              what stands before every conversation, for offsets.
+    add_special_tokens:  whether the tokenizer adds its special tokens to the prompt.
+    """
+
+    probes: Seq[Taken] = TEXTS
+    empty: Taken = ""
+
+    def __init__(self, chat: ChatTemplate, contract: Contract, source: object) -> None:
+        """Raises ContractError where the chat template fails, or leaves the user's message out."""
+        self._tokenizer, self._roles, self._question = chat.tokenizer, contract.roles, contract.question
+        self._chat = chat if contract.template is None and chat.text is not None else None
+        if self._chat is None:
+            template = contract.template or self._content(CONVERSATION, QUESTION) + "\n"
+            # A template that begins with the special token would have two of them.
+            self.add_special_tokens = not self._tokenizer.starts_with_bos(template)
+            prefix, _, suffix = template.partition(CONVERSATION)
+            question = contract.question or ""
+            self.prefix, self._suffix = prefix.replace(QUESTION, question), suffix.replace(QUESTION, question)
+            return
+        self.add_special_tokens = False  # a chat template writes the special tokens
+        try:
+            self.prefix, mark, self._suffix = self._render(MARK, Conversations()).partition(MARK)
+            rendered = [self._render(probe, Conversations()) for probe in TEXTS]
+        except InvalidRequestError as exc:
+            raise ContractError(source, exc.message, remedy="give a 'template' in classifier.yaml") from None
+        if len(set(rendered)) < len(rendered):
+            raise ContractError(
+                source,
+                f"the {chat.owner}'s chat template leaves the user's message out",
+                remedy="give a 'template' in classifier.yaml",
+            )
+        if not mark:
+            self.prefix = ""
+        elif all(self._around(probe) == text for probe, text in zip(TEXTS, rendered, strict=True)):
+            self._chat = None  # what the template writes around a message is fixed text
+
+    def take(self, given: str | tuple[Message, ...], conversations: Conversations) -> tuple[Taken, tuple[str, ...]]:
+        """Return the conversation as a prompt holds it, and the special tokens that were escaped in it. Raises
+        InvalidRequestError where it is empty or has an unknown role."""
+        text = conversations.normalized(conversations.text(given, self._roles))
+        return conversations.escape(self._tokenizer, text)
+
+    def parts(self, conversation: Taken, conversations: Conversations) -> tuple[str, str | None]:
+        """Return the prompt up to the conversation's end, and the text behind it. The second is None where the template
+        writes the conversation in another way, so that no such place is known."""
+        assert isinstance(conversation, str)
+        if self._chat is not None and (text := self._render(conversation, conversations)) != self._around(conversation):
+            return text, None
+        return self.prefix + conversation, self._suffix
+
+    def flat(self, conversation: Taken) -> str:
+        """Return the conversation as one text, to find a place where to cut it."""
+        assert isinstance(conversation, str)
+        return conversation
+
+    def cut(self, conversation: Taken, at: int) -> Taken:
+        """Return the conversation without the first `at` characters of `flat`."""
+        return conversation[at:]
+
+    def turn_starts(self, conversation: Taken) -> list[int] | None:
+        """Return where turns begin in `flat`, but the first; None where the text's lines have to tell."""
+        return None
+
+    def num_around(self, num_tokens: Callable[[Taken], int]) -> int:
+        """Return how many tokens stand around each turn. num_tokens: counts those of a prompt."""
+        return 0
+
+    def _content(self, conversation: str, question: str | None) -> str:
+        return conversation if self._question is None else f"{conversation}\n{question}"
+
+    def _around(self, conversation: str) -> str:
+        return self.prefix + conversation + self._suffix
+
+    def _render(self, conversation: str, conversations: Conversations) -> str:
+        assert self._chat is not None
+        message = Message(role="user", content=self._content(conversation, self._question))
+        return _rendered(self._chat, (message,), conversations)
+
+
+class ChatFrame:
+    """A conversation whose messages are messages of a chat template, and the question a last message of the user. The
+    methods are those of TextFrame."""
+
+    probes: Seq[Taken] = TURNS
+    empty: Taken = (Message(role="user", content=""),)
+    prefix = ""
+    add_special_tokens = False
+
+    def __init__(self, chat: ChatTemplate, contract: Contract, source: object) -> None:
+        """Raises ContractError where there is no chat template, or it does not write the question as it is behind the
+        conversation."""
+        self._chat, self._tokenizer, self._question = chat, chat.tokenizer, contract.question
+        if chat.text is None:
+            raise ContractError(
+                f"{source}, key 'format'", "the base has no chat template", remedy="remove it, or write `format: lines`"
+            )
+        for probe in TURNS:
+            try:
+                head, tail = self.parts(probe, conversations := Conversations())
+                asked = probe if self._question is None else (*probe, Message(role="user", content=self._question))
+                is_exact = head + tail == _rendered(chat, asked, conversations)
+            except InvalidRequestError as exc:
+                raise ContractError(
+                    f"{source}, key 'format'",
+                    f"{exc.message} (the question is a user's message behind a {probe[-1].role}'s)",
+                    remedy="write `format: lines`, or a 'template'",
+                ) from None
+            if not is_exact:
+                raise ContractError(
+                    f"{source}, key 'format'",
+                    f"the {chat.owner}'s chat template does not write the question as it is",
+                    remedy="write `format: lines`, or a 'template'",
+                )
+
+    def take(self, given: str | tuple[Message, ...], conversations: Conversations) -> tuple[Taken, tuple[str, ...]]:
+        messages = (Message(role="user", content=given),) if isinstance(given, str) else given
+        if not any(message.content.strip() for message in messages):
+            raise InvalidRequestError("the input is empty", remedy="send the text or the messages to classify")
+        taken, spelled = [], []
+        for message in messages:
+            role, in_role = conversations.escape(self._tokenizer, valid_unicode(message.role))
+            text = valid_unicode(conversations.normalized(message.content))
+            content, in_content = conversations.escape(self._tokenizer, text)
+            taken.append(Message(role=role, content=content))
+            spelled += [*in_role, *in_content]
+        return tuple(taken), tuple(dict.fromkeys(spelled))
+
+    def parts(self, conversation: Taken, conversations: Conversations) -> tuple[str, str]:
+        assert isinstance(conversation, tuple)
+        if self._question is None:
+            head, question, tail = _rendered(self._chat, conversation, conversations), "", ""
+        else:  # rendered once for all questions
+            asked = (*conversation, Message(role="user", content=MARK))
+            head, _, tail = _rendered(self._chat, asked, conversations).rpartition(MARK)
+            question = self._question
+        # Text may be tokenized apart before a special token, and the question's message often begins with one.
+        last = conversation[-1].content
+        written = head.rfind(last)
+        end = max(self._tokenizer.last_cut(head), written + len(last) if written >= 0 else 0)
+        return head[:end], head[end:] + question + tail
+
+    def flat(self, conversation: Taken) -> str:
+        return "\n".join(_contents(conversation))
+
+    def cut(self, conversation: Taken, at: int) -> Taken:
+        assert isinstance(conversation, tuple)
+        for index, message in enumerate(conversation):
+            if at < len(message.content) + 1:
+                return (Message(role=message.role, content=message.content[at:]), *conversation[index + 1 :])
+            at -= len(message.content) + 1
+        return ()
+
+    def turn_starts(self, conversation: Taken) -> list[int] | None:
+        starts, at = [], 0
+        for content in _contents(conversation)[:-1]:
+            starts.append(at := at + len(content) + 1)
+        return starts
+
+    def num_around(self, num_tokens: Callable[[Taken], int]) -> int:
+        turns = TURNS[-1]  # three with the same content
+        content = len(self._tokenizer.encode(turns[0].content, add_special_tokens=False))
+        return max(0, (num_tokens(turns) - num_tokens(turns[:1])) // 2 - content)
+
+
+Frame = TextFrame | ChatFrame
+
+
+def frame_of(chat: ChatTemplate, contract: Contract, source: object) -> Frame:
+    """Return the frame that the contract asks for. Raises ContractError where the chat template is unfit."""
+    return (ChatFrame if contract.format == "chat" else TextFrame)(chat, contract, source)
+
+
+def _contents(conversation: Taken) -> list[str]:
+    return [conversation] if isinstance(conversation, str) else [message.content for message in conversation]
+
+
+def _rendered(chat: ChatTemplate, messages: tuple[Message, ...], conversations: Conversations) -> str:
+    try:
+        text: str = conversations.render(chat, messages)
+    except Exception as exc:  # jinja's errors and the template's own
+        raise chat.refused(exc) from None
+    return text
