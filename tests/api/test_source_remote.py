@@ -24,9 +24,12 @@ from moto.server import ThreadedMotoServer
 
 from loraplex.adapters.files import ResolvedSource, SourceLimits
 from loraplex.adapters.source import resolve_source
+from loraplex.bundle import PROMPT_FILES
 from loraplex.errors import AdapterError
 
 CONFIG, WEIGHTS, CONTRACT = "adapter_config.json", "adapter_model.safetensors", "classifier.yaml"
+# What is fetched beside the weights: contents by name.
+TEXTS = {CONFIG: b"{}", CONTRACT: b"a: b", **{name: f"a {name}".encode() for name in PROMPT_FILES}}
 BIG = os.urandom(3_000_000)
 SCRIPT = """
 import json, sys
@@ -173,7 +176,7 @@ class Bucket:
         self.client.put_object(Bucket=self.name, Key=key, Body=content)
 
     def put_adapter(self, folder: str, weights: bytes = BIG) -> None:
-        for name, content in ((CONFIG, b"{}"), (WEIGHTS, weights), (CONTRACT, b"a: b")):
+        for name, content in (*TEXTS.items(), (WEIGHTS, weights)):
             self.put(f"{folder}{name}", content)
 
 
@@ -196,7 +199,7 @@ Resolve = Callable[..., ResolvedSource]
 def packed(weights: bytes) -> bytes:
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w") as tar:
-        for name, content in ((CONFIG, b"{}"), (WEIGHTS, weights), (CONTRACT, b"a: b")):
+        for name, content in (*TEXTS.items(), (WEIGHTS, weights)):
             info = tarfile.TarInfo(f"isDone/{name}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -219,7 +222,7 @@ def test_an_adapter_in_s3_is_fetched_once_and_again_when_it_changes(
     key = {"folder": "/models/isDone", "archive": "/models/isDone.tar.gz", "root": ""}[form]
     steps: list[tuple[int, int | None]] = []
     first = resolve(f"s3://{bucket.name}{key}", progress=lambda *step: steps.append(step))
-    assert contents(first.path) == {CONFIG: b"{}", WEIGHTS: BIG, CONTRACT: b"a: b"}
+    assert contents(first.path) == TEXTS | {WEIGHTS: BIG}
     assert first.source == f"s3://{bucket.name}{key}" and first.remote
     assert steps == sorted(steps) and len({total for _, total in steps}) == 1 and steps[-1][0] == steps[-1][1]
     assert not [path for method, path, _ in between.asked if method == "GET" and path.endswith((".md", ".pt"))]
@@ -373,7 +376,7 @@ FILES = {
     **{name: b"{}" for name in (CONFIG, f"a/b/{CONFIG}", f"pickled/{CONFIG}", "config.json")},
     **{name: b"weights" for name in (WEIGHTS, f"a/b/{WEIGHTS}")},
     **{name: b"pickle" for name in ("pickled/adapter_model.bin", "adapter_model.bin", "code.py", "a/b/x.pt")},
-    CONTRACT: b"a: b",
+    **{name: content for name, content in TEXTS.items() if name != CONFIG},
 }
 COMMITS = {"main": "1" * 40, "v2": "2" * 40, "refs/pr/1": "3" * 40}
 
@@ -454,10 +457,10 @@ def test_an_adapter_on_the_hub_is_fetched_at_its_revision(
         commit = COMMITS[revision].encode()
         assert (Path(one["path"]) / WEIGHTS).read_bytes() == b"weights" + commit
         assert Path(one["path"]).is_relative_to(tmp_path / "hf")
-    size = sum(len(FILES[name]) + 40 for name in (CONFIG, WEIGHTS, CONTRACT))
+    size = sum(len(FILES[name]) + 40 for name in (WEIGHTS, *TEXTS))
     assert found[0]["steps"][-1] == [size, size]
     fetched = {path.rpartition("/")[2] for method, path in asked if method == "GET" and "/resolve/" in path}
-    assert fetched == {CONFIG, WEIGHTS, CONTRACT}, "no pickle, no code"
+    assert fetched == {WEIGHTS, *TEXTS}, "no pickle, no code"
     offline = hub(*named[:3], "hf://org/open@refs/pr/9", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:1")
     assert [one.get("path") for one in offline] == [*(one["path"] for one in found[:3]), None]
     assert "HF_HUB_OFFLINE" in offline[3]["remedy"]

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from loraplex.adapters.files import ResolvedSource, SourceLimits
 from loraplex.adapters.source import resolve_source
+from loraplex.bundle import PROMPT_FILES
 from loraplex.errors import AdapterError
 
 CONFIG, WEIGHTS, CONTRACT = "adapter_config.json", "adapter_model.safetensors", "classifier.yaml"
@@ -118,7 +119,7 @@ def test_without_roots_no_path_is_let_in(root: Path, tmp_path: Path) -> None:
         resolve_source(root / "isDone", roots=(), cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, CONTRACT])
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, CONTRACT, *PROMPT_FILES])
 def test_a_file_that_is_a_link_leads_out_too(root: Path, resolve: Resolve, name: str) -> None:
     outside = root.parent / "secret"
     outside.write_text("secret")
@@ -244,9 +245,11 @@ def test_s3_without_boto3_says_what_to_install(resolve: Resolve, monkeypatch: py
 def test_an_archive_is_unpacked_from_its_root_or_its_one_folder(root: Path, resolve: Resolve, folder: str) -> None:
     others = [member("README.md"), member("._" + CONFIG), member("isDone", b"", type=tarfile.DIRTYPE), member("a/b/c")]
     checkpoint = [member(f"isDone/checkpoint-9/{CONFIG}", b"wrong")]
-    make_archive(root / "isDone.tar.gz", *others, *adapter_members(folder), *checkpoint)
+    prompt = {name: f"a {name}".encode() for name in PROMPT_FILES}
+    beside = [member(folder + name, content) for name, content in prompt.items()]
+    make_archive(root / "isDone.tar.gz", *others, *adapter_members(folder), *beside, *checkpoint)
     resolved = resolve("isDone.tar.gz")
-    assert contents(resolved.path) == {CONFIG: b"{}", WEIGHTS: b"weights", CONTRACT: b"a: b"}
+    assert contents(resolved.path) == {CONFIG: b"{}", WEIGHTS: b"weights", CONTRACT: b"a: b", **prompt}
     assert resolved.source == str(root / "isDone.tar.gz") and not resolved.remote
 
 
