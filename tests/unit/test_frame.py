@@ -124,7 +124,7 @@ def test_each_message_is_one_of_the_template_and_the_question_the_last(
 
 
 def test_classifiers_with_other_questions_share_a_chat_up_to_the_question(tokenizer: Tokenizer) -> None:
-    conversations, turns = Conversations(), (Message(role="user", content="hi"), Message(role="assistant", content="x"))
+    conversations, turns = Conversations(), (Message(role="user", content="hi"), Message(role="assistant", content="s"))
     chat, prompts = ChatTemplate(tokenizer, CHATML, "base"), []
     for word in ("new", "old", "blue"):
         contract = Contract(format="chat", question=f"Is it {word}?", labels=("yes", "no"))

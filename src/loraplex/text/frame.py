@@ -121,9 +121,11 @@ class ChatFrame:
             raise ContractError(
                 f"{source}, key 'format'", "the base has no chat template", remedy="remove it, or write `format: lines`"
             )
+        self._is_cut = True  # whether a special token follows every conversation
         for probe in TURNS:
             try:
-                head, tail = self.parts(probe, conversations := Conversations())
+                head, tail = self._around(probe, conversations := Conversations())
+                self._is_cut &= self._end(probe, head) <= self._tokenizer.last_cut(head)
                 asked = probe if self._question is None else (*probe, Message(role="user", content=self._question))
                 is_exact = head + tail == _rendered(chat, asked, conversations)
             except InvalidRequestError as exc:
@@ -153,18 +155,24 @@ class ChatFrame:
         return tuple(taken), tuple(dict.fromkeys(spelled))
 
     def parts(self, conversation: Taken, conversations: Conversations) -> tuple[str, str]:
+        head, tail = self._around(conversation, conversations)
+        # Text may be tokenized apart before a special token, and the question's message often begins with one.
+        end = self._tokenizer.last_cut(head) if self._is_cut else self._end(conversation, head)
+        return head[:end], head[end:] + tail
+
+    def _around(self, conversation: Taken, conversations: Conversations) -> tuple[str, str]:
+        """Return the prompt up to the question, and from there."""
         assert isinstance(conversation, tuple)
         if self._question is None:
-            head, question, tail = _rendered(self._chat, conversation, conversations), "", ""
-        else:  # rendered once for all questions
-            asked = (*conversation, Message(role="user", content=MARK))
-            head, _, tail = _rendered(self._chat, asked, conversations).rpartition(MARK)
-            question = self._question
-        # Text may be tokenized apart before a special token, and the question's message often begins with one.
-        last = conversation[-1].content
-        written = head.rfind(last)
-        end = max(self._tokenizer.last_cut(head), written + len(last) if written >= 0 else 0)
-        return head[:end], head[end:] + question + tail
+            return _rendered(self._chat, conversation, conversations), ""
+        asked = (*conversation, Message(role="user", content=MARK))  # rendered once for all questions
+        head, _, tail = _rendered(self._chat, asked, conversations).rpartition(MARK)
+        return head, self._question + tail
+
+    def _end(self, conversation: Taken, head: str) -> int:
+        """Return where the last message ends in `head`, as far as that can be seen."""
+        last = _contents(conversation)[-1]
+        return max(0, head.rfind(last)) + len(last)
 
     def flat(self, conversation: Taken) -> str:
         return "\n".join(_contents(conversation))
