@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from loraplex.bundle import Bundle, open_bundle
 from loraplex.config import EngineConfig, resolve
 from loraplex.errors import NotReadyError
+from loraplex.generation import GenerateRequest, GenerateResult
 from loraplex.routing.router import Router, start_router
 from loraplex.service.preparation import Preparation, check_effects, prepare
 from loraplex.types import (
     AdapterInfo,
     ClassifyRequest,
     ClassifyResult,
-    GenerateRequest,
-    GenerateResult,
     Input,
     Message,
     classifier_names,

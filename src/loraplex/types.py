@@ -1,6 +1,6 @@
 """Requests and answers: plain frozen data, the same in Python and in JSON."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -171,97 +171,6 @@ class BatchResult:
     results: tuple[ClassifyResult | Failure, ...]
     usage: Usage
     timings: Timings
-
-
-MAX_TOP = 20  # largest `num_top` of a GenerateRequest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateRequest:
-    """A prompt to continue under an adapter, or under the bare base where `adapter` is None.
-
-    prompt:        text, token ids or messages. Text is taken verbatim, and its special tokens are parsed. Messages go
-                   through the adapter's contract, else the base's chat template; special tokens in them stay text.
-    max_tokens:    None: as many as the base's context allows.
-    temperature:   0 takes the likeliest token. Above 0, tokens are drawn from the smallest set of likeliest tokens
-                   whose probabilities add up to `top_p`.
-    seed:          the same seed draws the same tokens.
-    stop:          the first of these texts to appear ends the answer, and is not part of it.
-    num_top:       how many of the likeliest tokens to return with each token, 20 at most.
-    logit_bias:    token id -> -100 to 100, added before a token is chosen. Log probabilities do not include it.
-    allowed_token_ids:     if not empty, only these tokens are chosen.
-    add_special_tokens:    whether the tokenizer adds its special tokens to a prompt that is text.
-    skip_special_tokens:   whether the answer's text leaves special tokens out.
-    chat_template_kwargs:  variables of the base's chat template.
-    conversation_id:       keeps what was computed for the conversation's next turn.
-    deadline_ms:           milliseconds from the call.
-    """
-
-    prompt: str | tuple[int, ...] | tuple[Message, ...]
-    adapter: str | None = None
-    max_tokens: int | None = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    num_top: int = 0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    allowed_token_ids: tuple[int, ...] = ()
-    add_special_tokens: bool = True
-    skip_special_tokens: bool = False
-    chat_template_kwargs: Mapping[str, bool | int | str] = field(default_factory=dict)
-    conversation_id: str | None = None
-    deadline_ms: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LikelyToken:
-    """A token that the model found likely.
-
-    text:      the token alone, decoded.
-    utf8:      the token's bytes, which may be a part of a character; None where they are not known.
-    log_prob:  over the whole vocabulary, before the request's parameters change it.
-    """
-
-    id: int
-    text: str
-    utf8: bytes | None
-    log_prob: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratedToken(LikelyToken):
-    """A token of the answer.
-
-    offset:  number of characters in the answer before the token.
-    top:     the `num_top` likeliest tokens at this position, likeliest first. The token itself may be missing.
-    """
-
-    offset: int
-    top: tuple[LikelyToken, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateResult:
-    """The answer to a GenerateRequest.
-
-    tokens:    all generated tokens, including an end-of-text token or the tokens of a stop text (reason "stop").
-    text:      the answer without an end-of-text token or stop text.
-    warnings:  which parts of the prompt were not taken as given, as a verdict's warnings.
-    """
-
-    id: str
-    text: str
-    tokens: tuple[GeneratedToken, ...]
-    finish_reason: Literal["stop", "length"]
-    adapter: AdapterRef | None
-    usage: Usage
-    timings: Timings
-    warnings: tuple[str, ...] = ()
-
-
-# Called with a token and the text that it made final. Text that may begin a stop text, or half a character, waits.
-OnToken = Callable[[GeneratedToken, str], None]
 
 
 Owner = Literal["base", "adapter"]

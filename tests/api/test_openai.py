@@ -238,7 +238,83 @@ def test_special_tokens_are_left_out_of_the_text_unless_asked_for(client: OpenAI
         assert choice.logprobs.text_offset == ([0, 7, 14] if skip is False else [0, 0, 0])
 
 
+def test_the_prompts_own_log_probabilities(client: OpenAI, bundle: Path) -> None:
+    """`echo`, as lm-eval asks for them: those of the prompt, then those of the answer."""
+    encode = AutoTokenizer.from_pretrained(bundle)
+    ids = encode(PROMPT)["input_ids"]
+    sampling: Any = {"model": "verbatim", "temperature": 0, "logprobs": 1}
+    [whole] = client.completions.create(prompt=PROMPT, max_tokens=2, echo=True, **sampling).choices
+    [answer] = client.completions.create(prompt=PROMPT, max_tokens=2, **sampling).choices
+    assert whole.text == PROMPT + answer.text and whole.finish_reason == answer.finish_reason
+    assert whole.logprobs is not None and answer.logprobs is not None
+    tokens, log_probs, top, offsets = (
+        getattr(whole.logprobs, name) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    )
+    assert {len(one) for one in (tokens, log_probs, top, offsets)} == {len(ids) + 2}
+    assert tokens == [encode.decode([one]) for one in ids] + (answer.logprobs.tokens or [])
+    assert log_probs[0] is None and top[0] is None
+    assert log_probs[-2:] == pytest.approx(answer.logprobs.token_logprobs, abs=1e-5)
+    assert offsets[-2:] == [len(PROMPT) + one for one in answer.logprobs.text_offset or ()]
+    for i in range(1, len(ids)):
+        [expected] = client.completions.create(prompt=ids[:i], max_tokens=1, **sampling).choices
+        assert expected.logprobs is not None and expected.logprobs.tokens is not None
+        assert log_probs[i] <= max(top[i].values()) and log_probs[i] == top[i][tokens[i]]
+        assert top[i][expected.logprobs.tokens[0]] == max(top[i].values())
+        assert PROMPT[offsets[i] :].startswith(tokens[i])
+    several = client.completions.create(prompt=[ids, ids[:5]], max_tokens=0, n=2, echo=True, **sampling)
+    assert [one.text for one in several.choices] == [PROMPT] * 2 + [encode.decode(ids[:5])] * 2
+    assert several.usage is not None and several.usage.completion_tokens == 0
+    for choice in several.choices:
+        assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+        found = choice.logprobs.token_logprobs
+        assert found[1:] == pytest.approx(log_probs[1 : len(found)], abs=1e-5)
+    [text] = client.completions.create(prompt=PROMPT, model="verbatim", max_tokens=0, echo=True).choices
+    assert text.text == PROMPT and text.logprobs is None
+
+
+def test_what_ends_a_text_can_be_chosen(client: OpenAI, bundle: Path) -> None:
+    """As guidellm does with `ignore_eos`; a token of the client's own ends the text, and `min_tokens` puts it off."""
+    end, *others = tiny.SPECIAL_TOKENS.index("</s>"), *letters(bundle)
+    sampling: Any = {"model": "verbatim", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "logprobs": 0}
+
+    def ask(**extra: Any) -> tuple[int, str]:
+        [choice] = client.completions.create(**sampling, extra_body=extra).choices
+        assert choice.logprobs is not None and choice.logprobs.tokens is not None
+        return len(choice.logprobs.tokens), choice.finish_reason
+
+    both = {"allowed_token_ids": [end, others[0]], "logit_bias": {str(end): 100}}
+    assert ask(**both) == (1, "stop")
+    assert ask(**both, ignore_eos=True) == (12, "length")
+    assert ask(**both, min_tokens=5) == (6, "stop")
+    assert ask(**both, min_tokens=12) == (12, "length")
+    assert ask(allowed_token_ids=others[:1]) == (12, "length")
+    assert ask(allowed_token_ids=others[:1], stop_token_ids=others) == (1, "stop")
+    assert ask(**both, ignore_eos=True, stop_token_ids=[end], min_tokens=3) == (4, "stop")
+    [text] = client.completions.create(
+        **sampling, extra_body={"allowed_token_ids": others[:1], "stop_token_ids": others}
+    ).choices
+    assert text.text == ""
+
+
+def test_the_number_of_tokens_has_two_names(client: OpenAI) -> None:
+    for extra in ({"max_completion_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": 3}):
+        answer = client.completions.create(
+            model="verbatim", prompt=PROMPT, temperature=0, extra_body={**extra, "ignore_eos": True}
+        )
+        assert answer.usage is not None and answer.usage.completion_tokens == 3
+
+
 # ------------------------------------------------------------------------------------------------- chat
+
+
+def test_special_tokens_beside_the_chat_templates(client: OpenAI, http: httpx.Client) -> None:
+    sampling: Any = {"model": "bundle", "messages": MESSAGES, "max_tokens": 1}
+    default, without, added = (
+        client.chat.completions.create(**sampling, extra_body={"add_special_tokens": value}).usage
+        for value in (None, False, True)
+    )
+    assert default is not None and without is not None and added is not None
+    assert default.prompt_tokens == without.prompt_tokens == added.prompt_tokens  # this tokenizer adds none
 
 
 @pytest.mark.parametrize("model", ["task0", "verbatim", "bundle"])
@@ -358,6 +434,25 @@ def test_a_streamed_chat_is_the_whole_one_in_pieces(client: OpenAI) -> None:
         tokens = [one.token for choice in mine if choice.logprobs for one in choice.logprobs.content or ()]
         assert expected.logprobs is not None and expected.logprobs.content is not None
         assert tokens == [one.token for one in expected.logprobs.content]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_every_chunk_counts_the_tokens_if_asked(client: OpenAI, chat: bool) -> None:
+    options: Any = {"model": "task0", "max_tokens": 5, "n": 2, "stream": True, "extra_body": {"ignore_eos": True}}
+    options["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    made: Any = (
+        client.chat.completions.create(messages=MESSAGES, **options)
+        if chat
+        else client.completions.create(prompt=PROMPT, **options)
+    )
+    *chunks, last = made
+    assert last.choices == [] and last.usage.completion_tokens == 10
+    for index in range(2):
+        mine = [chunk.usage for chunk in chunks if chunk.choices[0].index == index]
+        counted = [usage.completion_tokens for usage in mine]
+        assert counted == sorted(counted) and counted[0] == (0 if chat else 1) and counted[-1] == 5
+        assert all(usage.prompt_tokens == last.usage.prompt_tokens for usage in mine)
+        assert all(usage.total_tokens == usage.prompt_tokens + usage.completion_tokens for usage in mine)
 
 
 def test_the_stream_on_the_wire(http: httpx.Client) -> None:
@@ -503,14 +598,12 @@ def test_fields_that_change_nothing_are_taken(client: OpenAI) -> None:
         ("frequency_penalty", -1),
         ("top_k", 5),
         ("best_of", 3),
-        ("echo", True),
         ("suffix", "end"),
         ("store", True),
         ("guided_choice", ["yes", "no"]),
         ("structured_outputs", {"choice": ["yes"]}),
         ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
-        ("min_tokens", 2),
         ("prompt_logprobs", 1),
         ("unheard_of", None),
         ("top_logprob", 5),
@@ -570,6 +663,15 @@ WRONG_COMPLETIONS: list[tuple[dict[str, Any], int, str]] = [
     ({"allowed_token_ids": [99999]}, 422, "99999"),
     ({"stream_options": {"include_usage": True}}, 422, "stream_options"),
     ({"stream": True, "stream_options": {"other": 1}}, 422, "stream_options"),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, 422, "continuous_usage_stats"),
+    ({"echo": True, "stream": True}, 422, "echo"),
+    ({"echo": True, "max_tokens": -1}, 422, "max_tokens"),
+    ({"max_tokens": 2, "max_completion_tokens": 3}, 422, "max_tokens"),
+    ({"stop_token_ids": [99999]}, 422, "99999"),
+    ({"stop_token_ids": "a"}, 422, "stop_token_ids"),
+    ({"min_tokens": 20}, 422, "min_tokens"),
+    ({"min_tokens": 2, "stop": "a"}, 422, "stop"),
+    ({"min_tokens": 2, "allowed_token_ids": [1]}, 422, "min_tokens"),
     ({"stream": True, "prompt": ""}, 422, "empty"),
     ({"stream": True, "prompt": [5] * 9000}, 413, "9000"),
 ]
@@ -605,7 +707,8 @@ def test_wrong_completions(http: httpx.Client, fields: dict[str, Any], status: i
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template"),
         ({"chat_template_kwargs": {"x": 1}, "model": "task0"}, "contract"),
-        ({"add_special_tokens": True}, "add_special_tokens"),
+        ({"add_special_tokens": True, "model": "task0"}, "add_special_tokens"),
+        ({"echo": True}, "echo"),
     ],
 )
 def test_wrong_chats(http: httpx.Client, fields: dict[str, Any], mentions: str) -> None:

@@ -99,6 +99,24 @@ def test_without_a_contract_the_top_token_is_the_answer(shared: Loraplex, native
     check_verdicts(actual, expected)
 
 
+@pytest.mark.parametrize("adapter", [None, "plain", "active1"])
+@pytest.mark.parametrize("num_top", [0, 2])
+def test_the_log_probabilities_of_a_prompts_tokens_are_natives(
+    shared: Loraplex, native: Loraplex, adapter: str | None, num_top: int
+) -> None:
+    for prompt in (PROMPT, "Customer: yes<|ask|>no"):
+        actual, expected = (
+            one.generate(prompt, adapter, num_top=num_top, max_tokens=1, echo=True, scores_prompt=True)
+            for one in (shared, native)
+        )
+        assert actual.prompt_text == expected.prompt_text == prompt
+        for one, other in zip(actual.prompt_tokens, expected.prompt_tokens, strict=True):
+            assert (one.id, one.text, one.offset, len(one.top)) == (other.id, other.text, other.offset, len(other.top))
+            assert one.log_prob == pytest.approx(other.log_prob, abs=TOLERANCE)
+            tops = ([likely.log_prob for likely in which.top] for which in (one, other))
+            assert next(tops) == pytest.approx(next(tops), abs=TOLERANCE)
+
+
 @pytest.mark.parametrize("backend", OTHERS)
 def test_plain_adapters_of_several_ranks_answer_as_native(tiny_bundle: Path, backend: str) -> None:
     with load(tiny_bundle, backend) as loraplex, load(tiny_bundle, "native") as native:

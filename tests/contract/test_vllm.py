@@ -27,7 +27,8 @@ from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.config import EngineConfig
 from loraplex.engine.sequence import Sequence, SequenceOutput, Target
 from loraplex.errors import AdapterError, ConfigurationError, EngineError, QueueFullError, UnsupportedModelError
-from loraplex.types import ClassifyRequest, GenerateRequest
+from loraplex.generation import GenerateRequest
+from loraplex.types import ClassifyRequest
 
 pytestmark = [
     pytest.mark.skipif(not tiny.HAS_VLLM, reason="vLLM is not installed here: make test-vllm"),

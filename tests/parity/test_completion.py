@@ -15,7 +15,8 @@ import tiny
 from checks import check_pool
 from loraplex import Loraplex
 from loraplex.errors import InputTooLongError, InvalidRequestError
-from loraplex.types import GeneratedToken, GenerateRequest, GenerateResult, Message
+from loraplex.generation import GeneratedToken, GenerateRequest, GenerateResult
+from loraplex.types import Message
 
 NUM_TOP = 20
 PROMPTS = ["Customer: hi<|ask|>Is it done?", "Customer: hello, a table for two\nAgent: at what time?<|ask|>done?"]

@@ -23,8 +23,8 @@ from loraplex.errors import (
     InvalidRequestError,
     UnknownClassifierError,
 )
+from loraplex.generation import GenerateRequest, GenerateResult
 from loraplex.service.computing import Computing
-from loraplex.types import GenerateRequest, GenerateResult
 
 NUM_TOKENS = 40  # past two block boundaries, whatever the prompt's length
 PROMPTS = [

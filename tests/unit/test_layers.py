@@ -11,7 +11,7 @@ import loraplex
 ROOT = Path(loraplex.__file__).parent
 # From the bottom up. A module may import its own layer and those before it.
 LAYERS = [
-    {"types", "errors", "problems", "config", "metrics", "database", "disk", "exhaustion", "machine"},
+    {"types", "generation", "errors", "problems", "config", "metrics", "database", "disk", "exhaustion", "machine"},
     {"classifier", "client"},
     {"bundle"},
     {"text", "ops"},

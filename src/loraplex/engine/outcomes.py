@@ -27,18 +27,20 @@ def read_outcomes(
     scored: label log probabilities of the sequences that a score head answers. A sequence with NaN or infinite log
     probabilities gets an EngineError as its outcome.
     """
-    heads = read_heads(logits, target_rows, target_ids, last_rows, **_sampling(sequences, logits.device))
+    heads = read_heads(logits, target_rows, target_ids, last_rows, **_sampling(sequences, logits))
     ended = time.monotonic()
     outcomes: list[tuple[Sequence, Outcome]] = []
     remaining = iter(heads.target_log_probs)
-    top = iter(zip(heads.top_ids, heads.top_log_probs, strict=True))
-    for sequence, next_id, next_log_prob in zip(sequences, heads.next_ids, heads.next_log_probs, strict=True):
-        num_top = sequence.sampling.num_top
-        token = Token(next_id, next_log_prob, tuple(zip(*next(top), strict=True))[:num_top] if num_top else ())
+    tops = (tuple(zip(*one, strict=True)) for one in zip(heads.top_ids, heads.top_log_probs, strict=True))
+    of_tokens = [next(tops)[: one.sampling.num_top] if one.sampling.num_top else () for one in sequences]
+    chosen = map(Token, heads.next_ids, heads.next_log_probs, of_tokens)
+    for sequence, token in zip(sequences, chosen, strict=True):
+        num_tops = len(sequence.targets) if sequence.num_target_top else 0
         assert sequence.started_s is not None
         output = SequenceOutput(
             log_probs=scored.get(sequence) or tuple(islice(remaining, len(sequence.targets))),
             tokens=(*sequence.tokens, token),
+            tops=tuple(one[: sequence.num_target_top] for one in islice(tops, num_tops)),
             queued_s=sequence.started_s - sequence.arrived_s,
             computed_s=ended - sequence.started_s,
         )
@@ -56,14 +58,23 @@ def checked(output: SequenceOutput) -> Outcome:
     )
 
 
-def _sampling(sequences: Seq[Sequence], device: torch.device) -> dict[str, Any]:
+def _sampling(sequences: Seq[Sequence], logits: torch.Tensor) -> dict[str, Any]:
     """Return the arguments of `read_heads` that say how tokens are chosen. Options that no sequence uses are left
     out."""
+    device, vocab_size = logits.device, logits.shape[-1]
     asked = [(i, one.sampling, one) for i, one in enumerate(sequences) if one.sampling is not NEXT_TOKEN]
-    drawing = [(i, one.temperature, one.top_p, sequence.draw()) for i, one, sequence in asked if one.temperature > 0]
     biases = [(i, token_id, bias) for i, one, _ in asked for token_id, bias in one.biases]
+    for i, one, sequence in asked:
+        if len(sequence.tokens) < one.min_tokens:
+            biases += [(i, token_id, -math.inf) for token_id in one.stop_ids if 0 <= token_id < vocab_size]
+    drawing = [(i, one.temperature, one.top_p, sequence.draw()) for i, one, sequence in asked if one.temperature > 0]
     allowed = [(i, token_id) for i, one, _ in asked for token_id in one.allowed_ids]
     top = [i for i, one, _ in asked if one.num_top]
+    target_top, num_targets = list[int](), 0
+    for sequence in sequences:
+        end = num_targets + len(sequence.targets)
+        target_top += range(num_targets, end) if sequence.num_target_top else ()
+        num_targets = end
     told: dict[str, Any] = {}
     if drawing:
         told["drawing"] = torch.tensor(drawing, dtype=torch.float64).T.to(device)
@@ -71,7 +82,8 @@ def _sampling(sequences: Seq[Sequence], device: torch.device) -> dict[str, Any]:
         told["biases"] = torch.tensor(biases, dtype=torch.float64).T.to(device)
     if allowed:
         told["allowed"] = torch.tensor(allowed).T.to(device)
-    if top:
-        told["top"] = torch.tensor(top, device=device)
-        told["num_top"] = max(one.num_top for _, one, _ in asked)
+    if top or target_top:
+        told["top"] = torch.tensor(top, dtype=torch.long, device=device)
+        told["target_top"] = torch.tensor(target_top, dtype=torch.long, device=device)
+        told["num_top"] = max(max(one.sampling.num_top, one.num_target_top) for one in sequences)
     return told

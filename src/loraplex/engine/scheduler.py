@@ -13,6 +13,9 @@ from loraplex.errors import CancelledError, DeadlineExceededError, LoraplexError
 
 # Tokens by which a request's work counts as shorter for each second that it has waited longer than another request.
 WAITING_BONUS = 2000.0
+# Rows of logits in a step of several sequences, which bounds their memory: with a vocabulary of 150,000, a row takes
+# 0.6 MB in float32.
+MAX_STEP_ROWS = 512
 
 Flow = frozenset[int]
 
@@ -185,6 +188,8 @@ class Scheduler:
         no blocks are available for a chunk, the whole sequence runs in a step of its own.
         """
         placed = self._place(sequence)
+        if len(step) and step.num_rows + sequence.num_rows > max(MAX_STEP_ROWS, self.max_step_sequences):
+            return None
         cost = step.cost(placed)
         if step.num_tokens + cost <= self.max_step_tokens:
             return placed

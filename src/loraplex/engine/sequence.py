@@ -32,6 +32,7 @@ class Sampling:
     whose probabilities add up to `top_p`.
 
     stop_ids:     tokens that end the text: the first of them is the last token.
+    min_tokens:   before so many tokens, none of `stop_ids` is chosen.
     biases:       (token id, number added to its logit before a token is chosen).
     allowed_ids:  if not empty, only these tokens are chosen.
     num_top:      how many of the likeliest tokens to report with each token.
@@ -42,6 +43,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
     biases: tuple[tuple[int, float], ...] = ()
     allowed_ids: tuple[int, ...] = ()
     num_top: int = 0
@@ -67,12 +69,15 @@ class SequenceOutput:
 
     log_probs:   one per target: natural logarithm, over the whole vocabulary. With a score head: one per label.
     tokens:      the tokens that follow the sequence, one or as many as its sampling asks for.
+    tops:        for each target the likeliest tokens at its position with their log probabilities, likeliest first;
+                 empty if the sequence's `num_target_top` is 0.
     queued_s:    seconds from the arrival to the first step.
     computed_s:  seconds from the first step to the result.
     """
 
     log_probs: tuple[float, ...]
     tokens: tuple[Token, ...]
+    tops: tuple[tuple[tuple[int, float], ...], ...] = ()
     queued_s: float
     computed_s: float
 
@@ -87,6 +92,7 @@ class Sequence:
                  changes the tokens before its activation.
     num_kept:    leading tokens whose K/V is looked up, and kept for later requests. All, if more than one token is
                  generated.
+    num_target_top:  how many of the likeliest tokens to report with each target.
     on_token:    called after each token, on the engine's thread; returns whether to go on. If it raises, an EngineError
                  is the outcome.
     num_computed_tokens:  tokens run through the model so far. Tokens that sequences share count for one of them.
@@ -100,6 +106,7 @@ class Sequence:
     prefix_kv_id: bytes = BASE_KV
     num_kept: int = 0
     targets: tuple[Target, ...] = ()
+    num_target_top: int = 0
     sampling: Sampling = NEXT_TOKEN
     on_token: Callable[[Token], bool] | None = None
     arrived_s: float = 0.0
@@ -155,6 +162,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits that the sequence reads."""
+        return len({-1, *(target.position for target in self.targets)})
 
     @property
     def num_cacheable_blocks(self) -> int:

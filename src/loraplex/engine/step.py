@@ -78,6 +78,7 @@ class Step:
         sequences of different requests have to share."""
         self.placed: list[Placed] = []
         self.num_tokens = 0
+        self.num_rows = 0  # of logits, at most: sequences may share rows
         self._shares, self._min_shared = shares, min_shared
         self._roots: dict[tuple[tuple[int, ...], int, int], list[Run]] = {}
 
@@ -127,6 +128,7 @@ class Step:
             parent, at = run, run.end
         placed.last = parent
         self.placed.append(placed)
+        self.num_rows += 0 if placed.is_chunk else sequence.num_rows
 
     def runs(self) -> Iterator[Run]:
         """All runs, parents first."""

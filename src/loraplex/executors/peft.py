@@ -32,7 +32,7 @@ from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterSource
 from loraplex.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.outcomes import read_outcomes
-from loraplex.engine.scheduler import Scheduler
+from loraplex.engine.scheduler import MAX_STEP_ROWS, Scheduler
 from loraplex.engine.sequence import Outcome, Sequence
 from loraplex.engine.step import Step
 from loraplex.errors import AdapterError
@@ -175,8 +175,9 @@ class PeftRunner:
     def _batches(self, sequences: Seq[Sequence]) -> Iterator[list[Sequence]]:
         batch: list[Sequence] = []
         for sequence in sequences:
-            longest = max(one.num_tokens for one in [*batch, sequence])
-            if batch and not (self._is_mixed and longest * (len(batch) + 1) <= self._max_tokens):
+            both = [*batch, sequence]
+            num_tokens, num_rows = max(one.num_tokens for one in both) * len(both), _num_last(both) * len(both)
+            if batch and not (self._is_mixed and num_tokens <= self._max_tokens and num_rows <= MAX_STEP_ROWS):
                 yield batch
                 batch = []
             batch.append(sequence)
@@ -186,8 +187,7 @@ class PeftRunner:
         started = time.monotonic()
         for sequence in sequences:
             sequence.started_s = started if sequence.started_s is None else sequence.started_s
-        # All sequences end together, so the wanted rows are among the last K of each.
-        num_last = max([1, *(-target.position for one in sequences for target in one.targets)])
+        num_last = _num_last(sequences)
         logits = self._logits(sequences, num_last)  # [sequences, K, vocab]
         device = logits.device
         targets = [
@@ -260,6 +260,11 @@ class PeftRunner:
 
 def _name(slot: int) -> str:
     return BASE if slot == NO_ADAPTER else f"slot{slot}"
+
+
+def _num_last(sequences: Seq[Sequence]) -> int:
+    """Return K: all sequences of a batch end together, so the wanted rows are among the last K of each."""
+    return max([1, *(-target.position for one in sequences for target in one.targets)])
 
 
 def _padded(sequences: Seq[Sequence], device: torch.device) -> dict[str, torch.Tensor]:

@@ -24,10 +24,10 @@ from loraplex.executors.capabilities import VLLM
 from loraplex.executors.vllm_arguments import read_arguments
 from loraplex.executors.vllm_client import DEVICE_TYPE, reason
 from loraplex.executors.vllm_engine import VllmEngine
+from loraplex.generation import MAX_TOP
 from loraplex.machine import budget_bytes
 from loraplex.model.base_weights import BaseWeights
 from loraplex.model.loader import read_stop_ids, resolve_device, resolve_dtype
-from loraplex.types import MAX_TOP
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM takes for max_lora_rank
 MOST_LORAS = 32  # adapters that vLLM keeps room for on the device by default

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+MAX_POSITIONS = 16  # targets behind more tokens than this are asked as vLLM's `prompt_logprobs`
 MAX_TARGETS = 128  # the most `logprob_token_ids` of one request
 POLL_S = 0.2  # between two checks whether vLLM died
 CLOSE_S = 3.0  # for vLLM's processes to end; then they are killed
@@ -231,6 +232,8 @@ class VllmEngine:
         asked: dict[int, list[int]] = {-1: []}  # position -> token ids
         for target in sequence.targets:
             asked.setdefault(target.position, []).append(target.token_id)
+        if sequence.num_target_top or len(asked) > MAX_POSITIONS:
+            return await self._score_text(sequence)
         found: dict[tuple[int, int], float] = {}
         first, *rest = [
             (position, ids[start : start + MAX_TARGETS])
@@ -241,12 +244,8 @@ class VllmEngine:
         for failure in await asyncio.gather(*work, return_exceptions=True):  # all end before another kind's turn
             if failure is not None:
                 raise failure
-        return SequenceOutput(
-            log_probs=tuple(found[target.position, target.token_id] for target in sequence.targets),
-            tokens=sequence.tokens,
-            queued_s=sequence.started_s - sequence.arrived_s,
-            computed_s=time.monotonic() - sequence.started_s,
-        )
+        log_probs = [found[target.position, target.token_id] for target in sequence.targets]
+        return _output(sequence, log_probs, sequence.tokens)
 
     async def _generate(self, sequence: Sequence, ids: Seq[int], found: dict[tuple[int, int], float]) -> None:
         """Generate the tokens that follow. Put the log probabilities of `ids` as the first token into `found`."""
@@ -257,6 +256,7 @@ class VllmEngine:
             top_p=wanted.top_p,
             seed=wanted.seed,
             stop_token_ids=sorted(wanted.stop_ids),
+            min_tokens=wanted.min_tokens,
             ignore_eos=True,
             logit_bias=dict(wanted.biases) or None,
             allowed_token_ids=list(wanted.allowed_ids) or None,
@@ -300,6 +300,25 @@ class VllmEngine:
                 [log_probs] = completion.logprobs
                 found.update({(position, one): log_probs[one].logprob for one in ids})
                 sequence.num_computed_tokens += len(prompt) - (output.num_cached_tokens or 0)
+
+    async def _score_text(self, sequence: Sequence) -> SequenceOutput:
+        """Compute a sequence whose targets are its own text's tokens and one more, as `scoring_sequences` makes it.
+        vLLM computes such a prompt whole, whatever its prefix cache holds."""
+        text = (*sequence.token_ids, sequence.targets[-1].token_id)
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            ignore_eos=True,
+            prompt_logprobs=sequence.num_target_top,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        async with contextlib.aclosing(self._ask(sequence, text, params)) as outputs:
+            [rows] = [output.prompt_logprobs async for output in outputs]
+        sequence.num_computed_tokens += len(sequence.token_ids)
+        num_top, end = sequence.num_target_top, len(text)
+        found = [_token(one.token_id, rows[end + one.position], num_top) for one in sequence.targets]
+        return _output(sequence, [one.log_prob for one in found], found[-1:], tuple(one.top for one in found))
 
     def _ask(self, sequence: Sequence, token_ids: Seq[int], params: SamplingParams) -> Any:
         lora = None
@@ -361,6 +380,17 @@ async def _cancel_rest() -> None:
 
 def _died() -> EngineError:
     return EngineError("vLLM died", remedy="start the server again; its log above has the details")
+
+
+def _output(sequence: Sequence, log_probs: Seq[float], tokens: Seq[Token], tops: Any = ()) -> SequenceOutput:
+    assert sequence.started_s is not None
+    return SequenceOutput(
+        log_probs=tuple(log_probs),
+        tokens=tuple(tokens),
+        tops=tops,
+        queued_s=sequence.started_s - sequence.arrived_s,
+        computed_s=time.monotonic() - sequence.started_s,
+    )
 
 
 def _token(token_id: int, log_probs: Mapping[int, Any], num_top: int) -> Token:

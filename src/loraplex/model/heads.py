@@ -1,6 +1,7 @@
 """Turns the logits of the wanted rows into the targets' log probabilities and the next token of each sequence.
 
-Shapes: L rows, N targets, S sequences; D sequences draw their token, W sequences also want the likeliest tokens.
+Shapes: L rows, N targets, S sequences; D sequences draw their token; W sequences and V targets also want the likeliest
+tokens.
 """
 
 from typing import NamedTuple
@@ -10,13 +11,13 @@ import torch
 
 class Heads(NamedTuple):
     """Log probabilities (natural logarithm) over the whole vocabulary, from the unchanged logits. top: likeliest
-    first."""
+    first, for the sequences, then for the targets."""
 
     target_log_probs: list[float]  # [N]
     next_ids: list[int]  # [S]
     next_log_probs: list[float]  # [S]
-    top_ids: list[list[int]]  # [W][num_top]
-    top_log_probs: list[list[float]]  # [W][num_top]
+    top_ids: list[list[int]]  # [W + V][num_top]
+    top_log_probs: list[list[float]]  # [W + V][num_top]
 
 
 def read_heads(
@@ -29,6 +30,7 @@ def read_heads(
     biases: torch.Tensor | None = None,  # [3, B] float64: index into last_rows, token id, number added to its logit
     allowed: torch.Tensor | None = None,  # [2, A]: index into last_rows, token id; these rows choose no other token
     top: torch.Tensor | None = None,  # [W] indices into last_rows
+    target_top: torch.Tensor | None = None,  # [V] indices into target_rows
     num_top: int = 0,
 ) -> Heads:
     """Return the log probabilities and next tokens, computed in float32. Waits for the device.
@@ -55,6 +57,8 @@ def read_heads(
     top_log_probs: list[list[float]] = []
     if top is not None:
         rows = last_rows[top]
+        if target_top is not None:
+            rows = torch.cat((rows, target_rows[target_top]))
         values, ids = logits[rows].topk(min(num_top, logits.shape[-1]), dim=-1)
         top_ids, top_log_probs = ids.tolist(), (values - normalizer[rows, None]).tolist()
     return Heads(target_log_probs.tolist(), next_ids.tolist(), next_log_probs.tolist(), top_ids, top_log_probs)

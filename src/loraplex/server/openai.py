@@ -5,6 +5,7 @@ import json
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
 from contextlib import aclosing
@@ -16,15 +17,15 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from loraplex.errors import LoraplexError
+from loraplex.generation import GeneratedToken, GenerateRequest, GenerateResult
 from loraplex.server import logs
 from loraplex.server.answers import trace, unexpected, visible
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.lifecycle import stopping
-from loraplex.server.openai_answers import Answer, ChatCompletion, Completion, Format, usage_of
+from loraplex.server.openai_answers import Answer, ChatCompletion, Completion, Format, usage_of, usage_so_far
 from loraplex.server.openai_schemas import ChatBody, CompletionBody
 from loraplex.server.routes import ERRORS, metrics_of, router_of, service_of, while_connected
 from loraplex.server.schemas import error_json
-from loraplex.types import GeneratedToken, GenerateRequest, GenerateResult
 
 logger = logging.getLogger(__name__)
 router = APIRouter(tags=["openai"], route_class=JsonRoute)
@@ -75,6 +76,7 @@ async def generated_texts(
     model: str,
     asked: Seq[GenerateRequest],
     on_token: Callable[[int, GeneratedToken, str], None] | None = None,
+    on_prompt: Callable[[int, int], None] | None = None,
 ) -> list[GenerateResult]:
     """Generate all of `asked` concurrently, and count the outcome in the metrics. If one request fails, raises its
     error and cancels the others. A client that disconnects cancels all."""
@@ -84,7 +86,9 @@ async def generated_texts(
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(backend.generate(one, None if on_token is None else partial(on_token, index)))
+                    group.create_task(
+                        backend.generate(one, *(call and partial(call, index) for call in (on_token, on_prompt)))
+                    )
                     for index, one in enumerate(asked)
                 ]
         except ExceptionGroup as failed:
@@ -113,15 +117,18 @@ async def _events(
     """Yield server-sent events. The first is empty and says that the answer has begun. An error before it is raised; a
     later error becomes the last event."""
     chunks: asyncio.Queue[Answer | None] = asyncio.Queue()
-    begun: set[int] = set()
-    usage = {"usage": None} if body.includes_usage else {}
+    num_prompt: dict[int, int] = {}  # tokens of each choice's prompt
+    num_generated = Counter[int]()  # tokens of each choice so far
+
+    def usage(index: int) -> dict[str, Any]:
+        if body.counts_usage:
+            return {"usage": usage_so_far(num_prompt[index], num_generated[index])}
+        return {"usage": None} if body.includes_usage else {}
 
     def on_token(index: int, token: GeneratedToken, text: str) -> None:
-        made = [form.chunk(index, token, text, **head, **usage)]
-        if index not in begun:
-            begun.add(index)
-            made.insert(0, form.first(index, **head, **usage))
-        for chunk in made:
+        first = form.first(index, **head, **usage(index)) if not num_generated[index] else None
+        num_generated[index] += 1
+        for chunk in (first, form.chunk(index, token, text, **head, **usage(index))):
             if chunk is not None:
                 chunks.put_nowait(chunk)
 
@@ -129,7 +136,7 @@ async def _events(
         work.cancelled() or work.exception()  # retrieved, so that asyncio does not warn of it
         chunks.put_nowait(None)
 
-    work = asyncio.ensure_future(generated_texts(request, body.model, asked, on_token))
+    work = asyncio.ensure_future(generated_texts(request, body.model, asked, on_token, num_prompt.__setitem__))
     work.add_done_callback(on_end)
     has_begun = False
     try:
@@ -144,7 +151,7 @@ async def _events(
         results = work.result()
         facts = _facts(results)
         for index, result in enumerate(results):
-            yield _event(_json(form.last(index, result, **head, **facts, **usage)))
+            yield _event(_json(form.last(index, result, **head, **facts, **usage(index))))
         if body.includes_usage:
             yield _event(_json(form.empty(**head, **facts, usage=usage_of(results, body.num_choices))))
         yield _event(b"[DONE]")

@@ -1,11 +1,11 @@
 """Answers of the OpenAI HTTP routes, whole or in chunks, and how they are built from generated tokens."""
 
 from collections.abc import Sequence as Seq
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from pydantic import BaseModel
 
-from loraplex.types import GeneratedToken, GenerateResult, LikelyToken
+from loraplex.generation import GeneratedToken, GenerateResult, LikelyToken, PromptToken
 
 LOWEST = -9999.0  # replaces lower log probabilities, because JSON has no -inf
 
@@ -20,14 +20,15 @@ class CompletionUsage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: PromptTokensDetails | None = None
 
 
 class Answer(BaseModel):
     """Fields that all answers and chunks share. A field that is not set is left out.
 
     system_fingerprint:  the adapter's version.
-    usage:               in a stream only if the client asked for it: null in every chunk but the last.
+    usage:               in a stream only if the client asked for it: null in every chunk but the last, or in each chunk
+                         the usage of its choice so far.
     warnings:            a field of Loraplex: what in the prompt was not taken as it was given.
     """
 
@@ -40,9 +41,11 @@ class Answer(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
+    """One entry for each token. The first token of a prompt (`echo`) has no log probability."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -122,7 +125,10 @@ class CompletionFormat:
         """Return the whole answer."""
         choices = [
             CompletionChoice(
-                index=index, text=one.text, logprobs=self._logprobs(one.tokens), finish_reason=one.finish_reason
+                index=index,
+                text=one.prompt_text + one.text,
+                logprobs=self._logprobs(one.tokens, one.prompt_tokens, len(one.prompt_text)),
+                finish_reason=one.finish_reason,
             )
             for index, one in enumerate(results)
         ]
@@ -148,22 +154,29 @@ class CompletionFormat:
         """Return a chunk without a choice."""
         return Completion(object="text_completion", choices=[], **head)
 
-    def _logprobs(self, tokens: Seq[GeneratedToken]) -> CompletionLogprobs | None:
+    def _logprobs(
+        self, tokens: Seq[GeneratedToken], prompt: Seq[PromptToken] = (), num_chars: int = 0
+    ) -> CompletionLogprobs | None:
+        """num_chars: of the prompt, if the answer's text begins with it."""
         if not self._has_logprobs:
             return None
+        every: list[GeneratedToken | PromptToken] = [*prompt, *tokens]
         return CompletionLogprobs(
-            tokens=[_name(token, self._names_ids) for token in tokens],
-            token_logprobs=[_log_prob(token) for token in tokens],
-            top_logprobs=[self._top(token) for token in tokens],
-            text_offset=[token.offset for token in tokens],
+            tokens=[_name(token, self._names_ids) for token in every],
+            token_logprobs=[_log_prob(token.log_prob) for token in every],
+            top_logprobs=[self._top(token) for token in every],
+            text_offset=[token.offset for token in prompt] + [num_chars + token.offset for token in tokens],
         )
 
-    def _top(self, token: GeneratedToken) -> dict[str, float]:
+    def _top(self, token: GeneratedToken | PromptToken) -> dict[str, float] | None:
         """Return spelling -> log probability, for the likeliest tokens and the token itself. If several are spelled
         alike, such as parts of characters, the likeliest counts."""
+        if token.log_prob is None:
+            return None
         top: dict[str, float] = {}
-        for one in (*token.top, token):
-            top.setdefault(_name(one, self._names_ids), _log_prob(one))
+        for one in token.top:
+            top.setdefault(_name(one, self._names_ids), _log_prob(one.log_prob))
+        top.setdefault(_name(token, self._names_ids), _log_prob(token.log_prob))
         return top
 
 
@@ -212,7 +225,7 @@ class ChatFormat:
 
     def _spelled(self, token: LikelyToken) -> dict[str, Any]:
         utf8 = None if token.utf8 is None else list(token.utf8)
-        return {"token": _name(token, self._names_ids), "logprob": _log_prob(token), "bytes": utf8}
+        return {"token": _name(token, self._names_ids), "logprob": _log_prob(token.log_prob), "bytes": utf8}
 
 
 Format = CompletionFormat | ChatFormat
@@ -247,9 +260,20 @@ def _chat_chunk(
     return ChatCompletionChunk(object="chat.completion.chunk", choices=[choice], **head)
 
 
-def _name(token: LikelyToken, names_ids: bool) -> str:
+def usage_so_far(num_prompt: int, num_generated: int) -> CompletionUsage:
+    """Return the usage of one choice in the middle of a stream."""
+    return CompletionUsage(
+        prompt_tokens=num_prompt, completion_tokens=num_generated, total_tokens=num_prompt + num_generated
+    )
+
+
+def _name(token: LikelyToken | PromptToken, names_ids: bool) -> str:
     return f"token_id:{token.id}" if names_ids else token.text
 
 
-def _log_prob(token: LikelyToken) -> float:
-    return max(token.log_prob, LOWEST)
+@overload
+def _log_prob(log_prob: float) -> float: ...
+@overload
+def _log_prob(log_prob: None) -> None: ...
+def _log_prob(log_prob: float | None) -> float | None:
+    return None if log_prob is None else max(log_prob, LOWEST)

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Tag
 
 from loraplex.errors import InvalidRequestError, quoted, shortened
+from loraplex.generation import GenerateRequest
 from loraplex.problems import unknown_field
 from loraplex.server.openai_answers import ChatFormat, CompletionFormat
 from loraplex.server.schemas import MAX_ITEMS, either
-from loraplex.types import GenerateRequest, Message
+from loraplex.types import Message
 
 MAX_CHOICES = 2048  # prompts times `n`
 
@@ -31,14 +32,11 @@ NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
     "length_penalty": (1,),
     "top_k": (-1, 0),
     "min_p": (0,),
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
     "bad_words": ([],),
-    "echo": (False,),
+    "echo": (False,),  # of completions, it is a field of its own
     "suffix": ("",),
     "use_beam_search": (False,),
     "early_stopping": (False,),
-    "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
     "return_token_ids": (False,),
     "add_generation_prompt": (True,),
@@ -83,7 +81,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class _Body(BaseModel):
@@ -97,6 +95,12 @@ class _Body(BaseModel):
     n: int | None = Field(None, ge=1, le=128, description="number of answers to each prompt")
     best_of: int | None = Field(None, description="must equal `n`")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same seed draws the same tokens")
+    max_completion_tokens: int | None = Field(None, ge=1, description="newer name of `max_tokens`")
+    min_tokens: int | None = Field(None, ge=0, description="before so many tokens, none that ends the text is chosen")
+    ignore_eos: bool | None = Field(None, description="go on after an end-of-text token; default false")
+    stop_token_ids: list[int] | None = Field(
+        None, max_length=MAX_ITEMS, description="the answer ends with the first of these tokens, whose text is left out"
+    )
     stop: (
         Annotated[
             Annotated[str, Tag("text"), Field(min_length=1)]
@@ -130,6 +134,20 @@ class _Body(BaseModel):
         """Whether the stream's last chunk holds the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def counts_usage(self) -> bool:
+        """Whether each of the stream's chunks holds the usage up to it."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    def _max_tokens(self, given: int | None) -> int | None:
+        """Return `max_tokens`, under either name. Raises InvalidRequestError where the two differ."""
+        if None not in (given, self.max_completion_tokens) and given != self.max_completion_tokens:
+            raise InvalidRequestError(
+                "max_tokens: differs from `max_completion_tokens`, which means the same",
+                remedy="leave `max_tokens` out",
+            )
+        return self.max_completion_tokens if given is None else given
+
     def _requests(self, prompts: Seq[Any], **fields: Any) -> list[GenerateRequest]:
         """Return `n` requests for each prompt. Each choice of a prompt has its own seed."""
         self._check(len(prompts))
@@ -139,6 +157,9 @@ class _Body(BaseModel):
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_p=1.0 if self.top_p is None else self.top_p,
                 seed=None if self.seed is None else self.seed + index,
+                min_tokens=self.min_tokens or 0,
+                ignore_eos=bool(self.ignore_eos),
+                stop_token_ids=tuple(self.stop_token_ids or ()),
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
                 logit_bias=self.logit_bias or {},
                 allowed_token_ids=tuple(self.allowed_token_ids or ()),
@@ -157,6 +178,10 @@ class _Body(BaseModel):
             raise InvalidRequestError(f"best_of: {self.best_of} differs from `n`", remedy="leave `best_of` out")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options: needs `stream`", remedy="leave it out, or set `stream` to true")
+        if self.counts_usage and not self.includes_usage:
+            raise InvalidRequestError(
+                "stream_options.continuous_usage_stats: needs `include_usage`", remedy="set `include_usage` to true"
+            )
         if num_prompts * self.num_choices > MAX_CHOICES:
             raise InvalidRequestError(
                 f"n: {num_prompts} prompts with {self.num_choices} choices each are more than {MAX_CHOICES} choices",
@@ -188,7 +213,10 @@ class CompletionBody(_Body):
         | Annotated[list[_Ids], Tag("id lists"), Field(max_length=MAX_CHOICES, fail_fast=True)],
         either("text, token ids or a list of either", _prompt_kind),
     ]
-    max_tokens: int | None = Field(None, ge=1, description="default 16")
+    max_tokens: int | None = Field(None, ge=0, description="default 16; 0 is for `echo`")
+    echo: bool | None = Field(
+        None, description="begin the answer with the prompt and, if `logprobs` is given, with its log probabilities"
+    )
     logprobs: int | None = Field(None, ge=0, le=20, description="number of likeliest tokens returned with each token")
     add_special_tokens: bool | None = Field(
         None, description="add special tokens, such as a BOS, to a text prompt; default true"
@@ -196,14 +224,19 @@ class CompletionBody(_Body):
 
     def to_requests(self, adapter: str | None) -> list[GenerateRequest]:
         """Return one request for each choice. Raises InvalidRequestError for a field that would have to be ignored."""
+        if self.echo and self.stream:
+            raise InvalidRequestError("echo: is not streamed", remedy="leave `stream` out, or `echo`")
+        max_tokens = self._max_tokens(self.max_tokens)
         prompt: Any = self.prompt
         prompts = prompt if _prompt_kind(prompt) in ("texts", "id lists") else [prompt]
         return self._requests(
             [one if isinstance(one, str) else tuple(one) for one in prompts],
             adapter=adapter,
-            max_tokens=16 if self.max_tokens is None else self.max_tokens,
+            max_tokens=16 if max_tokens is None else max_tokens,
             num_top=self.logprobs or 0,
-            add_special_tokens=self.add_special_tokens is not False,
+            add_special_tokens=self.add_special_tokens,
+            echo=bool(self.echo),
+            scores_prompt=bool(self.echo) and self.logprobs is not None,
         )
 
     def format(self) -> CompletionFormat:
@@ -244,7 +277,6 @@ class ChatBody(_Body):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
     max_tokens: int | None = Field(None, ge=1, description="default: as many as fit into the base's context")
-    max_completion_tokens: int | None = Field(None, ge=1, description="newer name of `max_tokens`")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="number of likeliest tokens returned with each token"
@@ -252,26 +284,21 @@ class ChatBody(_Body):
     chat_template_kwargs: dict[str, bool | int | str] | None = Field(
         None, description="variables of the base's chat template, such as enable_thinking"
     )
-    add_special_tokens: Literal[False] | None = Field(
-        None, description="only false is accepted: the chat template writes the special tokens"
+    add_special_tokens: bool | None = Field(
+        None, description="add special tokens to those that the base's chat template writes; default false"
     )
 
     def to_requests(self, adapter: str | None) -> list[GenerateRequest]:
         """Return one request for each choice. Raises InvalidRequestError for a field that would have to be ignored."""
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs: needs `logprobs`", remedy="set `logprobs` to true")
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise InvalidRequestError(
-                "max_tokens: differs from `max_completion_tokens`, which means the same",
-                remedy="leave `max_tokens` out",
-            )
         messages = tuple(one.to_message(f"messages.{index}") for index, one in enumerate(self.messages))
         return self._requests(
             [messages],
             adapter=adapter,
-            max_tokens=next(iter(limits), None),
+            max_tokens=self._max_tokens(self.max_tokens),
             num_top=self.top_logprobs or 0,
+            add_special_tokens=self.add_special_tokens,
             chat_template_kwargs=self.chat_template_kwargs or {},
         )
 

@@ -13,11 +13,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.errors import InvalidRequestError
+from loraplex.generation import GenerateRequest
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.openai import generated_texts
 from loraplex.server.routes import ERRORS, answer, answered, router_of, service_of
 from loraplex.server.schemas import ClassifyBody, InvocationBody, InvocationResult, SageMakerBody
-from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, GenerateRequest, classifier_names
+from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, classifier_names
 
 router = APIRouter(tags=["sagemaker"], route_class=JsonRoute)
 

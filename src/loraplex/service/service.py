@@ -13,6 +13,7 @@ from loraplex.classifier import valid_unicode
 from loraplex.engine.sequence import Sequence, SequenceOutput
 from loraplex.errors import DeadlineExceededError, InvalidRequestError, LoraplexError, UnknownClassifierError
 from loraplex.executors.executor import Executor
+from loraplex.generation import GeneratedToken, GenerateRequest, GenerateResult, OnToken
 from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
 from loraplex.service.completion import Completion
@@ -22,18 +23,7 @@ from loraplex.service.registry import AdapterRegistry
 from loraplex.service.state import AdapterState
 from loraplex.service.versions import Versions
 from loraplex.text.tokenizer import Conversations
-from loraplex.types import (
-    AdapterInfo,
-    ClassifyRequest,
-    ClassifyResult,
-    GeneratedToken,
-    GenerateRequest,
-    GenerateResult,
-    OnToken,
-    Stats,
-    Timings,
-    Usage,
-)
+from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Stats, Timings, Usage
 
 Leased = tuple[Evaluation, Lease[ClassifierVersion]]
 MAX_UNKNOWN = 100  # unknown names in a call that is still answered; each has an error of its own in the answer
@@ -247,18 +237,29 @@ class Service:
             evaluation.take([next(outcomes) for _ in evaluation.sequences])
         return tokenized
 
-    async def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> GenerateResult:
-        """Generate text. `on_token` is called on the event loop with each token as it comes, and with all of them
-        before this method returns.
+    async def generate(
+        self,
+        request: GenerateRequest,
+        on_token: OnToken | None = None,
+        on_prompt: Callable[[int], None] | None = None,
+    ) -> GenerateResult:
+        """Generate text. `on_prompt` is called with the number of the prompt's tokens before it is computed. `on_token`
+        is called on the event loop with each token as it comes, and with all of them before this method returns.
 
         Raises InvalidRequestError, which names a parameter out of range or says why the messages make no prompt. Raises
         UnknownClassifierError for an unknown adapter; the base never answers in its place.
         """
         started = time.monotonic()
         with self.computing.admission.evaluations(1):
-            return await self._generate(request, on_token, started)
+            return await self._generate(request, on_token, on_prompt, started)
 
-    async def _generate(self, request: GenerateRequest, on_token: OnToken | None, started: float) -> GenerateResult:
+    async def _generate(
+        self,
+        request: GenerateRequest,
+        on_token: OnToken | None,
+        on_prompt: Callable[[int], None] | None,
+        started: float,
+    ) -> GenerateResult:
         deadline_s = _deadline(started, request.deadline_ms)
         loop = asyncio.get_running_loop()
 
@@ -274,13 +275,17 @@ class Service:
         version, slot = (None, NO_ADAPTER) if lease is None else (lease.version, lease.slot)
         release: Callable[[], None] = lease.release if lease is not None else lambda: None
         work = await self.computing.tokenize(
-            lambda: [completion.make_sequence(version, slot)], num_chars(request.prompt), deadline_s, release
+            lambda: completion.make_sequences(version, slot), num_chars(request.prompt), deadline_s, release
         )
         tokenized = time.monotonic()
-        [outcome] = await self.computing.compute(work)
-        if isinstance(outcome, LoraplexError):
-            raise outcome
-        return completion.result(outcome, _timings(started, tokenized, [outcome]))
+        if on_prompt is not None:
+            on_prompt(completion.num_prompt_tokens)
+        outcomes = await self.computing.compute(work)
+        for outcome in outcomes:
+            if isinstance(outcome, LoraplexError):
+                raise outcome
+        outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
+        return completion.result(outputs, _timings(started, tokenized, outputs))
 
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """Return (classifier, prompt, token ids) for each classifier of the request, without computing an answer."""

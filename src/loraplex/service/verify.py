@@ -9,11 +9,12 @@ from pathlib import Path
 from loraplex.bundle import open_adapter, open_base
 from loraplex.config import EngineConfig
 from loraplex.errors import AdapterError
+from loraplex.generation import GenerateRequest
 from loraplex.service.preparation import is_installed
 from loraplex.service.proof import PROBE_TEXT, activated
 from loraplex.service.service import Service
 from loraplex.service.start import start
-from loraplex.types import AdapterInfo, ClassifyRequest, GenerateRequest
+from loraplex.types import AdapterInfo, ClassifyRequest
 
 TOLERANCE = 1e-4
 NAME = "adapter"  # the adapter's name here, whatever its folder is called

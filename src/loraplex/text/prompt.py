@@ -58,11 +58,13 @@ def chat(
     template: ChatTemplate,
     max_model_len: int,
     invocation_tokens: tuple[int, ...] | None = None,
+    *,
+    add_special_tokens: bool = False,
 ) -> Prompt:
     """Return the prompt of messages in a chat template. Raises the errors of `verbatim` and `ChatTemplate.chat`."""
     text, spelled = template.chat(messages, options)
     tokenizer = template.tokenizer
-    ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens
+    ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     prompt = _prompt_of(ids, text, tokenizer, max_model_len, invocation_tokens)
     return replace(prompt, warnings=(kept_as_text(spelled),)) if spelled else prompt
 
