@@ -22,6 +22,8 @@ ROUTES = [
     ("POST", "/adapters"),
     ("PUT", "/v1/routes/any"),
     ("POST", "/v1/feedback"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
 ]
 
 

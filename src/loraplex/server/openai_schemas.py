@@ -66,7 +66,8 @@ def _prompt_kind(value: Any) -> str | None:
     return {str: "texts", int: "ids", list: "id lists"}.get(type(value[0])) if value else "texts"
 
 
-def _document(schema: dict[str, Any]) -> None:
+def document(schema: dict[str, Any]) -> None:
+    """Add the fields that change nothing to a body's JSON schema."""
     schema["additionalProperties"] = False
     for name, values in NEUTRAL.items():
         field: dict[str, Any] = {} if values is _ANY else {"enum": [*values, None]}
@@ -87,7 +88,7 @@ class StreamOptions(BaseModel):
 class _Body(BaseModel):
     """Fields that both HTTP routes take. A field that is null counts as not given."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra=_document)
+    model_config = ConfigDict(extra="allow", json_schema_extra=document)
 
     model: str = Field(description="name of an adapter, a route or the base, as /v1/models lists it")
     temperature: float | None = Field(None, ge=0, description="default 1; 0 chooses the likeliest token")
@@ -173,7 +174,7 @@ class _Body(BaseModel):
 
     def _check(self, num_prompts: int) -> None:
         """Raise InvalidRequestError for a field that would have to be ignored."""
-        _refuse_unknown(self.model_extra or {}, type(self).model_fields)
+        refuse_unknown(self.model_extra or {}, type(self).model_fields)
         if self.best_of is not None and self.best_of != self.num_choices:
             raise InvalidRequestError(f"best_of: {self.best_of} differs from `n`", remedy="leave `best_of` out")
         if self.stream_options is not None and not self.stream:
@@ -189,7 +190,8 @@ class _Body(BaseModel):
             )
 
 
-def _refuse_unknown(fields: Mapping[str, Any], known: Iterable[str]) -> None:
+def refuse_unknown(fields: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise InvalidRequestError for a field that would have to be ignored. known: the fields that there are."""
     for name, value in fields.items():
         if name not in NEUTRAL:
             message, remedy = unknown_field(name, name, known)
@@ -272,6 +274,11 @@ class ChatMessage(BaseModel):
         return Message(role=self.role, content=content)
 
 
+def messages_of(given: Seq[ChatMessage]) -> tuple[Message, ...]:
+    """Return the messages of a body's `messages`."""
+    return tuple(one.to_message(f"messages.{index}") for index, one in enumerate(given))
+
+
 class ChatBody(_Body):
     """Messages, formatted by the adapter's contract or, without a contract, by the base's chat template."""
 
@@ -292,9 +299,8 @@ class ChatBody(_Body):
         """Return one request for each choice. Raises InvalidRequestError for a field that would have to be ignored."""
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs: needs `logprobs`", remedy="set `logprobs` to true")
-        messages = tuple(one.to_message(f"messages.{index}") for index, one in enumerate(self.messages))
         return self._requests(
-            [messages],
+            [messages_of(self.messages)],
             adapter=adapter,
             max_tokens=self._max_tokens(self.max_tokens),
             num_top=self.top_logprobs or 0,

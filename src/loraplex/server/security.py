@@ -23,6 +23,8 @@ INFER = frozenset(
         "POST /v1/classify",
         "POST /v1/completions",
         "POST /v1/chat/completions",
+        "POST /tokenize",
+        "POST /detokenize",
         "POST /v1/feedback",
         "POST /invocations",  # also for /endpoints/{name}/invocations, which becomes this path
         "GET /v1/models",

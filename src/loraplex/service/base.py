@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from loraplex.service.classifiers import ClassifierVersion
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.tokenizer import Tokenizer
 
@@ -25,3 +26,7 @@ class Base:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.chat.tokenizer
+
+    def chat_of(self, version: ClassifierVersion | None) -> ChatTemplate:
+        """Return the chat template and the tokenizer of an adapter's version; of the bare base for None."""
+        return self.chat if version is None else version.chat

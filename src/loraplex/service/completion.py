@@ -39,21 +39,16 @@ class Completion:
         self._tokens: list[GeneratedToken] = []
         self._texts: list[str] = []
 
-    def make_prompt(self, version: ClassifierVersion | None) -> Prompt:
-        """Return the prompt under an adapter's version; None is the bare base. Raises InvalidRequestError or
-        InputTooLongError where the request makes no prompt."""
-        if version is not None and version.has_score:
-            raise InvalidRequestError(
-                f"{version.source.name!r} has a score head and generates no text", remedy="ask it through /v1/classify"
-            )
-        return self._make_prompt(version)
-
     def make_sequences(self, version: ClassifierVersion | None, slot: int) -> list[Sequence]:
         """Return the sequences under an adapter's version; None is the bare base. The last one generates, unless no
         token is asked for; the others score the prompt. Raises the errors of `make_prompt`."""
         request = self._request
+        if version is not None and version.has_score:
+            raise InvalidRequestError(
+                f"{version.source.name!r} has a score head and generates no text", remedy="ask it through /v1/classify"
+            )
         self._version, self._prompt = version, self.make_prompt(version)
-        self._tokenizer = (self._base.chat if version is None else version.chat).tokenizer
+        self._tokenizer = self._base.chat_of(version).tokenizer
         # The last token is not computed, so it needs no position.
         num_positions = self._base.max_model_len - len(self._prompt.token_ids) + 1
         self._max_tokens = num_positions if request.max_tokens is None else min(request.max_tokens, num_positions)
@@ -129,8 +124,10 @@ class Completion:
             texts.append(detokenizer.push(token_id))
         return "".join((*texts, detokenizer.finish())), offsets
 
-    def _make_prompt(self, version: ClassifierVersion | None) -> Prompt:
-        chat_template = self._base.chat if version is None else version.chat
+    def make_prompt(self, version: ClassifierVersion | None) -> Prompt:
+        """Return the prompt under an adapter's version; None is the bare base. Raises InvalidRequestError or
+        InputTooLongError where the request makes no prompt."""
+        chat_template = self._base.chat_of(version)
         request, tokenizer, limit = self._request, chat_template.tokenizer, self._base.max_model_len
         prompt, options = request.prompt, request.chat_template_kwargs
         invocation = None if version is None else version.invocation_tokens

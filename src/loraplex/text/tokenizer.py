@@ -79,6 +79,11 @@ class Tokenizer:
         encoded = self._hf(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
         return [start for start, _ in encoded["offset_mapping"]]
 
+    def pieces(self, token_ids: Seq[int]) -> list[str]:
+        """Return each token as the vocabulary writes it."""
+        pieces: list[str] = self._hf.convert_ids_to_tokens(list(token_ids))
+        return pieces
+
     def decode(self, *token_ids: int) -> str:
         text: str = self._hf.decode(list(token_ids))
         return text
