@@ -4,6 +4,7 @@ Adapters share the tokens of a conversation exactly where they tokenize it alike
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 import tiny
 from loraplex import Loraplex
 from loraplex.errors import AdapterError, ConfigurationError, ContractError
+from loraplex.generation import GenerateRequest
 from loraplex.types import ClassifyRequest, Message
 
 NUM_EMBEDDINGS, JUDGE, VERDICT = 336, 320, 321  # the tokenizer has 320 tokens; the new ones follow
@@ -336,3 +338,14 @@ def test_another_tokenizer_or_template_is_another_version(tmp_path: Path) -> Non
         versions.append(loraplex.load_adapter("one", "base/one").version)
     assert len(set(versions[:3])) == 3, "each chat template is a version"
     assert versions[3] == versions[2], "the base's own tokenizer changes nothing"
+
+
+def test_tokens_are_those_of_the_adapter_that_is_asked(added: Path, served: Loraplex) -> None:
+    asked = GenerateRequest(prompt="hello<|judge|>", adapter="token")
+    ids, pieces = served.run(served.service.tokenize(asked))
+    assert list(ids) == AutoTokenizer.from_pretrained(added / "token")("hello<|judge|>")["input_ids"]
+    assert pieces[-1] == "<|judge|>"
+    assert served.run(served.service.detokenize(ids, "token")) == "hello<|judge|>"
+    assert served.run(served.service.tokenize(replace(asked, adapter=None)))[1] != pieces
+    result = served.generate("hello<|judge|>", "activated", max_tokens=1, echo=True, num_top=1)
+    assert result.prompt_text == "hello<|judge|>"
