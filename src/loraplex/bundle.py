@@ -2,15 +2,16 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loraplex.classifier import Contract, read_contract
 from loraplex.config import BundleSettings, RouteSettings, read_bundle_settings
+from loraplex.discovery import Found, SkippedFolder, find_adapters, folders_with
 from loraplex.disk import refuse_pointers
-from loraplex.errors import BundleError, ConfigurationError, quoted
+from loraplex.errors import BundleError, ConfigurationError, listed, quoted
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What an adapter's folder says about its prompts, as trainers save it.
@@ -46,6 +47,7 @@ class Bundle:
 
     named:        adapters that the command line or the caller named.
     require_all:  whether any adapter that cannot be loaded ends the start; otherwise only those in `named` do.
+    skipped:      folders that were left out although they hold an adapter.
     """
 
     base: Path
@@ -54,6 +56,7 @@ class Bundle:
     settings: BundleSettings = field(default_factory=BundleSettings)
     named: frozenset[str] = frozenset()
     require_all: bool = True
+    skipped: tuple[SkippedFolder, ...] = ()
     base_name: str = field(init=False)  # the name by which requests ask the base
 
     def __post_init__(self) -> None:
@@ -71,21 +74,22 @@ def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = No
     """Read the bundle at `path`. Raises BundleError or ContractError, which name what is wrong.
 
     The base is at the root of `path`, or where `loraplex.yaml` says. Each folder below `path` with an
-    `adapter_config.json` is an adapter. `adapters` (name -> folder) adds others. Without `require_all`, an adapter of
-    the folder that cannot be opened has its error in its source."""
+    `adapter_config.json` is an adapter, except a trainer's checkpoints and hidden folders. `adapters` (name -> folder)
+    adds others. Without `require_all`, an adapter of the folder that cannot be opened has its error in its source."""
     root = Path(path)
     settings_path = root / SETTINGS
     settings = read_bundle_settings(settings_path) if settings_path.is_file() else BundleSettings()
     base = _resolve_base(str(path), root, settings.base)
-    found = [(folder.name, folder) for folder in _adapter_folders(root)] if root.is_dir() else []
-    found += [(name, Path(folder)) for name, folder in (adapters or {}).items()]
+    found = find_adapters(root, ADAPTER_CONFIG) if root.is_dir() else Found((), ())
+    named = [(folder.name, folder) for folder in found.folders]
+    named += [(name, Path(folder)) for name, folder in (adapters or {}).items()]
     sources: dict[str, AdapterSource] = {}
-    for name, folder in found:
+    for name, folder in named:
         if name in sources:
             raise BundleError(
                 folder,
                 f"a second classifier named {name!r}; the first is {sources[name].path}",
-                remedy="rename one of the folders",
+                remedy="rename one of the folders; a folder whose name begins with '.' is left out",
             )
         check_name(name, folder)
         try:
@@ -99,6 +103,7 @@ def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = No
         settings=settings,
         named=frozenset(adapters or ()),
         require_all=require_all,
+        skipped=found.skipped,
     )
     if bundle.base_name in sources:
         raise BundleError(
@@ -144,8 +149,11 @@ def open_adapter(name: str, folder: Path) -> AdapterSource:
     if not folder.is_dir():
         raise BundleError(folder, f"no such folder (adapter {name!r})", remedy="give the folder that PEFT saved")
     if not (folder / ADAPTER_CONFIG).is_file():
+        nested = [str(one) for one in folders_with(folder, ADAPTER_CONFIG)]
         raise BundleError(
-            folder, f"no {ADAPTER_CONFIG} in it", remedy="give the folder that PEFT's save_pretrained wrote"
+            folder,
+            f"no {ADAPTER_CONFIG} in it" + (", but in folders in it" if nested else ""),
+            remedy=f"give one of {listed(nested)}" if nested else "give the folder that PEFT's save_pretrained wrote",
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         if (folder / "adapter_model.bin").is_file():
@@ -169,16 +177,6 @@ def read_json(path: Path, error: type[ConfigurationError] = BundleError) -> dict
     if not isinstance(content, dict):
         raise error(path, f"holds a {type(content).__name__}, not an object", remedy="save or copy the file again")
     return content
-
-
-def _adapter_folders(root: Path) -> Iterator[Path]:
-    """Yield adapter folders, depth first, by name. Skips hidden folders, and folders in an adapter (checkpoints)."""
-    for folder in sorted(root.iterdir()):
-        if folder.is_dir() and not folder.name.startswith("."):
-            if (folder / ADAPTER_CONFIG).is_file():
-                yield folder
-            else:
-                yield from _adapter_folders(folder)
 
 
 def _resolve_base(given: str, root: Path, base: str | None) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from loraplex.bundle import Bundle, open_bundle
 from loraplex.config import EngineConfig, resolve
+from loraplex.discovery import SkippedFolder
 from loraplex.errors import NotReadyError
 from loraplex.generation import GenerateRequest, GenerateResult
 from loraplex.routing.router import Router, start_router
@@ -116,6 +117,10 @@ class Loraplex:
     def adapters(self) -> tuple[AdapterInfo, ...]:
         """Return all known adapters, in the order in which they were added."""
         return self.service.adapters()
+
+    def skipped(self) -> tuple[SkippedFolder, ...]:
+        """Return the bundle's folders that hold an adapter and were left out at the start, with the reasons."""
+        return self.service.skipped()
 
     def load_adapter(self, name: str, source: str | Path, *, pin: bool | None = None) -> AdapterInfo:
         """Load what `source` holds now as `name`. Replaces an adapter of that name. Other calls are answered meanwhile.

@@ -12,7 +12,7 @@ ROOT = Path(loraplex.__file__).parent
 # From the bottom up. A module may import its own layer and those before it.
 LAYERS = [
     {"types", "generation", "errors", "problems", "config", "metrics", "database", "disk", "exhaustion", "machine"},
-    {"classifier", "client"},
+    {"classifier", "client", "discovery"},
     {"bundle"},
     {"text", "ops"},
     {"model", "adapters"},

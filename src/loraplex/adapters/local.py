@@ -7,8 +7,10 @@ from pathlib import Path
 from loraplex.adapters.archive import unpack
 from loraplex.adapters.cache import cached
 from loraplex.adapters.files import ARCHIVE, FILES, SHAPES, ResolvedSource, SourceLimits, check, sizes_of
+from loraplex.bundle import ADAPTER_CONFIG
+from loraplex.discovery import folders_with
 from loraplex.disk import unchanged
-from loraplex.errors import AdapterError
+from loraplex.errors import AdapterError, listed
 
 
 def from_roots(given: str, roots: Sequence[Path], cache_dir: Path, limits: SourceLimits) -> ResolvedSource:
@@ -53,5 +55,12 @@ def from_roots(given: str, roots: Sequence[Path], cache_dir: Path, limits: Sourc
                     f"its {name} is a link that points outside the adapter roots",
                     remedy="copy the file there, or start with --adapter-root DIR, a folder that holds it too",
                 )
-    check(given, sizes_of(path), limits)
+    sizes = sizes_of(path)
+    if ADAPTER_CONFIG not in sizes:
+        nested = [f"{given.rstrip('/')}/{one.name}" for one in folders_with(path, ADAPTER_CONFIG) if inside(one)]
+        if nested:
+            raise AdapterError(
+                given, f"no {ADAPTER_CONFIG} in it, but in folders in it", remedy=f"give one of {listed(nested)}"
+            )
+    check(given, sizes, limits)
     return ResolvedSource(path=path, source=str(named), remote=False)

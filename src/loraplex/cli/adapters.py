@@ -20,15 +20,25 @@ app = typer.Typer(
 
 
 @app.command("list")
-def list_adapters(url: UrlOption = URL, as_json: JsonOption = False) -> None:
+def list_adapters(
+    skipped: Annotated[
+        bool, typer.Option("--skipped", help="List the bundle's folders that were left out instead, and why.")
+    ] = False,
+    url: UrlOption = URL,
+    as_json: JsonOption = False,
+) -> None:
     """List all adapters with their states.
 
     Example: [bold]loraplex adapters list --url http://127.0.0.1:8000[/]
     """
     with asking(url) as client:
-        adapters = client.adapters()
+        adapters, folders = ((), client.skipped()) if skipped else (client.adapters(), ())
     if as_json:
-        print_json(adapters)
+        print_json(folders if skipped else adapters)
+        return
+    if skipped:
+        for folder in folders:
+            stdout.print(f"{folder.path}: {folder.reason}", markup=False)
         return
     table = Table("name", "state", "version", "rank", "on device", "pinned", "error", "warnings", box=None)
     for one in adapters:

@@ -12,6 +12,7 @@ from loraplex.client import call
 from loraplex.client.call import Answer, Call
 from loraplex.client.exchange import POLL_S, Connection, Exchange, Outcome
 from loraplex.client.many import Conversation, check, id_and_input, in_tasks, progress_bar
+from loraplex.discovery import SkippedFolder
 from loraplex.errors import LoraplexError
 from loraplex.types import AdapterInfo, ClassifyResult, Input, ModelInfo, Route, RouteStats, classifier_names
 
@@ -111,6 +112,10 @@ class AsyncClient:
     async def adapters(self) -> tuple[AdapterInfo, ...]:
         """Return all adapters with their states."""
         return (await self._ask(call.ADAPTERS)).adapters
+
+    async def skipped(self) -> tuple[SkippedFolder, ...]:
+        """Return the bundle's folders that hold an adapter and were left out at the start, with the reasons."""
+        return (await self._ask(call.ADAPTERS)).skipped
 
     async def adapter(self, name: str) -> AdapterInfo:
         """Return one adapter. Raises UnknownClassifierError if no adapter has this name."""

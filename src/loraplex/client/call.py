@@ -6,6 +6,7 @@ from os import PathLike
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
+from loraplex.discovery import SkippedFolder
 from loraplex.types import (
     AdapterInfo,
     ClassifyRequest,
@@ -47,6 +48,7 @@ class Call(Generic[Answer]):
 @dataclass(frozen=True, slots=True)
 class Adapters:
     adapters: tuple[AdapterInfo, ...]
+    skipped: tuple[SkippedFolder, ...] = ()  # an older server sends none
 
 
 @dataclass(frozen=True, slots=True)

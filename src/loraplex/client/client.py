@@ -13,6 +13,7 @@ from loraplex.client import call
 from loraplex.client.call import Answer, Call
 from loraplex.client.exchange import POLL_S, Connection, Exchange, Outcome
 from loraplex.client.many import Conversation, check, id_and_input, in_threads, progress_bar
+from loraplex.discovery import SkippedFolder
 from loraplex.errors import LoraplexError
 from loraplex.types import AdapterInfo, ClassifyResult, Input, ModelInfo, Route, RouteStats, classifier_names
 
@@ -155,6 +156,10 @@ class Client:
     def adapters(self) -> tuple[AdapterInfo, ...]:
         """Return all adapters with their states."""
         return self._ask(call.ADAPTERS).adapters
+
+    def skipped(self) -> tuple[SkippedFolder, ...]:
+        """Return the bundle's folders that hold an adapter and were left out at the start, with the reasons."""
+        return self._ask(call.ADAPTERS).skipped
 
     def adapter(self, name: str) -> AdapterInfo:
         """Return one adapter. Raises UnknownClassifierError if no adapter has this name."""

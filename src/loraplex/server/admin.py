@@ -41,8 +41,9 @@ async def _loaded(loading: Awaitable[Result]) -> Result:
 
 @router.get("/v1/adapters")
 async def list_adapters(request: Request) -> AdapterList:
-    """List all adapters with their states."""
-    return AdapterList(adapters=list(service_of(request).adapters()))
+    """List all adapters with their states, and the bundle's folders that were left out."""
+    service = service_of(request)
+    return AdapterList(adapters=list(service.adapters()), skipped=list(service.skipped()))
 
 
 @router.get("/v1/adapters/{name}", responses=UNKNOWN)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
+from loraplex.discovery import SkippedFolder
 from loraplex.problems import wrong
 from loraplex.types import (
     AdapterInfo,
@@ -190,6 +191,7 @@ class SageMakerAdapterBody(_Body):
 
 class AdapterList(BaseModel):
     adapters: list[AdapterInfo]
+    skipped: list[SkippedFolder] = Field(description="folders of the bundle that hold an adapter and were left out")
 
 
 class RouteList(BaseModel):

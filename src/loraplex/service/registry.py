@@ -15,6 +15,7 @@ from loraplex.adapters.source import resolve_source
 from loraplex.bundle import AdapterSource, Bundle, check_name, open_adapter
 from loraplex.config import EngineConfig
 from loraplex.database import state_errors
+from loraplex.discovery import SkippedFolder
 from loraplex.errors import ConfigurationError, InvalidRequestError, LoraplexError
 from loraplex.service.classifiers import CheckedClassifier, ClassifierReader, ClassifierVersion
 from loraplex.service.state import BUNDLE, AdapterState
@@ -43,6 +44,9 @@ class AdapterRegistry:
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
         return tuple(map(self._info, self._versions.names.entries()))
+
+    def skipped(self) -> tuple[SkippedFolder, ...]:
+        return self._bundle.skipped
 
     def adapter(self, name: str) -> AdapterInfo:
         return self._info(self._versions.entry(name))

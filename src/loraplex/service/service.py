@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 from loraplex.adapters.residence import Lease
 from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.classifier import valid_unicode
+from loraplex.discovery import SkippedFolder
 from loraplex.engine.sequence import Sequence, SequenceOutput
 from loraplex.errors import DeadlineExceededError, InvalidRequestError, LoraplexError, UnknownClassifierError
 from loraplex.executors.executor import Executor
@@ -73,6 +74,10 @@ class Service:
     def adapters(self) -> tuple[AdapterInfo, ...]:
         """Return all known adapters, in the order in which they came."""
         return self.registry.adapters()
+
+    def skipped(self) -> tuple[SkippedFolder, ...]:
+        """Return the bundle's folders that hold an adapter and were left out at the start, with the reasons."""
+        return self.registry.skipped()
 
     def adapter(self, name: str) -> AdapterInfo:
         """Return the adapter of that name. Raises UnknownClassifierError where there is none."""

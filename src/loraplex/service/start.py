@@ -13,6 +13,7 @@ from loraplex.adapters.slots import SlotTable
 from loraplex.adapters.tasks import AdapterThreads, Tasks
 from loraplex.bundle import Bundle
 from loraplex.config import EngineConfig, resolve
+from loraplex.discovery import lines_of
 from loraplex.errors import ConfigurationError
 from loraplex.executors.executor import Computation, Executor
 from loraplex.machine import budget_bytes, choose_threads, compute_alone
@@ -44,6 +45,8 @@ async def start(
     config = config or resolve(EngineConfig, bundle.settings.engine, {})
     preparation = preparation or prepare(bundle, config)
     state = preparation.state
+    for line in lines_of(bundle.skipped):
+        logger.warning("%s", line)
     loaded: _Loaded | None = None
     try:
         executor = executor or open_executor(config)
