@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from loraplex.config import BundleSettings, RouteSettings, read_bundle_settings
 from loraplex.discovery import Found, SkippedFolder, find_adapters, folders_with
 from loraplex.disk import refuse_pointers
 from loraplex.errors import BundleError, ConfigurationError, listed, quoted
+from loraplex.hub_cache import public_name, snapshot_of
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What an adapter's folder says about its prompts, as trainers save it.
@@ -23,6 +24,7 @@ PROMPT_FILES = (
     "chat_template.jinja",
 )
 CONTRACT, SETTINGS = "classifier.yaml", "loraplex.yaml"
+HEADS = ("config.json", ADAPTER_CONFIG, SETTINGS)  # what the folder of a base, an adapter or a bundle holds
 # What transformers reads of a base, beside the weights.
 BASE_FILES = (
     "config.json generation_config.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
@@ -45,22 +47,22 @@ class AdapterSource:
 class Bundle:
     """A base, adapters and settings to serve.
 
+    base_name:    the base as the user named it: a folder's last part, or an id on the hub.
     named:        adapters that the command line or the caller named.
     require_all:  whether any adapter that cannot be loaded ends the start; otherwise only those in `named` do.
     skipped:      folders that were left out although they hold an adapter.
     """
 
     base: Path
+    base_name: str
     root: Path | None = None  # the folder that holds the bundle, if there is one
     adapters: tuple[AdapterSource, ...]
     settings: BundleSettings = field(default_factory=BundleSettings)
     named: frozenset[str] = frozenset()
     require_all: bool = True
     skipped: tuple[SkippedFolder, ...] = ()
-    base_name: str = field(init=False)  # the name by which requests ask the base
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "base_name", self.base.resolve().name)
         for source in self.adapters:
             if source.error is not None and self.requires(source.name):
                 raise source.error
@@ -76,10 +78,7 @@ def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = No
     The base is at the root of `path`, or where `loraplex.yaml` says. Each folder below `path` with an
     `adapter_config.json` is an adapter, except a trainer's checkpoints and hidden folders. `adapters` (name -> folder)
     adds others. Without `require_all`, an adapter of the folder that cannot be opened has its error in its source."""
-    root = Path(path)
-    settings_path = root / SETTINGS
-    settings = read_bundle_settings(settings_path) if settings_path.is_file() else BundleSettings()
-    base = _resolve_base(str(path), root, settings.base)
+    root, settings, base, base_name = _open_root(path)
     found = find_adapters(root, ADAPTER_CONFIG) if root.is_dir() else Found((), ())
     named = [(folder.name, folder) for folder in found.folders]
     named += [(name, Path(folder)) for name, folder in (adapters or {}).items()]
@@ -96,8 +95,9 @@ def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = No
             sources[name] = open_adapter(name, folder)
         except ConfigurationError as exc:
             sources[name] = AdapterSource(name=name, path=folder, contract=None, error=exc.with_traceback(None))
-    bundle = Bundle(
+    return Bundle(
         base=base,
+        base_name=base_name,
         root=root if root.is_dir() else None,
         adapters=tuple(sources.values()),
         settings=settings,
@@ -105,11 +105,6 @@ def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = No
         require_all=require_all,
         skipped=found.skipped,
     )
-    if bundle.base_name in sources:
-        raise BundleError(
-            sources[bundle.base_name].path, f"{bundle.base_name!r} is the base's name, too", remedy="rename one of them"
-        )
-    return bundle
 
 
 def check_name(name: str, source: object = "adapter") -> None:
@@ -122,13 +117,15 @@ def check_name(name: str, source: object = "adapter") -> None:
         )
 
 
-def check_routes(routes: Mapping[str, RouteSettings], base_name: str, knows: Callable[[str], bool]) -> None:
+def check_routes(
+    routes: Mapping[str, RouteSettings], base_names: Collection[str], knows: Callable[[str], bool]
+) -> None:
     """Raise BundleError where a route of `loraplex.yaml` has a name that is not valid, or an unknown target. knows:
     whether there is an adapter of a name."""
     for name, settings in routes.items():
         source = f"loraplex.yaml, routes.{name}"
         check_name(name, source)
-        if name == base_name:
+        if name in base_names:
             raise BundleError(source, f"{name!r} is also the base's name", remedy="choose another name for the route")
         for target in (*settings.targets, *settings.shadows):
             if not knows(target):
@@ -137,10 +134,8 @@ def check_routes(routes: Mapping[str, RouteSettings], base_name: str, knows: Cal
 
 def open_base(path: str) -> Bundle:
     """Open the base at `path` (or where its `loraplex.yaml` says) without any adapters."""
-    root = Path(path)
-    settings_path = root / SETTINGS
-    settings = read_bundle_settings(settings_path) if settings_path.is_file() else BundleSettings()
-    return Bundle(base=_resolve_base(path, root, settings.base), adapters=(), settings=settings)
+    _, settings, base, base_name = _open_root(path)
+    return Bundle(base=base, base_name=base_name, adapters=(), settings=settings)
 
 
 def open_adapter(name: str, folder: Path) -> AdapterSource:
@@ -179,17 +174,23 @@ def read_json(path: Path, error: type[ConfigurationError] = BundleError) -> dict
     return content
 
 
-def _resolve_base(given: str, root: Path, base: str | None) -> Path:
-    """Return the base's local folder, checked for the files that a server needs. A hub id is fetched first."""
-    if base is not None:
-        source = f"{root / SETTINGS}, base"
-        folder = root / base if not Path(base).is_absolute() else Path(base)
-        if not folder.is_dir():
-            folder = _from_hub(base, source)
-    elif root.is_dir():
-        source, folder = str(root), root
-    else:
-        source, folder = given, _from_hub(given, given)
+def _open_root(path: str | Path) -> tuple[Path, BundleSettings, Path, str]:
+    """Return the bundle's folder, its settings, the base's folder, and the base's name as it was given."""
+    given = str(path)
+    root = snapshot_of(Path(path), HEADS)
+    settings_path = root / SETTINGS
+    settings = read_bundle_settings(settings_path) if settings_path.is_file() else BundleSettings()
+    source = given
+    if settings.base is not None:
+        source, given = f"{settings_path}, base", settings.base
+    folder = Path(path) if settings.base is None else root / given
+    if folder.is_dir():
+        return root, settings, _checked_base(source, snapshot_of(folder, HEADS)), public_name(folder)
+    return root, settings, _checked_base(source, _from_hub(given, source)), given
+
+
+def _checked_base(source: str, folder: Path) -> Path:
+    """Return the base's folder, checked for the files that a server needs."""
     if not (folder / "config.json").is_file():
         if (folder / ADAPTER_CONFIG).is_file():
             raise BundleError(

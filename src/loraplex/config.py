@@ -27,6 +27,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 MOST, A_DAY_S = 10**9, 86_400  # limits of numbers and of seconds, so that none overflows later
 
 BUDGET = re.compile(r"(?P<share>\d{1,9}(\.\d{1,9})?)%|\d{1,9}(\.\d{1,9})?[KMG]iB|0")
+SERVED_NAME = re.compile(r"[A-Za-z0-9._/:@+-]{1,256}")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
@@ -42,6 +43,12 @@ def _budget(value: str) -> str:
 def _device(value: str) -> str:
     if not DEVICE.fullmatch(value):
         raise wrong("is no device", "write auto, cpu, cuda or cuda:1")
+    return value
+
+
+def _served_name(value: str) -> str:
+    if not SERVED_NAME.fullmatch(value):
+        raise wrong("cannot name the base", "use letters, digits and any of ._-/:@+, 256 at most")
     return value
 
 
@@ -65,6 +72,14 @@ class EngineConfig(NumbersAreNoBooleans):
     )
     peft_batching: Annotated[Literal["sequential", "mixed"], EitherCase] = Field(
         "sequential", description="with --backend peft: sequential, or mixed, which uses PEFT's adapter_names"
+    )
+    served_model_name: Annotated[
+        tuple[Annotated[str, AfterValidator(_served_name)], ...],
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    ] = Field(
+        (),
+        description="name by which requests ask the base, instead of its folder's name or its hub id; all of several "
+        "answer, and the first is shown",
     )
     device: Annotated[str, AfterValidator(_device), EitherCase] = Field(
         "auto", description="where to compute: auto, cpu, cuda or cuda:N"

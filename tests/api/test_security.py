@@ -93,7 +93,7 @@ def test_infer_infers_and_admin_does_everything(http: httpx.Client) -> None:
     for path in ("/v1/adapters", "/v1/adapters/task0", "/v1/routes", "/v1/routes/task0/stats", "/nowhere"):
         assert_refused(http.get(path, headers=bearer(INFER_KEY)), 403, "forbidden")
         assert http.get(path, headers=bearer(ADMIN_KEY)).status_code == (404 if path == "/nowhere" else 200)
-    assert_refused(http.get("/v1/models/x/y", headers=bearer(INFER_KEY)), 403, "forbidden")
+    assert_refused(http.get("/v1/models/org/name", headers=bearer(INFER_KEY)), 404, "unknown_classifier")
     assert_refused(http.delete("/v1/adapters/task0", headers=bearer(INFER_KEY)), 403, "forbidden")
     assert_refused(http.put("/v1/models", headers=bearer(INFER_KEY)), 403, "forbidden")
     for path in ("/v1/models", "/v1/models/task0", "/docs", "/redoc", "/openapi.json"):
@@ -289,7 +289,7 @@ def test_every_route_needs_a_key_but_those_that_are_listed(tiny_bundle: Path) ->
     assert {one for one, status in statuses.items() if status != 401} == OPEN
     statuses = ask_all(app, found, bearer(INFER_KEY))
     assert {one for one, status in statuses.items() if status == 403} == found - OPEN - INFER - {
-        "GET /v1/models/{name}"
+        "GET /v1/models/{name:path}"
     }
     assert 401 not in statuses.values()
     assert not {401, 403} & set(ask_all(app, found, bearer(ADMIN_KEY)).values())

@@ -11,7 +11,19 @@ import loraplex
 ROOT = Path(loraplex.__file__).parent
 # From the bottom up. A module may import its own layer and those before it.
 LAYERS = [
-    {"types", "generation", "errors", "problems", "config", "metrics", "database", "disk", "exhaustion", "machine"},
+    {
+        "types",
+        "generation",
+        "errors",
+        "problems",
+        "config",
+        "metrics",
+        "database",
+        "disk",
+        "exhaustion",
+        "machine",
+        "hub_cache",
+    },
     {"classifier", "client", "discovery"},
     {"bundle"},
     {"text", "ops"},

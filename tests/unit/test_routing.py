@@ -53,7 +53,7 @@ A, B, C = "a", "b", "c"
 class FakeService:
     """Answers with a label for each adapter, or raises; honours what the router needs of a service."""
 
-    base_name = "base"
+    base_names = ("base",)
 
     def __init__(self, labels: dict[str, str | LoraplexError]) -> None:
         self.labels, self.is_running = labels, True

@@ -11,7 +11,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("serve")(serve.serve)
+app.command("serve", cls=serve.ServeCommand)(serve.serve)
 app.command("classify")(classify.classify)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(routes.app, name="routes")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from pydantic import BaseModel
+from typer.core import TyperCommand
 
 from loraplex.cli.options import (
     AdapterOption,
@@ -35,7 +36,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NAMES = "--served-model-name"
 CONVERSATION = "Customer: My order never came.\nAgent: I sent a new one.\nCustomer: Great, thank you, bye!"
+
+
+class ServeCommand(TyperCommand):
+    """Takes several names after one --served-model-name, as vLLM does, if PATH comes first."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args[:1] == [] or args[0].startswith("-") else _repeated(args))
+
+
+def _repeated(args: list[str]) -> list[str]:
+    """Return the arguments with NAMES before each further name that follows the option NAMES."""
+    repeated, is_naming = [], False
+    for index, one in enumerate(args):
+        is_naming = one == NAMES if one.startswith("-") else is_naming
+        is_further = is_naming and one != NAMES and args[index - 1] != NAMES
+        repeated += [NAMES, one] if is_further else [one]
+    return repeated
 
 
 @settings_options(EngineConfig, ServerConfig)

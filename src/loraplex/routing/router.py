@@ -69,13 +69,16 @@ class Router:
     async def start(self) -> None:
         """Read the routes and start the background tasks. Raises BundleError if a route of `loraplex.yaml` has a name
         that is not valid, or an unknown target."""
-        check_routes(self._from_file, self.service.base_name, self.service.knows)
+        check_routes(self._from_file, self.service.base_names, self.service.knows)
         await self._in_files(self._store.read_file, self._from_file)
         await self._reload()
         for route in self._routes.values():
             for target in (*route.targets, *route.shadows):
                 if not self.service.knows(target):
                     logger.error("the route %s uses the adapter %s, which does not exist", route.name, target)
+        for name in self.service.base_names:
+            if name in self._routes:
+                logger.error("the route %s hides the base, which has the same name", name)
         self._shadows.start()
         if self._log is not None:
             self._flusher = asyncio.create_task(self._flush_for_ever())
@@ -121,7 +124,7 @@ class Router:
             check_name(name, "route")
         except ConfigurationError as exc:
             raise RefusedError(exc) from None
-        if name == self.service.base_name:
+        if name in self.service.base_names:
             raise InvalidRequestError(f"{name!r} is the base's name", remedy="choose another name for the route")
         async with self._changing:
             self._check_targets((*settings.targets, *settings.shadows))

@@ -31,7 +31,7 @@ def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycl
     )
     app.state.metrics = Metrics(
         lambda: lifecycle.router.service.stats(),
-        lambda name: name == lifecycle.router.service.base_name or lifecycle.router.knows(name),
+        lambda name: name in lifecycle.router.service.base_names or lifecycle.router.knows(name),
         lambda: lifecycle.router.num_shadows_shed(),
     )
     app.state.created = int(time.time())

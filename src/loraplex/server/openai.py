@@ -37,7 +37,7 @@ def resolve_model(request: Request, name: str, conversation_id: str | None) -> s
     """Return the adapter that answers for `name`, or None for the bare base. An unknown name is returned unchanged; its
     request fails later with 404."""
     router = router_of(request)
-    if name == service_of(request).base_name and not router.knows(name):
+    if name in service_of(request).base_names and not router.knows(name):
         return None
     return router.resolve(name, conversation_id)
 
@@ -58,10 +58,12 @@ async def chat_completions(request: Request, body: ChatBody) -> Response:
 
 
 async def _answered(request: Request, body: CompletionBody | ChatBody, form: Format) -> Response:
-    asked = body.to_requests(resolve_model(request, body.model, body.conversation_id))
-    head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    adapter = resolve_model(request, body.model, body.conversation_id)
+    asked = body.to_requests(adapter)
+    model = service_of(request).base_name if adapter is None else body.model  # the base is shown under its first name
+    head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
     if not body.stream:
-        results = await generated_texts(request, body.model, asked)
+        results = await generated_texts(request, model, asked)
         usage = usage_of(results, body.num_choices)
         return Response(
             _json(form.answer(results, **head, **_facts(results), usage=usage)), media_type="application/json"
@@ -136,7 +138,7 @@ async def _events(
         work.cancelled() or work.exception()  # retrieved, so that asyncio does not warn of it
         chunks.put_nowait(None)
 
-    work = asyncio.ensure_future(generated_texts(request, body.model, asked, on_token, num_prompt.__setitem__))
+    work = asyncio.ensure_future(generated_texts(request, head["model"], asked, on_token, num_prompt.__setitem__))
     work.add_done_callback(on_end)
     has_begun = False
     try:

@@ -1,9 +1,10 @@
 """The paths of the HTTP API as they are declared, such as `/v1/adapters/{name}`, with their methods."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
-from starlette.routing import BaseRoute, Route, compile_path
+from starlette.routing import BaseRoute, Route
 
 UNKNOWN = "(unknown)"
 LONGEST = 200  # characters of a path that are compared with the declared ones
@@ -12,16 +13,18 @@ LONGEST = 200  # characters of a path that are compared with the declared ones
 class Paths:
     def __init__(self, routes: Iterable[BaseRoute]) -> None:
         self._methods: dict[str, set[str]] = {}
+        self._patterns: dict[str, re.Pattern[str]] = {}
         for route in routes:
             if isinstance(route, Route):
-                self._methods.setdefault(route.path, set()).update(route.methods or ())
-        self._patterns = [(compile_path(path)[0], path) for path in sorted(self._methods) if "{" in path]
+                self._methods.setdefault(route.path_format, set()).update(route.methods or ())
+                if "{" in route.path:
+                    self._patterns[route.path_format] = route.path_regex
 
     def declared(self, path: str) -> str:
         """Return the path as it is declared, so that the log does not show what a client put into it."""
         if path in self._methods:
             return path
-        return next((declared for pattern, declared in self._patterns if pattern.match(path)), UNKNOWN)
+        return next((declared for declared, pattern in self._patterns.items() if pattern.match(path)), UNKNOWN)
 
     def methods(self, path: str) -> list[str]:
         """Return the methods that a path takes."""

@@ -122,20 +122,21 @@ async def classify(request: Request, body: ClassifyBody) -> Response:
 
 @router.get("/v1/models", tags=["adapters"])
 async def models(request: Request) -> ModelList:
-    """List the base, then every route and every adapter."""
+    """List the base under each of its names, then every route and every adapter."""
     service, created = service_of(request), request.app.state.created
     names = (*(route.name for route in router_of(request).routes()), *(info.name for info in service.adapters()))
     cards = [ModelCard(id=name, created=created, parent=service.base_name) for name in dict.fromkeys(names)]
-    return ModelList(data=[ModelCard(id=service.base_name, created=created), *cards])
+    bases = [ModelCard(id=name, created=created) for name in service.base_names]
+    return ModelList(data=[*bases, *cards])
 
 
-@router.get("/v1/models/{name}", tags=["adapters"], responses=errors(_404="no such model"))
+@router.get("/v1/models/{name:path}", tags=["adapters"], responses=errors(_404="no such model"))
 async def model(request: Request, name: str) -> ModelCard:
     """Return the base, a route or an adapter as a model."""
     service, created = service_of(request), request.app.state.created
     if router_of(request).knows(name):
         return ModelCard(id=name, created=created, parent=service.base_name)
-    if name == service.base_name:
+    if name in service.base_names:
         return ModelCard(id=name, created=created)
     raise UnknownClassifierError(name, list(service.names()))
 

@@ -32,7 +32,7 @@ INFER = frozenset(
         *PUBLIC["docs"],
     }
 )
-MODEL = re.compile(r"GET /v1/models/[^/]+")  # also allowed for `infer`; everything else needs `admin`
+MODEL = re.compile(r"GET /v1/models/(?!.*\.\.).*[^/]")  # also allowed for `infer`; everything else needs `admin`
 
 
 class Access:

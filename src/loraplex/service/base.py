@@ -11,13 +11,13 @@ from loraplex.text.tokenizer import Tokenizer
 class Base:
     """The base that is served.
 
-    name:           the name by which the base is asked.
+    names:          the names by which the base is asked; the first is shown.
     chat:           its chat template and its tokenizer.
     max_model_len:  the most tokens of a prompt.
     stop_ids:       the tokens that end a text.
     """
 
-    name: str
+    names: tuple[str, ...]
     chat: ChatTemplate
     max_model_len: int
     pad_token_id: int | None

@@ -9,7 +9,7 @@ from pathlib import Path
 from loraplex.adapters.peft_config import read_peft_config
 from loraplex.bundle import Bundle, check_routes
 from loraplex.config import EngineConfig
-from loraplex.errors import MOST_SHOWN, ConfigurationError, UnsupportedModelError
+from loraplex.errors import MOST_SHOWN, BundleError, ConfigurationError, UnsupportedModelError
 from loraplex.executors.vllm_arguments import read_arguments
 from loraplex.service.state import BUNDLE, AdapterState
 
@@ -32,12 +32,14 @@ class Preparation:
     """Holds what a start needs, checked.
 
     state:    what was changed at run time, locked for this process; None without a state directory.
+    base_names: the names that ask the base; the first is shown.
     names:    the adapters that requests can name after the start.
     own:      those of the bundle that were not replaced or unloaded at run time.
     preload:  those to load at the start; None for all.
     """
 
     state: AdapterState | None
+    base_names: tuple[str, ...]
     names: frozenset[str]
     own: frozenset[str]
     preload: frozenset[str] | None
@@ -58,12 +60,13 @@ def prepare(bundle: Bundle, config: EngineConfig) -> Preparation:
         state.acquire()
     try:
         own, names = _names(bundle, state)
-        check_routes(bundle.settings.routes, bundle.base_name, names.__contains__)
+        base_names = _base_names(bundle, config, names)
+        check_routes(bundle.settings.routes, base_names, names.__contains__)
         preload = _preloaded(config.preload, bundle, state)
         for source in bundle.adapters:
             if source.name in (own if preload is None else own & preload) and bundle.requires(source.name):
                 read_peft_config(source.path)
-        return Preparation(state=state, names=names, own=own, preload=preload)
+        return Preparation(state=state, base_names=base_names, names=names, own=own, preload=preload)
     except BaseException:
         if state is not None:
             state.release()
@@ -120,6 +123,19 @@ def _names(bundle: Bundle, state: AdapterState | None) -> tuple[frozenset[str], 
     changed = {one.name for one in remembered if one.source != BUNDLE}
     own = frozenset(source.name for source in bundle.adapters if source.name not in changed)
     return own, own.union(one.name for one in remembered if one.source not in (None, BUNDLE))
+
+
+def _base_names(bundle: Bundle, config: EngineConfig, names: Collection[str]) -> tuple[str, ...]:
+    base_names = tuple(dict.fromkeys(config.served_model_name)) or (bundle.base_name,)
+    for name in base_names:
+        if name in names or any(source.name == name for source in bundle.adapters):
+            source = f"--served-model-name {name}" if config.served_model_name else str(bundle.base)
+            raise BundleError(
+                source,
+                f"{name!r} names the base and a classifier",
+                remedy="rename the classifier, or give the base another --served-model-name",
+            )
+    return base_names
 
 
 def _preloaded(preload: str, bundle: Bundle, state: AdapterState | None) -> frozenset[str] | None:

@@ -31,12 +31,14 @@ class AdapterRegistry:
     def __init__(
         self,
         bundle: Bundle,
+        base_names: tuple[str, ...],
         config: EngineConfig,
         versions: Versions[ClassifierVersion],
         reader: ClassifierReader,
         state: AdapterState | None,
     ) -> None:
-        self._bundle, self._config, self._versions, self._reader, self._state = bundle, config, versions, reader, state
+        self._bundle, self._base_names, self._config = bundle, base_names, config
+        self._versions, self._reader, self._state = versions, reader, state
         self._remembering = asyncio.Lock()
         self._unsaved: dict[str, None] = {}  # names whose last change is not in the state yet, in order
         self._sources: dict[str, tuple[Path, str]] = {}  # name -> folder, and what it was resolved from
@@ -56,7 +58,7 @@ class AdapterRegistry:
 
     async def load(self, name: str, source: str, pin: bool | None, replace: bool) -> AdapterInfo:
         check_name(name)
-        if name == self._bundle.base_name:
+        if name in self._base_names:
             raise InvalidRequestError(f"{name!r} is the base's name", remedy="choose another for the adapter")
         resolved = await self._resolve(source, _progress(name))
         source_of_name = AdapterSource(name=name, path=resolved.path, contract=None)  # read later, with the weights

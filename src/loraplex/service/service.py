@@ -52,8 +52,13 @@ class Service:
 
     @property
     def base_name(self) -> str:
-        """The name by which the base is asked."""
-        return self.base.name
+        """The name by which the base is shown, the first of `base_names`."""
+        return self.base.names[0]
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """The names by which the base is asked."""
+        return self.base.names
 
     @property
     def alive(self) -> bool:

@@ -53,7 +53,7 @@ async def start(
         thread = ThreadPoolExecutor(1, "loraplex-load")
         try:
             loaded = await asyncio.get_running_loop().run_in_executor(
-                thread, _load, bundle, config, executor, preparation.own
+                thread, _load, bundle, config, executor, preparation
             )
         finally:
             thread.shutdown(wait=False)  # ends the thread and its OpenMP threads, see `compute_alone`
@@ -105,9 +105,8 @@ class _Loaded:
     computation: Computation
 
 
-def _load(bundle: Bundle, config: EngineConfig, executor: Executor, own: frozenset[str]) -> _Loaded:
-    """Check the adapters, then load the base. Runs on a thread of its own. own: names of the bundle's adapters to
-    check."""
+def _load(bundle: Bundle, config: EngineConfig, executor: Executor, preparation: Preparation) -> _Loaded:
+    """Check the adapters, then load the base. Runs on a thread of its own."""
     choose_threads()
     packs = not executor.capabilities.other_bases
     model_config = read_config(bundle.base, packs=packs)
@@ -118,7 +117,7 @@ def _load(bundle: Bundle, config: EngineConfig, executor: Executor, own: frozens
     checked: dict[str, CheckedClassifier] = {}
     room = budget_bytes(config.host_memory, resolve_device("cpu"))
     for source in bundle.adapters if config.preload == "all" else ():
-        if source.name in own and source.error is None:
+        if source.name in preparation.own and source.error is None:
             try:
                 one = checker.check(source)
             except ConfigurationError:
@@ -130,7 +129,7 @@ def _load(bundle: Bundle, config: EngineConfig, executor: Executor, own: frozens
                 checked[source.name] = one
     computation = executor.load(bundle.base, model_config, bundle.adapters)
     base = Base(
-        name=bundle.base_name,
+        names=preparation.base_names,
         chat=chat,
         max_model_len=max_model_len,
         pad_token_id=getattr(model_config, "pad_token_id", None),
@@ -161,7 +160,7 @@ def _assemble(
             logger.warning("%s: %s", version.source.name, warning)
 
     versions = Versions(residence, prove_version, tasks)
-    registry = AdapterRegistry(bundle, config, versions, reader, state)
+    registry = AdapterRegistry(bundle, loaded.base.names, config, versions, reader, state)
     return Service(
         base=loaded.base,
         executor=executor,
