@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +67,41 @@ class Bundle:
             if source.error is not None and self.requires(source.name):
                 raise source.error
 
+    def with_adapters(self, folders: Mapping[str, Path]) -> "Bundle":
+        """Return the bundle with further adapters (name -> folder), which must load. Raises BundleError where a name is
+        taken or not valid, and ConfigurationError where a folder cannot be opened."""
+        self.check_names(folders)
+        added = tuple(open_adapter(name, folder) for name, folder in folders.items())
+        return replace(self, adapters=(*self.adapters, *added), named=self.named | folders.keys())
+
+    def check_names(self, named: Mapping[str, object]) -> None:
+        """Raise BundleError where a name is taken, or cannot name a classifier. named: name -> where it is from."""
+        taken = {source.name: source.path for source in self.adapters}
+        for name, source in named.items():
+            check_name(name, source)
+            if name in taken:
+                raise BundleError(
+                    source,
+                    f"a second classifier named {name!r}; the first is {taken[name]}",
+                    remedy="give another name",
+                )
+
     def requires(self, name: str) -> bool:
         """Return whether the start ends where this adapter cannot be loaded."""
         return self.require_all or name in self.named
 
 
-def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = None, require_all: bool = True) -> Bundle:
+def open_bundle(path: str | Path, require_all: bool = True) -> Bundle:
     """Read the bundle at `path`. Raises BundleError or ContractError, which name what is wrong.
 
     The base is at the root of `path`, or where `loraplex.yaml` says. Each folder below `path` with an
-    `adapter_config.json` is an adapter, except a trainer's checkpoints and hidden folders. `adapters` (name -> folder)
-    adds others. Without `require_all`, an adapter of the folder that cannot be opened has its error in its source."""
+    `adapter_config.json` is an adapter, except a trainer's checkpoints and hidden folders. Without `require_all`, an
+    adapter that cannot be opened has its error in its source."""
     root, settings, base, base_name = _open_root(path)
     found = find_adapters(root, ADAPTER_CONFIG) if root.is_dir() else Found((), ())
-    named = [(folder.name, folder) for folder in found.folders]
-    named += [(name, Path(folder)) for name, folder in (adapters or {}).items()]
     sources: dict[str, AdapterSource] = {}
-    for name, folder in named:
+    for folder in found.folders:
+        name = folder.name
         if name in sources:
             raise BundleError(
                 folder,
@@ -101,7 +119,6 @@ def open_bundle(path: str | Path, adapters: Mapping[str, str | Path] | None = No
         root=root if root.is_dir() else None,
         adapters=tuple(sources.values()),
         settings=settings,
-        named=frozenset(adapters or ()),
         require_all=require_all,
         skipped=found.skipped,
     )

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from loraplex.errors import BundleError, listed
+from loraplex.errors import BundleError, ConfigurationError, listed
 
 REPOSITORY = re.compile(r"models--(?:(?P<org>.+?)--)?(?P<name>.+)")
 
@@ -22,11 +22,11 @@ def public_name(folder: str | Path) -> str:
     return path.name or "base"  # the root folder has no name
 
 
-def snapshot_of(folder: Path, files: Iterable[str]) -> Path:
+def snapshot_of(folder: Path, files: Iterable[str], error: type[ConfigurationError] = BundleError) -> Path:
     """Return the snapshot that `folder` stands for if it is a repository in the hub's cache, else `folder` itself: the
     snapshot that `refs/main` names, or else the only one.
 
-    files:  a folder that holds one of these is no repository. Raises BundleError where there is no such snapshot."""
+    files:  a folder that holds one of these is no repository. Raises `error` where there is no such snapshot."""
     snapshots = folder / "snapshots"
     if not snapshots.is_dir() or any((folder / name).is_file() for name in files):
         return folder
@@ -35,7 +35,7 @@ def snapshot_of(folder: Path, files: Iterable[str]) -> Path:
     commit = main.read_text().strip() if main.is_file() else None
     chosen = [path for path in found if path.name == commit] or found
     if len(chosen) != 1:
-        raise BundleError(
+        raise error(
             folder,
             f"is a repository in the hub's cache with {len(found)} snapshots, and refs/main names none of them",
             remedy=f"give one of {listed([str(path) for path in found])}" if found else "download it again",

@@ -13,6 +13,7 @@ from loraplex.discovery import SkippedFolder
 from loraplex.errors import NotReadyError
 from loraplex.generation import GenerateRequest, GenerateResult
 from loraplex.routing.router import Router, start_router
+from loraplex.service.named_adapters import add_adapters
 from loraplex.service.preparation import Preparation, check_effects, prepare
 from loraplex.types import (
     AdapterInfo,
@@ -57,11 +58,12 @@ class Loraplex:
     def load(cls, path: str | Path, *, adapters: Mapping[str, str | Path] | None = None, **engine: Any) -> Self:
         """Load the bundle (or base) at `path`. Raises ConfigurationError, which names the file or setting at fault.
 
-        adapters:  name -> folder, besides those of the bundle.
+        adapters:  name -> source, besides those of the bundle: a folder or an archive, an id on the hub, hf://… or s3://….
         engine:    fields of EngineConfig, such as device="cpu" or dtype="float32"."""
-        bundle = open_bundle(path, adapters)
+        bundle = open_bundle(path)
         config = resolve(EngineConfig, bundle.settings.engine, engine)
         check_effects(config, [name for name, value in engine.items() if value is not None])
+        bundle = add_adapters(bundle, adapters or {}, config)
         return cls.start(bundle, config, prepare(bundle, config))
 
     @classmethod

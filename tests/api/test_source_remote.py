@@ -12,16 +12,16 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from hub import COMMITS, Hub, listening
 from loraplex.adapters.files import ResolvedSource, SourceLimits
 from loraplex.adapters.source import resolve_source
 from loraplex.bundle import PROMPT_FILES
@@ -62,20 +62,6 @@ def resolve_in_a_process(cache_dir: Path, *sources: str, **environment: str) -> 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@contextmanager
-def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """The address of a server that answers with `handler`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 # S3
@@ -378,52 +364,6 @@ FILES = {
     **{name: b"pickle" for name in ("pickled/adapter_model.bin", "adapter_model.bin", "code.py", "a/b/x.pt")},
     **{name: content for name, content in TEXTS.items() if name != CONFIG},
 }
-COMMITS = {"main": "1" * 40, "v2": "2" * 40, "refs/pr/1": "3" * 40}
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as the client asks for: org/open, org/private (needs a token), org/gated."""
-
-    asked: ClassVar[list[tuple[str, str]]]
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.asked.append((self.command, path))
-        repo = next((name for name in ("org/open", "org/private", "org/gated") if f"/{name}/" in path), None)
-        if repo is None:
-            return self.answer(404, {"X-Error-Code": "RepoNotFound"})
-        if repo == "org/private" and self.headers["Authorization"] != "Bearer hf_right":
-            return self.answer(401)
-        if repo == "org/gated":
-            return self.answer(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
-        kind, _, rest = path.partition(f"{repo}/")[2].partition("/")
-        if kind == "revision":
-            if rest not in COMMITS:
-                return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-            return self.answer_json({"id": repo, "sha": COMMITS[rest], "siblings": []})
-        commit, _, name = rest.partition("/")
-        files = {name: content + commit.encode() for name, content in FILES.items()}
-        if kind == "tree":
-            listed = [{"type": "file", "path": name, "size": len(files[name]), "oid": name} for name in files]
-            return self.answer_json(listed)
-        etag = hashlib.sha256(files[name]).hexdigest()
-        return self.answer(200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, files[name])
-
-    do_HEAD = do_GET
-
-    def answer_json(self, value: object) -> None:
-        self.answer(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
-
-    def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
-        self.send_response_only(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -434,7 +374,11 @@ def asked() -> list[tuple[str, str]]:
 @pytest.fixture
 def hub(asked: list[tuple[str, str]], tmp_path: Path) -> Iterator[Callable[..., list[dict[str, Any]]]]:
     """Resolve sources with the hub client told by its environment, as users tell it, where the hub is."""
-    with listening(type("ThisHub", (Hub,), {"asked": asked})) as url:
+
+    def files(_: Hub, commit: str) -> dict[str, bytes]:
+        return {name: content + commit.encode() for name, content in FILES.items()}
+
+    with listening(type("ThisHub", (Hub,), {"asked": asked, "files": files})) as url:
 
         def resolve(*sources: str, **environment: str) -> list[dict[str, Any]]:
             told = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}

@@ -126,7 +126,7 @@ def test_classify_reads_a_file_or_standard_input_and_prints_a_table(tiny_bundle:
         (["-c", "task0", "-c", "nope", "--text", "x", "--json"], 1, ""),
         (["--all", "--text", ""], 1, "empty"),
         (["--all", "--file", "missing.txt"], 1, "missing.txt"),
-        (["--all", "--text", "x", "--adapter", "nonsense"], 2, "NAME=FOLDER"),
+        (["--all", "--text", "x", "--adapter", "nonsense"], 2, "NAME=SOURCE"),
         (["--all", "--text", "x", "--dtype", "int4"], 1, "dtype"),
         (["-c", "task0", "-c", "[/x]", "--text", "x"], 1, ""),
         (["-c", "*", "--text", "x"], 0, ""),

@@ -62,7 +62,7 @@ def test_the_base_may_live_elsewhere(bundle: Path, tmp_path_factory: pytest.Temp
 def test_adapters_may_be_named_without_a_bundle(tmp_path: Path) -> None:
     make_base(tmp_path / "base")
     make_adapter(tmp_path / "somewhere")
-    opened = open_bundle(tmp_path / "base", {"isNew": tmp_path / "somewhere"})
+    opened = open_bundle(tmp_path / "base").with_adapters({"isNew": tmp_path / "somewhere"})
     assert [(source.name, source.path) for source in opened.adapters] == [("isNew", tmp_path / "somewhere")]
 
 
@@ -75,7 +75,7 @@ def test_two_of_one_name_are_refused(bundle: Path) -> None:
 @pytest.mark.parametrize("name", ["", "*", "a b", "../x", ".hidden", "x" * 129])
 def test_a_name_that_cannot_stand_in_a_url_is_refused(bundle: Path, name: str) -> None:
     with pytest.raises(BundleError, match="cannot name a classifier"):
-        open_bundle(bundle, {name: bundle / "isDone"})
+        open_bundle(bundle).with_adapters({name: bundle / "isDone"})
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,15 @@ from filelock import FileLock
 
 from loraplex.adapters.files import sizes_of
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+
+def cache_folder(state_dir: str | None) -> Path:
+    """Return where adapters are unpacked and downloaded to: below the state directory, or else in the user's cache."""
+    if state_dir is not None:
+        return Path(state_dir) / "adapters"
+    home = os.path.expanduser("~")  # stays "~" for a user without one
+    ours = Path(home, ".cache") if home != "~" else Path(tempfile.gettempdir())
+    return Path(os.environ.get("XDG_CACHE_HOME") or ours) / "loraplex"
 
 
 def cached(cache_dir: Path, source: str, version: str, build: Callable[[Path], Path]) -> Path:

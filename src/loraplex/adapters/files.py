@@ -1,7 +1,9 @@
 """The files of an adapter: which are accepted, how large they may be, and which are refused."""
 
+import math
 import os
 import shlex
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT, *PROMPT_FILES)  # the only f
 PICKLE = "adapter_model.bin"
 ARCHIVE = ".tar.gz"
 CHUNK = 2**20
+TELL_EVERY_S = 5
 CONVERT = "python -c " + shlex.quote(
     "import torch, safetensors.torch as s; "
     f'tensors = torch.load("{PICKLE}", map_location="cpu", weights_only=True); '
@@ -37,6 +40,19 @@ LIMITS = SourceLimits()
 SHAPES = "hf://org/name[/folder][@revision], s3://bucket/folder or s3://bucket/name.tar.gz"
 
 Progress = Callable[[int, int | None], None]  # bytes so far, and in all (None: not known)
+
+
+def telling(name: str, tell: Callable[[str], object]) -> Progress:
+    """Return a function that tells a download's progress at its begin, and then every few seconds."""
+    told = -math.inf
+
+    def progress(num_bytes: int, total: int | None) -> None:
+        nonlocal told
+        if time.monotonic() - told > TELL_EVERY_S:
+            told = time.monotonic()
+            tell(f"{name}: {num_bytes >> 20} of {'?' if total is None else total >> 20} MiB")
+
+    return progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

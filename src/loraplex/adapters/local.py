@@ -1,16 +1,17 @@
-"""Finds adapters on this machine: folders and archives below the adapter roots."""
+"""Finds adapters on this machine: folders and archives."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from loraplex.adapters.archive import unpack
 from loraplex.adapters.cache import cached
 from loraplex.adapters.files import ARCHIVE, FILES, SHAPES, ResolvedSource, SourceLimits, check, sizes_of
-from loraplex.bundle import ADAPTER_CONFIG
+from loraplex.bundle import ADAPTER_CONFIG, HEADS
 from loraplex.discovery import folders_with
 from loraplex.disk import unchanged
 from loraplex.errors import AdapterError, listed
+from loraplex.hub_cache import snapshot_of
 
 
 def from_roots(given: str, roots: Sequence[Path], cache_dir: Path, limits: SourceLimits) -> ResolvedSource:
@@ -35,6 +36,19 @@ def from_roots(given: str, roots: Sequence[Path], cache_dir: Path, limits: Sourc
         raise AdapterError(
             given, "no such folder below an adapter root", remedy=f"check the path and --adapter-root, or give {SHAPES}"
         )
+    return _adapter_at(given, named, inside, cache_dir, limits)
+
+
+def from_anywhere(given: str, cache_dir: Path, limits: SourceLimits) -> ResolvedSource | None:
+    """Return the adapter at a path; None where nothing is there. Raises AdapterError where it holds no adapter."""
+    named = Path(os.path.abspath(os.path.expanduser(given)))
+    return _adapter_at(given, named, lambda _: True, cache_dir, limits) if os.path.lexists(named) else None
+
+
+def _adapter_at(
+    given: str, named: Path, inside: Callable[[str | Path], bool], cache_dir: Path, limits: SourceLimits
+) -> ResolvedSource:
+    """inside: whether a path may be read, after following symlinks."""
     path = Path(os.path.realpath(named))
     if path.is_file() and given.endswith(ARCHIVE):
         archive, stat = path, path.stat()
@@ -48,6 +62,7 @@ def from_roots(given: str, roots: Sequence[Path], cache_dir: Path, limits: Sourc
     elif not path.is_dir():
         raise AdapterError(given, f"neither a folder nor a {ARCHIVE}", remedy="give the folder that PEFT saved")
     else:
+        path = snapshot_of(path, HEADS, AdapterError)
         for name in FILES:
             if not inside(path / name):
                 raise AdapterError(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from loraplex.cli.options import errors_to_exit, quiet_libraries, stderr, stdout
+from loraplex.cli.options import errors_to_exit, quiet_libraries, stderr, stdout, tell
 from loraplex.cli.remote import URL, JsonOption, NameArgument, UrlOption, asking, print_fields, print_json
+
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A base or a bundle: a folder or a hub id. Default: the folder above the adapter that holds one."
+    ),
+]
 
 app = typer.Typer(
     help="List, load, replace, unload, pin and verify adapters.\n\nExample: [bold]loraplex adapters list[/]",
@@ -114,10 +122,15 @@ def pin(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The adapter's folder.", show_default=False)],
-    base: Annotated[
-        str | None, typer.Option(help="A base or a bundle: a folder or a hub id. Default: the parent folder of PATH.")
-    ] = None,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder or an archive, org/name on the hub, hf://… or s3://….",
+            show_default=False,
+        ),
+    ],
+    base: BaseOption = None,
     text: Annotated[list[str] | None, typer.Option(help="Also compare on this text. Repeatable.")] = None,
     peft: Annotated[bool, typer.Option("--peft/--no-peft", help="Compare with PEFT in float32.")] = True,
     as_json: JsonOption = False,
@@ -129,25 +142,36 @@ def verify(
     with errors_to_exit():
         from dataclasses import asdict
 
+        from loraplex.adapters.cache import cache_folder
+        from loraplex.adapters.files import telling
         from loraplex.adapters.peft_config import read_peft_config
+        from loraplex.adapters.source import resolve_source
         from loraplex.bundle import open_adapter, open_base
         from loraplex.classifier import conversation_text
 
-        open_adapter("adapter", path)  # told before PyTorch is imported
+        # Whatever can be wrong is told before PyTorch is imported.
+        is_here = os.path.lexists(os.path.expanduser(source))
+        if base is None and not is_here and "://" in source:
+            raise typer.BadParameter("no base lies above an adapter that is fetched; name one", param_hint="--base")
+        found = resolve_source(source, roots=None, cache_dir=cache_folder(None), progress=telling(source, tell))
+        path, base = found.path, base or _base_above(Path(found.source))
+        open_adapter("adapter", path)
         read_peft_config(path)
-        open_base(base or str(path.resolve().parent))
+        open_base(base)
         for one in text or ():
             conversation_text(one, {})
         from loraplex.service.verify import verify as prove
 
         quiet_libraries()
-        with stderr.status(f"verifying {path} …"):
-            proof = asyncio.run(prove(path, base or str(path.resolve().parent), texts=text or (), with_peft=peft))
+        with stderr.status(f"verifying {source} …"):
+            proof = asyncio.run(prove(path, base, texts=text or (), with_peft=peft))
     if as_json:
         typer.echo(json.dumps(asdict(proof)))
         return
     info = proof.adapter
-    stdout.print(f"{path}: rank {info.rank}, {info.num_parameters:,} parameters, version {info.version}", markup=False)
+    stdout.print(
+        f"{source}: rank {info.rank}, {info.num_parameters:,} parameters, version {info.version}", markup=False
+    )
     for warning in info.warnings or ():
         stdout.print(f"warning: {warning}", markup=False)
     stdout.print(f"golden examples: {proof.num_golden} right" if proof.num_golden else "golden examples: none")
@@ -161,9 +185,7 @@ def verify(
 def repair(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The adapter's folder.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="NEW_FOLDER", help="The folder to write.", show_default=False)],
-    base: Annotated[
-        str | None, typer.Option(help="A base or a bundle: a folder or a hub id. Default: the parent folder of PATH.")
-    ] = None,
+    base: BaseOption = None,
 ) -> None:
     """Write an adapter again under PEFT's tensor names, and check the new files against a base.
 
@@ -175,5 +197,14 @@ def repair(
         from loraplex.service.repair import repair as rename
 
         quiet_libraries()
-        num_renamed = rename(path, out, base or str(path.resolve().parent))
+        num_renamed = rename(path, out, base or _base_above(path))
     stdout.print(f"{out}: {num_renamed} tensors renamed, and all of them fit the base", markup=False)
+
+
+def _base_above(adapter: Path) -> str:
+    """Return the nearest folder above the adapter that is a base or a bundle: other adapters may lie between."""
+    from loraplex.bundle import SETTINGS
+
+    above = adapter.resolve().parents
+    names = ("config.json", SETTINGS)
+    return str(next((folder for folder in above if any((folder / name).is_file() for name in names)), above[0]))

@@ -21,6 +21,7 @@ from loraplex.cli.options import (
     named_adapters,
     origins,
     quiet_libraries,
+    tell,
 )
 from loraplex.config import EngineConfig, resolve
 from loraplex.disk import refuse_pointer
@@ -74,13 +75,15 @@ def classify(
             typer.echo(
                 "warning: --text holds \\n as two characters and no line end; give $'…\\n…', or --file", err=True
             )
-        bundle = open_bundle(path, adapters)
+        bundle = open_bundle(path)
         given = {"device": device, "dtype": dtype}
         config = resolve(EngineConfig, bundle.settings.engine, given, origins(context))
         from loraplex.inprocess import Loraplex
+        from loraplex.service.named_adapters import add_adapters
         from loraplex.service.preparation import check_effects, prepare
 
         check_effects(config, origins(context))
+        bundle = add_adapters(bundle, adapters, config, tell)
         preparation = prepare(bundle, config)
         request = ClassifyRequest(input=conversation, classifiers=classifier_names("*" if every else classifier or ()))
         known = [*sorted(preparation.names), *bundle.settings.routes]

@@ -4,7 +4,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -27,7 +26,11 @@ PathArgument = Annotated[
 ]
 AdapterOption = Annotated[
     list[str] | None,
-    typer.Option("--adapter", metavar="NAME=FOLDER", help="Also load this adapter. Repeatable."),
+    typer.Option(
+        "--adapter",
+        metavar="NAME=SOURCE",
+        help="Also load this adapter: a folder or an archive, org/name on the hub, hf://… or s3://…. Repeatable.",
+    ),
 ]
 
 
@@ -123,17 +126,22 @@ def print_error(error: LoraplexError) -> None:
     stderr.print(error.remedy, markup=False)
 
 
-def named_adapters(given: list[str] | None) -> dict[str, Path]:
-    """Return name -> folder from NAME=FOLDER options. Raises a usage error if an option has another form, or a name
+def tell(line: str) -> None:
+    """Print a line about a download."""
+    stderr.print(line, markup=False)
+
+
+def named_adapters(given: list[str] | None) -> dict[str, str]:
+    """Return name -> source from NAME=SOURCE options. Raises a usage error if an option has another form, or a name
     comes twice."""
-    adapters: dict[str, Path] = {}
+    adapters: dict[str, str] = {}
     for item in given or ():
-        name, separator, folder = item.partition("=")
-        if not (name and separator and folder):
-            raise typer.BadParameter(f"{item!r} is not NAME=FOLDER", param_hint="--adapter")
+        name, separator, source = item.partition("=")
+        if not (name and separator and source):
+            raise typer.BadParameter(f"{item!r} is not NAME=SOURCE", param_hint="--adapter")
         if name in adapters:
             raise typer.BadParameter(f"{name!r} is given twice", param_hint="--adapter")
-        adapters[name] = Path(folder)
+        adapters[name] = source
     return adapters
 
 

@@ -63,7 +63,7 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
 
     Example: [bold]loraplex serve examples/support_desk/bundle --port 8000[/]
 
-    Example: [bold]loraplex serve path/to/base --adapter isFraud=path/to/adapter[/]
+    Example: [bold]loraplex serve path/to/base --adapter isFraud=path/to/adapter --adapter isDone=org/name[/]
 
     Each option except --adapter can also be set in the environment (LORAPLEX_PORT=8000), or in the bundle's
     loraplex.yaml under [bold]engine:[/] or [bold]server:[/]. Options win over the environment; the environment wins
@@ -75,23 +75,25 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
     with errors_to_exit():
         from loraplex.bundle import open_bundle
 
-        bundle = open_bundle(path, adapters, require_all=False)
+        bundle = open_bundle(path, require_all=False)
         written = origins(context)
         engine_config = resolve(EngineConfig, bundle.settings.engine, _of(EngineConfig, settings), written)
         server_config = resolve(ServerConfig, bundle.settings.server, _of(ServerConfig, settings), written)
-        bundle = replace(bundle, require_all=server_config.require_all)
         from loraplex.routing.router import Router, open_stores, start_router
         from loraplex.server import keys, logs, process
+        from loraplex.service.named_adapters import add_adapters
         from loraplex.service.preparation import check_effects, prepare
 
         # Whatever can be wrong is told before PyTorch is imported, which can take a minute.
         api_keys = keys.read_keys(server_config.api_key_file, os.environ.get(keys.ENVIRONMENT, ""))
         check_effects(engine_config, written)
+        logs.configure(server_config.log_format)
+        as_json = server_config.log_format == "json"
+        bundle = add_adapters(bundle, adapters, engine_config, lambda line: _say(line, as_json))
+        bundle = replace(bundle, require_all=server_config.require_all)
         preparation = prepare(bundle, engine_config)
         stores = open_stores(engine_config.state_dir, max_verdicts=server_config.keep_verdicts)
         sock = process.listen(server_config, api_keys)
-        logs.configure(server_config.log_format)
-        as_json = server_config.log_format == "json"
         _say(f"loading {bundle.base} with {len(bundle.adapters)} adapters …", as_json)
         from loraplex.service.start import open_executor, start
 

@@ -2,14 +2,13 @@
 
 import asyncio
 import logging
-import os
-import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from loraplex.adapters.files import Progress, ResolvedSource
+from loraplex.adapters.cache import cache_folder
+from loraplex.adapters.files import Progress, ResolvedSource, telling
 from loraplex.adapters.names import Entry
 from loraplex.adapters.source import resolve_source
 from loraplex.bundle import AdapterSource, Bundle, check_name, open_adapter
@@ -60,7 +59,7 @@ class AdapterRegistry:
         check_name(name)
         if name in self._base_names:
             raise InvalidRequestError(f"{name!r} is the base's name", remedy="choose another for the adapter")
-        resolved = await self._resolve(source, _progress(name))
+        resolved = await self._resolve(source, telling(name, logger.warning))
         source_of_name = AdapterSource(name=name, path=resolved.path, contract=None)  # read later, with the weights
         entry = await self._versions.load(source_of_name, pin=pin, replace=replace)
         self._sources[name] = resolved.path, resolved.source
@@ -154,18 +153,15 @@ class AdapterRegistry:
         return source, entry is not None and entry.is_pinned
 
     async def _resolve(self, source: str, progress: Progress | None = None) -> ResolvedSource:
+        cache = cache_folder(self._config.state_dir)
+
         def resolve() -> ResolvedSource:
-            return resolve_source(source, roots=self._adapter_roots(), cache_dir=self._cache_dir(), progress=progress)
+            return resolve_source(source, roots=self._adapter_roots(), cache_dir=cache, progress=progress)
 
         return await asyncio.get_running_loop().run_in_executor(self._resolvers, resolve)
 
     def _adapter_roots(self) -> list[Path]:
         return [*map(Path, self._config.adapter_root), *([self._bundle.root] if self._bundle.root is not None else [])]
-
-    def _cache_dir(self) -> Path:
-        if self._config.state_dir is not None:
-            return Path(self._config.state_dir) / "adapters"
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex"
 
     def _info(self, entry: Entry[ClassifierVersion]) -> AdapterInfo:
         live, contract = entry.live, entry.source.contract
@@ -187,16 +183,3 @@ class AdapterRegistry:
             error=None if entry.error is None else ErrorInfo.of(entry.error),
             warnings=None if live is None else live.warnings or None,
         )
-
-
-def _progress(name: str) -> Callable[[int, int | None], None]:
-    """Return a function that logs a download's progress every few seconds."""
-    logged = time.monotonic()
-
-    def log(num_bytes: int, total: int | None) -> None:
-        nonlocal logged
-        if time.monotonic() - logged > 5:
-            logged = time.monotonic()
-            logger.warning("%s: %d of %s MiB", name, num_bytes >> 20, "?" if total is None else total >> 20)
-
-    return log
