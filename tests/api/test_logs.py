@@ -62,7 +62,7 @@ def access(log: Path, response: httpx.Response) -> dict[str, Any]:
     assert line.pop("time") and line.pop("logger") and line.pop("level") == "info"
     assert line.pop("request_id") == response.headers["X-Request-ID"]
     assert line.pop("message").startswith(f"{line['method']} {line['path']} {line['status']} ")
-    assert 0 < line.pop("duration_ms") < 5000
+    assert 0 < line.pop("duration_ms") < 5000 and line.pop("client") == "127.0.0.1"
     return line
 
 
@@ -153,7 +153,7 @@ def test_text_is_the_default_and_inputs_are_logged_when_asked_for(tiny_bundle: P
     assert " INFO loraplex.access [mine]: POST /v1/classify 404 " in first
     assert "error=unknown_classifier error_message=\"no classifier named 'nope'\"" in first and SAID in first
     assert SAID in second and 8192 < len(second) < 8400
-    assert "GET /v1/models 200 " in third and third.endswith(" ms")
+    assert "GET /v1/models 200 " in third and third.endswith(" ms client=127.0.0.1")
 
 
 def app_of(**config: Any) -> FastAPI:

@@ -136,7 +136,7 @@ def test_sagemaker_clients_hear_it_as_aws_says_it(http: httpx.Client) -> None:
         "GET /metrics/",
         "GET /health%0a",
         "GET /healthy",
-        "GET http://any/health",
+        "GET http://any/v1/adapters",
         "GET http://any/v1/adapters",
         "OPTIONS /health",
         "OPTIONS *",

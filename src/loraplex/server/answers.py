@@ -32,6 +32,7 @@ from loraplex.problems import find_problem
 from loraplex.server import logs
 from loraplex.server.json_body import OBJECT
 from loraplex.server.lifecycle import PROBES, REFUSAL, stopping
+from loraplex.server.proxies import path_of
 from loraplex.server.schemas import error_json
 from loraplex.types import BatchResult, ClassifyResult, ErrorInfo
 
@@ -114,7 +115,7 @@ def _json(
     """Return an error's answer, and put it into the request's log line. logged: the message there, if another."""
     record = logs.current()
     record.error, record.message = code, logged or message
-    if request.url.path not in PROBES:  # a probe's 503 is no failure
+    if path_of(request.scope) not in PROBES:  # a probe's 503 is no failure
         request.app.state.metrics.fail(code)
     return JSONResponse(error_json(code, message, remedy), status_code=status, headers=headers)
 
@@ -136,7 +137,7 @@ class AnswerErrors:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             refusal = scope.get("state", {}).get(REFUSAL)
-            if refusal is not None and scope["path"] not in PROBES:
+            if refusal is not None and path_of(scope) not in PROBES:
                 raise refusal
             return await self.app(scope, receive, send)
         except LoraplexError as exc:
@@ -197,7 +198,7 @@ async def _validation_error(request: Request, exc: Exception) -> JSONResponse:
 async def _http_error(request: Request, exc: Exception) -> JSONResponse:
     """Answer what the framework itself refuses: unknown paths and methods."""
     assert isinstance(exc, HTTPException)
-    path, paths, remedy = request.url.path, request.app.state.paths, "see /docs for the paths"
+    path, paths, remedy = path_of(request.scope), request.app.state.paths, "see /docs for the paths"
     if exc.status_code == 404:
         if similar := paths.similar(path):
             remedy = f"did you mean {' or '.join(similar)}? See /docs for all paths"

@@ -15,6 +15,7 @@ from loraplex.server.lifecycle import Gate, LastAnswer, Lifecycle
 from loraplex.server.limits import BodyLimit
 from loraplex.server.logs import RequestLog
 from loraplex.server.paths import Paths
+from loraplex.server.proxies import Cors, RootPath, TrustedProxies
 from loraplex.server.schemas import COMMON
 from loraplex.server.security import Access
 
@@ -49,7 +50,13 @@ def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycl
     if keys:
         app.add_middleware(Access, keys=keys, public=config.public, key_concurrency=config.key_concurrency)
     app.add_middleware(AnswerErrors, log_inputs=config.log_inputs)
+    if config.cors_origin:
+        app.add_middleware(Cors, origins=config.cors_origin)
     app.add_middleware(LastAnswer, lifecycle=lifecycle)
     app.add_middleware(RequestLog, log_inputs=config.log_inputs, paths=paths)
-    app.add_middleware(sagemaker.RuntimeApi)  # outermost, so that every refusal has AWS's shape
+    app.add_middleware(sagemaker.RuntimeApi)  # around all others, so that every refusal has AWS's shape
+    if config.trusted_proxy:
+        app.add_middleware(TrustedProxies, trusted=config.trusted_proxy)
+    if config.root_path:
+        app.add_middleware(RootPath, root_path=config.root_path)
     return app

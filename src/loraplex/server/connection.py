@@ -13,12 +13,13 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
 from loraplex.errors import HeadTooLargeError, LoraplexError, MalformedHttpError
+from loraplex.server.head import MAX_HEAD_BYTES, HeadConnection
 from loraplex.server.lifecycle import REFUSAL
 from loraplex.server.listener import Listener
 from loraplex.server.logs import log_malformed
+from loraplex.server.proxies import address_of
 from loraplex.server.schemas import error_json
 
-MAX_HEAD_BYTES = 16384  # of a request: its first line and its headers
 LINGER_S = 2.0  # longest time for which the rest of a refused body is read and thrown away
 FIRST_REQUEST_S = 1.0  # how long a connection beyond the limit may wait for its request
 
@@ -62,6 +63,9 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.conn = HeadConnection()
+        if self.client is not None and (address := address_of(self.client[0])):
+            self.client = str(address), self.client[1]
         self.logger = _uvicorn
         self.transport = _LingeringTransport(self, transport)  # type: ignore[assignment]
         seconds: float = self.timeout_keep_alive
@@ -99,7 +103,7 @@ class Connection(H11Protocol):
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
             (b"connection", b"close"),
-            (b"x-request-id", log_malformed(error).encode()),
+            (b"x-request-id", log_malformed(error, "unknown" if self.client is None else self.client[0]).encode()),
         ]
         reason = STATUS_PHRASES[error.status]
         for event in (

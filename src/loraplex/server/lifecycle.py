@@ -6,6 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.errors import NotReadyError
 from loraplex.routing.router import Router
+from loraplex.server.proxies import path_of
 
 PROBES = frozenset({"/health", "/ready", "/ping"})
 REFUSAL = "loraplex.refusal"  # key of a scope's state: the error for a request on a connection beyond the limit
@@ -61,7 +62,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if scope["path"] in PROBES:
+        if path_of(scope) in PROBES:
             return await self.app(scope, receive, send)
         self._lifecycle.check_ready()
         self._lifecycle.num_in_flight += 1

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from loraplex.errors import LoraplexError
 from loraplex.server.lifecycle import PROBES
 from loraplex.server.paths import Paths
+from loraplex.server.proxies import path_of
 
 logger = logging.getLogger("loraplex.access")
 
@@ -122,7 +123,7 @@ class RequestLog:
             self._log(scope, record, (time.perf_counter() - started) * 1000)
 
     def _log(self, scope: Scope, record: RequestRecord, duration_ms: float) -> None:
-        path = self._paths.declared(scope["path"].removeprefix(scope.get("root_path", "")))
+        path = self._paths.declared(path_of(scope))
         level = logging.DEBUG if path in QUIET and record.status in (200, 503) else logging.INFO
         if not logger.isEnabledFor(level):
             return
@@ -131,8 +132,9 @@ class RequestLog:
             "path": path,
             "status": record.status,
             "duration_ms": round(duration_ms, 2),
+            "client": (scope.get("client") or ("unknown",))[0],
         }
-        text = "{method} {path} {status} {duration_ms} ms".format_map(fields)
+        text = "{method} {path} {status} {duration_ms} ms client={client}".format_map(fields)
         more: dict[str, Any] = {"key": record.key, "error": record.error}
         if self._log_inputs:
             more["error_message"] = record.message
@@ -142,12 +144,12 @@ class RequestLog:
         logger.log(level, "%s", text, extra={"fields": fields | more})
 
 
-def log_malformed(error: LoraplexError) -> str:
+def log_malformed(error: LoraplexError, client: str) -> str:
     """Write the line of a request that is not HTTP, which never reaches the app. Return the request's new id."""
     record = RequestRecord(uuid.uuid4().hex)
     token = _current.set(record)
-    fields = {"status": error.status, "error": error.code}
-    text = "(malformed) {status} error={error}".format_map(fields)
+    fields = {"status": error.status, "client": client, "error": error.code}
+    text = "(malformed) {status} client={client} error={error}".format_map(fields)
     logger.info("%s", text, extra={"fields": fields})
     _current.reset(token)
     return record.id

@@ -30,6 +30,8 @@ from loraplex.server.schemas import error_json
 logger = logging.getLogger(__name__)
 router = APIRouter(tags=["openai"], route_class=JsonRoute)
 
+# nginx would otherwise collect the events and send them late.
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENTS: dict[str, Any] = {"text/event-stream": {}}  # the content type of answers with `stream`
 
 
@@ -200,7 +202,7 @@ class _EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes]) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache"})
+        super().__init__(events, headers=UNBUFFERED)
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -17,7 +17,7 @@ from loraplex.config import ServerConfig
 from loraplex.errors import ConfigurationError, EngineError
 from loraplex.routing.router import Router
 from loraplex.server.app import create_app
-from loraplex.server.connection import MAX_HEAD_BYTES, Connection, OpenConnections
+from loraplex.server.connection import Connection, OpenConnections
 from loraplex.server.keys import ENVIRONMENT, ApiKey
 from loraplex.server.lifecycle import Lifecycle
 from loraplex.server.listener import Listener, num_allowed
@@ -69,8 +69,9 @@ def listen(config: ServerConfig, keys: Sequence[ApiKey]) -> Listener:
 
 
 def url_of(config: ServerConfig, sock: socket.socket) -> str:
+    """Return the server's own URL, with the prefix of its paths."""
     host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http://{host}:{sock.getsockname()[1]}"
+    return f"http://{host}:{sock.getsockname()[1]}{config.root_path}"
 
 
 async def serve(
@@ -90,7 +91,6 @@ async def serve(
     settings = uvicorn.Config(
         create_app(config, keys, lifecycle),
         http=Connection,
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws="none",
         lifespan="off",
         log_config=None,

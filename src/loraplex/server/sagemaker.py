@@ -16,6 +16,7 @@ from loraplex.errors import InvalidRequestError
 from loraplex.generation import GenerateRequest
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.openai import generated_texts
+from loraplex.server.proxies import path_of
 from loraplex.server.routes import ERRORS, answer, answered, router_of, service_of
 from loraplex.server.schemas import ClassifyBody, InvocationBody, InvocationResult, SageMakerBody
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, classifier_names
@@ -96,7 +97,7 @@ class JsonByDefault:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/invocations":
+        if scope["type"] == "http" and path_of(scope) == "/invocations":
             scope = {**scope, "headers": list(scope["headers"])}
             headers = MutableHeaders(scope=scope)
             if headers.get("Content-Type") == "application/octet-stream":
@@ -117,10 +118,11 @@ class RuntimeApi:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_post = scope["type"] == "http" and scope["method"] == "POST"
-        found = ENDPOINT.fullmatch(scope["path"]) if is_post else None
+        found = ENDPOINT.fullmatch(path_of(scope)) if is_post else None
         if found is None:
             return await self.app(scope, receive, send)
-        scope = {**scope, "path": "/invocations", "raw_path": b"/invocations", "headers": list(scope["headers"])}
+        path = f"{scope.get('root_path', '')}/invocations"
+        scope = {**scope, "path": path, "raw_path": path.encode(), "headers": list(scope["headers"])}
         scope["state"] = {**scope.get("state", {}), IS_RUNTIME_API: True}
         headers = Headers(scope=scope)
         if COMPONENT_HEADER in headers and ADAPTER_HEADER not in headers:

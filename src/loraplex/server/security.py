@@ -10,6 +10,7 @@ from loraplex.errors import ForbiddenError, KeyBusyError, UnauthorizedError
 from loraplex.server import logs
 from loraplex.server.keys import ApiKey, find_key
 from loraplex.server.lifecycle import PROBES
+from loraplex.server.proxies import path_of
 
 # An operation is a method and a path as the router sees it; HEAD counts as GET. Operations are compared whole: one that
 # is spelled in any other way (a further slash, another case) needs the scope `admin`.
@@ -52,7 +53,7 @@ class Access:
             return await self.app(scope, receive, send)
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         logs.current().is_trusted = False
-        operation = f"{method} {scope['path'].removeprefix(scope.get('root_path', ''))}"
+        operation = f"{method} {path_of(scope)}"
         if operation in self._open:
             return await self.app(scope, receive, send)
         key = self._key_of(scope)
