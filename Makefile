@@ -69,7 +69,9 @@ format: dev
 
 # Newest versions of everything in pyproject.toml, torch aside: its pin chooses the build.
 # requirements-dev.lock holds what `.[dev]` adds to requirements.lock, which is all that serving needs.
-FREEZE = pip freeze --all --exclude-editable --exclude pip | sed 's/^torch[ =].*/torch==2.13.0/'
+# From Python 3.14 on, backports.zstd can no longer be installed, nor is it needed.
+FREEZE = pip freeze --all --exclude-editable --exclude pip | sed -e 's/^torch[ =].*/torch==2.13.0/' \
+	-e 's/^backports\.zstd=.*/& ; python_version < "3.14"/'
 
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

@@ -15,7 +15,7 @@ LoraplexError
 ├── RefusedError              422  (the cause's)        a name, adapter or target in a request is wrong
 ├── InputTooLongError         413  input_too_long
 ├── BodyTooLargeError         413  body_too_large
-├── UnsupportedEncodingError  415  unsupported_encoding the body is compressed
+├── UnsupportedEncodingError  415  unsupported_encoding the body is compressed in an unknown way
 ├── MalformedHttpError        400  malformed_http       the request is not HTTP/1.1
 ├── HeadTooLargeError         431  head_too_large       the request's head is too long
 ├── NotFoundError             404  not_found            no such path
@@ -227,7 +227,7 @@ class BodyTooLargeError(LoraplexError):
 
 
 class UnsupportedEncodingError(LoraplexError):
-    """The body has a `Content-Encoding`: it is compressed."""
+    """The body is compressed in a way that is not read (`Content-Encoding`)."""
 
     code = "unsupported_encoding"
     status = 415

@@ -12,6 +12,7 @@ import pytest
 
 import serving
 from loraplex.server.connection import LINGER_S
+from loraplex.server.encodings import ACCEPTED
 
 BODY_TIMEOUT, IDLE_TIMEOUT = 1.0, 2.0
 CONTENT = b'{"input": "Customer: hello", "classifiers": "task0"}'
@@ -165,11 +166,11 @@ def test_a_length_and_chunks_at_once_end_the_connection(sock: socket.socket, pat
     assert headers["connection"] == "close" and serving.receive(sock) == b""
 
 
-@pytest.mark.parametrize("value", [b"gzip", b"br", b"zstd", b"identity, deflate"])
-def test_a_compressed_body_is_415_by_name(sock: socket.socket, value: bytes) -> None:
+@pytest.mark.parametrize("value", [b"br", b"gzip, deflate"])
+def test_a_body_in_another_coding_is_415_by_name(sock: socket.socket, value: bytes) -> None:
     sock.sendall(HEAD + b"Content-Encoding: " + value + b"\r\n" + length(len(CONTENT)) + CONTENT)
     status, headers, body = answer(sock)
-    assert (status, code(body), headers["accept-encoding"]) == (415, "unsupported_encoding", "identity")
+    assert (status, code(body), headers["accept-encoding"]) == (415, "unsupported_encoding", ACCEPTED)
     error = json.loads(body)["error"]
     assert repr(value.decode()) in error["message"] and "uncompressed" in error["remedy"]
 

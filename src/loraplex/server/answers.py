@@ -30,6 +30,7 @@ from loraplex.errors import (
 from loraplex.exhaustion import exhaustion
 from loraplex.problems import find_problem
 from loraplex.server import logs
+from loraplex.server.encodings import ACCEPTED
 from loraplex.server.json_body import OBJECT
 from loraplex.server.lifecycle import PROBES, REFUSAL, stopping
 from loraplex.server.proxies import path_of
@@ -60,7 +61,7 @@ def answer(request: Request, error: LoraplexError) -> JSONResponse:
     elif error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     elif error.status == 415:
-        headers["Accept-Encoding"] = "identity"
+        headers["Accept-Encoding"] = ACCEPTED
     if isinstance(error, RequestTimeoutError | BodyTooLargeError):
         headers["Connection"] = "close"  # the rest of the body is not read
     shown = visible(error)
