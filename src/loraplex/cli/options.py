@@ -106,24 +106,25 @@ def settings_options(*models: type[BaseModel]) -> Callable[[Command], Command]:
     return decorate
 
 
+def print_error(error: LoraplexError) -> None:
+    stderr.print(f"[bold red]error[/] [bold]{error.code}[/]:", end=" ")
+    stderr.print(error.message, markup=False)
+    stderr.print("[bold]remedy:[/]", end=" ")
+    stderr.print(error.remedy, markup=False)
+
+
 @contextmanager
-def errors_to_exit() -> Iterator[None]:
-    """Turn a LoraplexError, and the machine's lack of memory or threads, into two lines on stderr and exit code 1."""
+def errors_to_exit(report: Callable[[LoraplexError], None] = print_error) -> Iterator[None]:
+    """Report a LoraplexError, and the machine's lack of memory or threads, and end with exit code 1. By default, the
+    report is two lines on stderr."""
     try:
         yield
     except Exception as exc:
         error = exc if isinstance(exc, LoraplexError) else exhaustion(exc)
         if error is None:
             raise
-        print_error(error)
+        report(error)
         raise typer.Exit(1) from None
-
-
-def print_error(error: LoraplexError) -> None:
-    stderr.print(f"[bold red]error[/] [bold]{error.code}[/]:", end=" ")
-    stderr.print(error.message, markup=False)
-    stderr.print("[bold]remedy:[/]", end=" ")
-    stderr.print(error.remedy, markup=False)
 
 
 def tell(line: str) -> None:

@@ -16,6 +16,7 @@ import typer
 from pydantic import BaseModel
 from typer.core import TyperCommand
 
+from loraplex.cli.environment import drop_links, unread
 from loraplex.cli.options import (
     AdapterOption,
     PathArgument,
@@ -72,23 +73,30 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
     adapters = named_adapters(adapter)
     # Until the server handles SIGTERM: a container's PID 1 ignores signals that have no handler.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    with errors_to_exit():
+    as_json = (settings["log_format"] or "").lower() == "json"  # as far as is known before the bundle's file is read
+    with errors_to_exit(lambda error: _report(error, as_json)):
         from loraplex.bundle import open_bundle
+        from loraplex.server import keys, logs, process
 
-        bundle = open_bundle(path, require_all=False)
+        logs.configure("json" if as_json else "text")
         written = origins(context)
+        warnings = drop_links(settings, written)
+        bundle = open_bundle(path, require_all=False)
         engine_config = resolve(EngineConfig, bundle.settings.engine, _of(EngineConfig, settings), written)
         server_config = resolve(ServerConfig, bundle.settings.server, _of(ServerConfig, settings), written)
+        as_json = server_config.log_format == "json"
+        logs.configure(server_config.log_format)
+        read = [one.envvar for one in context.command.params if isinstance(one.envvar, str)]
+        for warning in (*warnings, unread(os.environ, read)):
+            if warning is not None:
+                logger.warning("%s", warning)
         from loraplex.routing.router import Router, open_stores, start_router
-        from loraplex.server import keys, logs, process
         from loraplex.service.named_adapters import add_adapters
         from loraplex.service.preparation import check_effects, prepare
 
         # Whatever can be wrong is told before PyTorch is imported, which can take a minute.
         api_keys = keys.read_keys(server_config.api_key_file, os.environ.get(keys.ENVIRONMENT, ""))
         check_effects(engine_config, written)
-        logs.configure(server_config.log_format)
-        as_json = server_config.log_format == "json"
         bundle = add_adapters(bundle, adapters, engine_config, lambda line: _say(line, as_json))
         bundle = replace(bundle, require_all=server_config.require_all)
         preparation = prepare(bundle, engine_config)
@@ -140,15 +148,20 @@ async def _serve_to_end(serving: Coroutine[Any, Any, None], as_json: bool) -> No
         error = exc if isinstance(exc, LoraplexError) else exhaustion(exc)
         if error is None:
             logger.critical("the server failed", exc_info=True)
-        elif as_json:
-            logger.critical("%s", error, extra={"fields": {"error": error.code}})
         else:
-            print_error(error)
+            _report(error, as_json)
     finally:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
         os._exit(code)
+
+
+def _report(error: LoraplexError, as_json: bool) -> None:
+    if as_json:
+        logger.critical("%s", error, extra={"fields": {"error": error.code}})
+    else:
+        print_error(error)
 
 
 def _say(message: str, as_json: bool) -> None:

@@ -1,0 +1,47 @@
+"""Variables named LORAPLEX_…: those that Kubernetes sets for a service, and those that nobody reads."""
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from loraplex.errors import listed
+
+PREFIX = "LORAPLEX_"
+# Read by clients, by the server's keys, and by this project's tests. The command's options name the others.
+ELSEWHERE = frozenset(f"{PREFIX}{name}" for name in "API_KEY API_KEYS URL GPU_TESTS WRITE_DOCS".split())
+# What Kubernetes sets in each container of a namespace with a service named loraplex or loraplex-…:
+# LORAPLEX_PORT=tcp://10.43.1.39:8000, LORAPLEX_SERVICE_HOST, LORAPLEX_PORT_8000_TCP_ADDR and others.
+LINK = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
+LINK_NAME = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP))(_\w+)?")
+
+
+def drop_links(settings: dict[str, Any], origins: Mapping[str, str]) -> list[str]:
+    """Replace each setting that Kubernetes set by None. Return a warning for each.
+
+    origins:  setting -> what stands before its value where it was given, such as `LORAPLEX_PORT=`."""
+    warnings = []
+    for name, value in settings.items():
+        if isinstance(value, str) and LINK.fullmatch(value) and origins.get(name, "").startswith(PREFIX):
+            settings[name] = None
+            warnings.append(
+                f"{origins[name]}{value} is ignored, because Kubernetes sets it for a service of this name; give "
+                f"--{name.replace('_', '-')} instead, or set enableServiceLinks: false in the pod"
+            )
+    return warnings
+
+
+def unread(environment: Mapping[str, str], known: Collection[str]) -> str | None:
+    """Return a warning that names the variables LORAPLEX_… which nobody reads, or None. known: those that are read."""
+    known = {*known, *ELSEWHERE}
+    others = [
+        name
+        for name, value in sorted(environment.items())
+        if name.startswith(PREFIX) and name not in known and not LINK.fullmatch(value) and not LINK_NAME.fullmatch(name)
+    ]
+    if not others:
+        return None
+    names = [name.removeprefix(PREFIX) for name in known]
+    near = {name: difflib.get_close_matches(name.removeprefix(PREFIX), names, 1) for name in others}
+    hints = "".join(f"; did you mean {PREFIX}{found[0]} for {name}?" for name, found in near.items() if found)
+    return f"the environment has variables that are not read: {listed(others)}{hints}"
