@@ -9,10 +9,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tiny
+from families import config_of
 from loraplex.adapters.weights import AdapterWeights, LoRAWeights
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.sequence import SequenceOutput, lone_sequence
 from loraplex.engine.step import Step
+from loraplex.errors import UnsupportedModelError
 from loraplex.model.hooked import ATTENTION, Hooked, replace_norms
 
 
@@ -79,3 +81,49 @@ def test_the_first_adapter_of_the_head_may_come_while_a_step_runs(monkeypatch: p
     assert len(found) in (0, 2)  # none: the layer is there from the beginning
     [(_, output)] = ModelRunner(model).run(Step.of([lone_sequence([5, 6, 7])]))
     assert isinstance(output, SequenceOutput)
+
+
+# ------------------------------------------------------------------------ attention that is not like the packed one
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "match"),
+    [
+        ("bert", {}, "attends to later tokens too"),
+        ("roberta", {"is_decoder": True, "pad_token_id": 1}, "log probabilities with packed attention differ by"),
+        ("diffllama", {}, "layer 0 attends twice in one pass"),
+        ("doge", {}, "has a mask of its own"),
+        ("xmod", {}, "does not answer a short text: ValueError: Input language unknown"),
+    ],
+)
+def test_attention_that_packed_attention_does_not_compute_is_refused(
+    family: str, changes: dict[str, Any], match: str
+) -> None:
+    config = config_of(family)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
+    with pytest.raises(UnsupportedModelError, match=match):
+        Hooked(model)
+
+
+@pytest.mark.parametrize(
+    ("argument", "is_served"),
+    [
+        ({"output_router_logits": True}, True),
+        ({"anything": None, "asks_for_nothing": False}, True),
+        ({"position_bias": torch.ones(1)}, False),
+        ({"is_causal": False}, False),
+    ],
+)
+def test_an_argument_of_attention_is_judged_by_what_it_does(argument: dict[str, Any], is_served: bool) -> None:
+    model = random_model("gemma2", torch.float32)
+
+    for layer in model.model.layers:
+        given: Callable[..., Any] = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, given=given, **kwargs: given(*args, **{**kwargs, **argument})
+    if is_served:
+        Hooked(model)
+    else:
+        with pytest.raises(UnsupportedModelError, match=f"uses {next(iter(argument))!r}|later tokens"):
+            Hooked(model)

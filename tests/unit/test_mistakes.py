@@ -88,6 +88,14 @@ def test_a_score_head_under_another_task_is_the_task_types_fault(
     read_unidentified(made(base, tmp_path / "y", tensors, task_type="SEQ_CLS", modules_to_save=saved), layers)
 
 
+@pytest.mark.parametrize("name", ["mlp.experts.3.w1.lora_A.weight", "mlp.experts.base_layer.lora_A.weight"])
+def test_lora_on_an_expert_is_named(base: Path, tmp_path: Path, name: str) -> None:
+    """As transformers 4 named the experts, and as PEFT names them where they are one parameter."""
+    tensors = load_file(base / "good" / WEIGHTS) | {f"{P}model.layers.0.{name}": torch.ones(4, 32)}
+    error = error_of(base, made(base, tmp_path / "x", tensors))
+    assert "is LoRA on an expert of a mixture" in error.message and "layers of attention" in error.remedy
+
+
 # ------------------------------------------------------------------------------------------- task types
 
 

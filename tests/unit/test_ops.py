@@ -66,6 +66,23 @@ def test_attention_equals_the_reference(
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("layout", ["alone", "tree"])
+def test_a_sink_is_a_key_that_all_see_with_that_score_and_a_value_of_zero(layout: str, window: int | None) -> None:
+    query, key, value, *cache = random_inputs(4, 4)
+    sinks = torch.randn(4)
+    settings: dict[str, Any] = dict(scaling=0.3, window=window, cache=tuple(cache))
+    actual = attention.packed_attention(query, key, value, LAYOUTS[layout], sinks=sinks, **settings)
+    for span in LAYOUTS[layout].spans:
+        for row in range(*span.queries):
+            k, v = (reference.seen_by(span, *pair) for pair in zip((key, value), cache, strict=True))
+            end = len(k) - (span.end - row) + 1
+            seen = slice(max(0, end - (window or end)), end)
+            scores = torch.einsum("hd,jhd->hj", query[row], k[seen]) * 0.3
+            shares = torch.cat((sinks[:, None], scores), dim=1).softmax(dim=1)[:, 1:]
+            torch.testing.assert_close(actual[row], torch.einsum("hj,jhd->hd", shares, v[seen]), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("grouped", [True, False])
 def test_where_only_the_last_tokens_ask_each_sees_the_same(grouped: bool) -> None:
     query, key, value, *cache = random_inputs(4, 2)

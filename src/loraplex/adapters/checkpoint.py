@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from loraplex.adapters.kinds import kinds_of
-from loraplex.adapters.mistakes import check_gathered, check_head, check_name, check_task, warn_of_task
+from loraplex.adapters.mistakes import check_experts, check_gathered, check_head, check_name, check_task, warn_of_task
 from loraplex.adapters.peft_config import PeftConfig, read_peft_config
 from loraplex.adapters.plan import MAGNITUDE, SAVE_AGAIN, TRAIN_PLAINER, WRONG_BASE, Plan, assemble, explain, make_plan
 from loraplex.adapters.tensor_file import TensorFile
@@ -60,6 +60,7 @@ def read_unidentified(folder: Path, base: BaseLayers) -> Unidentified:
     names = _read_names(file, path)
     found = {name: file.entries[key].shape for name, key in names.items()}
     check_gathered(path, found)
+    check_experts(path, found)
     check_task(folder, config, found)
     plan = make_plan(folder, config, base, found)
     _check_shapes(plan, found, path)

@@ -1,5 +1,6 @@
 """Recognises mistakes in saving an adapter by what they leave in its file, and says how to save it again."""
 
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from loraplex.bundle import ADAPTER_WEIGHTS
 from loraplex.errors import AdapterError, quoted
 
 HEADS = (*SCORE_HEADS, QA_HEAD)
+EXPERT = re.compile(r"\.experts\.(\d+\.|base_layer\.|lora_)")  # one module for each expert, or one for all
 OTHER_TASKS = {
     "TOKEN_CLS": "labels each token, and a verdict is one answer for the whole text",
     "QUESTION_ANS": "marks a part of the text, and a verdict is one answer for the whole text",
@@ -39,6 +41,17 @@ def check_gathered(path: Path, found: Mapping[str, Shape]) -> None:
             remedy="save it again with save_pretrained(…, state_dict=accelerator.get_state_dict(model)), or with "
             "stage3_gather_16bit_weights_on_model_save; zero_to_fp32.py gathers a checkpoint that is there already",
         )
+
+
+def check_experts(path: Path, found: Mapping[str, Shape]) -> None:
+    """Raise AdapterError where the file holds LoRA on the experts of a mixture."""
+    for name in found:
+        if EXPERT.search(name):
+            raise AdapterError(
+                path,
+                f"tensor {quoted(PREFIX + name)} is LoRA on an expert of a mixture, which is not supported",
+                remedy="train the adapter with target_modules that name the layers of attention: q_proj, v_proj, …",
+            )
 
 
 def check_task(folder: Path, config: PeftConfig, found: Mapping[str, Shape]) -> None:

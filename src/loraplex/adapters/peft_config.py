@@ -30,7 +30,7 @@ REFUSED_KEYS = {
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA, which truncates the base's weights,",
     "layer_replication": "layer replication",
-    "target_parameters": "LoRA on bare parameters",
+    "target_parameters": "LoRA on bare parameters, such as the experts and the router of a mixture,",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
 }

@@ -95,6 +95,8 @@ def decoder_layers(config: Any) -> BaseLayers:
 class Decoder:
     """A Model of our own. Every layer takes the step's inputs as an argument."""
 
+    has_experts = False
+
     def __init__(
         self,
         config: Any,

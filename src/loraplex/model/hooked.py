@@ -19,27 +19,34 @@ from loraplex.machine import budget_bytes
 from loraplex.model.adapted_layers import AdaptedLayer, AdaptedLayers
 from loraplex.model.decoder import MEMO_MEMORY, rms_norm
 from loraplex.model.inputs import ModelInputs, ModelOutput
-from loraplex.model.kv_cache import KVCache, Shape, kv_bytes, kv_shapes
+from loraplex.model.kv_cache import KVCache, Shape, kv_bytes
 from loraplex.model.lora_embedding import LoRAEmbedding
 from loraplex.model.lora_linear import LoRALinear
 from loraplex.model.packed_linear import PackedLinear, can_pack
 from loraplex.model.score_heads import ScoreHeads
 from loraplex.model.step_memo import StepMemo
 from loraplex.ops.attention import packed_attention
+from loraplex.ops.layout import Span, layout_of
+from loraplex.ops.staging import Staging
 
 ATTENTION = "loraplex"  # the name of `_attention` in transformers' AttentionInterface
 
-# Arguments that models pass to their attention and that have no effect here.
-_INERT = frozenset({"dropout", "is_causal", "use_cache", "position_ids", "output_attentions", "output_hidden_states"})
+STEP = "loraplex_step"  # the attribute by which an attention module finds the step that runs
+
+# Arguments of an attention call that change no answer, whatever their value. None and False ask for nothing.
+_INERT = frozenset(
+    "output_attentions output_hidden_states output_router_logits position_ids return_dict use_cache".split()
+)
+_PROBE_TOKENS = 24
 
 
 class _Step:
     """The step that runs now, shared by the layers that we insert into one model."""
 
-    def __init__(self, kv_shapes: tuple[Shape, ...]) -> None:
-        self.kv_shapes = kv_shapes
+    def __init__(self) -> None:
+        self.kv_shapes: dict[int, Shape] = {}  # by layer, as the probe found them
         self.cache: KVCache | None = None
-        self.inputs: ModelInputs | None = None
+        self.inputs: ModelInputs | None = None  # None: the probe runs
         self.hidden: torch.Tensor | None = None  # the output head's input
 
     @property
@@ -54,11 +61,17 @@ class Hooked:
     max_captured_tokens = 0
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """model: loaded with attention ATTENTION. This object changes the model and owns it from now on."""
+        """model: loaded with attention ATTENTION. This object changes the model and owns it from now on. Raises
+        UnsupportedModelError where the model does not answer with packed attention as it does with its own."""
         self._model = model
-        self.device, self.dtype, self.vocab_size = model.device, model.dtype, int(model.config.vocab_size)
-        self._step = _Step(kv_shapes(model.config))
-        self.kv_bytes = kv_bytes(self._step.kv_shapes, self.dtype)
+        self.device, self.dtype = model.device, model.dtype
+        self.vocab_size = int(model.config.get_text_config().vocab_size)
+        self.has_experts = any(name.endswith(".experts") for name, _ in model.named_modules())
+        self._step = _Step()
+        _probe(model, self._step, self.vocab_size)
+        found = self._step.kv_shapes
+        self._kv_shapes = tuple(found.get(index, (0, 0)) for index in range(max(found) + 1))
+        self.kv_bytes = kv_bytes(self._kv_shapes, self.dtype)
         # The stacks that are kept between small steps.
         self.memo = StepMemo(budget_bytes(MEMO_MEMORY, model.device))
         replace_norms(model)
@@ -72,7 +85,7 @@ class Hooked:
         self._adapted = AdaptedLayers({self._output: self._wrap(self._output)}, self._output, self.scores, self._wrap)
 
     def allocate_cache(self, num_slots: int) -> None:
-        self._step.cache = KVCache(self._step.kv_shapes, num_slots, self.dtype, self.device)
+        self._step.cache = KVCache(self._kv_shapes, num_slots, self.dtype, self.device)
 
     def forward(self, inputs: ModelInputs) -> ModelOutput:
         self.memo.begin(inputs.segments, inputs.last_segments)
@@ -82,8 +95,6 @@ class Hooked:
                 input_ids=inputs.input_ids[None],
                 position_ids=inputs.position_ids[None],
                 use_cache=False,
-                logits_to_keep=inputs.logit_rows,
-                loraplex_step=self._step,
             ).logits[0]
             assert self._step.hidden is not None, "the output head did not run"
             return ModelOutput(logits, self._step.hidden)
@@ -139,45 +150,102 @@ class _HookedLayer(nn.Module):
     def weight(self) -> torch.Tensor:
         return self.adapted.base_layer.weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [1, T, ...] -> [1, T, out]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # token ids [1, T], or [..., in] with T rows
+        """Return the layer's output for all tokens; the output head's only for the wanted ones: [1, L, vocab]."""
         inputs = self._step.running
+        is_embedding = isinstance(self.adapted, LoRAEmbedding)
+        rows = x.reshape(-1) if is_embedding else x.reshape(-1, x.shape[-1])
+        assert len(rows) == len(inputs.input_ids), "a layer with an adapter does not see every token"
         if not self._is_output:
-            return self.adapted(x[0], inputs.segments)[None]
-        self._step.hidden = x[0]
-        return self.adapted(x[0], inputs.last_segments)[None]
+            shape = x.shape if is_embedding else x.shape[:-1]
+            return self.adapted(rows, inputs.segments).reshape(*shape, -1)
+        self._step.hidden = rows[inputs.logit_rows]
+        return self.adapted(self._step.hidden, inputs.last_segments)[None]
+
+
+def _probe(model: PreTrainedModel, step: _Step, vocab_size: int) -> None:
+    """Compare packed attention on one text with transformers' own, and note the shapes of keys and values. This finds
+    a model that attends to later tokens, counts its positions otherwise, or passes on arguments that are not read.
+
+    Raises UnsupportedModelError where the answers differ by more than rounding."""
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            setattr(module, STEP, step)
+    ids = torch.tensor([[(1 + 7 * i) % vocab_size for i in range(_PROBE_TOKENS)]], device=model.device)
+    positions = torch.arange(_PROBE_TOKENS, device=model.device)[None]
+    try:
+        with torch.inference_mode():
+            model.set_attn_implementation("eager")
+            expected = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+            model.set_attn_implementation(ATTENTION)
+            found = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float().log_softmax(-1)
+    except (UnsupportedModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as exc:  # the model's own code may raise anything
+        raise _unsupported(model, f"it does not answer a short text: {type(exc).__name__}: {exc}") from exc
+    if not step.kv_shapes:
+        raise _unsupported(model, "it has no layer that attends")
+    differ = (found - expected)[found != expected]  # infinite ones may be equal
+    difference = (differ.square().sum() / found.numel()).sqrt().item()
+    if not difference <= (1e-3 if model.dtype == torch.float32 else 0.25):
+        raise _unsupported(
+            model,
+            f"its log probabilities with packed attention differ by {difference:.2g} from those with its own: perhaps "
+            "it is an encoder, or counts positions in its own way",
+        )
 
 
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # [1, H, T, D]
     key: torch.Tensor,  # [1, G, T, D]
-    value: torch.Tensor,  # [1, G, T, D]
+    value: torch.Tensor,  # [1, G, T, E]
     attention_mask: torch.Tensor | None,
     *,
-    loraplex_step: _Step,
-    scaling: float,
+    scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,  # [H]
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # [1, T, H, D]
+) -> tuple[torch.Tensor, None]:  # [1, T, H, E]
     """Compute transformers' attention call by packed attention, and write K/V to the cache. Raises
     UnsupportedModelError for an argument that packed attention does not support."""
-    assert attention_mask is None, "a mask was built for an attention that derives its own"
-    for name, given in kwargs.items():
-        if given is not None and name not in _INERT:
-            raise _unsupported(module, f"its attention uses {name!r}, which is not supported")
+    step, index = getattr(module, STEP, None), getattr(module, "layer_idx", None)
+    _check_arguments(module, attention_mask, kwargs)
+    if not isinstance(step, _Step) or not isinstance(index, int):
+        raise _unsupported(module, "its attention does not say its layer")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    index, step, inputs = module.layer_idx, loraplex_step, loraplex_step.running
-    assert isinstance(index, int)
-    if index >= len(step.kv_shapes) or k.shape[1:] != step.kv_shapes[index] or v.shape != k.shape:
-        raise _unsupported(module, f"layer {index} has keys and values of other shapes than its config says")
-    if step.cache is not None and inputs.kv_rows is not None and inputs.kv_slots is not None:
-        step.cache.write(index, inputs.kv_slots, k[inputs.kv_rows], v[inputs.kv_rows])
-    cache = None if step.cache is None else step.cache.layer(index)
+    widest, num_values = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    # Heads of keys and values of two sizes: zeros fill the smaller, and change no score.
+    q, k, v = (x if x.shape[-1] == widest else F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
+    inputs, shape = step.inputs, (k.shape[1], widest)
+    if inputs is None:
+        if index in step.kv_shapes:
+            raise _unsupported(module, f"layer {index} attends twice in one pass")
+        step.kv_shapes[index] = shape
+        layout, cache = layout_of((Span(start=0, end=len(q)),), Staging(q.device)), None
+    else:
+        if step.kv_shapes.get(index) != shape:
+            raise _unsupported(module, f"layer {index} has keys and values of changing shapes")
+        if step.cache is not None and inputs.kv_rows is not None and inputs.kv_slots is not None:
+            step.cache.write(index, inputs.kv_slots, k[inputs.kv_rows], v[inputs.kv_rows])
+        layout, cache = inputs.layout, None if step.cache is None else step.cache.layer(index)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     attended = packed_attention(
-        q, k, v, inputs.layout, cache=cache, scaling=scaling, window=sliding_window, softcap=softcap
+        q, k, v, layout, cache=cache, scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux
     )
-    return attended[None], None
+    return attended[None, ..., :num_values], None
+
+
+def _check_arguments(module: nn.Module, mask: torch.Tensor | None, given: dict[str, Any]) -> None:
+    if mask is not None:
+        raise _unsupported(module, "its attention has a mask of its own")
+    is_causal = given.pop("is_causal", None)
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise _unsupported(module, "it attends to later tokens too: it is an encoder")
+    for name, value in given.items():
+        if name not in _INERT and not (value is None or value is False or (name == "dropout" and value == 0)):
+            raise _unsupported(module, f"its attention uses {name!r}, which is not supported")
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -23,6 +23,12 @@ class Model(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
+    def has_experts(self) -> bool:
+        """Whether layers are mixtures of experts. The products of an expert are as large as the number of its tokens,
+        so a text's answer is rounded differently beside other texts."""
+        ...
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of one token's keys and values over all layers."""
         ...

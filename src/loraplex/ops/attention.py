@@ -22,12 +22,13 @@ def packed_attention(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]
 ) -> torch.Tensor:  # [T, H, D]
-    """Compute the same as `reference.packed_attention`, faster. Soft-capped scores run on the reference, because no
-    fused kernel here supports them."""
-    if softcap is not None:
+    """Compute the same as `reference.packed_attention`, faster. Soft-capped scores and sinks run on the reference,
+    because no fused kernel here supports them."""
+    if softcap is not None or sinks is not None:
         return reference.packed_attention(
-            query, key, value, layout, cache=cache, scaling=scaling, window=window, softcap=softcap
+            query, key, value, layout, cache=cache, scaling=scaling, window=window, softcap=softcap, sinks=sinks
         )
     if window is not None and window < layout.num_positions:
         return _windowed(query, key, value, layout, cache=cache, scaling=scaling, window=window)

@@ -39,9 +39,10 @@ def packed_attention(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]
 ) -> torch.Tensor:  # as query
     """Return the attention of each span to the tokens that it sees. With `softcap`, scores are
-    softcap * tanh(score / softcap)."""
+    softcap * tanh(score / softcap). With `sinks`, each head has one more score, of a token whose value is zero."""
     groups = query.shape[1] // key.shape[1]
     output = torch.zeros_like(query)
     for span in layout.spans:
@@ -55,7 +56,10 @@ def packed_attention(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~visible(len(q), len(k), window, q.device), float("-inf"))
-        output[rows] = torch.einsum("hij,jhd->ihd", scores.softmax(dim=-1), v).to(query.dtype)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.float()[:, None, None].expand(-1, len(q), 1)), dim=-1)
+        shares = scores.softmax(dim=-1)[..., : len(k)]
+        output[rows] = torch.einsum("hij,jhd->ihd", shares, v).to(query.dtype)
     return output
 
 
