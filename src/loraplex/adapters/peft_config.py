@@ -20,14 +20,16 @@ MAX_CONFIG_BYTES = 4 * 2**20
 MAX_PATTERN_CHARS = 10_000
 
 # Keys of LoraConfig that do not change what a trained adapter computes. The field fan_in_fan_out below is inert, too:
-# PEFT corrects it by the layer's type, and stores lora_A and lora_B alike in both cases.
+# PEFT corrects it by the layer's type, and stores lora_A and lora_B alike in both cases. PEFT 0.1 and 0.2 had
+# merge_weights: whether eval() merges the adapter into the base, which gives the same answers.
 INERT_KEYS = frozenset(
-    "auto_mapping corda_config eva_config inference_mode loftq_config lora_dropout "
-    "lora_ga_config megatron_config megatron_core peft_version qalora_group_size revision runtime_config".split()
+    "auto_mapping corda_config eva_config inference_mode loftq_config lora_dropout lora_ga_config megatron_config "
+    "megatron_core merge_weights peft_version qalora_group_size revision runtime_config".split()
 )
 # Keys that change the computation in a way that is not implemented. They are accepted only where they are not set.
 REFUSED_KEYS = {
     "arrow_config": "Arrow routing",
+    "enable_lora": "LoRA on parts of a fused layer, which only PEFT 0.1 and 0.2 had,",
     "kasa_config": "KaSA, which truncates the base's weights,",
     "layer_replication": "layer replication",
     "target_parameters": "LoRA on bare parameters, such as the experts and the router of a mixture,",
