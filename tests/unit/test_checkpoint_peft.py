@@ -126,6 +126,49 @@ def test_an_adapter_merged_into_the_base_gives_pefts_logits(name: str, bases: Ba
     assert adapter.rank == max(case.config.get("rank_pattern", {"": 2}).values())
 
 
+# A case, a part of its tensors' names, another name for the part, and whether PEFT reads it.
+NAMES: list[tuple[str, str, str, bool]] = [
+    ("lora", "lora_A.weight", "lora_A.default.weight", True),
+    ("lora", "lora_B.weight", "lora_B.default.weight", True),
+    ("lora", "lora_A.weight", "lora_A.other.weight", False),
+    ("lora", "lora_A.weight", "default.lora_A.weight", False),
+    ("lora-bias", "lora_B.bias", "lora_B.default.bias", True),
+    ("dora", "lora_magnitude_vector", "lora_magnitude_vector.weight", True),
+    ("dora", "lora_magnitude_vector", "lora_magnitude_vector.default.weight", True),
+    ("dora", "lora_magnitude_vector", "lora_magnitude_vector.default", False),
+    ("embedding", "lora_embedding_A", "lora_embedding_A.default", True),
+    ("embedding", "lora_embedding_B", "lora_embedding_B.default", True),
+    ("embedding", "lora_embedding_A", "lora_embedding_A.weight", False),
+    ("save-embedding", "embed_tokens.weight", "embed_tokens.modules_to_save.default.weight", False),
+    ("save-embedding", "embed_tokens.weight", "embed_tokens.modules_to_save.weight", False),
+    ("seq", "score.weight", "score.modules_to_save.default.weight", False),
+    ("tokens", "trainable_tokens_delta", "trainable_tokens_delta.default", False),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "other", "is_read"), NAMES, ids=str)
+def test_a_tensor_is_read_under_each_name_that_peft_reads(
+    name: str, part: str, other: str, is_read: bool, bases: Bases, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    write(bases, tmp_path, case)
+    layers, path = base_layers(bases.load(case.base)), tmp_path / "adapter_model.safetensors"
+    expected = logits(PeftModel.from_pretrained(bases.load(case.base, case.is_classifier), tmp_path))
+    kv_id, tensors = read_adapter(tmp_path, layers).kv_id, load_file(path)
+    assert any(part in key for key in tensors)
+    save_file({key.replace(part, other): tensor for key, tensor in tensors.items()}, path)
+    try:
+        found = logits(PeftModel.from_pretrained(bases.load(case.base, case.is_classifier), tmp_path))
+        assert is_read == (differ(found, expected) <= TOLERANCE)
+    except KeyError:
+        assert not is_read
+    if is_read:
+        assert read_adapter(tmp_path, layers).kv_id == kv_id
+    else:
+        with pytest.raises(AdapterError):
+            read_adapter(tmp_path, layers)
+
+
 # ------------------------------------------------------------------------------- what PEFT rejects or gets wrong
 
 

@@ -150,7 +150,6 @@ NAMES = {
     "ddp": (f"module.{P}{Q}.weight", "data parallelism added 'module'"),
     "ddp inside": (f"{P}module.{Q}.weight", "data parallelism added 'module'"),
     "doubled": (f"{P}{P}{Q}.weight", "is doubled"),
-    "default": (f"{P}{Q}.default.weight", "the adapter's name 'default'"),
     "several": (f"module._orig_mod.{P}module.{P}{Q}.default.weight", "torch.compile"),
 }
 
@@ -173,6 +172,16 @@ def test_a_changed_name_is_explained_and_repaired(base: Path, tmp_path: Path, ke
     ]
     assert read[0].kv_id == read[1].kv_id
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x"], "something is left over"
+
+
+@pytest.mark.parametrize("backend", ["native", "peft"])
+def test_names_that_peft_reads_are_served_by_all_backends(base: Path, tmp_path: Path, backend: str) -> None:
+    """PEFT itself would not find them in an adapter of another name than "default"."""
+    tensors = {name.replace(".weight", ".default.weight"): t for name, t in load_file(base / "good" / WEIGHTS).items()}
+    folder = made(base, tmp_path / "x", tensors)
+    with Loraplex.load(base, adapters={"x": folder}, backend=backend, dtype="float32", device="cpu") as loraplex:
+        good, same = loraplex.classify("is it done?", ["good", "x"]).verdicts
+    assert same.scores == pytest.approx(good.scores, abs=1e-6)
 
 
 def test_pefts_own_names_stay(base: Path) -> None:

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from loraplex.adapters.kinds import kinds_of
 from loraplex.adapters.mistakes import check_experts, check_gathered, check_head, check_name, check_task, warn_of_task
 from loraplex.adapters.peft_config import PeftConfig, read_peft_config
-from loraplex.adapters.plan import MAGNITUDE, SAVE_AGAIN, TRAIN_PLAINER, WRONG_BASE, Plan, assemble, explain, make_plan
+from loraplex.adapters.plan import SAVE_AGAIN, TRAIN_PLAINER, WRONG_BASE, Plan, assemble, explain, make_plan
 from loraplex.adapters.tensor_file import TensorFile
-from loraplex.adapters.tensor_names import PREFIX, pefts_name
+from loraplex.adapters.tensor_names import PREFIX, pefts_name, read_name
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loraplex.errors import AdapterError, quoted
@@ -83,14 +83,13 @@ def _read_names(file: TensorFile, path: Path) -> dict[str, str]:
             raise AdapterError(
                 path, f"tensor {quoted(key)} is {quoted(entry.dtype)}", remedy="save it as float16, bfloat16 or float32"
             )
-        check_name(path, key)
-        name = key.removeprefix(PREFIX)
-        if name == key:
+        known = read_name(key)
+        check_name(path, known)
+        name = known.removeprefix(PREFIX)
+        if name == known:
             raise AdapterError(
                 path, f"tensor {quoted(key)} is not named as PEFT does ({PREFIX}…)", remedy="save the adapter with PEFT"
             )
-        if name.endswith(f".{MAGNITUDE}.weight"):  # PEFT reads both spellings
-            name = name.removesuffix(".weight")
         if name in names:
             raise AdapterError(path, f"holds {quoted(name)} twice", remedy=SAVE_AGAIN)
         names[name] = key
@@ -169,7 +168,8 @@ def write_lora(folder: Path, weights: AdapterWeights) -> None:
 
 
 def rename_tensors(source: Path, target: Path) -> int:
-    """Write the weights in the folder `source` to the folder `target` under PEFT's names. Return how many were renamed.
+    """Write the weights in the folder `source` to the folder `target` under PEFT's names. Return how many were renamed;
+    where none was, nothing is written.
 
     Raises AdapterError where two tensors would get one name."""
     file = TensorFile(source / ADAPTER_WEIGHTS, AdapterError, max_header_bytes=MAX_HEADER_BYTES)
@@ -181,6 +181,9 @@ def rename_tensors(source: Path, target: Path) -> int:
                 f"tensors {quoted(other)} and {quoted(key)} have one name in PEFT",
                 remedy="save the unwrapped model again",
             )
-    tensors = file.read(names.values())
-    save_file({name: tensors[key] for name, key in names.items()}, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    return sum(name != key for name, key in names.items())
+    num_renamed = sum(name != key for name, key in names.items())
+    if num_renamed:
+        tensors = file.read(names.values())
+        renamed = {name: tensors[key] for name, key in names.items()}
+        save_file(renamed, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    return num_renamed

@@ -10,6 +10,10 @@ WRAPPERS = {
     "_checkpoint_wrapped_module": "activation checkpointing",
 }
 PARALLEL = "module"  # of DataParallel, DistributedDataParallel and DeepSpeed; only before the base's own name
+# What PEFT's load_state_dict finds under its own names, because PeftModel.from_pretrained calls the adapter "default".
+READ_BY_PEFT = re.compile(
+    r"\.(lora_[AB]\.default\.(weight|bias)|lora_embedding_[AB]\.default|lora_magnitude_vector(\.default)?\.weight)$"
+)
 DEFAULT = re.compile(r"\.(lora_\w+)\.default(?=\.|$)|\.modules_to_save\.default(?=\.)")
 
 
@@ -21,6 +25,14 @@ def pefts_name(key: str) -> str:
     while name.startswith((f"{PREFIX}{PARALLEL}.", PREFIX * 2)):
         name = PREFIX + name.removeprefix(PREFIX).removeprefix(f"{PARALLEL}.").removeprefix(PREFIX)
     return DEFAULT.sub(lambda match: f".{match[1]}" if match[1] else "", name)
+
+
+def read_name(key: str) -> str:
+    """Return PEFT's own name of a tensor that PEFT also reads as `key`; any other key as it is."""
+    if READ_BY_PEFT.search(key) is None:
+        return key
+    name = DEFAULT.sub(r".\1", key)
+    return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
 
 
 def who_named(key: str) -> str:

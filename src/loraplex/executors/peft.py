@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from loraplex.adapters.checkpoint import read_unidentified
+from loraplex.adapters.checkpoint import read_unidentified, rename_tensors
 from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterSource
@@ -114,6 +114,7 @@ class PeftExecutor:
                     "changed on disk since it was loaded",
                     remedy="load it again, or put the old files back",
                 )
+            rename_tensors(Path(copy), Path(copy))  # PEFT reads names with "default" in an adapter of that name only
             self._loaded.set_slot(slot, Path(copy), weights.invocation_tokens is not None)
 
     def clear_slot(self, slot: int) -> None:
