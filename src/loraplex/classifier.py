@@ -48,7 +48,9 @@ class Contract(NumbersAreNoBooleans):
     format:         lines: messages are written as lines `Name: content`, and stand in the template or in one user
                     message of the chat template. chat: each is a message of the chat template, and the question is a
                     last message of the user.
+    answer_start:   what the model writes before the label, such as the quote of a JSON text. It is given to the model.
     labels:         in order; the first is the positive one.
+    values:         label -> the number that it stands for; verdicts then have an expected value.
     threshold:      only with two labels: answer labels[0] where its score is at least this.
     abstain_below:  mark a verdict as abstained where its label's score is lower.
     min_label_mass: warn where all labels together are less probable; 0 never warns.
@@ -61,7 +63,9 @@ class Contract(NumbersAreNoBooleans):
     question: str | None = None
     template: str | None = None
     format: Literal["lines", "chat"] = "lines"
+    answer_start: str = ""
     labels: tuple[str, ...]
+    values: dict[str, Annotated[float, Field(ge=-1e9, le=1e9)]] | None = None
     threshold: Probability | None = None
     abstain_below: Probability = 0.0
     min_label_mass: Probability = 0.05
@@ -85,6 +89,10 @@ class Contract(NumbersAreNoBooleans):
                     f"'calibration.bias' names {quoted(label)}, which is not among the labels {said}",
                     "use a label's text",
                 )
+        if self.values is not None and self.values.keys() != set(labels):
+            raise wrong(
+                f"'values' names {quoted(tuple(self.values))}, and the labels are {said}", "give each label a number"
+            )
         for golden in self.golden:
             if golden.label not in labels:
                 raise wrong(
@@ -131,6 +139,9 @@ class Contract(NumbersAreNoBooleans):
             label=self.labels[winner],
             confidence=scores[winner],
             scores=dict(zip(self.labels, scores, strict=True)),
+            value=None
+            if self.values is None
+            else math.fsum(score * self.values[label] for label, score in zip(self.labels, scores, strict=True)),
             label_mass=label_mass,
             abstained=scores[winner] < self.abstain_below,
             warnings=(_low_mass(label_mass, self.min_label_mass),) if label_mass < self.min_label_mass else (),
@@ -152,6 +163,7 @@ class Decision:
     label: str
     confidence: float
     scores: Mapping[str, float]
+    value: float | None
     label_mass: float
     abstained: bool
     warnings: tuple[str, ...]

@@ -92,6 +92,7 @@ class Verdict:
     classifier:  the name in the request: a classifier's or a route's. `adapter` is the adapter that answered.
     confidence:  score of the returned label.
     scores:      label -> calibrated probability; the sum is 1.
+    value:       expected value of the contract's `values` under the scores; None where the contract has none.
     label_mass:  probability of all labels together, over the whole vocabulary, before calibration.
     abstained:   whether the score is below the contract's `abstain_below`; `label` is still the best one.
     warnings:    each is "code: sentence". The codes: escaped_special_tokens, cut_conversation, low_label_mass.
@@ -103,6 +104,7 @@ class Verdict:
     label: str | None = None
     confidence: float | None = None
     scores: Mapping[str, float] | None = None
+    value: float | None = None
     label_mass: float | None = None
     abstained: bool = False
     adapter: AdapterRef | None = None

@@ -62,6 +62,12 @@ def test_three_labels_take_the_likeliest() -> None:
     assert sum(decision.scores.values()) == pytest.approx(1)
 
 
+def test_labels_that_stand_for_numbers_have_an_expected_value() -> None:
+    valued = contract(labels=("2", "1", "0"), values={"0": 0.0, "1": 0.5, "2": 1.0})
+    assert valued.decide([math.log(0.3), math.log(0.1), math.log(0.1)]).value == pytest.approx(0.7)
+    assert contract().decide([0.0, 0.0]).value is None
+
+
 def test_extreme_log_probs_neither_overflow_nor_divide_by_zero() -> None:
     assert contract().decide([-2000.0, -1.0]).scores == pytest.approx({"yes": 0.0, "no": 1.0})
     extreme = {"temperature": 0.001, "bias": {"yes": -1000, "no": 1000}}
@@ -78,6 +84,9 @@ def test_extreme_log_probs_neither_overflow_nor_divide_by_zero() -> None:
         ("labels: [a, b]\nlables: [a, b]", "lables"),
         ("labels: [a, b]\nthreshold: 1.5", "threshold"),
         ("labels: [a, b, c]\nthreshold: 0.5", "threshold"),
+        ("labels: [a, b]\nvalues: {a: 1}", "values"),
+        ("labels: [a, b]\nvalues: {a: 1, c: 0}", "values"),
+        ("labels: [a, b]\nvalues: {a: 1, b: .nan}", "values"),
         ("labels: [a, b]\ntemplate: 'no place'", "{conversation}"),
         ("labels: [a, b]\ntemplate: '{conversation}{conversation}'", "exactly once"),
         ("labels: [a, b]\ntemplate: '{conversation}{question}'", "question"),

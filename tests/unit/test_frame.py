@@ -178,3 +178,24 @@ def test_what_a_chat_template_does_not_take_is_refused_when_it_is_bound(tokenize
         bind(tokenizer, ALTERNATES, format="chat", question=None).prompt(
             (Message(role="assistant", content="hi"),), Conversations()
         )
+
+
+@pytest.mark.parametrize("contract", [{}, {"format": "chat"}, {"template": "{conversation}<|ask|>{question} "}])
+def test_the_answers_start_stands_at_the_prompts_end(tokenizer: Tokenizer, contract: Any) -> None:
+    for text in (KINDS["as it is"], KINDS["twice"] if not contract else PLAIN):
+        plain, started = (bind(tokenizer, text, answer_start=start, **contract) for start in ("", '{"score": "'))
+        prompts = [one.prompt("hello", Conversations()) for one in (plain, started)]
+        assert prompts[1].text == prompts[0].text + '{"score": "'
+        assert list(prompts[1].token_ids) == tokenizer.encode(
+            prompts[1].text, add_special_tokens=contract.get("template") is not None
+        )
+
+
+def test_a_label_that_merges_with_the_answers_start_is_refused_and_the_remedy_works(tokenizer: Tokenizer) -> None:
+    def made(start: str, *labels: str) -> Template:
+        contract = Contract(template="{conversation}<|ask|>", answer_start=start, labels=labels)
+        return Template(ChatTemplate(tokenizer, None, "base"), contract, 4096, "c")
+
+    with pytest.raises(ContractError, match=r"'yes' merges with .*move the end of 'answer_start'"):
+        made("say ", "yes", "no")
+    assert made("say", " yes", " no").label_ids.keys() == {" yes", " no"}

@@ -69,6 +69,7 @@ class Evaluation:
                 label=decision.label,
                 confidence=decision.confidence,
                 scores=decision.scores,
+                value=decision.value,
                 label_mass=decision.label_mass,
                 abstained=decision.abstained,
                 adapter=ref,

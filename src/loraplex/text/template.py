@@ -38,7 +38,7 @@ class Template:
         is_chat = contract.template is None and chat.text is not None
         self.written_by: Literal["contract", "chat_template"] = "chat_template" if is_chat else "contract"
         self._roles = tuple(dict.fromkeys(contract.roles.values()))
-        self._frame = frame_of(chat, contract, source)
+        self._frame, self._answer_start = frame_of(chat, contract, source), contract.answer_start
         self._add_special_tokens = self._frame.add_special_tokens
         self._probes = [self.parts(probe) for probe in self._frame.probes]
         self._tails = self._find_tails()
@@ -76,7 +76,8 @@ class Template:
 
     def parts(self, conversation: Taken, conversations: Conversations | None = None) -> tuple[str, str | None]:
         """Return the prompt up to the end of the conversation, and the text behind it; see `TextFrame.parts`."""
-        return self._frame.parts(conversation, conversations or Conversations())
+        head, tail = self._frame.parts(conversation, conversations or Conversations())
+        return (head + self._answer_start, None) if tail is None else (head, tail + self._answer_start)
 
     def prompt(self, given: str | tuple[Message, ...], conversations: Conversations) -> Prompt:
         """Return the prompt for a conversation. The oldest turns are cut, with a warning, where the prompt is too long.
@@ -211,7 +212,9 @@ class Template:
                 raise ContractError(
                     f"{source}, key 'labels'",
                     f"the label {label!r} merges with the end of the prompt {rendered[-20:]!r} when they are tokenized",
-                    remedy="end the template with a special token or a line break, or begin the labels with a space",
+                    remedy="move the end of 'answer_start' to the beginning of each label"
+                    if self._answer_start
+                    else "end the template with a special token or a line break, or begin the labels with a space",
                 )
             found.add(tuple(whole[len(ids) :]))
         if len(found) > 1:
