@@ -13,6 +13,7 @@ from loraplex.discovery import Found, SkippedFolder, find_adapters, folders_with
 from loraplex.disk import refuse_pointers
 from loraplex.errors import BundleError, ConfigurationError, listed, quoted
 from loraplex.hub_cache import public_name, snapshot_of
+from loraplex.io_yaml import IO_YAML, read_intrinsic
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What an adapter's folder says about its prompts, as trainers save it.
@@ -41,6 +42,12 @@ class AdapterSource:
     path: Path
     contract: Contract | None
     error: ConfigurationError | None = None
+
+    @property
+    def contract_path(self) -> Path:
+        """The file that says what the contract is."""
+        is_intrinsic = (self.path / IO_YAML).is_file() and not (self.path / CONTRACT).is_file()
+        return self.path / (IO_YAML if is_intrinsic else CONTRACT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,8 +182,11 @@ def open_adapter(name: str, folder: Path) -> AdapterSource:
                 remedy="load it with PEFT where you trust it and save_pretrained(…), which writes safetensors",
             )
         raise BundleError(folder, f"no {ADAPTER_WEIGHTS} in it", remedy="save the adapter with PEFT's save_pretrained")
-    contract_path = folder / CONTRACT
-    contract = read_contract(contract_path) if contract_path.is_file() else None
+    contract = None
+    if (folder / CONTRACT).is_file():
+        contract = read_contract(folder / CONTRACT)
+    elif (folder / IO_YAML).is_file():
+        contract = read_intrinsic(folder / IO_YAML).contract
     return AdapterSource(name=name, path=folder, contract=contract)
 
 

@@ -253,11 +253,13 @@ class BundleSettings(BaseModel):
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a key that is given twice or is not text. PyYAML alone would silently keep the last value."""
 
+    text_keys = True
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
+            if self.text_keys and not isinstance(key, str):
                 written = getattr(key_node, "value", key)
                 problem = f"key {written} is read as {key!r} and not as text; quote it: '{written}'"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
@@ -267,11 +269,18 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def read_yaml(path: Path, error: type[ConfigurationError]) -> dict[str, Any]:
-    """Return the YAML mapping in a file. Raises `error`, which names the file and the line."""
+class _AnyKeyLoader(_UniqueKeyLoader):
+    """Takes keys that are numbers or booleans, too."""
+
+    text_keys = False
+
+
+def read_yaml(path: Path, error: type[ConfigurationError], *, text_keys: bool = True) -> dict[Any, Any]:
+    """Return the YAML mapping in a file. Raises `error`, which names the file and the line. text_keys: refuse keys that
+    are not text."""
     refuse_pointers([path], error)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader if text_keys else _AnyKeyLoader)
     except Exception as exc:  # YAMLError, and Python's own errors from constructors on `2024-13-45` or `!!int x`
         reason = " ".join(str(exc).split()).replace('in "<unicode string>", ', "") or type(exc).__name__
         raise error(path, f"not readable as YAML: {reason}", remedy=_yaml_remedy(exc, reason)) from None

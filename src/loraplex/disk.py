@@ -1,13 +1,15 @@
-"""Files that others may write while they are read, and Git LFS pointers in the place of files. Knows no format."""
+"""Files that others may write while they are read, folders that appear complete, and Git LFS pointers in the place of
+files. Knows no format."""
 
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from loraplex.errors import ConfigurationError
+from loraplex.errors import BundleError, ConfigurationError
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 SETTLED_S = 0.01  # a file system's clock may tick this slowly: two writes within one tick look alike
@@ -74,3 +76,13 @@ def refuse_pointers(paths: Iterable[Path], error: type[ConfigurationError]) -> N
     for path in paths:
         with suppress(OSError), path.open("rb") as file:
             refuse_pointer(path, file.read(len(POINTER)), error)
+
+
+def folder_beside(out: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a temporary folder beside `out`, in which to make what is then renamed to `out`. Raises BundleError where
+    none can be made."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-")
+    except OSError as exc:
+        raise BundleError(out, f"cannot be written: {exc.strerror or exc}", remedy="name another folder") from None

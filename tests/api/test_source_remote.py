@@ -26,10 +26,11 @@ from loraplex.adapters.files import ResolvedSource, SourceLimits
 from loraplex.adapters.source import resolve_source
 from loraplex.bundle import PROMPT_FILES
 from loraplex.errors import AdapterError
+from loraplex.io_yaml import IO_YAML
 
 CONFIG, WEIGHTS, CONTRACT = "adapter_config.json", "adapter_model.safetensors", "classifier.yaml"
 # What is fetched beside the weights: contents by name.
-TEXTS = {CONFIG: b"{}", CONTRACT: b"a: b", **{name: f"a {name}".encode() for name in PROMPT_FILES}}
+TEXTS = {CONFIG: b"{}", CONTRACT: b"a: b", IO_YAML: b"c: d", **{name: f"a {name}".encode() for name in PROMPT_FILES}}
 BIG = os.urandom(3_000_000)
 SCRIPT = """
 import json, sys

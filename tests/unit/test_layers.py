@@ -25,7 +25,7 @@ LAYERS = [
         "hub_cache",
     },
     {"classifier", "client", "discovery"},
-    {"bundle"},
+    {"bundle", "io_yaml"},
     {"text", "ops"},
     {"model", "adapters"},
     {"engine"},

@@ -10,8 +10,15 @@ from pathlib import Path
 
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT, PROMPT_FILES
 from loraplex.errors import AdapterError
+from loraplex.io_yaml import IO_YAML
 
-FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT, *PROMPT_FILES)  # the only files that are read, fetched or unpacked
+FILES = (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONTRACT,
+    IO_YAML,
+    *PROMPT_FILES,
+)  # the only files that are read, fetched or unpacked
 PICKLE = "adapter_model.bin"
 ARCHIVE = ".tar.gz"
 CHUNK = 2**20

@@ -23,9 +23,10 @@ from loraplex.adapters.files import (
 )
 from loraplex.bundle import CONTRACT
 from loraplex.errors import AdapterError
+from loraplex.io_yaml import IO_YAML
 
 # The beginnings of all FILES and of the pickle.
-PREFIXES = ("adapter_", "added_tokens", "chat_template", CONTRACT, "special_tokens", "tokenizer")
+PREFIXES = ("adapter_", "added_tokens", "chat_template", CONTRACT, IO_YAML, "special_tokens", "tokenizer")
 ATTEMPTS = 5  # at resuming a download that was cut, and at fetching objects that change meanwhile
 
 

@@ -208,3 +208,45 @@ def _base_above(adapter: Path) -> str:
     above = adapter.resolve().parents
     names = ("config.json", SETTINGS)
     return str(next((folder for folder in above if any((folder / name).is_file() for name in names)), above[0]))
+
+
+@app.command("import")
+def import_adapter(
+    path: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="An adapter's folder with an io.yaml.", show_default=False)
+    ],
+    name: Annotated[str, typer.Option(help="The classifier's name.", show_default=False)],
+    argument: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=TEXT", help="Fill a {NAME} in the io.yaml's instruction. Repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE",
+            help="Copy the adapter to BUNDLE/NAME, and write the classifier.yaml there. Default: write it into FOLDER.",
+        ),
+    ] = None,
+) -> None:
+    """Write the classifier.yaml of one of IBM's intrinsics: an adapter that an io.yaml describes.
+
+    An intrinsic whose instruction has a {placeholder} becomes a classifier for each text that you give it.
+
+    Example: [bold]loraplex adapters import hub/uncertainty/lora --name isCertain --out bundle[/]
+    """
+    arguments = {}
+    for one in argument or ():
+        key, separator, text = one.partition("=")
+        if not (key and separator):
+            raise typer.BadParameter(f"{one!r} is not NAME=TEXT", param_hint="--argument")
+        if key in arguments:
+            raise typer.BadParameter(f"{key!r} is given twice", param_hint="--argument")
+        arguments[key] = text
+    with errors_to_exit():
+        from loraplex.adapters.intrinsics import import_intrinsic
+        from loraplex.classifier import read_contract
+
+        made = import_intrinsic(path, name, arguments, out)
+        labels = ", ".join(read_contract(made).labels)
+    stdout.print(f"{made}: written; the labels are {labels}", markup=False)
+    stdout.print(f"serve it: loraplex serve BASE --adapter {name}={made.parent}", markup=False)

@@ -9,7 +9,7 @@ from loraplex.adapters.base_name import ServedBase
 from loraplex.adapters.checkpoint import Unidentified, read_unidentified
 from loraplex.adapters.files import FILES
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
-from loraplex.bundle import CONTRACT, AdapterSource, open_adapter
+from loraplex.bundle import AdapterSource, open_adapter
 from loraplex.classifier import Contract
 from loraplex.disk import unchanged
 from loraplex.errors import AdapterError, ContractError, InvalidRequestError
@@ -109,7 +109,7 @@ class ClassifierChecker:
         )
 
     def _bind(self, source: AdapterSource, contract: Contract, chat: ChatTemplate, weights: AdapterWeights) -> Template:
-        path, reads_labels = source.path / CONTRACT, weights.score is None
+        path, reads_labels = source.contract_path, weights.score is None
         try:
             return Template(
                 chat, contract, self._max_model_len, path, weights.invocation_tokens, reads_labels=reads_labels
@@ -177,7 +177,7 @@ def _labels(source: AdapterSource, weights: AdapterWeights) -> tuple[str, ...] |
         )
     if labels is not None and len(labels) != num_labels:
         raise ContractError(
-            f"{source.path / CONTRACT}, key 'labels'",
+            f"{source.contract_path}, key 'labels'",
             f"names {len(labels)} labels, the adapter's score head has {num_labels}",
             remedy="name them all, in the order of the training's label ids",
         )

@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable
 from collections.abc import Sequence as Seq
 
 from loraplex.adapters.slots import NO_ADAPTER
-from loraplex.bundle import CONTRACT
 from loraplex.engine.sequence import Outcome, Sequence, SequenceOutput, Target
 from loraplex.errors import AdapterError, BadInputError, ContractError, InputTooLongError, LoraplexError
 from loraplex.service.base import Base
@@ -43,7 +42,7 @@ def activated(version: ClassifierVersion, text: str) -> str:
 async def _check_golden(version: ClassifierVersion, slot: int, base: Base, compute: Compute) -> None:
     contract = version.source.contract
     for golden in contract.golden if contract is not None else ():
-        key = f"{version.source.path / CONTRACT}, key 'golden'"
+        key = f"{version.source.contract_path}, key 'golden'"
         evaluation = Evaluation(name=version.source.name, version=version, slot=slot)
         request = ClassifyRequest(input=golden.text)
         await asyncio.to_thread(evaluation.tokenize, request, base, Conversations())

@@ -1,13 +1,12 @@
 """Repairs an adapter whose tensors a wrapper renamed: writes it again under PEFT's names."""
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from loraplex.adapters.checkpoint import read_unidentified, rename_tensors
 from loraplex.adapters.files import FILES
 from loraplex.bundle import ADAPTER_WEIGHTS, open_adapter, open_base
-from loraplex.disk import unchanged
+from loraplex.disk import folder_beside, unchanged
 from loraplex.errors import AdapterError, BundleError
 from loraplex.model.loader import read_config, read_layers
 
@@ -22,7 +21,7 @@ def repair(folder: Path, out: Path, base: str) -> int:
     open_adapter("adapter", folder)
     root = open_base(base).base
     layers, _ = read_layers(read_config(root, packs=False), root, packs=False)
-    with _beside(out) as work:
+    with folder_beside(out) as work:
         made = Path(work, out.name)
         made.mkdir()
         with unchanged([folder / name for name in FILES], AdapterError):
@@ -41,12 +40,3 @@ def repair(folder: Path, out: Path, base: str) -> int:
             raise AdapterError(folder, f"{message}; nothing was written", remedy=exc.remedy) from None
         made.rename(out)
     return num_renamed
-
-
-def _beside(out: Path) -> tempfile.TemporaryDirectory[str]:
-    """Make a temporary folder beside `out`. Raises BundleError where none can be made."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=out.parent, prefix=".repair-")
-    except OSError as exc:
-        raise BundleError(out, f"cannot be written: {exc.strerror or exc}", remedy="name another folder") from None
