@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from loraplex.errors import MAX_QUOTED, quoted, shortened
 
@@ -85,11 +85,27 @@ class NumbersAreNoBooleans(BaseModel):
     @classmethod
     def _refuse_booleans(cls, values: Any) -> Any:
         for name in _numbers(cls) if isinstance(values, Mapping) else ():
-            value = values.get(name)
-            for one in value.values() if isinstance(value, Mapping) else (value,):
-                if isinstance(one, bool):
-                    raise wrong(f"has {quoted(one)} for {name!r}, which takes a number", f"give a number for {name!r}")
+            if (found := _boolean_in(values.get(name))) is not None:
+                path, value = found
+                number = PydanticCustomError("either", "a number")
+                at = InitErrorDetails(type=number, loc=(name, *path), input=value)
+                raise ValidationError.from_exception_data(cls.__name__, [at])
         return values
+
+
+def _boolean_in(value: Any) -> tuple[tuple[str | int, ...], bool] | None:
+    """Return the first boolean in a number's place and its path, or None. Lists may be long, and hold lists."""
+    if isinstance(value, bool):
+        return (), value
+    if isinstance(value, list):
+        kinds = set(map(type, value))
+        inner: Iterable[tuple[Any, Any]] = enumerate(value) if kinds & {bool, list} else ()
+    else:
+        inner = value.items() if isinstance(value, Mapping) else ()
+    for key, one in inner:
+        if (found := _boolean_in(one)) is not None:
+            return (key, *found[0]), found[1]
+    return None
 
 
 @functools.cache
@@ -103,7 +119,7 @@ def _kinds(annotation: Any) -> Iterator[type]:
     parts = get_args(annotation)
     if get_origin(annotation) is dict:
         parts = parts[1:]
-    elif get_origin(annotation) in (list, tuple, Literal):
+    elif get_origin(annotation) is Literal:
         return
     if not parts and isinstance(annotation, type):
         yield annotation

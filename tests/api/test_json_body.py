@@ -141,3 +141,16 @@ def test_a_missing_content_type_is_json_unless_a_browser_left_it_out(http: httpx
 def test_json_that_is_no_object_is_422(http: httpx.Client, content: bytes) -> None:
     response = http.post("/v1/classify", content=content, headers=JSON)
     assert (response.status_code, error(response)["message"]) == (422, "the body is not a JSON object")
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_a_query_is_refused_by_name_on_every_route(http: httpx.Client, method: str, path: str) -> None:
+    response = http.request(method, f"{path}?deadline_ms=5&x=1", json={})
+    said = error(response)
+    assert said["code"] == "invalid_request" and "'deadline_ms'" in said["message"] and "body" in said["remedy"]
+    assert (424 if "/endpoints" in path else 422) == response.status_code
+
+
+def test_a_boolean_for_a_number_is_refused(http: httpx.Client) -> None:
+    said = error(http.post("/v1/classify", json={"input": "Customer: hello", "deadline_ms": True}))
+    assert said["message"] == "deadline_ms: true is not a number"

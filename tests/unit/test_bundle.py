@@ -153,8 +153,8 @@ def test_a_size_without_a_unit_is_told_the_sizes_at_once(bundle: Path) -> None:
     [
         ("server: {idle_timeout: .inf}", "Infinity is above 86400"),
         ("server: {keep_verdicts: 1000000000000000000000000000000}", "is above 1000000000"),
-        ("engine: {max_queue: true}", "has true for 'max_queue', which takes a number"),
-        ("routes: {a: {targets: {isDone: true}}}", "has true for 'targets', which takes a number"),
+        ("engine: {max_queue: true}", "max_queue': true is not a number"),
+        ("routes: {a: {targets: {isDone: true}}}", "isDone': true is not a number"),
         ("engine:\n\tkv_cache: 0", "indent with spaces"),
         ("base: one: two", "put quotes around a text"),
     ],

@@ -190,5 +190,5 @@ def test_other_braces_are_text(tmp_path: Path) -> None:
 def test_a_boolean_is_no_number(tmp_path: Path, key: str) -> None:
     path = tmp_path / "classifier.yaml"
     path.write_text(f"labels: ['yes', 'no']\n{key}\n")
-    with pytest.raises(ContractError, match=r"has true for '[a-z_]+', which takes a number"):
+    with pytest.raises(ContractError, match=r"key '[a-z_.]+': true is not a number"):
         read_contract(path)

@@ -49,7 +49,7 @@ PRODUCED: dict[str, tuple[set[str], dict[str, set[str]]]] = {
     "model": ({"model_type", "model_attributes_type"}, {}),
     "model-fields": ({"missing", "extra_forbidden", "invalid_key", "string_unicode"}, {}),
     # Our validators raise "wrong", and "either" where a union takes no value of the type.
-    "function-before": ({"wrong"}, {}),
+    "function-before": ({"either"}, {}),  # a boolean for a number
     "function-after": ({"wrong"}, {}),
     "tagged-union": ({"either"}, {}),
     # The other members of a union say what is wrong.
@@ -265,3 +265,23 @@ def test_either_case_of_a_choice_is_taken() -> None:
     assert (found.backend, found.dtype, found.device, found.kv_cache) == ("native", "bfloat16", "cuda:1", "0")
     served = resolve(ServerConfig, {"public": ["Metrics"]}, {"log_format": "JSON"})
     assert (served.log_format, served.public) == ("json", ("metrics",))
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "said"),
+    [
+        (ClassifyBody, {"input": "x", "deadline_ms": True}, "deadline_ms: true"),
+        (CompletionBody, {"model": "x", "prompt": "x", "max_tokens": True}, "max_tokens: true"),
+        (CompletionBody, {"model": "x", "prompt": [1, True]}, "prompt.1: true"),
+        (CompletionBody, {"model": "x", "prompt": [[1], [2, False]]}, "prompt.1.1: false"),
+        (CompletionBody, {"model": "x", "prompt": "x", "allowed_token_ids": [3, True]}, "allowed_token_ids.1: true"),
+        (ChatBody, {"model": "x", "messages": [], "logit_bias": {"7": True}}, "logit_bias.7: true"),
+        (ChatBody, {"model": "x", "messages": [], "temperature": False}, "temperature: false"),
+    ],
+)
+def test_a_boolean_in_a_body_is_no_number(model: type[BaseModel], values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(values)
+    problem = find_problem(caught.value.errors(), values, model, noun="field")
+    assert f"{problem.place}: {problem.sentence}" == f"{said} is not a number"
+    assert problem.remedy == "give a number"

@@ -9,7 +9,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import MutableHeaders
 
-from loraplex.errors import BadInputError, InvalidRequestError
+from loraplex.errors import BadInputError, InvalidRequestError, quoted
 
 OBJECT = "send one JSON object in UTF-8"
 MAX_DEPTH = 100  # lists and objects inside each other; Python's own limit would be met later, anywhere
@@ -34,7 +34,7 @@ CONSTANT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|(-?(?:NaN|Infinity))', re.DOTAL
 
 
 class JsonRoute(APIRoute):
-    """A route that reads its body with `parse`, and checks the Content-Type first."""
+    """A route that reads its body with `parse`. Checks before that there is no query, and the Content-Type."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -42,6 +42,7 @@ class JsonRoute(APIRoute):
             return handle
 
         async def handle_json(request: Request) -> Response:
+            _check_query(request)
             _check_type(request)
             scope = {**request.scope, "headers": list(request.scope["headers"])}
             MutableHeaders(scope=scope)["Content-Type"] = "application/json"
@@ -59,6 +60,15 @@ class _JsonRequest(Request):
         if self._parsed is ...:
             self._parsed = parse(await self.body())
         return self._parsed
+
+
+def _check_query(request: Request) -> None:
+    if request.query_params:
+        name = next(iter(request.query_params))
+        raise InvalidRequestError(
+            f"the query parameter {quoted(name)} is unknown: {request.url.path} takes none",
+            remedy="give it as a field of the body",
+        )
 
 
 def _check_type(request: Request) -> None:

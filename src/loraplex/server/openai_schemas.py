@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, Tag
 
 from loraplex.errors import InvalidRequestError, quoted, shortened
 from loraplex.generation import GenerateRequest
-from loraplex.problems import unknown_field
+from loraplex.problems import NumbersAreNoBooleans, unknown_field
 from loraplex.server.openai_answers import ChatFormat, CompletionFormat
 from loraplex.server.schemas import MAX_ITEMS, either
 from loraplex.types import Message
@@ -85,7 +85,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class _Body(BaseModel):
+class _Body(NumbersAreNoBooleans):
     """Fields that both HTTP routes take. A field that is null counts as not given."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=document)

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapt
 from pydantic.json_schema import SkipJsonSchema
 
 from loraplex.discovery import SkippedFolder
-from loraplex.problems import wrong
+from loraplex.problems import NumbersAreNoBooleans, wrong
 from loraplex.types import (
     AdapterInfo,
     BatchResult,
@@ -29,7 +29,7 @@ def result_json(result: ClassifyResult | BatchResult) -> bytes:
     return RESULT.dump_json(result, exclude_none=True)
 
 
-class _Body(BaseModel):
+class _Body(NumbersAreNoBooleans):
     model_config = ConfigDict(extra="forbid")
 
 
