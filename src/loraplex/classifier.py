@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from loraplex.config import read_yaml, validate
 from loraplex.errors import ContractError, InvalidRequestError, quoted, shortened
 from loraplex.problems import NumbersAreNoBooleans, wrong
-from loraplex.types import Message
+from loraplex.types import Message, Roles
 
 CONVERSATION, QUESTION = "{conversation}", "{question}"
-DEFAULT_ROLES = {"user": "Customer", "assistant": "Agent"}
+DEFAULT_ROLES: Roles = {"user": "Customer", "assistant": "Agent"}
 # Unicode's line ends. Word writes a VT for a line break, and PDFs have an FF between pages.
 _LINE_ENDS = re.compile("\r+\n|[\r\v\f\x85\u2028\u2029]")  # a file written twice in text mode has \r\r\n
 _BRACES = re.compile(r"(\{+)(\s*(\w+)\s*)\}")
@@ -55,7 +55,8 @@ class Contract(NumbersAreNoBooleans):
     abstain_below:  mark a verdict as abstained where its label's score is lower.
     min_label_mass: warn where all labels together are less probable; 0 never warns.
     max_length:     maximum tokens of the whole prompt; a longer conversation loses its oldest turns.
-    roles:          message role -> the name written before the turn.
+    roles:          message role -> the name written before the turn; null leaves the role's turns out.
+                    `format: chat` knows only null.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,7 +72,7 @@ class Contract(NumbersAreNoBooleans):
     min_label_mass: Probability = 0.05
     calibration: Calibration = Calibration()
     max_length: int | None = Field(None, ge=8)
-    roles: dict[str, str] = Field(default_factory=lambda: dict(DEFAULT_ROLES))
+    roles: dict[str, str | None] = Field(default_factory=lambda: dict(DEFAULT_ROLES))
     golden: tuple[Golden, ...] = ()
 
     @model_validator(mode="after")
@@ -114,8 +115,9 @@ class Contract(NumbersAreNoBooleans):
                 )
             if self.format == "chat":
                 raise wrong("'format' is 'chat', and there is a 'template' too", "remove one of them")
-        if not self.roles:
-            raise wrong("'roles' is empty", "remove it, or name a role: roles: {user: Customer}")
+        if self.format == "lines" and not any(self.roles.values()):
+            what = "leaves every message out" if self.roles else "is empty"
+            raise wrong(f"'roles' {what}", "remove it, or name a role: roles: {user: Customer}")
         return self
 
     def decide(self, log_probs: Sequence[float]) -> "Decision":
@@ -181,28 +183,36 @@ def read_contract(path: Path) -> Contract:
     return validate(Contract, read_yaml(path, ContractError), path, ContractError)
 
 
-def conversation_text(conversation: str | Sequence[Message], roles: Mapping[str, str]) -> str:
-    """Return the conversation as text: one normalized `Name: content` a message. Text is returned unchanged.
+def conversation_text(conversation: str | Sequence[Message], roles: Roles) -> str:
+    """Return the conversation as text: one normalized `Name: content` a message. Text is returned unchanged. A message
+    that only calls tools, and one whose role has the name None, has no line.
 
     Raises InvalidRequestError for an unknown role, and where the conversation is empty."""
     if isinstance(conversation, str):
         text = conversation
     else:
-        names = {
-            **{name.lower(): name for name in roles.values()},
-            **{key.lower(): name for key, name in roles.items()},
-        }
-        lines = []
-        for message in conversation:
-            if message.role.lower() not in names:
-                raise _unknown_role(message.role, roles)
-            lines.append(normalized(f"{names[message.role.lower()]}: {message.content}"))
-        text = "\n".join(lines)
-        if not any(message.content.strip() for message in conversation):
+        said = [
+            (name, one.content) for name, one in kept_messages(conversation, roles) if one.content or not one.tool_calls
+        ]
+        text = "\n".join(normalized(f"{name}: {content}") for name, content in said)
+        if not any(content.strip() for _, content in said):
             text = ""
     if not text.strip():
         raise InvalidRequestError("the input is empty", remedy="send the text or the messages to classify")
     return valid_unicode(text)
+
+
+def kept_messages(conversation: Sequence[Message], roles: Roles) -> list[tuple[str, Message]]:
+    """Return (name, message) for each message whose role has a name. Raises InvalidRequestError for an unknown role."""
+    names = {
+        **{name.lower(): name for name in roles.values() if name is not None},
+        **{key.lower(): name for key, name in roles.items()},
+    }
+    for message in conversation:
+        if message.role.lower() not in names:
+            raise _unknown_role(message.role, roles)
+    named = ((names[message.role.lower()], message) for message in conversation)
+    return [(name, message) for name, message in named if name is not None]
 
 
 def normalized(text: str) -> str:
@@ -211,11 +221,14 @@ def normalized(text: str) -> str:
     return _LINE_ENDS.sub("\n", text.removeprefix("\ufeff")).rstrip()
 
 
-def _unknown_role(role: str, roles: Mapping[str, str]) -> InvalidRequestError:
-    named = ", ".join(f"{key}: {name}" for key, name in {**roles, shortened(role): shortened(role).title()}.items())
+def _unknown_role(role: str, roles: Roles) -> InvalidRequestError:
+    role = shortened(role)
+    named = ", ".join(f"{key}: {'null' if name is None else name}" for key, name in roles.items())
     return InvalidRequestError(
         f"unknown role {quoted(role)}",
-        remedy=f"use one of: {', '.join(roles)}; or name it in the adapter's classifier.yaml: `roles: {{{named}}}`",
+        remedy=f"use one of: {', '.join(roles)}; or say what becomes of its turns, in the adapter's classifier.yaml "
+        f"(`roles: {{{named}, {role}: {role.title()}}}` writes them, `{role}: null` leaves them out) "
+        f'or in the request (`"roles": {{"{role}": null}}`)',
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loraplex.types import AdapterRef, Message, Timings, Usage
+from loraplex.types import AdapterRef, Message, Roles, Timings, Usage
 
 MAX_TOP = 20  # largest `num_top` of a GenerateRequest
 
@@ -34,6 +34,7 @@ class GenerateRequest:
     chat_template_kwargs:  variables of the base's chat template.
     conversation_id:       keeps what was computed for the conversation's next turn.
     deadline_ms:           milliseconds from the call.
+    roles:                 of messages: roles that differ from the contract's `roles`.
     """
 
     prompt: str | tuple[int, ...] | tuple[Message, ...]
@@ -56,6 +57,7 @@ class GenerateRequest:
     chat_template_kwargs: Mapping[str, bool | int | str] = field(default_factory=dict)
     conversation_id: str | None = None
     deadline_ms: float | None = None
+    roles: Roles | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from loraplex.config import EngineConfig, resolve
 from loraplex.discovery import SkippedFolder
 from loraplex.errors import NotReadyError
 from loraplex.generation import GenerateRequest, GenerateResult
+from loraplex.messages import Input, conversation_of, prompt_of
 from loraplex.routing.router import Router, start_router
 from loraplex.service.named_adapters import add_adapters
 from loraplex.service.preparation import Preparation, check_effects, prepare
@@ -19,10 +20,8 @@ from loraplex.types import (
     AdapterInfo,
     ClassifyRequest,
     ClassifyResult,
-    Input,
-    Message,
+    Roles,
     classifier_names,
-    conversation_of,
 )
 
 if TYPE_CHECKING:  # it imports torch
@@ -89,13 +88,16 @@ class Loraplex:
         *,
         deadline_ms: float | None = None,
         conversation_id: str | None = None,
+        roles: Roles | None = None,
     ) -> ClassifyResult:
         """Return one verdict for each classifier.
 
-        input:            text, or messages with `role` and `content`.
+        input:            text, or messages: `Message`s, or mappings as OpenAI's chat API has them.
         classifiers:      a name, names, or "*" for all.
         deadline_ms:      milliseconds from the call; a classifier not computed by then answers `deadline_exceeded`.
         conversation_id:  keeps what was computed for the conversation's next turn.
+        roles:            role -> the name that a contract writes before its turns, where it differs from the
+                          contract's; None leaves the role's turns out.
         Raises UnknownClassifierError, InvalidRequestError, InputTooLongError and others where no classifier answers."""
         return self.run(
             self._router.classify(
@@ -104,17 +106,17 @@ class Loraplex:
                     classifiers=classifier_names(classifiers),
                     deadline_ms=deadline_ms,
                     conversation_id=conversation_id,
+                    roles=roles,
                 )
             )
         )
 
-    def generate(
-        self, prompt: str | tuple[int, ...] | tuple[Message, ...], adapter: str | None = None, **sampling: Any
-    ) -> GenerateResult:
+    def generate(self, prompt: Input | Iterable[int], adapter: str | None = None, **sampling: Any) -> GenerateResult:
         """Return the tokens that follow `prompt` under an adapter, or under the bare base where `adapter` is None.
 
+        prompt:    text, token ids, or messages as for `classify`.
         sampling:  the other fields of GenerateRequest, such as max_tokens, temperature, top_p, seed or stop."""
-        return self.run(self.service.generate(GenerateRequest(prompt=prompt, adapter=adapter, **sampling)))
+        return self.run(self.service.generate(GenerateRequest(prompt=prompt_of(prompt), adapter=adapter, **sampling)))
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
         """Return all known adapters, in the order in which they were added."""

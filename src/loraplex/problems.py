@@ -2,12 +2,12 @@
 
 import difflib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from loraplex.errors import MAX_QUOTED, quoted, shortened
@@ -86,10 +86,7 @@ class NumbersAreNoBooleans(BaseModel):
     def _refuse_booleans(cls, values: Any) -> Any:
         for name in _numbers(cls) if isinstance(values, Mapping) else ():
             if (found := _boolean_in(values.get(name))) is not None:
-                path, value = found
-                number = PydanticCustomError("either", "a number")
-                at = InitErrorDetails(type=number, loc=(name, *path), input=value)
-                raise ValidationError.from_exception_data(cls.__name__, [at])
+                raise at((name, *found[0]), found[1], PydanticCustomError("either", "a number"))
         return values
 
 
@@ -127,9 +124,32 @@ def _kinds(annotation: Any) -> Iterator[type]:
         yield from _kinds(part)
 
 
+def kind_of(value: Any) -> str | None:
+    """Return the tag of a union's member that takes `value`, or None."""
+    kinds: dict[type, str] = {str: "text", list: "list", dict: "object", type(None): "null"}
+    return next((kind for type_, kind in kinds.items() if isinstance(value, type_)), None)
+
+
 def wrong(message: str, remedy: str) -> PydanticCustomError:
     """Return an error for a validator to raise. A field's message goes on after the value: "is no size"."""
     return PydanticCustomError("wrong", "{message}", {"message": message, "remedy": remedy})
+
+
+def wrong_at(field: str, value: object, what: str, remedy: str) -> ValidationError:
+    """Return an error about one field for a model's validator to raise."""
+    return at((field,), value, wrong(what, remedy))
+
+
+def at(loc: tuple[str | int, ...], value: object, error: PydanticCustomError | str) -> ValidationError:
+    """Return an error at a place below a model, for the model's validator to raise. error: also a type of pydantic's,
+    such as "missing"."""
+    return ValidationError.from_exception_data("body", [InitErrorDetails(type=error, loc=loc, input=value)])
+
+
+def either(what: str, kind: Callable[[Any], str | None] = kind_of) -> Discriminator:
+    """Return a discriminator that chooses a union's member by the value's type. A value of a wrong type gives one
+    error, "is not {what}", instead of one for each member."""
+    return Discriminator(kind, custom_error_type="either", custom_error_message=what)
 
 
 def find_problem(errors: Sequence[Any], values: Any, model: Any, *, noun: str = "key", written: Any = None) -> Problem:

@@ -4,39 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loraplex.errors import InvalidRequestError, LoraplexError, quoted
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn of a conversation. `role` is a key or a value of the contract's `roles`."""
-
-    role: str
-    content: str
-
-
-Input = str | Iterable[Message | Mapping[str, str]]  # text, or messages with `role` and `content`
-
-
-def conversation_of(given: Input) -> str | tuple[Message, ...]:
-    """Return the conversation as requests hold it. Raises InvalidRequestError for anything but text or messages."""
-    if isinstance(given, str):
-        return given
-    if not isinstance(given, Iterable):
-        raise InvalidRequestError(f"no conversation: {quoted(given)}", remedy="give text, or messages")
-    return tuple(_message(one) for one in given)
-
-
-def _message(given: Message | Mapping[str, str]) -> Message:
-    if isinstance(given, Message):
-        return given
-    try:
-        return Message(role=given["role"], content=given["content"])
-    except (KeyError, TypeError):
-        raise InvalidRequestError(
-            f"no message: {quoted(given)}", remedy="give text, or messages with 'role' and 'content'"
-        ) from None
-
+from loraplex.errors import LoraplexError
+from loraplex.messages import Message as Message
+from loraplex.messages import Roles as Roles
 
 Names = tuple[str, ...] | Literal["*"]
 
@@ -55,12 +25,14 @@ class ClassifyRequest:
     classifiers:      names, in the order of the answer's verdicts, or "*" for every classifier.
     deadline_ms:      milliseconds from the call; a classifier not computed by then answers `deadline_exceeded`.
     conversation_id:  the same for all turns of a conversation; keeps what was computed for the next turn.
+    roles:            roles that differ from the contracts' `roles`.
     """
 
     input: str | tuple[Message, ...]
     classifiers: Names = "*"
     deadline_ms: float | None = None
     conversation_id: str | None = None
+    roles: Roles | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +67,8 @@ class Verdict:
     value:       expected value of the contract's `values` under the scores; None where the contract has none.
     label_mass:  probability of all labels together, over the whole vocabulary, before calibration.
     abstained:   whether the score is below the contract's `abstain_below`; `label` is still the best one.
-    warnings:    each is "code: sentence". The codes: escaped_special_tokens, cut_conversation, low_label_mass.
+    warnings:    each is "code: sentence". The codes: left_out_tool_calls, escaped_special_tokens, cut_conversation,
+                 low_label_mass.
     Without a contract or a score head, `label` is the decoded top token and `confidence` its probability.
     """
 

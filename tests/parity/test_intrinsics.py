@@ -98,7 +98,10 @@ def loraplex(bundle: Path) -> Iterator[Loraplex]:
 @pytest.fixture(scope="module")
 def verdicts(loraplex: Loraplex) -> dict[str, Verdict]:
     """All of them, of one call."""
-    return {one.classifier: one for one in loraplex.classify([Message(**one) for one in MESSAGES]).verdicts}
+    return {
+        one.classifier: one
+        for one in loraplex.classify([Message(role=one["role"], content=one["content"]) for one in MESSAGES]).verdicts
+    }
 
 
 def rewritten(folder: Path) -> list[dict[str, str]]:
@@ -119,7 +122,9 @@ def test_the_prompt_and_the_probabilities_are_those_of_granite_common_and_peft(
     tokenizer: Any = AutoTokenizer.from_pretrained(bundle)
     asked = tokenizer.apply_chat_template(rewritten(bundle / name), add_generation_prompt=True)["input_ids"]
     prompt = [*asked, *tokenizer(start, add_special_tokens=False)["input_ids"]]
-    request = ClassifyRequest(input=tuple(Message(**one) for one in MESSAGES), classifiers=(name,))
+    request = ClassifyRequest(
+        input=tuple(Message(role=one["role"], content=one["content"]) for one in MESSAGES), classifiers=(name,)
+    )
     [(_, text, token_ids)] = loraplex.show_prompt(request)
     assert list(token_ids) == prompt and text.endswith(ASSISTANT + start)
 

@@ -7,7 +7,7 @@ import pytest
 
 from loraplex.classifier import Contract, conversation_text, normalized, read_contract
 from loraplex.errors import ContractError, InvalidRequestError
-from loraplex.types import Message
+from loraplex.messages import Message, ToolCall
 
 ROLES = {"user": "Customer", "assistant": "Agent"}
 
@@ -146,9 +146,32 @@ def test_an_unknown_role_hears_how_to_name_it() -> None:
         conversation_text([Message(role="system", content="x")], {"user": "Customer", "assistant": "Agent"})
     assert caught.value.message == "unknown role 'system'"
     assert caught.value.remedy == (
-        "use one of: user, assistant; or name it in the adapter's classifier.yaml: "
-        "`roles: {user: Customer, assistant: Agent, system: System}`"
+        "use one of: user, assistant; or say what becomes of its turns, in the adapter's classifier.yaml "
+        "(`roles: {user: Customer, assistant: Agent, system: System}` writes them, `system: null` leaves them out) "
+        'or in the request (`"roles": {"system": null}`)'
     )
+
+
+def test_a_role_without_a_name_is_left_out(tmp_path: Path) -> None:
+    roles = {"user": "Customer", "system": None, "tool": "System"}
+    said = [("system", "be kind"), ("user", "hi"), ("tool", "{}"), ("System", "late")]
+    messages = [Message(role=role, content=content) for role, content in said]
+    assert conversation_text(messages, roles) == "Customer: hi\nSystem: {}"  # a role's key counts before its name
+    with pytest.raises(InvalidRequestError, match="empty"):
+        conversation_text(messages[:1], roles)
+    (path := tmp_path / "classifier.yaml").write_text("labels: ['a', 'b']\nroles: {user: null}")
+    with pytest.raises(ContractError, match="'roles' leaves every message out"):
+        read_contract(path)
+
+
+def test_a_message_that_only_calls_tools_has_no_line() -> None:
+    calls = (ToolCall(name="find", arguments="{}"),)
+    messages = [
+        Message(role="user", content="where?"),
+        Message(role="assistant", content="", tool_calls=calls),
+        Message(role="assistant", content="here", tool_calls=calls),
+    ]
+    assert conversation_text(messages, ROLES) == "Customer: where?\nAgent: here"
 
 
 def test_half_a_surrogate_pair_is_an_error() -> None:

@@ -205,12 +205,22 @@ def test_messages_are_objects_or_mappings(ask: Ask) -> None:
     script = Script([httpx.Response(OK, json=RESULT)])
     turns = (one for one in [Message(role="user", content="hi"), {"role": "assistant", "content": "hé", "name": "x"}])
     ask(script, "classify", turns, ["a", "b"], conversation_id="c", deadline_ms=5)
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hé"}]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hé", "name": "x"}]
     assert script.bodies() == [{"input": messages, "classifiers": ["a", "b"], "conversation_id": "c", "deadline_ms": 5}]
 
 
 @pytest.mark.parametrize(
-    "input", [None, 5, [5], [{"role": "user"}], b"bytes", {"role": "user", "content": "x"}, "\ud800"]
+    "input",
+    [
+        None,
+        5,
+        [5],
+        [{"role": "user"}],
+        [{"role": "user", "content": [{"type": "image_url"}]}],
+        b"bytes",
+        {"role": "user", "content": "x"},
+        "\ud800",
+    ],
 )
 def test_what_no_request_can_say_is_not_sent(ask: Ask, input: Any) -> None:
     script = Script([httpx.Response(OK, json=RESULT)])

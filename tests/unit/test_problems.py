@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core.core_schema import ErrorType
 
-from loraplex import classifier, config
+from loraplex import classifier, config, messages
 from loraplex.adapters import peft_config
 from loraplex.classifier import read_contract
 from loraplex.config import EngineConfig, ServerConfig, read_bundle_settings, resolve
@@ -20,7 +20,7 @@ from loraplex.server.schemas import ClassifyBody, InvocationBody, SageMakerBody
 
 MODELS = {
     f"{module.__name__}.{name}": one
-    for module in (config, classifier, peft_config, schemas, openai_schemas)
+    for module in (config, classifier, messages, peft_config, schemas, openai_schemas)
     for name, one in vars(module).items()
     if isinstance(one, type) and issubclass(one, BaseModel) and one.__module__ == module.__name__
     if not name.endswith(("Result", "List", "Card", "ErrorBody"))  # answers
@@ -49,8 +49,8 @@ PRODUCED: dict[str, tuple[set[str], dict[str, set[str]]]] = {
     "model": ({"model_type", "model_attributes_type"}, {}),
     "model-fields": ({"missing", "extra_forbidden", "invalid_key", "string_unicode"}, {}),
     # Our validators raise "wrong", and "either" where a union takes no value of the type.
-    "function-before": ({"either"}, {}),  # a boolean for a number
-    "function-after": ({"wrong"}, {}),
+    "function-before": ({"either", "wrong"}, {}),
+    "function-after": ({"wrong", "missing", "extra_forbidden"}, {}),
     "tagged-union": ({"either"}, {}),
     # The other members of a union say what is wrong.
     **dict.fromkeys(("none", "nullable", "union", "any", "default", "definitions", "definition-ref"), (set(), {})),
@@ -134,12 +134,16 @@ def problem_of(model: Any, values: Any) -> str:
         (ClassifyBody, {"input": "x", "deadline_ms": "soon"}, "deadline_ms: 'soon' is not a number (give a number)"),
         (ClassifyBody, {"input": 3}, "input: 3 is not text or a list of messages (give text or a list of messages)"),
         (ClassifyBody, {"input": [{"role": "user"}]}, "input.0.content: is missing (add it)"),
-        (ClassifyBody, {"input": [{"role": "user", "content": 3}]}, "input.0.content: 3 is not text (give text)"),
+        (
+            ClassifyBody,
+            {"input": [{"role": "user", "content": 3}]},
+            "input.0.content: 3 is not text or a list of text parts",
+        ),
         (
             ClassifyBody,
             {"text": "x"},
             ": unknown field 'text'; did you mean input? (use: input, inputs, classifiers, conversation_id, "
-            "deadline_ms)",
+            "deadline_ms, roles)",
         ),
         (ClassifyBody, {"input": "x", "clasifiers": "a"}, "unknown field 'clasifiers'; did you mean classifiers?"),
         (ClassifyBody, {"input": "x", "timeout_ms": 5}, "unknown field 'timeout_ms'; did you mean deadline_ms?"),

@@ -14,7 +14,8 @@ from loraplex.client.exchange import POLL_S, Connection, Exchange, Outcome
 from loraplex.client.many import Conversation, check, id_and_input, in_tasks, progress_bar
 from loraplex.discovery import SkippedFolder
 from loraplex.errors import LoraplexError
-from loraplex.types import AdapterInfo, ClassifyResult, Input, ModelInfo, Route, RouteStats, classifier_names
+from loraplex.messages import Input
+from loraplex.types import AdapterInfo, ClassifyResult, ModelInfo, Roles, Route, RouteStats, classifier_names
 
 
 class AsyncClient:
@@ -48,9 +49,10 @@ class AsyncClient:
         *,
         conversation_id: str | None = None,
         deadline_ms: float | None = None,
+        roles: Roles | None = None,
     ) -> ClassifyResult:
         """Return one verdict for each classifier, in the order requested. See `Client.classify`."""
-        return await self._ask(call.classify(input, classifiers, conversation_id, deadline_ms))
+        return await self._ask(call.classify(input, classifiers, conversation_id, deadline_ms, roles))
 
     @overload
     async def classify_many(
@@ -60,6 +62,7 @@ class AsyncClient:
         *,
         concurrency: int = 8,
         deadline_ms: float | None = None,
+        roles: Roles | None = None,
         progress: bool = False,
         on_error: Literal["raise"] = "raise",
     ) -> list[ClassifyResult]: ...
@@ -72,6 +75,7 @@ class AsyncClient:
         *,
         concurrency: int = 8,
         deadline_ms: float | None = None,
+        roles: Roles | None = None,
         progress: bool = False,
         on_error: Literal["return"],
     ) -> list[ClassifyResult | LoraplexError]: ...
@@ -83,6 +87,7 @@ class AsyncClient:
         *,
         concurrency: int = 8,
         deadline_ms: float | None = None,
+        roles: Roles | None = None,
         progress: bool = False,
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[ClassifyResult] | list[ClassifyResult | LoraplexError]:
@@ -95,7 +100,7 @@ class AsyncClient:
             async def classify(conversation: Conversation) -> ClassifyResult | LoraplexError:
                 try:
                     conversation_id, input = id_and_input(conversation)
-                    return await self._ask(call.classify(input, names, conversation_id, deadline_ms))
+                    return await self._ask(call.classify(input, names, conversation_id, deadline_ms, roles))
                 except LoraplexError as exc:
                     if on_error == "raise":
                         raise

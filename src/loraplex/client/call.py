@@ -1,23 +1,14 @@
 """The API's calls: what is sent, which type comes back, and what may be sent twice. Does no I/O."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 from loraplex.discovery import SkippedFolder
-from loraplex.types import (
-    AdapterInfo,
-    ClassifyRequest,
-    ClassifyResult,
-    Input,
-    ModelInfo,
-    Route,
-    RouteStats,
-    classifier_names,
-    conversation_of,
-)
+from loraplex.messages import Input, conversation_of, message_json
+from loraplex.types import AdapterInfo, ClassifyResult, ModelInfo, Roles, Route, RouteStats, classifier_names
 
 Answer = TypeVar("Answer")
 
@@ -78,15 +69,21 @@ def _get(path: str, answer: type[Answer]) -> Call[Answer]:
 
 
 def classify(
-    input: Input, classifiers: str | Iterable[str], conversation_id: str | None, deadline_ms: float | None
+    input: Input,
+    classifiers: str | Iterable[str],
+    conversation_id: str | None,
+    deadline_ms: float | None,
+    roles: Roles | None = None,
 ) -> Call[ClassifyResult]:
-    request = ClassifyRequest(
-        input=conversation_of(input),
-        classifiers=classifier_names(classifiers),
-        deadline_ms=deadline_ms,
-        conversation_id=conversation_id,
-    )
-    body = {name: value for name, value in asdict(request).items() if value is not None}
+    conversation = conversation_of(input)
+    body = {
+        "input": conversation if isinstance(conversation, str) else [message_json(one) for one in conversation],
+        "classifiers": classifier_names(classifiers),
+        "deadline_ms": deadline_ms,
+        "conversation_id": conversation_id,
+        "roles": None if roles is None else dict(roles),
+    }
+    body = {name: value for name, value in body.items() if value is not None}
     return Call(
         method="POST",
         path="/v1/classify",

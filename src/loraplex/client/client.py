@@ -15,7 +15,8 @@ from loraplex.client.exchange import POLL_S, Connection, Exchange, Outcome
 from loraplex.client.many import Conversation, check, id_and_input, in_threads, progress_bar
 from loraplex.discovery import SkippedFolder
 from loraplex.errors import LoraplexError
-from loraplex.types import AdapterInfo, ClassifyResult, Input, ModelInfo, Route, RouteStats, classifier_names
+from loraplex.messages import Input
+from loraplex.types import AdapterInfo, ClassifyResult, ModelInfo, Roles, Route, RouteStats, classifier_names
 
 
 class Client:
@@ -60,20 +61,23 @@ class Client:
         *,
         conversation_id: str | None = None,
         deadline_ms: float | None = None,
+        roles: Roles | None = None,
     ) -> ClassifyResult:
         """Return one verdict for each classifier, in the order requested. If only some classifiers fail, their verdicts
         hold an `error`.
 
-        input:            text, or messages: `Message`s or mappings with `role` and `content`.
+        input:            text, or messages: `Message`s, or mappings as OpenAI's chat API has them.
         classifiers:      a name, names, or "*" for all. A name is a classifier's or a route's.
         conversation_id:  the same id for every turn of a conversation: the next turn reuses cached work.
         deadline_ms:      milliseconds from this call, retries included. A classifier that is not computed by then has
                           an `error`.
+        roles:            role -> the name that a contract writes before its turns, where it differs from the
+                          contract's; None leaves the role's turns out.
 
         Raises a LoraplexError if nothing can be answered: UnknownClassifierError, InvalidRequestError,
         InputTooLongError, DeadlineExceededError, QueueFullError, ….
         """
-        return self._ask(call.classify(input, classifiers, conversation_id, deadline_ms))
+        return self._ask(call.classify(input, classifiers, conversation_id, deadline_ms, roles))
 
     @overload
     def classify_many(
@@ -83,6 +87,7 @@ class Client:
         *,
         concurrency: int = 8,
         deadline_ms: float | None = None,
+        roles: Roles | None = None,
         progress: bool = False,
         on_error: Literal["raise"] = "raise",
     ) -> list[ClassifyResult]: ...
@@ -95,6 +100,7 @@ class Client:
         *,
         concurrency: int = 8,
         deadline_ms: float | None = None,
+        roles: Roles | None = None,
         progress: bool = False,
         on_error: Literal["return"],
     ) -> list[ClassifyResult | LoraplexError]: ...
@@ -106,6 +112,7 @@ class Client:
         *,
         concurrency: int = 8,
         deadline_ms: float | None = None,
+        roles: Roles | None = None,
         progress: bool = False,
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[ClassifyResult] | list[ClassifyResult | LoraplexError]:
@@ -133,7 +140,7 @@ class Client:
             def classify(conversation: Conversation) -> ClassifyResult | LoraplexError:
                 try:
                     conversation_id, input = id_and_input(conversation)
-                    return self._ask(call.classify(input, names, conversation_id, deadline_ms), sleep)
+                    return self._ask(call.classify(input, names, conversation_id, deadline_ms, roles), sleep)
                 except LoraplexError as exc:
                     if on_error == "raise":
                         raise

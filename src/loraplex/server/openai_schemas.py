@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Tag
 
-from loraplex.errors import InvalidRequestError, quoted, shortened
+from loraplex.errors import InvalidRequestError, quoted
 from loraplex.generation import GenerateRequest
-from loraplex.problems import NumbersAreNoBooleans, unknown_field
+from loraplex.messages import MAX_ITEMS, MessageBody
+from loraplex.problems import NumbersAreNoBooleans, either, unknown_field
 from loraplex.server.openai_answers import ChatFormat, CompletionFormat
-from loraplex.server.schemas import MAX_ITEMS, either
-from loraplex.types import Message
+from loraplex.server.schemas import RoleNames
 
 MAX_CHOICES = 2048  # prompts times `n`
 
@@ -245,44 +245,10 @@ class CompletionBody(_Body):
         return CompletionFormat(has_logprobs=self.logprobs is not None, names_ids=bool(self.return_tokens_as_token_ids))
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
-
-    role: str = Field(description="a role that the adapter's contract or the base's chat template knows")
-    content: Annotated[
-        Annotated[str, Tag("text")]
-        | Annotated[list[TextPart], Tag("list"), Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)],
-        either("text or a list of text parts"),
-    ]
-
-    def to_message(self, place: str) -> Message:
-        """Return the message. `place` is its path in the body. Unknown fields may hold only empty values, so that a
-        client can send an answer back unchanged. Raises InvalidRequestError for any other."""
-        for name, value in (self.model_extra or {}).items():
-            if value not in (None, [], {}):
-                raise InvalidRequestError(
-                    f"{place}.{shortened(name)}: is not supported", remedy="leave it out, or write it as text"
-                )
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return Message(role=self.role, content=content)
-
-
-def messages_of(given: Seq[ChatMessage]) -> tuple[Message, ...]:
-    """Return the messages of a body's `messages`."""
-    return tuple(one.to_message(f"messages.{index}") for index, one in enumerate(given))
-
-
 class ChatBody(_Body):
     """Messages, formatted by the adapter's contract or, without a contract, by the base's chat template."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
+    messages: list[MessageBody] = Field(min_length=1, max_length=MAX_ITEMS)
     max_tokens: int | None = Field(None, ge=1, description="default: as many as fit into the base's context")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(
@@ -295,17 +261,20 @@ class ChatBody(_Body):
         None, description="add special tokens to those that the base's chat template writes; default false"
     )
 
+    roles: RoleNames | None = None
+
     def to_requests(self, adapter: str | None) -> list[GenerateRequest]:
         """Return one request for each choice. Raises InvalidRequestError for a field that would have to be ignored."""
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs: needs `logprobs`", remedy="set `logprobs` to true")
         return self._requests(
-            [messages_of(self.messages)],
+            [tuple(one.to_message() for one in self.messages)],
             adapter=adapter,
             max_tokens=self._max_tokens(self.max_tokens),
             num_top=self.top_logprobs or 0,
             add_special_tokens=self.add_special_tokens,
             chat_template_kwargs=self.chat_template_kwargs or {},
+            roles=self.roles,
         )
 
     def format(self) -> ChatFormat:

@@ -1,26 +1,25 @@
 """Bodies of the HTTP API. `loraplex.types` explains their fields."""
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from loraplex.discovery import SkippedFolder
-from loraplex.problems import NumbersAreNoBooleans, wrong
+from loraplex.messages import MAX_ITEMS, MessageBody
+from loraplex.problems import NumbersAreNoBooleans, either, wrong
 from loraplex.types import (
     AdapterInfo,
     BatchResult,
     ClassifyRequest,
     ClassifyResult,
     ErrorInfo,
-    Message,
     Names,
+    Roles,
     Route,
     classifier_names,
 )
 
-MAX_ITEMS = 10_000  # in a list of a body
 RESULT: TypeAdapter[ClassifyResult | BatchResult] = TypeAdapter(ClassifyResult | BatchResult)
 
 
@@ -33,40 +32,32 @@ class _Body(NumbersAreNoBooleans):
     model_config = ConfigDict(extra="forbid")
 
 
-def kind_of(value: Any) -> str | None:
-    """Return the tag of a union's member that takes `value`, or None."""
-    kinds = {str: "text", list: "list", dict: "object"}
-    return next((kind for type_, kind in kinds.items() if isinstance(value, type_)), None)
-
-
-def either(what: str, kind: Callable[[Any], str | None] = kind_of) -> Discriminator:
-    """Return a discriminator that chooses a union's member by the value's type. A value of a wrong type gives one
-    error, "is not {what}", instead of one for each member."""
-    return Discriminator(kind, custom_error_type="either", custom_error_message=what)
-
-
-class MessageBody(_Body):
-    role: str = Field(description="`user`, `assistant`, or a name from the contract's `roles`")
-    content: str
-
-
 TextOrMessages = (
     Annotated[str, Tag("text")] | Annotated[list[MessageBody], Tag("list"), Field(max_length=MAX_ITEMS, fail_fast=True)]
 )
+
+
+RoleNames = Annotated[
+    dict[str, str | None],
+    Field(
+        max_length=MAX_ITEMS,
+        description="role -> the name that a contract writes before its turns, where it differs from the contract's "
+        "`roles`; null leaves the role's turns out",
+    ),
+]
 
 
 class ConversationBody(_Body):
     input: Annotated[TextOrMessages, either("text or a list of messages")]
     conversation_id: str | None = None
 
-    def to_request(self, classifiers: Names, deadline_ms: float | None) -> ClassifyRequest:
+    def to_request(self, classifiers: Names, deadline_ms: float | None, roles: Roles | None) -> ClassifyRequest:
         return ClassifyRequest(
-            input=self.input
-            if isinstance(self.input, str)
-            else tuple(Message(role=message.role, content=message.content) for message in self.input),
+            input=self.input if isinstance(self.input, str) else tuple(one.to_message() for one in self.input),
             classifiers=classifiers,
             deadline_ms=deadline_ms,
             conversation_id=self.conversation_id,
+            roles=roles,
         )
 
 
@@ -113,6 +104,7 @@ class ClassifyBody(_Body):
         gt=0,
         description="milliseconds from the request; a classifier that is not computed by then returns an error",
     )
+    roles: RoleNames | None = None
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
@@ -136,7 +128,7 @@ class ClassifyBody(_Body):
             else ConversationBody.model_construct(input=one, conversation_id=self.conversation_id)
             for one in given or ()
         )
-        return [one.to_request(classifiers, self.deadline_ms) for one in conversations]
+        return [one.to_request(classifiers, self.deadline_ms, self.roles) for one in conversations]
 
 
 class InvocationBody(_Body):

@@ -6,25 +6,24 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraplex.generation import GenerateRequest
-from loraplex.problems import wrong
+from loraplex.messages import MAX_ITEMS, MessageBody
+from loraplex.problems import NumbersAreNoBooleans, wrong
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.openai import resolve_model
-from loraplex.server.openai_schemas import ChatMessage, document, messages_of, refuse_unknown
+from loraplex.server.openai_schemas import document, refuse_unknown
 from loraplex.server.routes import ERRORS, service_of
-from loraplex.server.schemas import MAX_ITEMS
-from loraplex.types import Message
 
 router = APIRouter(tags=["openai"], route_class=JsonRoute)
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(NumbersAreNoBooleans):
     """A text, or messages as /v1/chat/completions takes them."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=document)
 
     model: str | None = Field(None, description="name of an adapter, a route or the base; default: the base")
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
     add_special_tokens: bool | None = Field(
         None, description="add special tokens, such as a BOS; default true for `prompt`, false for `messages`"
     )
@@ -49,7 +48,7 @@ class TokenizeAnswer(BaseModel):
     token_strs: list[str] | None
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(NumbersAreNoBooleans):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = Field(None, description="name of an adapter, a route or the base; default: the base")
@@ -66,9 +65,9 @@ async def tokenize(request: Request, body: TokenizeBody) -> TokenizeAnswer:
     through the adapter's contract or, without a contract, through the base's chat template."""
     refuse_unknown(body.model_extra or {}, TokenizeBody.model_fields)
     service = service_of(request)
-    prompt: str | tuple[Message, ...] = messages_of(body.messages or ()) if body.prompt is None else body.prompt
+    messages = tuple(one.to_message() for one in body.messages or ())
     asked = GenerateRequest(
-        prompt=prompt,
+        prompt=messages if body.prompt is None else body.prompt,
         adapter=_adapter(request, body.model),
         add_special_tokens=body.add_special_tokens,
         chat_template_kwargs=body.chat_template_kwargs or {},

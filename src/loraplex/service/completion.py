@@ -138,6 +138,10 @@ class Completion:
         if not messages:
             return tokenized([one for one in prompt if isinstance(one, int)], tokenizer, limit, invocation)
         if version is None or version.template is None:
+            if request.roles:
+                raise InvalidRequestError(
+                    "roles: there is no contract, and the chat template writes the roles", remedy="leave it out"
+                )
             adds = bool(request.add_special_tokens)
             return chat(messages, options, chat_template, limit, invocation, add_special_tokens=adds)
         for name, value in (("chat_template_kwargs", options), ("add_special_tokens", request.add_special_tokens)):
@@ -145,7 +149,7 @@ class Completion:
                 raise InvalidRequestError(
                     f"{version.source.name!r} has a contract, whose template takes no {name}", remedy="leave it out"
                 )
-        return render(version, messages, self._base, Conversations())
+        return render(version, messages, self._base, Conversations(), request.roles)
 
     def _take(self, token: Token) -> bool:
         """Take one token and its text. Return whether to go on."""

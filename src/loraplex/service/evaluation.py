@@ -5,16 +5,17 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 from loraplex.adapters.slots import NO_ADAPTER, prefix_slot
-from loraplex.classifier import DEFAULT_ROLES
+from loraplex.classifier import DEFAULT_ROLES, kept_messages
 from loraplex.engine.block_pool import BASE_KV
 from loraplex.engine.sequence import NEXT_TOKEN, Outcome, Sampling, Sequence, SequenceOutput, Target
 from loraplex.errors import LoraplexError
+from loraplex.messages import tool_calls_left_out
 from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
 from loraplex.text.prompt import Prompt, verbatim
 from loraplex.text.template import Template
 from loraplex.text.tokenizer import Conversations
-from loraplex.types import ClassifyRequest, ErrorInfo, Message, Verdict
+from loraplex.types import ClassifyRequest, ErrorInfo, Message, Roles, Verdict
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class Evaluation:
         version = self.version
         assert version is not None, "no version is leased"
         try:
-            self.prompt = render(version, request.input, base, conversations)
+            self.prompt = render(version, request.input, base, conversations, request.roles)
             if version.has_score:
                 self.prompt = _without_padding(self.prompt, base.pad_token_id)
             keep = request.conversation_id is not None
@@ -107,14 +108,26 @@ def _without_padding(prompt: Prompt, pad_token_id: int | None) -> Prompt:
 
 
 def render(
-    version: ClassifierVersion, input: str | tuple[Message, ...], base: Base, conversations: Conversations
+    version: ClassifierVersion,
+    input: str | tuple[Message, ...],
+    base: Base,
+    conversations: Conversations,
+    changed_roles: Roles | None = None,
 ) -> Prompt:
-    """Return the input's prompt: in the contract's template if there is one, else verbatim. Raises InputTooLongError or
-    InvalidRequestError where the input makes no prompt."""
+    """Return the input's prompt: in the contract's template if there is one, else verbatim. changed_roles: those that
+    differ from the contract's. Raises InputTooLongError or InvalidRequestError where the input makes no prompt."""
+    contract = version.source.contract
+    roles = {**(DEFAULT_ROLES if contract is None else contract.roles), **(changed_roles or {})}
     if version.template is None:
-        text = conversations.text(input, DEFAULT_ROLES)
-        return verbatim(text, version.tokenizer, base.max_model_len, version.invocation_tokens)
-    return version.template.prompt(input, conversations)
+        text = conversations.text(input, roles)
+        prompt = verbatim(text, version.tokenizer, base.max_model_len, version.invocation_tokens)
+    else:
+        prompt = version.template.prompt(input, conversations, changed_roles)
+    is_chat = contract is not None and contract.format == "chat"
+    if isinstance(input, str) or is_chat or not any(message.tool_calls for message in input):
+        return prompt
+    left_out = tool_calls_left_out(message for _, message in kept_messages(input, roles))
+    return replace(prompt, warnings=(left_out, *prompt.warnings)) if left_out else prompt
 
 
 def make_sequence(

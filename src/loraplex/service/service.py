@@ -348,7 +348,8 @@ class Service:
         for name in self._names(request):
             lease = await self.versions.lease(name)
             try:
-                prompt = await asyncio.to_thread(render, lease.version, request.input, self.base, conversations)
+                given = (request.input, self.base, conversations, request.roles)
+                prompt = await asyncio.to_thread(render, lease.version, *given)
             finally:
                 lease.release()
             shown.append((name, prompt.text, prompt.token_ids))

@@ -7,6 +7,7 @@ from typing import Any
 
 from loraplex.classifier import valid_unicode
 from loraplex.errors import InvalidRequestError, shortened
+from loraplex.messages import escaped_message, template_message
 from loraplex.text.tokenizer import Tokenizer
 from loraplex.types import Message, Owner
 
@@ -38,7 +39,7 @@ class ChatTemplate:
     def render(self, messages: Seq[Message], options: Mapping[str, Any] | None = None) -> str:
         """Return the messages as the template writes them, up to where the answer starts. Special tokens in them are
         not escaped. Raises whatever the template raises."""
-        turns = [{"role": one.role, "content": one.content} for one in messages]
+        turns = [template_message(one) for one in messages]
         return self.tokenizer.apply_chat_template(turns, self.text, options or {})
 
     def chat(self, messages: Seq[Message], options: Mapping[str, bool | int | str]) -> tuple[str, tuple[str, ...]]:
@@ -64,7 +65,7 @@ class ChatTemplate:
             spelled.extend(found)
             return text
 
-        turns = [Message(role=escaped(one.role), content=escaped(one.content)) for one in messages]
+        turns = [escaped_message(one, escaped) for one in messages]
         given = {name: escaped(value) if isinstance(value, str) else value for name, value in options.items()}
         try:
             text = self.render(turns, given)

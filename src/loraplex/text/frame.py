@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from loraplex.classifier import CONVERSATION, QUESTION, Contract, valid_unicode
-from loraplex.errors import ContractError, InvalidRequestError
+from loraplex.errors import ContractError, InvalidRequestError, quoted
+from loraplex.messages import escaped_message
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.tokenizer import Conversations
-from loraplex.types import Message
+from loraplex.types import Message, Roles
 
 # Conversations with different ends, and with characters that a template may escape, strip or write in another way.
 # Labels and invocation must not depend on the end, as binding checks.
@@ -61,10 +63,13 @@ class TextFrame:
         elif all(self._around(probe) == text for probe, text in zip(TEXTS, rendered, strict=True)):
             self._chat = None  # what the template writes around a message is fixed text
 
-    def take(self, given: str | tuple[Message, ...], conversations: Conversations) -> tuple[Taken, tuple[str, ...]]:
-        """Return the conversation as a prompt holds it, and the special tokens that were escaped in it. Raises
-        InvalidRequestError where it is empty or has an unknown role."""
-        text = conversations.normalized(conversations.text(given, self._roles))
+    def take(
+        self, given: str | tuple[Message, ...], conversations: Conversations, changed_roles: Roles | None = None
+    ) -> tuple[Taken, tuple[str, ...]]:
+        """Return the conversation as a prompt holds it, and the special tokens that were escaped in it. changed_roles:
+        those that differ from the contract's. Raises InvalidRequestError where the conversation is empty or has an
+        unknown role."""
+        text = conversations.normalized(conversations.text(given, {**self._roles, **(changed_roles or {})}))
         return conversations.escape(self._tokenizer, text)
 
     def parts(self, conversation: Taken, conversations: Conversations) -> tuple[str, str | None]:
@@ -117,6 +122,7 @@ class ChatFrame:
         """Raises ContractError where there is no chat template, or it does not write the question as it is behind the
         conversation."""
         self._chat, self._tokenizer, self._question = chat, chat.tokenizer, contract.question
+        self._roles = contract.roles
         if chat.text is None:
             raise ContractError(
                 f"{source}, key 'format'", "the base has no chat template", remedy="remove it, or write `format: lines`"
@@ -141,18 +147,27 @@ class ChatFrame:
                     remedy="write `format: lines`, or a 'template'",
                 )
 
-    def take(self, given: str | tuple[Message, ...], conversations: Conversations) -> tuple[Taken, tuple[str, ...]]:
+    def take(
+        self, given: str | tuple[Message, ...], conversations: Conversations, changed_roles: Roles | None = None
+    ) -> tuple[Taken, tuple[str, ...]]:
+        if named := {role: name for role, name in (changed_roles or {}).items() if name is not None}:
+            raise InvalidRequestError(
+                f"roles: {quoted(named)} names roles, and the chat template does that itself",
+                remedy="give null to leave a role's turns out, and nothing else",
+            )
         messages = (Message(role="user", content=given),) if isinstance(given, str) else given
+        left_out = {role.lower() for role, name in {**self._roles, **(changed_roles or {})}.items() if name is None}
+        messages = tuple(message for message in messages if message.role.lower() not in left_out)
         if not any(message.content.strip() for message in messages):
             raise InvalidRequestError("the input is empty", remedy="send the text or the messages to classify")
-        taken, spelled = [], []
-        for message in messages:
-            role, in_role = conversations.escape(self._tokenizer, valid_unicode(message.role))
-            text = valid_unicode(conversations.normalized(message.content))
-            content, in_content = conversations.escape(self._tokenizer, text)
-            taken.append(Message(role=role, content=content))
-            spelled += [*in_role, *in_content]
-        return tuple(taken), tuple(dict.fromkeys(spelled))
+        spelled: list[str] = []
+
+        def escaped(text: str) -> str:
+            text, found = conversations.escape(self._tokenizer, valid_unicode(conversations.normalized(text)))
+            spelled.extend(found)
+            return text
+
+        return tuple(escaped_message(one, escaped) for one in messages), tuple(dict.fromkeys(spelled))
 
     def parts(self, conversation: Taken, conversations: Conversations) -> tuple[str, str]:
         head, tail = self._around(conversation, conversations)
@@ -181,7 +196,7 @@ class ChatFrame:
         assert isinstance(conversation, tuple)
         for index, message in enumerate(conversation):
             if at < len(message.content) + 1:
-                return (Message(role=message.role, content=message.content[at:]), *conversation[index + 1 :])
+                return (replace(message, content=message.content[at:]), *conversation[index + 1 :])
             at -= len(message.content) + 1
         return ()
 

@@ -12,7 +12,7 @@ from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.frame import Taken, frame_of
 from loraplex.text.prompt import Prompt, kept_as_text, last_match
 from loraplex.text.tokenizer import Conversations
-from loraplex.types import Message
+from loraplex.types import Message, Roles
 
 _CHARS_PER_TOKEN = 8  # in an end of a conversation that is likely to fill a prompt; languages have one to five
 
@@ -37,7 +37,7 @@ class Template:
         self._tokenizer = tokenizer = chat.tokenizer
         is_chat = contract.template is None and chat.text is not None
         self.written_by: Literal["contract", "chat_template"] = "chat_template" if is_chat else "contract"
-        self._roles = tuple(dict.fromkeys(contract.roles.values()))
+        self._roles = tuple(dict.fromkeys(filter(None, contract.roles.values())))
         self._frame, self._answer_start = frame_of(chat, contract, source), contract.answer_start
         self._add_special_tokens = self._frame.add_special_tokens
         self._probes = [self.parts(probe) for probe in self._frame.probes]
@@ -79,12 +79,15 @@ class Template:
         head, tail = self._frame.parts(conversation, conversations or Conversations())
         return (head + self._answer_start, None) if tail is None else (head, tail + self._answer_start)
 
-    def prompt(self, given: str | tuple[Message, ...], conversations: Conversations) -> Prompt:
+    def prompt(
+        self, given: str | tuple[Message, ...], conversations: Conversations, changed_roles: Roles | None = None
+    ) -> Prompt:
         """Return the prompt for a conversation. The oldest turns are cut, with a warning, where the prompt is too long.
-        Raises InputTooLongError where even the end of the conversation does not fit, and InvalidRequestError where the
-        conversation is empty, or the template refuses it."""
+        changed_roles: those that differ from the contract's. Raises InputTooLongError where even the end of the
+        conversation does not fit, and InvalidRequestError where the conversation is empty, or the template refuses
+        it."""
         warnings = []
-        conversation, spelled = self._frame.take(given, conversations)
+        conversation, spelled = self._frame.take(given, conversations, changed_roles)
         flat = self._frame.flat(conversation)
         if spelled:
             warnings.append(kept_as_text(spelled))

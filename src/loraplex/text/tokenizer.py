@@ -13,7 +13,7 @@ from typing import Any
 from loraplex.classifier import conversation_text, normalized
 from loraplex.errors import BundleError, InvalidRequestError, quoted
 from loraplex.text.detokenizer import REPLACEMENT
-from loraplex.types import Message, Owner
+from loraplex.types import Message, Owner, Roles
 
 
 class Tokenizer:
@@ -135,7 +135,7 @@ class Tokenizer:
         return text
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], template: str | None, options: Mapping[str, Any]
+        self, messages: list[dict[str, Any]], template: str | None, options: Mapping[str, Any]
     ) -> str:
         """Return the messages in `template`, up to where the answer starts. Raises whatever the template raises."""
         text: str = self._hf.apply_chat_template(
@@ -177,7 +177,7 @@ class Conversations:
         self.render = functools.cache(lambda chat, messages: chat.render(messages))
         self._text = functools.cache(lambda conversation, roles: conversation_text(conversation, dict(roles)))
 
-    def text(self, conversation: str | tuple[Message, ...], roles: Mapping[str, str]) -> str:
+    def text(self, conversation: str | tuple[Message, ...], roles: Roles) -> str:
         """Return `conversation_text`, which is made once for all classifiers with the same roles."""
         text: str = self._text(conversation, tuple(roles.items()))
         return text
