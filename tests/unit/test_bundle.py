@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,21 @@ def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BundleError, match="cannot be fetched from the hub") as caught:
         open_bundle("nobody/nothing")
     assert "HF_TOKEN" in caught.value.remedy
+
+
+def test_a_base_of_the_hub_is_called_by_its_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--acme--tiny-base"
+    make_base(repository / "snapshots" / ("1" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1" * 40)
+    opened = open_bundle("acme/tiny-base")
+    assert opened.base_name == "acme/tiny-base" and opened.base.name == "1" * 40
+    assert open_bundle(repository) == replace(opened, root=opened.base)
+    (tmp_path / "bundle").mkdir()
+    for base in ("acme/tiny-base", f"../{repository.name}"):
+        (tmp_path / "bundle" / "loraplex.yaml").write_text(f"base: {base}\nengine: {{served_model_name: one}}")
+        opened = open_bundle(tmp_path / "bundle")
+        assert opened.base_name == "acme/tiny-base"
+        assert resolve(EngineConfig, opened.settings.engine, {}).served_model_name == ("one",)
