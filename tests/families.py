@@ -1,13 +1,28 @@
-"""Tiny bases of many families of transformers, dense and mixtures of experts."""
+"""Tiny bases of many families of transformers: dense, mixtures of experts, and with a vision part."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    Gemma3Config,
+    Idefics3Config,
+    InternVLConfig,
+    LlamaConfig,
+    LlavaConfig,
+    Mistral3Config,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+    SmolVLMConfig,
+)
 
 import tiny
 
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+FEW_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 EXPERTS: Mapping[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
@@ -30,7 +45,7 @@ MIXTURES = (
 def config_of(family: str) -> PreTrainedConfig:
     """Keep what the family's own default has of a kind: windows, kinds of layers, experts."""
     default = AutoConfig.for_model(family)
-    values = {**tiny._COMMON, **HEADS, **EXPERTS, "query_pre_attn_scalar": 8, "n_inner": 64}
+    values = {**tiny._COMMON, **FEW_HEADS, **EXPERTS, "query_pre_attn_scalar": 8, "n_inner": 64}
     if hasattr(default, "kv_lora_rank"):
         values |= {**LATENT, "num_key_value_heads": 4, "head_dim": 4, "qk_head_dim": 12}
     if getattr(default, "sliding_window", None) is not None:
@@ -43,3 +58,57 @@ def config_of(family: str) -> PreTrainedConfig:
         kinds = list(dict.fromkeys(default.layer_types))
         known["layer_types"] = [kinds[index % len(kinds)] for index in range(3)]
     return type(default)(**known)
+
+
+Values = dict[str, Any]
+TEXT: Values = {**tiny._COMMON}
+HEADS: Values = {**TEXT, "head_dim": 8}
+VISION: Values = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_VISION: Values = {"depth": 1, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+IDS: Values = {"image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303}
+MROPE: Values = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+UNTIED: Values = {"tie_word_embeddings": False}
+GEMMA: Values = tiny.FAMILIES["gemma3"].to_dict()
+VISION_LANGUAGE: Mapping[str, PreTrainedConfig] = {
+    "gemma3": Gemma3Config(text_config=GEMMA, vision_config=VISION, image_token_index=300, **UNTIED),
+    "gemma3-tied": Gemma3Config(
+        text_config={**GEMMA, "tie_word_embeddings": True}, vision_config=VISION, image_token_index=300
+    ),
+    "idefics3": Idefics3Config(text_config=LlamaConfig(**TEXT).to_dict(), vision_config=VISION, image_token_id=300),
+    "internvl": InternVLConfig(
+        text_config=Qwen2Config(**TEXT).to_dict(),
+        vision_config={**VISION, "image_size": [28, 28], "patch_size": [14, 14]},
+        image_token_id=300,
+        **UNTIED,
+    ),
+    "llava": LlavaConfig(
+        text_config=LlamaConfig(**TEXT).to_dict(),
+        vision_config={"model_type": "clip_vision_model", **VISION},
+        image_token_index=300,
+        **UNTIED,
+    ),
+    "mistral3": Mistral3Config(
+        text_config=MistralConfig(**HEADS, sliding_window=None).to_dict(),
+        vision_config={"model_type": "pixtral", **VISION, "head_dim": 8},
+        image_token_index=300,
+        **UNTIED,
+    ),
+    "qwen2_vl": Qwen2VLConfig(
+        text_config={**TEXT, **MROPE},
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
+        **IDS,
+        **UNTIED,
+    ),
+    "qwen2_5_vl": Qwen2_5_VLConfig(text_config={**TEXT, **MROPE}, vision_config=QWEN_VISION, **IDS, **UNTIED),
+    "qwen3_vl": Qwen3VLConfig(
+        text_config={**HEADS, **MROPE}, vision_config={**QWEN_VISION, "deepstack_visual_indexes": []}, **IDS, **UNTIED
+    ),
+    "smolvlm": SmolVLMConfig(text_config=LlamaConfig(**TEXT).to_dict(), vision_config=VISION, image_token_id=300),
+}

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from loraplex.adapters.peft_config import BASE_MUTATING_INITS, INERT_INITS, REFUSED_KEYS
+from loraplex.adapters.peft_config import BASE_MUTATING_INITS, INERT_INITS, INERT_KEYS, REFUSED_KEYS
 
 UNKNOWN = "not checked"
 
@@ -34,6 +34,8 @@ SUPPORTED = (
     Feature("embeddings that PEFT saves beside LoRA on them", "yes"),
     Feature(f"initialisations: {', '.join(INERT_INITS)}", "yes"),
     Feature("VeLoRA, MonteCLoRA", "yes: plain LoRA once trained"),
+    Feature("LoRA on the vision part of a vision-language base", "dropped with a warning: no text passes through it"),
+    Feature(f"keys that change no answer: {', '.join(f'`{key}`' for key in sorted(INERT_KEYS))}", "ignored"),
 )
 REFUSED_BY_VLLM = ("layer_replication", "use_bdlora", "use_qalora")
 REFUSED = (

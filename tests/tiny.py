@@ -12,7 +12,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -23,6 +23,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from loraplex.model.loader import model_class
 
 HAS_VLLM = find_spec("vllm") is not None  # in an environment of its own, where tests are about it
 VOCAB_SIZE = 320
@@ -147,7 +149,7 @@ def save_base(
 ) -> None:
     """A random base in `folder`, with weights large enough for peaked answers."""
     torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(config)
+    model: Any = model_class(config).from_config(config)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             gain = 6.0 if "lm_head" in name else 1.5
@@ -171,7 +173,7 @@ def save_adapter(
 ) -> None:
     """A PEFT adapter with random A and B (PEFT starts B at zero), and its contract."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = model_class(AutoConfig.from_pretrained(base)).from_pretrained(base)
     settings: dict[str, Any] = dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") | config
     lora = get_peft_model(model, LoraConfig(**settings))
     for name, parameter in lora.named_parameters():

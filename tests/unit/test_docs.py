@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import tiny
+from families import DENSE, MIXTURES, VISION_LANGUAGE
 from loraplex.adapters.kinds import KINDS
 from loraplex.adapters.peft_config import REFUSED_KEYS, PeftConfig
 from loraplex.client.exchange import REFUSED
@@ -38,6 +40,17 @@ def backend_table() -> str:
     return "\n".join(lines)
 
 
+def base_table() -> str:
+    """The table of bases in docs/adapters.md."""
+    kinds = {
+        "dense": sorted({*DENSE, *(config.model_type for config in tiny.FAMILIES.values())}),
+        "mixtures of experts": MIXTURES,
+        "vision-language, for texts": sorted({config.model_type for config in VISION_LANGUAGE.values()}),
+    }
+    rows = [f"| {kind} | {', '.join(f'`{name}`' for name in names)} |" for kind, names in kinds.items()]
+    return "\n".join(["| kind | `model_type` |", "|---|---|", *rows])
+
+
 def error_table() -> str:
     """The table of docs/errors.md."""
 
@@ -56,6 +69,7 @@ def error_table() -> str:
 
 GENERATED = {
     ("adapters.md", "features"): feature_table,
+    ("adapters.md", "bases"): base_table,
     ("backends.md", "backends"): backend_table,
     ("errors.md", "errors"): error_table,
 }

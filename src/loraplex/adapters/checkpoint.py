@@ -57,7 +57,7 @@ def read_unidentified(folder: Path, base: BaseLayers) -> Unidentified:
     config = read_peft_config(folder)
     path = folder / ADAPTER_WEIGHTS
     file = TensorFile(path, AdapterError, max_header_bytes=MAX_HEADER_BYTES)
-    names = _read_names(file, path)
+    names = _read_names(file, path, base)
     found = {name: file.entries[key].shape for name, key in names.items()}
     check_gathered(path, found)
     check_experts(path, found)
@@ -67,11 +67,11 @@ def read_unidentified(folder: Path, base: BaseLayers) -> Unidentified:
     wanted = {key: name for name, key in names.items() if name not in plan.unused}
     tensors = {wanted[key]: tensor for key, tensor in file.read(wanted).items()}
     _check_finite(plan, tensors, path)
-    warnings = (*warn_of_task(config), *_warn_of_fan_in_fan_out(plan))
+    warnings = (*warn_of_task(config), *_warn_of_fan_in_fan_out(plan), *_warn_of_vision(plan))
     return Unidentified(config, assemble(plan, tensors), warnings)
 
 
-def _read_names(file: TensorFile, path: Path) -> dict[str, str]:
+def _read_names(file: TensorFile, path: Path, base: BaseLayers) -> dict[str, str]:
     """Return name without PEFT's prefix -> name in the file. Raises AdapterError for a name or type not supported."""
     if not file.entries:
         raise AdapterError(path, "holds no tensors", remedy=SAVE_AGAIN)
@@ -90,6 +90,9 @@ def _read_names(file: TensorFile, path: Path) -> dict[str, str]:
             raise AdapterError(
                 path, f"tensor {quoted(key)} is not named as PEFT does ({PREFIX}…)", remedy="save the adapter with PEFT"
             )
+        former = next((begin for begin in base.former_names if name.startswith(begin) and ".lora_" in name), None)
+        if former is not None:
+            name = base.former_names[former] + name.removeprefix(former)
         if name in names:
             raise AdapterError(path, f"holds {quoted(name)} twice", remedy=SAVE_AGAIN)
         names[name] = key
@@ -152,6 +155,11 @@ def _warn_of_fan_in_fan_out(plan: Plan) -> tuple[str, ...]:
     ):
         return (f"its fan_in_fan_out is {given}, which does not fit the base's layers; their type decides",)
     return ()
+
+
+def _warn_of_vision(plan: Plan) -> tuple[str, ...]:
+    num = len(plan.scaling.keys() & plan.layers.beside_text)
+    return (f"its LoRA on {num} layers of the base's vision part changes no answer to a text",) if num else ()
 
 
 def write_lora(folder: Path, weights: AdapterWeights) -> None:

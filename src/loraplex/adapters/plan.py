@@ -296,7 +296,7 @@ def assemble(plan: Plan, tensors: Tensors) -> AdapterWeights:
         if path not in plan.saved and plan.bias_name(path) in tensors
     }
     return AdapterWeights(
-        modules=loras,
+        modules={path: lora for path, lora in loras.items() if path not in plan.layers.beside_text},
         kv_id="",
         invocation_tokens=plan.config.invocation_tokens,
         embeddings=embeddings,

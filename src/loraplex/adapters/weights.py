@@ -190,6 +190,8 @@ class BaseLayers:
     other_biases: frozenset[str] = frozenset()  # other modules that have a bias (LayerNorm)
     conv1d: frozenset[str] = frozenset()
     hidden_size: int = 0
+    beside_text: frozenset[str] = frozenset()  # linear layers that no text passes through: a vision tower's
+    former_names: Mapping[str, str] = field(default_factory=dict)  # how names of LoRA tensors began -> how they begin
 
     @property
     def token_embedding(self) -> str | None:

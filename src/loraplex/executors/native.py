@@ -17,7 +17,14 @@ from loraplex.errors import ConfigurationError
 from loraplex.executors.capabilities import NATIVE
 from loraplex.machine import budget_bytes, free_bytes, give_back
 from loraplex.model.graphs import CUDACapture, capturing
-from loraplex.model.loader import default_step_tokens, load_model, read_stop_ids, resolve_device, resolve_dtype
+from loraplex.model.loader import (
+    default_step_tokens,
+    load_model,
+    max_positions,
+    read_stop_ids,
+    resolve_device,
+    resolve_dtype,
+)
 from loraplex.model.model import Model
 
 
@@ -34,7 +41,7 @@ class NativeExecutor:
         self.stop_ids: frozenset[int] = frozenset()
 
     def max_model_len(self, config: PreTrainedConfig) -> int:
-        return int(config.max_position_embeddings)
+        return max_positions(config)
 
     def load(self, base: Path, config: PreTrainedConfig, adapters: Seq[AdapterSource]) -> Engine:
         options = self._config

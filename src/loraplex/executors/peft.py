@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedConfig,
@@ -42,6 +42,8 @@ from loraplex.model.loader import (
     base_layers,
     default_step_tokens,
     load_transformers_model,
+    max_positions,
+    model_class,
     read_stop_ids,
     resolve_device,
     resolve_dtype,
@@ -69,7 +71,7 @@ class PeftExecutor:
         return PEFT_MIXED if self._is_mixed else PEFT
 
     def max_model_len(self, config: PreTrainedConfig) -> int:
-        return int(config.max_position_embeddings)
+        return max_positions(config)
 
     def load(self, base: Path, config: PreTrainedConfig, adapters: Seq[AdapterSource]) -> Engine:
         options = self._config
@@ -306,7 +308,8 @@ class PeftOracle:
         options["attn_implementation"] = "eager"  # sdpa ignores soft-capped scores
         model: Any
         if num_labels is None:
-            model = AutoModelForCausalLM.from_pretrained(base, **options)
+            config = AutoConfig.from_pretrained(base, local_files_only=True)
+            model = model_class(config).from_pretrained(base, config=config, **options)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=num_labels, **options)
         with warnings.catch_warnings():

@@ -27,7 +27,7 @@ from loraplex.executors.vllm_engine import VllmEngine
 from loraplex.generation import MAX_TOP
 from loraplex.machine import budget_bytes
 from loraplex.model.base_weights import BaseWeights
-from loraplex.model.loader import read_stop_ids, resolve_device, resolve_dtype
+from loraplex.model.loader import max_positions, read_stop_ids, resolve_device, resolve_dtype
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM takes for max_lora_rank
 MOST_LORAS = 32  # adapters that vLLM keeps room for on the device by default
@@ -51,7 +51,7 @@ class VllmExecutor:
         self.max_slots: int | None = None
 
     def max_model_len(self, config: PreTrainedConfig) -> int:
-        longest = int(config.max_position_embeddings)
+        longest = max_positions(config)
         given = self._arguments.get("max_model_len", longest)
         if not (isinstance(given, int) and 1 < given <= longest):
             raise ConfigurationError(

@@ -29,6 +29,18 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+# How the tensors of LoRA on a vision-language model began before transformers 4.52, and how they begin now.
+LANGUAGE_MODEL = "model.language_model"
+LLAVA_NAMES = {
+    "language_model.model.": f"{LANGUAGE_MODEL}.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+QWEN_NAMES = {f"model.{part}.": f"{LANGUAGE_MODEL}.{part}." for part in ("layers", "embed_tokens")} | {
+    "visual.": "model.visual."
+}
+FORMER_NAMES = {"qwen2_vl": QWEN_NAMES, "qwen2_5_vl": QWEN_NAMES}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -64,6 +76,7 @@ def default_step_tokens(device: torch.device, dtype: torch.dtype, config: PreTra
     """
     if device.type != "cuda":
         return 4096 // dtype.itemsize
+    config = config.get_text_config()
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     bytes_per_token = dtype.itemsize * (8 * hidden + 3 * inner)  # tensors alive at once within a layer
@@ -80,14 +93,20 @@ def read_config(path: Path, *, packs: bool = True) -> PreTrainedConfig:
         raise _refused(path, _reason(exc), "use a base that transformers knows; no remote code is run") from None
     if packs:
         _check_packing(config, path)
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 1:
         raise _refused(path, f"key 'max_position_embeddings' is {longest!r}, so the longest prompt is not known")
     return config
 
 
+def max_positions(config: PreTrainedConfig) -> int:
+    """Return the tokens of the longest text that the base takes."""
+    return int(config.get_text_config().max_position_embeddings)
+
+
 def _check_packing(config: PreTrainedConfig, path: Path) -> None:
-    layer_types = set(getattr(config, "layer_types", None) or ())
+    text = config.get_text_config()
+    layer_types = set(getattr(text, "layer_types", None) or ())
     if not layer_types <= SERVED_LAYER_TYPES:
         others = sorted(layer_types - SERVED_LAYER_TYPES)
         raise _refused(path, f"layer types {others} are not served, only full and sliding attention")
@@ -99,7 +118,7 @@ def _check_packing(config: PreTrainedConfig, path: Path) -> None:
             f"the base is quantized ({method or 'quantization_config'})",
             "serve the unquantized base, or use --backend vllm",
         )
-    for rope_type in _rope_types(getattr(config, "rope_parameters", None) or {}):
+    for rope_type in _rope_types(getattr(text, "rope_parameters", None) or {}):
         if rope_type in LENGTH_DEPENDENT_ROPE:
             raise _refused(
                 path,
@@ -128,11 +147,9 @@ def read_layers(config: PreTrainedConfig, path: Path, *, packs: bool = True) -> 
 def build_skeleton(config: PreTrainedConfig, path: Path, *, packs: bool = True) -> "PreTrainedModel":
     """Return transformers' model on the meta device, without weights. Raises UnsupportedModelError as `read_layers`
     does."""
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = model_class(config).from_config(config, trust_remote_code=False)
     except Exception as exc:  # inconsistent shapes raise any kind of error
         raise _refused(path, _reason(exc), "use a causal language model as the base") from None
     if packs and not getattr(model, "_supports_attention_backend", False):
@@ -142,6 +159,15 @@ def build_skeleton(config: PreTrainedConfig, path: Path, *, packs: bool = True) 
     return model
 
 
+def model_class(config: PreTrainedConfig) -> Any:
+    """Return transformers' automatic class for the base: of causal language models, or of vision-language models."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    has_vision = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if has_vision and not is_causal else AutoModelForCausalLM
+
+
 def base_layers(model: "PreTrainedModel") -> BaseLayers:
     """Return the model's layers that an adapter may change, with paths and shapes. A skeleton is enough."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -149,6 +175,9 @@ def base_layers(model: "PreTrainedModel") -> BaseLayers:
     embeddings: dict[str, tuple[int, int]] = {}
     conv1d, biases, other_biases = set(), set(), set()
     output, output_shape = None, (0, 0)
+    text = model.config.get_text_config()
+    decoder = None if text is model.config else model.get_decoder()
+    [text_path] = [path for path, layer in model.named_modules() if layer is decoder] or [""]
     for path, layer in model.named_modules():
         if isinstance(layer, nn.Linear | Conv1D):
             has_bias = layer.bias is not None
@@ -173,7 +202,9 @@ def base_layers(model: "PreTrainedModel") -> BaseLayers:
         biases=frozenset(biases),
         other_biases=frozenset(other_biases),
         conv1d=frozenset(conv1d),
-        hidden_size=int(model.config.hidden_size),
+        hidden_size=int(text.hidden_size),
+        beside_text=frozenset(path for path in linear if text_path and not path.startswith(f"{text_path}.")),
+        former_names=FORMER_NAMES.get(model.config.model_type, LLAVA_NAMES) if text_path == LANGUAGE_MODEL else {},
     )
 
 
@@ -207,11 +238,9 @@ def load_transformers_model(
     """Load transformers' model from safetensors, shard by shard, in `dtype` on `device`. attention: its name in
     transformers' AttentionInterface. Raises UnsupportedModelError where the files do not make a model, or change
     meanwhile."""
-    from transformers import AutoModelForCausalLM
-
     try:
         with unchanged(weight_files(path), UnsupportedModelError):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_class(config).from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,
