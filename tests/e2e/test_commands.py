@@ -26,8 +26,9 @@ PAGES = [
     *ROOT.glob("examples/*/*.md"),
 ]
 SERVES = re.compile(r"^(make serve|(\S+=\S+ )*loraplex serve )")
-# These set up an environment, take long, or need vLLM. Other tests run them, in a small form where they are long.
-ELSEWHERE = re.compile(r"^(make (dev|check|test|chaos)|python examples/)|--backend vllm")
+# These set up an environment, take long, or need vLLM or other projects. Other tests run them, in a small form where
+# they are long.
+ELSEWHERE = re.compile(r"^(make (dev|check|test|chaos)|python examples/|lm_eval|guidellm)|--backend vllm")
 
 
 def console(page: Path) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 
 import tiny
 from families import DENSE, MIXTURES, VISION_LANGUAGE
+from known_clients import client_table
 from loraplex.adapters.kinds import KINDS
 from loraplex.adapters.peft_config import REFUSED_KEYS, PeftConfig
 from loraplex.client.exchange import REFUSED
@@ -24,6 +25,7 @@ ABILITIES = {
     "K/V kept for the next turn (`conversation_id`)": (NATIVE, VLLM),
     "long prompts in chunks": (NATIVE, VLLM),
     "text: several tokens, sampling, logit bias, top log probabilities": BACKENDS,
+    "log probabilities of the prompt (`echo`)": BACKENDS,
     "quantized bases, and those whose attention cannot be packed": [one for one in BACKENDS if one.other_bases],
 }
 
@@ -71,6 +73,7 @@ GENERATED = {
     ("adapters.md", "features"): feature_table,
     ("adapters.md", "bases"): base_table,
     ("backends.md", "backends"): backend_table,
+    ("clients.md", "clients"): client_table,
     ("errors.md", "errors"): error_table,
 }
 

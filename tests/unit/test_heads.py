@@ -71,6 +71,16 @@ def test_the_likeliest_come_in_order_for_those_who_ask() -> None:
     assert read(3).top_ids == [] and read(3).top_log_probs == []
 
 
+def test_targets_have_their_likeliest_tokens_behind_the_sequences() -> None:
+    logits = torch.stack([LOGITS.roll(i) for i in range(3)])
+    rows, ids = torch.tensor([0, 1, 2]), torch.tensor([2, 0, 4])
+    heads = read_heads(
+        logits, rows, ids, torch.tensor([2]), top=torch.tensor([0]), target_top=torch.tensor([1]), num_top=2
+    )
+    assert heads.top_ids == [[4, 2], [3, 1]]
+    assert heads.top_log_probs[0][0] == heads.target_log_probs[2]  # to the last bit
+
+
 def test_only_what_is_allowed_is_chosen_and_its_log_probability_is_the_models() -> None:
     allowed = torch.tensor([[0, 0, 2], [1, 3, 0]])  # sequence 0: tokens 1 and 3; sequence 2: token 0
     heads = read(3, allowed=allowed, top=torch.tensor([0]), num_top=1)

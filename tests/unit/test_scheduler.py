@@ -149,6 +149,17 @@ def test_fills_a_step_up_to_the_sequence_budget() -> None:
     assert len(model.steps) == 2
 
 
+def test_a_step_holds_few_rows_of_logits() -> None:
+    policy = scheduler(tokens=10_000, sequences=600)
+    asked = EngineRequest([sequence((next(UNIQUE), *range(699)), targets=num) for num in (300, 212, 1, 700, 1)])
+    policy.add(asked, now=0.0)
+    rows = []
+    while (step := policy.next_step(0.0)[0]) is not None:
+        rows.append([one.sequence.num_rows for one in step.placed])
+        policy.finish(step)
+    assert rows == [[300, 212, 1], [700], [1]]  # one that is larger runs alone
+
+
 def test_without_blocks_a_prompt_beyond_the_budget_runs_alone() -> None:
     model = SimulatedModel(scheduler())
     model.policy.add(request(500, 1), 0.0)
