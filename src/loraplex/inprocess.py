@@ -12,7 +12,7 @@ from loraplex.config import EngineConfig, resolve
 from loraplex.discovery import SkippedFolder
 from loraplex.errors import NotReadyError
 from loraplex.generation import GenerateRequest, GenerateResult
-from loraplex.messages import Input, conversation_of, prompt_of
+from loraplex.messages import conversation_of, prompt_of
 from loraplex.routing.router import Router, start_router
 from loraplex.service.named_adapters import add_adapters
 from loraplex.service.preparation import Preparation, check_effects, prepare
@@ -20,6 +20,7 @@ from loraplex.types import (
     AdapterInfo,
     ClassifyRequest,
     ClassifyResult,
+    Input,
     Roles,
     classifier_names,
 )

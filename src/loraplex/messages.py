@@ -3,43 +3,18 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError, model_validator
 
 from loraplex.errors import InvalidRequestError, listed, quoted
 from loraplex.problems import at, either, find_problem, wrong_at
+from loraplex.types import Input, Message, ToolCall
 
 MAX_ITEMS = 10_000  # in a list of a body
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type -> its field
 HINTS = ("cache_control",)  # fields that change no answer, whatever they hold
 UNREAD = ("annotations", "audio", "function_call", "logprobs")  # known fields that must be empty
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolCall:
-    """A tool that an assistant called. arguments: JSON text, as the model wrote it."""
-
-    id: str | None = None
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn of a conversation. `role` is a key or a value of the contract's `roles`. Only chat templates see the
-    other fields."""
-
-    role: str
-    content: str
-    name: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str | None = None
-
-
-Roles = Mapping[str, str | None]  # role -> the name written before the turn; None leaves the turn out
-Input = str | Iterable[Message | Mapping[str, Any]]  # text, or messages as OpenAI's chat API has them
 
 
 def _document(schema: dict[str, Any]) -> None:

@@ -2,11 +2,34 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from loraplex.errors import LoraplexError
-from loraplex.messages import Message as Message
-from loraplex.messages import Roles as Roles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A tool that an assistant called. arguments: JSON text, as the model wrote it."""
+
+    id: str | None = None
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation. `role` is a key or a value of the contract's `roles`. Only chat templates see the
+    other fields."""
+
+    role: str
+    content: str
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+Roles = Mapping[str, str | None]  # role -> the name written before the turn; None leaves the turn out
+Input = str | Iterable[Message | Mapping[str, Any]]  # text, or messages as OpenAI's chat API has them
 
 Names = tuple[str, ...] | Literal["*"]
 

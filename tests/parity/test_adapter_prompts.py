@@ -342,10 +342,10 @@ def test_another_tokenizer_or_template_is_another_version(tmp_path: Path) -> Non
 
 def test_tokens_are_those_of_the_adapter_that_is_asked(added: Path, served: Loraplex) -> None:
     asked = GenerateRequest(prompt="hello<|judge|>", adapter="token")
-    ids, pieces = served.run(served.service.tokenize(asked))
+    ids, pieces = served.run(served.service.prompts.tokenize(asked))
     assert list(ids) == AutoTokenizer.from_pretrained(added / "token")("hello<|judge|>")["input_ids"]
     assert pieces[-1] == "<|judge|>"
-    assert served.run(served.service.detokenize(ids, "token")) == "hello<|judge|>"
-    assert served.run(served.service.tokenize(replace(asked, adapter=None)))[1] != pieces
+    assert served.run(served.service.prompts.detokenize(ids, "token")) == "hello<|judge|>"
+    assert served.run(served.service.prompts.tokenize(replace(asked, adapter=None)))[1] != pieces
     result = served.generate("hello<|judge|>", "activated", max_tokens=1, echo=True, num_top=1)
     assert result.prompt_text == "hello<|judge|>"

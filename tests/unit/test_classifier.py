@@ -7,7 +7,7 @@ import pytest
 
 from loraplex.classifier import Contract, conversation_text, normalized, read_contract
 from loraplex.errors import ContractError, InvalidRequestError
-from loraplex.messages import Message, ToolCall
+from loraplex.types import Message, ToolCall
 
 ROLES = {"user": "Customer", "assistant": "Agent"}
 

@@ -6,14 +6,13 @@ import pytest
 
 from loraplex.errors import InvalidRequestError
 from loraplex.messages import (
-    Message,
-    ToolCall,
     conversation_of,
     escaped_message,
     message_json,
     prompt_of,
     template_message,
 )
+from loraplex.types import Message, ToolCall
 
 CALL = {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": '{"order": 7}'}}
 FOUND = ToolCall(id="call_1", name="find", arguments='{"order": 7}')

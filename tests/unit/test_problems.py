@@ -15,7 +15,7 @@ from loraplex.config import EngineConfig, ServerConfig, read_bundle_settings, re
 from loraplex.errors import BundleError, ConfigurationError, ContractError
 from loraplex.problems import NOUNS, SENTENCES, find_problem
 from loraplex.server import openai_schemas, schemas
-from loraplex.server.openai_schemas import ChatBody, CompletionBody
+from loraplex.server.openai_schemas import ChatBody, CompletionBody, StreamOptions
 from loraplex.server.schemas import ClassifyBody, InvocationBody, SageMakerBody
 
 MODELS = {
@@ -170,9 +170,9 @@ def problem_of(model: Any, values: Any) -> str:
             "chat_template_kwargs.a: [1] is not true or false, a whole number or text",
         ),
         (
-            ChatBody,
-            {"model": "m", "messages": [{"role": "user", "content": "x"}], "add_special_tokens": True},
-            "add_special_tokens: true is not false (give false)",
+            StreamOptions,
+            {"include_obfuscation": True},
+            "include_obfuscation: true is not false (give false)",
         ),
         (
             peft_config.PeftConfig,

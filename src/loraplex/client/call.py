@@ -7,8 +7,8 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 from loraplex.discovery import SkippedFolder
-from loraplex.messages import Input, conversation_of, message_json
-from loraplex.types import AdapterInfo, ClassifyResult, ModelInfo, Roles, Route, RouteStats, classifier_names
+from loraplex.messages import conversation_of, message_json
+from loraplex.types import AdapterInfo, ClassifyResult, Input, ModelInfo, Roles, Route, RouteStats, classifier_names
 
 Answer = TypeVar("Answer")
 

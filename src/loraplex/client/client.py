@@ -15,8 +15,7 @@ from loraplex.client.exchange import POLL_S, Connection, Exchange, Outcome
 from loraplex.client.many import Conversation, check, id_and_input, in_threads, progress_bar
 from loraplex.discovery import SkippedFolder
 from loraplex.errors import LoraplexError
-from loraplex.messages import Input
-from loraplex.types import AdapterInfo, ClassifyResult, ModelInfo, Roles, Route, RouteStats, classifier_names
+from loraplex.types import AdapterInfo, ClassifyResult, Input, ModelInfo, Roles, Route, RouteStats, classifier_names
 
 
 class Client:

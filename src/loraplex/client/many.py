@@ -8,7 +8,7 @@ from queue import SimpleQueue
 from typing import TypeVar, cast
 
 from loraplex.errors import InvalidRequestError
-from loraplex.messages import Input
+from loraplex.types import Input
 
 Conversation = Input | tuple[str, Input]  # an input, or a pair (conversation_id, input)
 Item = TypeVar("Item")

@@ -72,7 +72,7 @@ async def tokenize(request: Request, body: TokenizeBody) -> TokenizeAnswer:
         add_special_tokens=body.add_special_tokens,
         chat_template_kwargs=body.chat_template_kwargs or {},
     )
-    tokens, pieces = await service.tokenize(asked)
+    tokens, pieces = await service.prompts.tokenize(asked)
     return TokenizeAnswer(
         count=len(tokens),
         max_model_len=service.base.max_model_len,
@@ -84,7 +84,9 @@ async def tokenize(request: Request, body: TokenizeBody) -> TokenizeAnswer:
 @router.post("/detokenize", responses=ERRORS)
 async def detokenize(request: Request, body: DetokenizeBody) -> DetokenizeAnswer:
     """Return the text of tokens, with its special tokens."""
-    return DetokenizeAnswer(prompt=await service_of(request).detokenize(body.tokens, _adapter(request, body.model)))
+    return DetokenizeAnswer(
+        prompt=await service_of(request).prompts.detokenize(body.tokens, _adapter(request, body.model))
+    )
 
 
 def _adapter(request: Request, model: str | None) -> str | None:

@@ -19,7 +19,8 @@ from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
 from loraplex.service.completion import Completion
 from loraplex.service.computing import Computing, num_chars
-from loraplex.service.evaluation import Evaluation, render
+from loraplex.service.evaluation import Evaluation
+from loraplex.service.prompts import Prompts
 from loraplex.service.registry import AdapterRegistry
 from loraplex.service.state import AdapterState
 from loraplex.service.versions import Versions
@@ -48,6 +49,7 @@ class Service:
         state: AdapterState | None,
     ) -> None:
         self.base, self.executor, self.computing = base, executor, computing
+        self.prompts = Prompts(base, versions, computing)
         self.versions, self.registry, self._state = versions, registry, state
 
     @property
@@ -297,63 +299,9 @@ class Service:
         outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
         return completion.result(outputs, _timings(started, tokenized, outputs))
 
-    async def tokenize(self, request: GenerateRequest) -> tuple[Seq[int], list[str]]:
-        """Return the tokens of a text, or those of the prompt that `generate` makes of messages, and how the vocabulary
-        writes them. Raises the errors of `generate`; a text may be of any length and even empty."""
-        found: list[tuple[Seq[int], list[str]]] = []
-
-        def tokenize(version: ClassifierVersion | None) -> None:
-            text, tokenizer = request.prompt, self.base.chat_of(version).tokenizer
-            if isinstance(text, str):
-                adds = request.add_special_tokens is not False
-                ids: Seq[int] = tokenizer.encode(valid_unicode(text), add_special_tokens=adds)
-            else:
-                ids = Completion(request, self.base).make_prompt(version).token_ids
-            found.append((ids, tokenizer.pieces(ids)))
-
-        await self._in_tokenizer_thread(tokenize, request.adapter, num_chars(request.prompt))
-        return found[0]
-
-    async def detokenize(self, token_ids: Seq[int], adapter: str | None = None) -> str:
-        """Return the text of tokens under an adapter, or under the bare base where `adapter` is None, with its special
-        tokens. Raises InvalidRequestError for an id that is not a token of the base."""
-        found: list[str] = []
-
-        def detokenize(version: ClassifierVersion | None) -> None:
-            tokenizer = self.base.chat_of(version).tokenizer
-            tokenizer.check(token_ids)
-            found.append(tokenizer.decode(*token_ids))
-
-        await self._in_tokenizer_thread(detokenize, adapter, len(token_ids))
-        return found[0]
-
-    async def _in_tokenizer_thread(
-        self, work: Callable[[ClassifierVersion | None], None], adapter: str | None, num_chars: int
-    ) -> None:
-        """Run `work` with the version that answers for `adapter`. Raises UnknownClassifierError for an unknown one, and
-        QueueFullError where too many long texts wait."""
-        with self.computing.admission.evaluations(1):
-            lease = None if adapter is None else await self.versions.lease(adapter)
-
-            def make() -> list[Sequence]:
-                work(None if lease is None else lease.version)
-                return []
-
-            await self.computing.tokenize(make, num_chars, None, lambda: None if lease is None else lease.release())
-
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """Return (classifier, prompt, token ids) for each classifier of the request, without computing an answer."""
-        conversations = Conversations()
-        shown = []
-        for name in self._names(request):
-            lease = await self.versions.lease(name)
-            try:
-                given = (request.input, self.base, conversations, request.roles)
-                prompt = await asyncio.to_thread(render, lease.version, *given)
-            finally:
-                lease.release()
-            shown.append((name, prompt.text, prompt.token_ids))
-        return tuple(shown)
+        return await self.prompts.show(self._names(request), request)
 
     async def version_of(self, name: str) -> ClassifierVersion:
         """Return the version that answers for `name`, loading it if needed."""
