@@ -198,7 +198,7 @@ class ServerConfig(NumbersAreNoBooleans):
     )
     require_all: bool = Field(
         False,
-        description="end the start if any adapter cannot be loaded; otherwise the others are served, and /ready names "
+        description="end the start if any adapter cannot be loaded; otherwise the others are served, and /ready counts "
         "those that failed",
     )
     drain_timeout: int = Field(

@@ -73,12 +73,17 @@ def http(server: serving.Server) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_the_server_starts_and_ready_names_what_failed(http: httpx.Client, log: Path) -> None:
+def test_the_server_starts_and_ready_counts_what_failed_and_names_it_for_a_key(http: httpx.Client, log: Path) -> None:
     for path in ("/ready", "/ping"):
-        response = http.get(path)
-        assert response.status_code == http.head(path).status_code == 200
-        body = response.json()
-        assert body["status"] == "ok" and {one["name"]: one["code"] for one in body["failed"]} == BROKEN
+        assert http.head(path).status_code == 200
+        for headers in ({}, {"X-API-Key": "wrong"}, {"Authorization": "Bearer"}):
+            response = http.get(path, headers=headers)
+            assert response.status_code == 200
+            assert response.json() == {"status": "ok", "num_failed": len(BROKEN), "failed": []}
+        for headers in (INFER, ADMIN, {"Authorization": f"Bearer {INFER['X-API-Key']}"}):
+            body = http.get(path, headers=headers).json()
+            assert body["status"] == "ok" and body["num_failed"] == len(BROKEN)
+            assert {one["name"]: one["code"] for one in body["failed"]} == BROKEN
     assert http.get("/health").json() == {"status": "ok"}
     lines = log.read_text().splitlines()
     for name in BROKEN:

@@ -10,6 +10,7 @@ from loraplex.errors import CancelledError, LoraplexError, NotReadyError, Unknow
 from loraplex.metrics import Metrics
 from loraplex.routing.batch import classify_batch
 from loraplex.routing.router import Router
+from loraplex.server import logs
 from loraplex.server.answers import visible_result
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.lifecycle import Lifecycle, stopping
@@ -158,7 +159,7 @@ async def health(request: Request) -> dict[str, str]:
 @router.get("/ready", tags=["health"])
 async def ready(request: Request) -> Readiness:
     """Answer 200 while requests are accepted: the base is loaded, the preloaded adapters are loaded or have failed, and
-    the server is not stopping. `failed` names the adapters that cannot be used."""
+    the server is not stopping. `failed` names the adapters that cannot be used, if a key is sent or none is needed."""
     return _ready(request)
 
 
@@ -172,8 +173,12 @@ async def ping(request: Request) -> Readiness:
 def _ready(request: Request) -> Readiness:
     request.app.state.lifecycle.check_ready()
     _alive(request)
-    failed = service_of(request).failed()
-    return Readiness(failed=[FailedAdapter(name=name, code=code) for name, code in failed.items()])
+    failed, record = service_of(request).failed(), logs.current()
+    if not record.is_trusted and record.key is None:
+        return Readiness(num_failed=len(failed))
+    return Readiness(
+        num_failed=len(failed), failed=[FailedAdapter(name=name, code=code) for name, code in failed.items()]
+    )
 
 
 def _alive(request: Request) -> dict[str, str]:

@@ -242,7 +242,10 @@ class FailedAdapter(BaseModel):
 
 class Readiness(BaseModel):
     status: Literal["ok"] = "ok"
-    failed: list[FailedAdapter] = []
+    num_failed: int = Field(description="number of adapters that cannot be used")
+    failed: list[FailedAdapter] = Field(
+        [], description="these adapters; empty for a caller who has to send a key and sends none"
+    )
 
 
 class ModelCard(BaseModel):

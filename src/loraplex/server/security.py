@@ -55,6 +55,8 @@ class Access:
         logs.current().is_trusted = False
         operation = f"{method} {path_of(scope)}"
         if operation in self._open:
+            if (secret := _secret(scope)) and (known := find_key(self._keys, secret)):
+                logs.current().key = known.name
             return await self.app(scope, receive, send)
         key = self._key_of(scope)
         logs.current().key, logs.current().is_trusted = key.name, key.scope == "admin"
