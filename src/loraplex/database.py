@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
 
-from loraplex.errors import BundleError, StateError
+from loraplex.errors import StateError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Database:
     pass for a new one. A file that can be read but not written is opened all the same, with an error in the log: then
     reading works, and so does writing as soon as the file can be written again.
 
-    Raises BundleError where the file cannot be read or written, or where it was removed or replaced meanwhile."""
+    Raises StateError where the file cannot be read or written, or where it was removed or replaced meanwhile."""
 
     def __init__(self, path: Path | None, *, format: int, schema: Sequence[str]) -> None:
         """path:    the file; None keeps the database in memory.
@@ -43,7 +43,7 @@ class Database:
         with closing(self._memory) as memory:
             expected = set(memory.execute(SHAPE))
         self._file: int | None = None
-        with self._bundle_errors():
+        with self._state_errors():
             if not path.exists():
                 _make(path, format, schema)
                 logger.info("%s is new: nothing is remembered in it yet", path)
@@ -53,13 +53,13 @@ class Database:
         try:
             with self.transaction() as database:
                 database.execute(f"PRAGMA user_version = {format}")  # changes nothing, but has to be written
-        except BundleError as exc:
+        except StateError as exc:
             logger.error("%s; what it holds is used, changes are not saved", exc)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Run the block as one transaction: all of it is written, or nothing."""
-        with self._bundle_errors(), self._lock:
+        with self._state_errors(), self._lock:
             if self._path is None:
                 with self._memory:
                     yield self._memory
@@ -81,7 +81,7 @@ class Database:
             yield memory
 
     def check(self) -> None:
-        """Raise BundleError where the path no longer leads to the file that was opened. Cheap."""
+        """Raise StateError where the path no longer leads to the file that was opened. Cheap."""
         if self._path is None or self._file is None:
             return
         try:
@@ -89,29 +89,27 @@ class Database:
                 return
         except OSError:
             pass
-        raise BundleError(
-            self._path,
-            "was removed or replaced while the server runs",
+        raise StateError(
+            f"{self._path}: was removed or replaced while the server runs",
             remedy="put the file back, or restart the server: it then starts from what the --state-dir holds",
         )
 
     @contextmanager
-    def _bundle_errors(self) -> Iterator[None]:
+    def _state_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, sqlite3.Error) as exc:
             self.check()  # a better reason, if there is one
-            raise BundleError(
-                self._path or "memory", f"cannot be read or written: {exc}", remedy=_remedy(exc)
-            ) from None
+            path = self._path or "memory"
+            raise StateError(f"{path}: cannot be read or written: {exc}", remedy=_remedy(exc)) from None
 
 
 @contextmanager
 def state_errors(effect: str) -> Iterator[None]:
-    """Raise StateError in place of a database's BundleError, for a request. effect: what that means for the client."""
+    """Log a database's error, and raise it with the effect before it: what the error means for the client."""
     try:
         yield
-    except BundleError as exc:
+    except StateError as exc:
         logger.error("%s: %s", effect, exc)
         raise StateError(f"{effect}: {exc.message}", remedy=exc.remedy) from None
 

@@ -311,7 +311,7 @@ class EngineError(LoraplexError):
 
 
 class StateError(LoraplexError):
-    """A change was not saved, or what was saved cannot be read."""
+    """A change was not saved, what was saved cannot be read, or another server uses the folder."""
 
     code = "state_error"
 

@@ -461,7 +461,7 @@ def test_an_unloaded_adapter_may_be_broken(folder: Path) -> None:
 def test_a_state_directory_has_one_server(folder: Path) -> None:
     state: dict[str, Any] = {"dtype": "float32", "state_dir": str(folder / "state")}
     with Loraplex.load(folder / "bundle", **state):
-        with pytest.raises(BundleError, match="another server"):
+        with pytest.raises(StateError, match="another server"):
             Loraplex.load(folder / "bundle", **state)
     with Loraplex.load(folder / "bundle", **state) as loraplex:
         (folder / "state" / "loraplex.sqlite").write_bytes(b"no database" * 1000)

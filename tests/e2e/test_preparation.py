@@ -14,7 +14,7 @@ import yaml
 import serving
 from loraplex.bundle import open_bundle
 from loraplex.config import EngineConfig, resolve
-from loraplex.errors import BundleError, ConfigurationError
+from loraplex.errors import BundleError, ConfigurationError, StateError
 from loraplex.service.preparation import check_effects, prepare
 from loraplex.service.state import AdapterState
 
@@ -165,7 +165,7 @@ def test_the_state_decides_which_names_there_are(tiny_bundle: Path, tmp_path: Pa
     assert preparation.own == {"task1", "task2", "verbatim"}
     assert preparation.names == {"task1", "task2", "verbatim", "late"}
     assert preparation.preload is not None and set(preparation.preload) == {"late", "task1"}
-    with pytest.raises(BundleError, match="another server"):
+    with pytest.raises(StateError, match="another server"):
         prepare(open_bundle(tmp_path), config)
     assert preparation.state is not None
     preparation.state.release()

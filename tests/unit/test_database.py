@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loraplex.database import Database
-from loraplex.errors import BundleError
+from loraplex.errors import StateError
 
 SCHEMA = ("CREATE TABLE IF NOT EXISTS words (word TEXT) STRICT", "CREATE INDEX IF NOT EXISTS by_word ON words (word)")
 
@@ -50,7 +50,7 @@ def test_an_emptied_file_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "x.sqlite"
     add(opened(path), "a")
     path.write_bytes(b"")
-    with pytest.raises(BundleError, match=r"x\.sqlite.*empty.*restore.*move it away.*--state-dir"):
+    with pytest.raises(StateError, match=r"x\.sqlite.*empty.*restore.*move it away.*--state-dir"):
         opened(path)
     assert path.read_bytes() == b""
 
@@ -78,7 +78,7 @@ def test_another_database_in_its_place_is_refused_and_left_alone(tmp_path: Path,
         for statement in schema if schema != SCHEMA[1:] else ():
             other.execute(statement)
     before = path.read_bytes()
-    with pytest.raises(BundleError, match=r"x\.sqlite.*restore"):
+    with pytest.raises(StateError, match=r"x\.sqlite.*restore"):
         opened(path)
     assert path.read_bytes() == before
 
@@ -90,7 +90,7 @@ def test_damage_in_the_middle_is_found_when_the_file_is_opened(tmp_path: Path) -
     middle = len(content) // 2 // 4096 * 4096
     content[middle : middle + 4096] = b"\xff" * 4096
     path.write_bytes(content)
-    with pytest.raises(BundleError, match=r"x\.sqlite.*damaged.*restore"):
+    with pytest.raises(StateError, match=r"x\.sqlite.*damaged.*restore"):
         opened(path)
 
 
@@ -100,9 +100,9 @@ def test_a_folder_that_is_removed_is_not_made_again(tmp_path: Path) -> None:
     add(database, "a")
     folder.rename(tmp_path / "aside")
     for _ in range(2):
-        with pytest.raises(BundleError, match=r"removed or replaced.*put .* back.*restart"):
+        with pytest.raises(StateError, match=r"removed or replaced.*put .* back.*restart"):
             words(database)
-        with pytest.raises(BundleError, match="removed or replaced"):
+        with pytest.raises(StateError, match="removed or replaced"):
             add(database, "b")
         assert not folder.exists()
     (tmp_path / "aside").rename(folder)
@@ -117,7 +117,7 @@ def test_the_database_of_a_newer_server_in_its_place_is_not_touched(tmp_path: Pa
     kept = folder.rename(tmp_path / "aside")  # keeps its inode in use, as an open file of a deleted folder does
     newer = opened(folder / "x.sqlite")
     add(newer, "n")
-    with pytest.raises(BundleError, match="removed or replaced"):
+    with pytest.raises(StateError, match="removed or replaced"):
         add(database, "b")
     assert words(newer) == ["n"]
     shutil.rmtree(kept)
@@ -129,10 +129,10 @@ def test_where_no_room_is_left_what_is_there_can_be_read(tmp_path: Path, caplog:
     with no_room():
         database = opened(path)
         assert words(database) == ["a"]
-        with pytest.raises(BundleError, match=r"cannot be read or written.*free space"):
+        with pytest.raises(StateError, match=r"cannot be read or written.*free space"):
             add(database, "b")
         assert words(database) == ["a"]
-        with pytest.raises(BundleError, match=r"cannot be read or written.*free space"):
+        with pytest.raises(StateError, match=r"cannot be read or written.*free space"):
             opened(tmp_path / "new.sqlite")
     assert "x.sqlite" in caplog.text and "not saved" in caplog.text
     assert [one.name for one in tmp_path.iterdir()] == ["x.sqlite"]

@@ -436,7 +436,7 @@ def test_what_could_not_be_written_waits(tmp_path: Path, monkeypatch: pytest.Mon
     log.add(verdict(str(i)) for i in range(4))
     with closing(sqlite3.connect(path)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(BundleError):
+        with pytest.raises(StateError):
             log.flush()
         log.add(verdict(str(i)) for i in range(4, 14))
     assert log.stats("r").targets[0].num_verdicts == 10
@@ -449,11 +449,11 @@ def test_of_more_than_can_wait_the_newest_do(monkeypatch: pytest.MonkeyPatch) ->
 
     def fail(added: object) -> None:
         log.add(verdict(f"new{i}") for i in range(7))  # while it is tried
-        raise BundleError("disk", "is full", remedy="none")
+        raise StateError("disk: is full", remedy="none")
 
     with monkeypatch.context() as patch:
         patch.setattr(log, "_write", fail)
-        with pytest.raises(BundleError):
+        with pytest.raises(StateError):
             log.flush()
     assert log.targets_of("new6") == log.targets_of("new0") == log.targets_of("old3") == (A,)
     with pytest.raises(UnknownVerdictError):
@@ -471,7 +471,7 @@ def test_statistics_count_what_cannot_be_written(tmp_path: Path, monkeypatch: py
         log.add(verdict(str(i), "no") for i in range(4, 12))
         assert log.stats("r").targets[0].label_shares == {"no": 0.8, "yes": 0.2}, "of the newest ten"
         assert log.targets_of("11") == log.targets_of("2") == (A,)
-        with pytest.raises(BundleError):
+        with pytest.raises(StateError):
             log.set_truth("11", "yes")
     assert log.set_truth("11", "yes") == 1
     assert VerdictLog(path, max_verdicts=10).stats("r") == log.stats("r")
@@ -482,7 +482,7 @@ def test_a_log_that_was_removed_is_missed_and_its_loss_is_counted(
 ) -> None:
     log = VerdictLog(tmp_path / "verdicts.sqlite", max_verdicts=10)
     (tmp_path / "verdicts.sqlite").unlink()
-    with pytest.raises(BundleError, match="removed or replaced"):
+    with pytest.raises(StateError, match="removed or replaced"):
         log.flush()
     log.add(verdict(str(i)) for i in range(4))
     log.close()
@@ -525,7 +525,7 @@ def test_settings_that_cannot_be_read_are_found_when_the_file_is_opened(tmp_path
     RouteStore(path).put("x", to(A))
     with closing(sqlite3.connect(path)) as other, other:
         other.execute("UPDATE revisions SET settings = '{'")
-    with pytest.raises(BundleError, match=r"routes\.sqlite.*'x'.*restore"):
+    with pytest.raises(StateError, match=r"routes\.sqlite.*'x'.*restore"):
         RouteStore(path)
 
 

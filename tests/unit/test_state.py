@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.errors import BundleError
+from loraplex.errors import StateError
 from loraplex.routing.route_store import RouteStore
 from loraplex.service.state import AdapterState, Remembered
 
@@ -72,7 +72,7 @@ def test_any_thread_of_several_servers_may_write(tmp_path: Path) -> None:
 
 def test_a_broken_file_is_named_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "loraplex.sqlite").write_bytes(b"no database" * 500)
-    with pytest.raises(BundleError, match=r"loraplex\.sqlite.*--state-dir"):
+    with pytest.raises(StateError, match=r"loraplex\.sqlite.*--state-dir"):
         AdapterState(tmp_path)
 
 
@@ -82,9 +82,9 @@ def test_a_file_that_breaks_later_is_our_error_too(tmp_path: Path) -> None:
     content = (tmp_path / "loraplex.sqlite").read_bytes()
     for broken in (b"no database" * 500, content[:4096], content[:5000], b""):
         (tmp_path / "loraplex.sqlite").write_bytes(broken)
-        with pytest.raises(BundleError):
+        with pytest.raises(StateError):
             state.remembered()
-        with pytest.raises(BundleError):
+        with pytest.raises(StateError):
             state.remember(name="a", source="b", is_pinned=True)
 
 
@@ -93,14 +93,14 @@ def test_a_database_of_another_make_is_left_alone(tmp_path: Path, statement: str
     with sqlite3.connect(tmp_path / "loraplex.sqlite") as database:
         database.execute(statement)
     database.close()
-    with pytest.raises(BundleError):
+    with pytest.raises(StateError):
         AdapterState(tmp_path)
 
 
 def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/loraplex")):
-        with pytest.raises(BundleError, match="--state-dir"):
+        with pytest.raises(StateError, match="--state-dir"):
             AdapterState(place)
 
 
@@ -127,7 +127,7 @@ def unwritable() -> Iterator[Callable[[Path], None]]:
 def test_a_new_state_in_a_folder_that_takes_no_writes_is_refused(unwritable: Callable[[Path], None]) -> None:
     place = Path(tempfile.mkdtemp())
     unwritable(place)
-    with pytest.raises(BundleError, match="--state-dir"):
+    with pytest.raises(StateError, match="--state-dir"):
         AdapterState(place)
 
 
@@ -141,9 +141,9 @@ def test_a_state_that_takes_no_writes_is_read(
     assert "loraplex.sqlite" in caplog.text and "not saved" in caplog.text
     state.acquire()
     assert [one.name for one in state.remembered()] == ["a"]
-    with pytest.raises(BundleError, match=r"readonly.*--state-dir"):
+    with pytest.raises(StateError, match=r"readonly.*--state-dir"):
         state.remember(name="a", source=None, is_pinned=False)
-    with pytest.raises(BundleError, match="another server"):
+    with pytest.raises(StateError, match="another server"):
         AdapterState(place).acquire()
     state.release()
 
@@ -152,7 +152,7 @@ def test_deleting_the_lock_file_lets_no_second_server_in(tmp_path: Path) -> None
     first, second = AdapterState(tmp_path), AdapterState(tmp_path)
     first.acquire()
     (tmp_path / "loraplex.lock").unlink()
-    with pytest.raises(BundleError, match="another server"):
+    with pytest.raises(StateError, match="another server"):
         second.acquire()
     first.release()
     second.acquire()
@@ -167,10 +167,10 @@ def test_a_folder_that_is_made_again_belongs_to_the_server_that_made_it(tmp_path
     second = AdapterState(tmp_path / "state")
     second.acquire()
     second.remember(name="b", source="2", is_pinned=False)
-    with pytest.raises(BundleError, match="removed or replaced"):
+    with pytest.raises(StateError, match="removed or replaced"):
         first.remember(name="a", source=None, is_pinned=False)
     first.release()
-    with pytest.raises(BundleError, match="another server"):
+    with pytest.raises(StateError, match="another server"):
         AdapterState(tmp_path / "state").acquire()
     assert [one.name for one in second.remembered()] == ["b"]
     second.release()
@@ -178,5 +178,5 @@ def test_a_folder_that_is_made_again_belongs_to_the_server_that_made_it(tmp_path
 
 def test_routes_in_the_place_of_adapters_are_refused(tmp_path: Path) -> None:
     RouteStore(tmp_path / "loraplex.sqlite")
-    with pytest.raises(BundleError, match="another database"):
+    with pytest.raises(StateError, match="another database"):
         AdapterState(tmp_path)

@@ -30,7 +30,7 @@ IN_EFFECT = "SELECT max(revision) FROM revisions WHERE NOT is_undone GROUP BY na
 
 class RouteStore:
     """Routes in a SQLite file. A change is written before it takes effect. Any thread may call. Every method raises
-    BundleError if the file cannot be read or written."""
+    StateError if the file cannot be read or written."""
 
     def __init__(self, path: Path | None = None) -> None:
         """path: a SQLite file; None keeps the routes in memory, until the process ends."""

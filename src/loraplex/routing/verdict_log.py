@@ -13,7 +13,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from loraplex.database import Database
-from loraplex.errors import BundleError, UnknownVerdictError
+from loraplex.errors import StateError, UnknownVerdictError
 from loraplex.types import Accuracy, Agreement, Latency, RouteStats, TargetStats
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class LoggedVerdict(NamedTuple):
 
 class VerdictLog:
     """Verdicts in a SQLite file. New verdicts wait in memory until `flush`; every reading method counts them. Any
-    thread may call. Methods raise BundleError if the file cannot be read or written."""
+    thread may call. Methods raise StateError if the file cannot be read or written."""
 
     def __init__(self, path: Path | None = None, *, max_verdicts: int) -> None:
         """path: a SQLite file; None keeps the verdicts in memory, until the process ends. max_verdicts: beyond this
@@ -98,7 +98,7 @@ class VerdictLog:
         self._added.extend(verdicts)
 
     def flush(self) -> None:
-        """Write the verdicts that wait. If the file cannot be written, raises BundleError and keeps the newest for the
+        """Write the verdicts that wait. If the file cannot be written, raises StateError and keeps the newest for the
         next flush."""
         with self._flushing:
             added = [self._added.popleft() for _ in range(len(self._added))]
@@ -107,7 +107,7 @@ class VerdictLog:
                 return
             try:
                 self._write(added)
-            except BundleError:
+            except StateError:
                 room = self._max_verdicts - len(self._added)
                 self._added.extendleft(reversed(added[max(0, len(added) - room) :]))
                 raise
@@ -117,7 +117,7 @@ class VerdictLog:
         before, self._problem = self._problem, ""
         try:
             self.flush()
-        except BundleError as exc:
+        except StateError as exc:
             self._problem = str(exc)
             if self._problem != before:
                 logger.error("verdicts cannot be written, and wait in memory: %s", exc)
@@ -152,7 +152,7 @@ class VerdictLog:
         """Run the block with all verdicts: in the file, or where it cannot be written, in a copy in memory."""
         try:
             self.flush()
-        except BundleError:
+        except StateError:
             with self._flushing, self._database.copy() as database:
                 self._insert(database, tuple(self._added.copy()))
                 yield database

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from loraplex.database import Database
-from loraplex.errors import BundleError
+from loraplex.errors import StateError
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Remembered:
 
 class AdapterState:
     """One SQLite file. Each change is a transaction that is on disk when the call returns. Any thread may call. Every
-    method raises BundleError where the file cannot be read or written."""
+    method raises StateError where the file cannot be read or written."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -55,7 +55,7 @@ class AdapterState:
 
     def acquire(self) -> None:
         """Lock the folder for this process until `release` or the end of the process, because two servers would
-        overwrite each other's changes. Raises BundleError where another server has the lock.
+        overwrite each other's changes. Raises StateError where another server has the lock.
 
         The folder itself is locked, so that deleting the lock file lets nobody in. The lock file keeps servers on
         other machines out, too."""
@@ -64,8 +64,8 @@ class AdapterState:
                 lock()
             except (BlockingIOError, Timeout):
                 self.release()
-                raise BundleError(
-                    self._folder, "another server uses it", remedy="stop that one, or give another --state-dir"
+                raise StateError(
+                    f"{self._folder}: another server uses it", remedy="stop that one, or give another --state-dir"
                 ) from None
             except OSError as exc:  # a folder that cannot be written, or a file system without one of the locks
                 logger.warning("%s cannot be locked: %s", self._folder, exc)
