@@ -153,7 +153,10 @@ def check_routes(
             raise BundleError(source, f"{name!r} is also the base's name", remedy="choose another name for the route")
         for target in (*settings.targets, *settings.shadows):
             if not knows(target):
-                raise BundleError(source, f"there is no classifier {target!r}", remedy="use a classifier of the bundle")
+                what = f"there is no classifier {target!r}"
+                if target in routes:
+                    what = f"{target!r} is a route, and routes lead to classifiers only"
+                raise BundleError(source, what, remedy="use a classifier of the bundle")
 
 
 def open_base(path: str) -> Bundle:

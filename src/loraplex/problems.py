@@ -169,7 +169,9 @@ def find_problem(errors: Sequence[Any], values: Any, model: Any, *, noun: str = 
             error, path = one, other
     place = ".".join(shortened(str(part)) for part in path)
     if error["type"] == "extra_forbidden":
-        what, remedy = unknown_field(place, path[-1], _fields_at(model, error["loc"][:-1]), noun)
+        models = _models_at(model, error["loc"][:-1])
+        known = dict.fromkeys(name for one in models for name in one.model_fields)
+        what, remedy = unknown_field(place, path[-1], known, noun, _inside(models, path[-1]))
         return Problem(place="", given="", what=what, remedy=remedy)
     value = error["input"]
     if written is not None and error["type"] == "string_type" and (kind := _yaml_kind(value)):
@@ -184,12 +186,14 @@ def find_problem(errors: Sequence[Any], values: Any, model: Any, *, noun: str = 
     return Problem(place=place, given=given, what=what.format_map(context), remedy=remedy.format_map(context))
 
 
-def unknown_field(place: str, name: object, known: Iterable[str], noun: str = "field") -> tuple[str, str]:
-    """Return the message and the remedy for a name that is not `known`."""
+def unknown_field(
+    place: str, name: object, known: Iterable[str], noun: str = "field", inside: str = ""
+) -> tuple[str, str]:
+    """Return the message and the remedy for a name that is not `known`. inside: where else this name belongs."""
     known = list(known)
     synonyms = [group for group in SYNONYMS if name in group]
     near = [one for group in synonyms for one in group if one in known and one != name]
-    near = near or difflib.get_close_matches(str(name)[:MAX_QUOTED], known, 1)
+    near = near or [one for one in (inside,) if one] or difflib.get_close_matches(str(name)[:MAX_QUOTED], known, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"unknown {noun} {quoted(place)}{hint}", f"use: {', '.join(known)}" if known else "leave it out"
 
@@ -240,13 +244,21 @@ def _unquoted(path: tuple[str | int, ...], what: str, written: Any) -> Problem:
     return Problem(place=".".join(map(str, parents)), given=given, what=f"is {what}, not text", remedy=remedy)
 
 
-def _fields_at(model: Any, loc: Sequence[str | int]) -> list[str]:
-    """Return the names of the fields where `loc` leads, from the model on. Unions give those of all their members."""
+def _models_at(model: Any, loc: Sequence[str | int]) -> list[type[BaseModel]]:
+    """Return the model where `loc` leads, from `model` on. A union gives all its members."""
     models = list(_models(model))
     for part in loc:
         inner = [one.model_fields[part].annotation for one in models if part in one.model_fields]
         models = [found for one in inner for found in _models(one)] or models
-    return list(dict.fromkeys(name for one in models for name in one.model_fields))
+    return models
+
+
+def _inside(models: Sequence[type[BaseModel]], name: object) -> str:
+    """Return where a name belongs that is a field of one of the fields, such as `calibration: {temperature: …}`."""
+    for outer, field in (pair for one in models for pair in one.model_fields.items()):
+        if isinstance(field.annotation, type) and name in getattr(field.annotation, "model_fields", ()):
+            return f"{outer}: {{{name}: …}}"
+    return ""
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

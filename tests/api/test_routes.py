@@ -178,6 +178,16 @@ def test_what_is_wrong_is_named_and_changes_nothing(
         assert answer.status_code == 404 and answer.json()["error"]["code"] == "unknown_route"
 
 
+def test_a_route_leads_to_adapters_and_not_to_routes(own: httpx.Client) -> None:
+    put(own, "first", task0=1, task1=1)
+    for body in ({"targets": {"first": 1}}, {"targets": {"task0": 1}, "shadows": ["first"]}):
+        response = own.put("/v1/routes/second", json=body)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (422, "invalid_request")
+        assert "'first' is a route" in error["message"] and "'task0', 'task1'" in error["remedy"]
+    own.delete("/v1/routes/first").raise_for_status()
+
+
 def test_routes_verdicts_and_feedback_survive_a_restart_and_the_bundles_file_is_read(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -210,7 +220,12 @@ def test_routes_verdicts_and_feedback_survive_a_restart_and_the_bundles_file_is_
 def test_a_route_of_the_bundle_that_leads_nowhere_is_said_at_the_start(tiny_bundle: Path, tmp_path: Path) -> None:
     for part in tiny_bundle.iterdir():
         (tmp_path / part.name).symlink_to(part)
-    for routes, mentions in (({"a": "nope"}, "nope"), ({"a": {"targets": {"task0": "x"}}}, "routes.a.targets.task0")):
+    to_a_route = {"a": "task0", "b": "a"}
+    for routes, mentions in (
+        ({"a": "nope"}, "nope"),
+        (to_a_route, "routes.b: 'a' is a route"),
+        ({"a": {"targets": {"task0": "x"}}}, "routes.a.targets.task0"),
+    ):
         (tmp_path / "loraplex.yaml").write_text(yaml.safe_dump({"routes": routes}))
         run = serving.loraplex("serve", tmp_path, "--port", 0)
         assert run.returncode == 1 and mentions in run.stderr and "Traceback" not in run.stderr

@@ -26,6 +26,16 @@ def test_a_new_key_is_found_by_its_secret_only(tmp_path: Path) -> None:
     assert find_key(keys, b"") is None and find_key(keys, made[0][1].split()[2].encode()) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "scope", "source"),
+    [("a b", "infer", "--name a b: the name"), ("a", "root", "--scope root: there is no such scope")],
+)
+def test_a_new_key_names_the_option_that_is_wrong(name: str, scope: str, source: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        new_key(name, scope)
+    assert raised.value.message.startswith(source)
+
+
 def test_the_environment_gives_several_and_a_secret_may_hold_colons() -> None:
     keys = read_keys(None, f" ci:infer:{SECRET},ops:admin:with:colons:0123456 \n")
     assert [(key.name, key.scope) for key in keys] == [("ci", "infer"), ("ops", "admin")]

@@ -203,6 +203,8 @@ def test_a_request_is_told_field_value_and_remedy(model: Any, values: Any, said:
         ("labels: [a, b]\nthreshold: 1.5", "key 'threshold': 1.5 is above 1 (give 1 or less)"),
         ("labels: [a, b]\ncalibration: 5", "key 'calibration': 5 is not keys and values (give keys and values)"),
         ("labels: [a, b]\nlables: [a, b]", "unknown key 'lables'; did you mean labels?"),
+        ("labels: [a, b]\ntemperature: 2", "'temperature'; did you mean calibration: {temperature: …}?"),
+        ("labels: [a, b]\nbias: {a: 1}", "unknown key 'bias'; did you mean calibration: {bias: …}?"),
         ("labels: [a, b]\ncalibration: {temp: 1}", "unknown key 'calibration.temp'"),
         ("question: x", "key 'labels': is missing (add it)"),
         ("labels: [a]", "'labels' needs at least two, got [\"a\"] (name them: labels: ['yes', 'no'])"),

@@ -46,6 +46,15 @@ SCORE_HEADS, QA_HEAD = ("score", "classifier"), "qa_outputs"
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # PEFT ties modules with these names only
 
 
+def _is_lora(value: str) -> str:
+    if value != "LORA":
+        raise wrong(
+            "is another method than LORA, and only LoRA adapters are served",
+            "train the adapter with PEFT's LoraConfig, and save it with save_pretrained",
+        )
+    return value
+
+
 def _compiles(pattern: str) -> Callable[[str], str]:
     """Return a validator of the regular expression that PEFT builds from a value; `%s` stands for the value."""
 
@@ -79,7 +88,7 @@ class PeftConfig(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
-    peft_type: Literal["LORA"]
+    peft_type: Annotated[str, AfterValidator(_is_lora)]
     task_type: TaskType | None = None
     r: Rank
     lora_alpha: Alpha

@@ -29,6 +29,7 @@ from loraplex.errors import (
     RefusedError,
     UnknownClassifierError,
     UnknownRouteError,
+    listed,
     quoted,
 )
 from loraplex.routing.route_store import RouteStore
@@ -68,7 +69,7 @@ class Router:
 
     async def start(self) -> None:
         """Read the routes and start the background tasks. Raises BundleError if a route of `loraplex.yaml` has a name
-        that is not valid, or an unknown target."""
+        that is not valid, or an unknown target, and StateError if the stored routes cannot be read."""
         check_routes(self._from_file, self.service.base_names, self.service.knows)
         await self._in_files(self._store.read_file, self._from_file)
         await self._reload()
@@ -118,8 +119,8 @@ class Router:
 
     async def set_route(self, name: str, settings: RouteSettings) -> Route:
         """Create or replace a route. The route is stored and in effect when this returns. Raises RefusedError if the
-        name or a target is not valid, InvalidRequestError for the base's name, and StateError if the file cannot be
-        written."""
+        name or a target is not valid, InvalidRequestError for the base's name and for a route as target, and StateError
+        if the file cannot be written."""
         try:
             check_name(name, "route")
         except ConfigurationError as exc:
@@ -165,6 +166,11 @@ class Router:
     def _check_targets(self, targets: Iterable[str]) -> None:
         for target in targets:
             if not self.service.knows(target):
+                if route := self._routes.get(target):
+                    raise InvalidRequestError(
+                        f"{target!r} is a route, and routes lead to adapters only",
+                        remedy=f"use the adapters that it leads to: {listed([*route.targets])}",
+                    )
                 raise RefusedError(UnknownClassifierError(target, list(self.service.names())))
 
     # ------------------------------------------------------------------------------------------- requests
@@ -324,7 +330,7 @@ async def start_router(
 
 def open_stores(state_dir: str | None, *, max_verdicts: int) -> tuple[RouteStore, VerdictLog | None]:
     """Open the stores for routes and verdicts in `state_dir`; None keeps both in memory. The newest `max_verdicts`
-    verdicts are kept; 0 keeps none. Raises BundleError if a file cannot be read or written."""
+    verdicts are kept; 0 keeps none. Raises StateError if a file cannot be read or written."""
     folder = None if state_dir is None else Path(state_dir)
     store = RouteStore(None if folder is None else folder / "routes.sqlite")
     file = None if folder is None else folder / "verdicts.sqlite"

@@ -34,7 +34,7 @@ class ApiKey:
 def new_key(name: str, scope: str) -> tuple[str, str]:
     """Return a new secret, and its line for the key file. Raises ConfigurationError if `name` or `scope` is not
     valid."""
-    _check("--name, --scope", name, scope)
+    _check(f"--name {name}", f"--scope {scope}", name, scope)
     secret = secrets.token_urlsafe(32)
     return secret, f"{name} {scope} {sha256(secret.encode()).hexdigest()}"
 
@@ -77,7 +77,7 @@ def _of_file(path: str | None) -> Iterator[tuple[str, ApiKey]]:
         source = f"{path}, line {number}"
         if len(parts) != 3 or not DIGEST.fullmatch(parts[2]):
             raise ConfigurationError(source, "is not `name scope sha256`, in lower-case hex", remedy=remedy)
-        scope = _check(source, parts[0], parts[1])
+        scope = _check(source, source, parts[0], parts[1])
         yield source, ApiKey(name=parts[0], scope=scope, digest=bytes.fromhex(parts[2]))
         is_empty = False
     if is_empty:
@@ -95,16 +95,17 @@ def _of_environment(value: str) -> Iterator[tuple[str, ApiKey]]:
                 f"is not `name:scope:secret` with a secret of {MIN_SECRET} characters or more",
                 remedy="take one from `loraplex keys new`, or from `openssl rand -hex 32`",
             )
-        name, scope, secret = parts[0], _check(source, *parts[:2]), parts[2]
+        name, scope, secret = parts[0], _check(source, source, *parts[:2]), parts[2]
         yield source, ApiKey(name=name, scope=scope, digest=sha256(secret.encode(errors="surrogateescape")).digest())
 
 
-def _check(source: str, name: str, scope: str) -> KeyScope:
+def _check(at_name: str, at_scope: str, name: str, scope: str) -> KeyScope:
+    """Return the scope. Raises ConfigurationError with the place of what is not valid."""
     if not NAME.fullmatch(name):
         raise ConfigurationError(
-            source, "the name is not valid", remedy="use letters, digits, '.', '_' and '-', 64 at most"
+            at_name, "the name is not valid", remedy="use letters, digits, '.', '_' and '-', 64 at most"
         )
     for known in get_args(KeyScope):
         if scope == known:
             return known  # type: ignore[no-any-return]
-    raise ConfigurationError(source, "there is no such scope", remedy="use infer or admin")
+    raise ConfigurationError(at_scope, "there is no such scope", remedy="use infer or admin")
