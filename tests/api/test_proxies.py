@@ -10,9 +10,12 @@ import httpx
 import pytest
 
 import serving
+from loraplex import Client
 from loraplex.config import ServerConfig
-from loraplex.errors import HeadTooLargeError
+from loraplex.errors import ConfigurationError, HeadTooLargeError
+from loraplex.server.app import create_app
 from loraplex.server.head import MAX_HEAD_BYTES
+from loraplex.server.lifecycle import Lifecycle
 
 KEY = {"X-API-Key": "infer-secret-0123456789"}
 PAGE = "https://app.example.com"
@@ -211,6 +214,17 @@ def test_a_prefix_is_removed_by_the_proxy_or_not(http: httpx.Client, log: Path, 
     assert line_of(log, answer)["path"] == "/v1/classify"
     allowed = http.post(f"{prefix}/v1/models", headers=KEY)
     assert allowed.status_code == 403
+
+
+def test_our_client_takes_a_url_with_a_prefix(server: serving.Server) -> None:
+    with Client(f"{server.url}/llm/one/", api_key=KEY["X-API-Key"]) as client:
+        assert client.classify("Customer: hello", "task0")["task0"].label
+
+
+@pytest.mark.parametrize("prefix", ["/v1", "/v1/adapters", "/health", "/docs"])
+def test_a_prefix_that_means_two_things_is_refused(prefix: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"--root-path {prefix}"):
+        create_app(ServerConfig(root_path=prefix), (), Lifecycle())
 
 
 @pytest.mark.parametrize("path", ["/llm", "/llm/onev1/models", "/llm/one/llm/one/v1/models", "/llm/one", "//v1/models"])

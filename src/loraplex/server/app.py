@@ -7,6 +7,7 @@ from fastapi import FastAPI
 
 import loraplex
 from loraplex.config import ServerConfig
+from loraplex.errors import ConfigurationError
 from loraplex.metrics import Metrics
 from loraplex.server import admin, openai, routes, sagemaker, tokenize, traffic
 from loraplex.server.answers import AnswerErrors, add_handlers
@@ -22,7 +23,7 @@ from loraplex.server.security import Access
 
 def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycle) -> FastAPI:
     """Return an ASGI app that serves the router of `lifecycle`. Until the router is ready, the app answers only probes.
-    Without `keys` it answers everyone."""
+    Without `keys` it answers everyone. Raises ConfigurationError if --root-path is one of the server's own paths."""
     app = FastAPI(
         title="Loraplex",
         summary="Many LoRA classifiers from one base model, in one call",
@@ -58,5 +59,11 @@ def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycl
     if config.trusted_proxy:
         app.add_middleware(TrustedProxies, trusted=config.trusted_proxy)
     if config.root_path:
+        if paths.begin_with(config.root_path):
+            raise ConfigurationError(
+                f"--root-path {config.root_path}",
+                "is the beginning of paths that the server has itself",
+                remedy="give a prefix of the proxy's, such as /llm, or leave it out if the proxy adds none",
+            )
         app.add_middleware(RootPath, root_path=config.root_path)
     return app

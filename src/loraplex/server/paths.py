@@ -30,6 +30,10 @@ class Paths:
         """Return the methods that a path takes."""
         return sorted(self._methods.get(self.declared(path), ()))
 
+    def begin_with(self, prefix: str) -> bool:
+        """Return whether one of the declared paths is below `prefix`, which would then mean two things."""
+        return any(path == prefix or path.startswith(f"{prefix}/") for path in self._methods)
+
     def similar(self, path: str) -> list[str]:
         """Return the declared paths that look like an unknown one."""
         return difflib.get_close_matches(path[:LONGEST].lower(), self._methods, cutoff=0.7)
