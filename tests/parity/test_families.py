@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from adapter_files import read_adapter
 from families import DENSE, MIXTURES, config_of
 from loraplex import Loraplex
+from loraplex.engine.runner import ModelRunner
 from loraplex.errors import AdapterError
 from loraplex.executors.peft import PeftOracle
-from loraplex.model.loader import read_config, read_layers
+from loraplex.model.loader import load_model, read_config, read_layers
 from loraplex.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of names that it converts
@@ -68,6 +70,14 @@ def test_a_base_of_the_family_equals_peft(family: str, tmp_path: Path) -> None:
                     assert verdict.scores is not None and verdict.label_mass is not None, verdict.error
                     found = [math.log(verdict.scores[label] * verdict.label_mass) for label in LABELS]
                     assert found == pytest.approx(expected[verdict.classifier], rel=1e-4, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["flex_olmo", "minicpm3", "qwen3_moe"])
+def test_rounding_to_16_bits_is_not_taken_for_another_attention(family: str, tmp_path: Path) -> None:
+    """The first two make much of it: transformers' own two attentions differ by 0.3 and 0.7."""
+    tiny.save_base(tmp_path, config_of(family))
+    model = load_model(read_config(tmp_path), tmp_path, torch.bfloat16, torch.device("cpu"))
+    ModelRunner(model).verify_packing()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
