@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, Discriminator, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Tag, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from loraplex.errors import MAX_QUOTED, quoted, shortened
@@ -246,6 +246,8 @@ def _unquoted(path: tuple[str | int, ...], what: str, written: Any) -> Problem:
 
 def _models_at(model: Any, loc: Sequence[str | int]) -> list[type[BaseModel]]:
     """Return the model where `loc` leads, from `model` on. A union gives all its members."""
+    if loc and (member := _tagged(model, loc[0])):
+        model, loc = member, loc[1:]
     models = list(_models(model))
     for part in loc:
         inner = [one.model_fields[part].annotation for one in models if part in one.model_fields]
@@ -259,6 +261,16 @@ def _inside(models: Sequence[type[BaseModel]], name: object) -> str:
         if isinstance(field.annotation, type) and name in getattr(field.annotation, "model_fields", ()):
             return f"{outer}: {{{name}: …}}"
     return ""
+
+
+def _tagged(annotation: Any, tag: object) -> Any:
+    """Return the member of a union that has the tag, or None."""
+    for part in get_args(annotation):
+        if any(isinstance(one, Tag) and one.tag == tag for one in getattr(part, "__metadata__", ())):
+            return part
+        if member := _tagged(part, tag):
+            return member
+    return None
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -12,6 +12,7 @@ JSON = {"Content-Type": "application/json"}
 # Every route that takes JSON, as (method, path).
 ROUTES = [
     ("POST", "/v1/classify"),
+    ("POST", "/classify"),
     ("POST", "/invocations"),
     ("POST", "/endpoints/any/invocations"),
     ("POST", "/v1/completions"),

@@ -14,16 +14,22 @@ from loraplex.classifier import read_contract
 from loraplex.config import EngineConfig, ServerConfig, read_bundle_settings, resolve
 from loraplex.errors import BundleError, ConfigurationError, ContractError
 from loraplex.problems import NOUNS, SENTENCES, find_problem
-from loraplex.server import openai_schemas, schemas
+from loraplex.server import classification, huggingface, openai_schemas, schemas
 from loraplex.server.openai_schemas import ChatBody, CompletionBody, StreamOptions
-from loraplex.server.schemas import ClassifyBody, InvocationBody, SageMakerBody
+from loraplex.server.sagemaker import SageMakerBody
+from loraplex.server.schemas import ClassifyBody, InvocationBody
 
 MODELS = {
     f"{module.__name__}.{name}": one
-    for module in (config, classifier, messages, peft_config, schemas, openai_schemas)
+    for module in (
+        *(config, classifier, messages, peft_config),
+        *(schemas, openai_schemas, classification, huggingface),
+    )
     for name, one in vars(module).items()
     if isinstance(one, type) and issubclass(one, BaseModel) and one.__module__ == module.__name__
-    if not name.endswith(("Result", "List", "Card", "ErrorBody"))  # answers
+    if not name.endswith(
+        ("Result", "List", "Card", "ErrorBody", "Classification", "Data", "Label", "GeneratedText")
+    )  # answers
 }
 # A part of pydantic's schema, or one of its limits -> the types of errors that it produces.
 LENGTHS = {"min_length": {"too_short"}, "max_length": {"too_long"}}

@@ -1,14 +1,18 @@
-"""Classifies many conversations in one call."""
+"""Many requests in one call."""
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from typing import TypeVar
 
 from loraplex.errors import DeadlineExceededError, LoraplexError, QueueFullError
 from loraplex.routing.router import Router
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, ErrorInfo, Failure, Timings, Usage
 
+Asked = TypeVar("Asked")
+Result = TypeVar("Result")
 MAX_CONCURRENT = 32  # requests of one call, so that a long call leaves room for others
 
 
@@ -16,44 +20,21 @@ async def classify_batch(router: Router, requests: Seq[ClassifyRequest]) -> Batc
     """Classify each of `requests`, and return an answer or a failure for each, in order. A request's deadline counts
     from this call. If all requests fail, raises the first one's error."""
     started = time.monotonic()
-    turns = asyncio.Semaphore(MAX_CONCURRENT)
-    num_running, ended = 0, asyncio.Event()
 
-    def in_time(request: ClassifyRequest) -> ClassifyRequest:
-        if request.deadline_ms is None:
-            return request
-        left_ms = request.deadline_ms - (time.monotonic() - started) * 1000
-        if left_ms <= 0:
-            raise DeadlineExceededError(
-                "not computed before the deadline", remedy="allow more time or send less at once"
-            )
-        return replace(request, deadline_ms=left_ms)
+    async def ask(request: ClassifyRequest) -> ClassifyResult:
+        if request.deadline_ms is not None:
+            left_ms = request.deadline_ms - (time.monotonic() - started) * 1000
+            if left_ms <= 0:
+                raise DeadlineExceededError(
+                    "not computed before the deadline", remedy="allow more time or send less at once"
+                )
+            request = replace(request, deadline_ms=left_ms)
+        return await router.classify(request)
 
-    async def ask(request: ClassifyRequest) -> ClassifyResult | LoraplexError:
-        nonlocal num_running
-        async with turns:
-            while True:
-                num_running += 1
-                try:
-                    outcome: ClassifyResult | LoraplexError = await router.classify(in_time(request))
-                except LoraplexError as exc:
-                    outcome = exc
-                finally:
-                    num_running -= 1
-                if not isinstance(outcome, QueueFullError) or not num_running:
-                    ended.set()
-                    return outcome
-                ended.clear()  # this call's own requests fill the queue: retry when one of them ends
-                await ended.wait()
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(ask(request)) for request in requests]
-    outcomes = [task.result() for task in tasks]
+    outcomes = await in_turns(ask, requests)
     answers = [outcome for outcome in outcomes if isinstance(outcome, ClassifyResult)]
     if not answers:
-        for outcome in outcomes:
-            assert isinstance(outcome, LoraplexError), "every outcome is an answer or an error"
-            raise outcome
+        raise next(outcome for outcome in outcomes if isinstance(outcome, LoraplexError))
     return BatchResult(
         results=tuple(
             outcome if isinstance(outcome, ClassifyResult) else Failure(error=ErrorInfo.of(outcome))
@@ -71,3 +52,33 @@ async def classify_batch(router: Router, requests: Seq[ClassifyRequest]) -> Batc
             total_ms=(time.monotonic() - started) * 1000,
         ),
     )
+
+
+async def in_turns(
+    ask: Callable[[Asked], Awaitable[Result]], all_asked: Iterable[Asked]
+) -> list[Result | LoraplexError]:
+    """Return what `ask` makes of each of `all_asked`, or the error that it raises, in order. Only some run at once. One
+    that is refused because the others fill the queue is asked again."""
+    turns = asyncio.Semaphore(MAX_CONCURRENT)
+    num_running, ended = 0, asyncio.Event()
+
+    async def ask_one(asked: Asked) -> Result | LoraplexError:
+        nonlocal num_running
+        async with turns:
+            while True:
+                num_running += 1
+                try:
+                    outcome: Result | LoraplexError = await ask(asked)
+                except LoraplexError as exc:
+                    outcome = exc
+                finally:
+                    num_running -= 1
+                if not isinstance(outcome, QueueFullError) or not num_running:
+                    ended.set()
+                    return outcome
+                ended.clear()
+                await ended.wait()
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(ask_one(asked)) for asked in all_asked]
+    return [task.result() for task in tasks]

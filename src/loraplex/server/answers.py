@@ -183,17 +183,19 @@ async def _loraplex_error(request: Request, exc: Exception) -> JSONResponse:
 
 
 async def _validation_error(request: Request, exc: Exception) -> JSONResponse:
-    """Answer with the first error that validation found, and its path in the body."""
     assert isinstance(exc, RequestValidationError)
+    return answer(request, refusal(request, exc))
+
+
+def refusal(request: Request, exc: RequestValidationError) -> InvalidRequestError:
+    """Return the first error that validation found, with its path in the body."""
     if not isinstance(exc.body, dict):
-        return answer(request, InvalidRequestError("the body is not a JSON object", remedy=OBJECT))
+        return InvalidRequestError("the body is not a JSON object", remedy=OBJECT)
     model = request.scope["route"].body_field.field_info.annotation
     errors = [{**one, "loc": one["loc"][1:]} for one in exc.errors()[:MOST_ERRORS]]  # each begins with "body"
     problem = find_problem(errors, exc.body, model, noun="field")
     message = f"{problem.place}: {problem.sentence}" if problem.place else problem.sentence
-    return answer(
-        request, InvalidRequestError(message, remedy=f"{problem.remedy}; see /docs for the fields and their types")
-    )
+    return InvalidRequestError(message, remedy=f"{problem.remedy}; see /docs for the fields and their types")
 
 
 async def _http_error(request: Request, exc: Exception) -> JSONResponse:

@@ -42,7 +42,7 @@ class JsonRoute(APIRoute):
             return handle
 
         async def handle_json(request: Request) -> Response:
-            _check_query(request)
+            check_query(request)
             _check_type(request)
             scope = {**request.scope, "headers": list(request.scope["headers"])}
             MutableHeaders(scope=scope)["Content-Type"] = "application/json"
@@ -62,7 +62,7 @@ class _JsonRequest(Request):
         return self._parsed
 
 
-def _check_query(request: Request) -> None:
+def check_query(request: Request) -> None:
     if request.query_params:
         name = next(iter(request.query_params))
         raise InvalidRequestError(
@@ -83,9 +83,8 @@ def _check_type(request: Request) -> None:
         )
 
 
-def parse(body: bytes) -> Any:
-    """Return the value of a JSON text. Raises BadInputError where it is none, and InvalidRequestError where an object
-    has a key twice."""
+def decoded(body: bytes) -> str:
+    """Return the body as text. Raises BadInputError where it is none."""
     encoding = json.detect_encoding(body)
     try:
         text = body.decode(encoding, "surrogatepass")
@@ -95,6 +94,13 @@ def parse(body: bytes) -> Any:
             f"byte {exc.start + len(body) - len(exc.object)} is 0x{exc.object[exc.start]:02x}",
             remedy=OBJECT,
         ) from None
+    return text
+
+
+def parse(body: bytes) -> Any:
+    """Return the value of a JSON text. Raises BadInputError where it is none, and InvalidRequestError where an object
+    has a key twice."""
+    text = decoded(body)
     if not text.strip():
         raise BadInputError("the body is empty", remedy=OBJECT)
     try:

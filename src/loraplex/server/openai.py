@@ -47,7 +47,7 @@ def resolve_model(request: Request, name: str, conversation_id: str | None) -> s
 @router.post("/v1/completions", response_model=Completion, responses={**ERRORS, 200: {"content": EVENTS}})
 async def completions(request: Request, body: CompletionBody) -> Response:
     """Generate the text that follows a prompt. The prompt is taken verbatim."""
-    return await _answered(request, body, body.format())
+    return await openai_answer(request, body)
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses={**ERRORS, 200: {"content": EVENTS}})
@@ -56,11 +56,12 @@ async def chat_completions(request: Request, body: ChatBody) -> Response:
 
     The adapter's contract formats the messages. Without a contract, the base's chat template does.
     """
-    return await _answered(request, body, body.format())
+    return await openai_answer(request, body)
 
 
-async def _answered(request: Request, body: CompletionBody | ChatBody, form: Format) -> Response:
-    adapter = resolve_model(request, body.model, body.conversation_id)
+async def openai_answer(request: Request, body: CompletionBody | ChatBody) -> Response:
+    """Answer as the path of the body does, whole or streamed."""
+    form, adapter = body.format(), resolve_model(request, body.model, body.conversation_id)
     asked = body.to_requests(adapter)
     model = service_of(request).base_name if adapter is None else body.model  # the base is shown under its first name
     head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}

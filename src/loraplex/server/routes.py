@@ -1,4 +1,4 @@
-"""The native HTTP routes: /v1/classify, /v1/models, metrics and health."""
+"""HTTP routes for models, metrics and health, and what all routes that ask classifiers share."""
 
 import asyncio
 from collections.abc import Coroutine, Iterable
@@ -110,15 +110,6 @@ def _observe(metrics: Metrics, named: Iterable[str], result: ClassifyResult | Ba
 async def answer(request: Request, body: ClassifyBody) -> Response:
     result = await answered(request, *body.to_requests(), is_batch=body.inputs is not None)
     return Response(result_json(visible_result(result)), media_type="application/json")
-
-
-@router.post("/v1/classify", response_model=ClassifyResult | BatchResult, responses=ERRORS, tags=["classify"])
-async def classify(request: Request, body: ClassifyBody) -> Response:
-    """Classify one conversation, or each of several, with any number of classifiers.
-
-    All classifiers of a call share one forward pass where they fit.
-    """
-    return await answer(request, body)
 
 
 @router.get("/v1/models", tags=["adapters"])

@@ -1,27 +1,32 @@
-"""SageMaker's HTTP routes for containers, with the article's body or Loraplex's own. Also AWS's runtime API, for a
-local boto3 client."""
+"""SageMaker's HTTP routes for containers, with the bodies that people send there. Also AWS's runtime API, for a local
+boto3 client."""
 
 import json
 import math
 import re
 import struct
-from typing import Annotated
+from typing import Annotated, Any
 from zlib import crc32
 
 from fastapi import APIRouter, Header, Request, Response
+from pydantic import BeforeValidator, Discriminator, Tag
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.errors import InvalidRequestError
 from loraplex.generation import GenerateRequest
-from loraplex.server.json_body import JsonRoute
-from loraplex.server.openai import generated_texts
+from loraplex.server.classification import Classification, ClassificationBody, classification, classify_kind
+from loraplex.server.huggingface import GeneratedText, HuggingFaceBody, ScoredLabel, huggingface_answer, to_json
+from loraplex.server.openai import EVENTS, generated_texts, openai_answer
+from loraplex.server.openai_answers import ChatCompletion, Completion
+from loraplex.server.openai_schemas import ChatBody, CompletionBody
 from loraplex.server.proxies import path_of
+from loraplex.server.records import RecordsRoute
 from loraplex.server.routes import ERRORS, answer, answered, router_of, service_of
-from loraplex.server.schemas import ClassifyBody, InvocationBody, InvocationResult, SageMakerBody
+from loraplex.server.schemas import ClassifyBody, ErrorBody, InvocationBody, InvocationResult
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, classifier_names
 
-router = APIRouter(tags=["sagemaker"], route_class=JsonRoute)
+router = APIRouter(tags=["sagemaker"], route_class=RecordsRoute)
 
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 COMPONENT_HEADER = "X-Amzn-SageMaker-Inference-Component"
@@ -30,10 +35,52 @@ ARCHIVE = ".tar.gz"
 # Which part of an endpoint answers. SageMaker itself follows these before it asks a container; there is no part here.
 PART_HEADERS = ("X-Amzn-SageMaker-Target-Variant", "X-Amzn-SageMaker-Target-Container-Hostname")
 IS_RUNTIME_API = "loraplex.runtime_api"  # key of a scope's state
+UNNAMED = "\0"  # the model of an OpenAI body that names none
 ENDPOINT = re.compile(r"/endpoints/[^/]+/invocations(-response-stream)?")
 
 
-@router.post("/invocations", response_model=list[InvocationResult] | ClassifyResult | BatchResult, responses=ERRORS)
+def _body_kind(body: Any) -> str:
+    """Return whose body it is, by the fields that only one of them has."""
+    given = body if isinstance(body, dict) else {}
+    if "input_text" in given:
+        return "article"
+    if "messages" in given and "input" not in given:
+        return "chat"
+    if "prompt" in given:
+        return "completion"
+    if "parameters" in given or (isinstance(given.get("inputs"), str) and "classifiers" not in given):
+        return "hugging face"
+    if given.keys() & {"input", "inputs"}:
+        return classify_kind(given)
+    return "article"
+
+
+def _named_later(body: Any) -> Any:
+    return {"model": UNNAMED, **body} if isinstance(body, dict) else body
+
+
+_NamedLater = BeforeValidator(_named_later)  # a header may name the model
+SageMakerBody = Annotated[
+    Annotated[InvocationBody, Tag("article")]
+    | Annotated[ClassifyBody, Tag("native")]
+    | Annotated[ClassificationBody, Tag("vllm")]
+    | Annotated[HuggingFaceBody, Tag("hugging face")]
+    | Annotated[ChatBody, _NamedLater, Tag("chat")]
+    | Annotated[CompletionBody, _NamedLater, Tag("completion")],
+    Discriminator(_body_kind),
+]
+SageMakerAnswer = (
+    list[InvocationResult]
+    | ClassifyResult
+    | BatchResult
+    | Classification
+    | list[ScoredLabel | GeneratedText | ErrorBody | list[ScoredLabel | GeneratedText]]
+    | ChatCompletion
+    | Completion
+)
+
+
+@router.post("/invocations", response_model=SageMakerAnswer, responses={**ERRORS, 200: {"content": EVENTS}})
 async def invocations(
     request: Request,
     body: SageMakerBody,
@@ -42,14 +89,13 @@ async def invocations(
 ) -> Response | list[InvocationResult]:
     """Answer `{"input_text", "adapter_name"?}` with `[{"confidence_score", "predicted_text"}]`.
 
-    The body of /v1/classify is answered as on that path. The header of the adapter, or of the target model (with or
-    without `.tar.gz`), names the adapter if the body names none. A target model beside another name is refused.
+    The bodies of /v1/classify, /v1/chat/completions and /v1/completions are answered as on those paths, and
+    `{"inputs", "parameters"}` as by Hugging Face's containers. `text/csv` has one text a line, `application/jsonlines`
+    one body a line. The header of the adapter, or of the target model (with or without `.tar.gz`), names the adapter if
+    the body names none. A target model beside another name is refused.
     """
     _check_parts(request)
-    if isinstance(body, ClassifyBody):
-        named = classifier_names(body.classifiers) if "classifiers" in body.model_fields_set else adapter
-    else:
-        named = body.adapter_name if body.adapter_name is not None else adapter
+    named = adapter if (given := _named(body)) is None else given
     if model is not None:
         target = model.removesuffix(ARCHIVE)
         if named not in (None, target, (target,)):
@@ -60,7 +106,26 @@ async def invocations(
     if isinstance(body, ClassifyBody):
         return await answer(request, body if named is None else body.model_copy(update={"classifiers": named}))
     assert named is None or isinstance(named, str)
-    return [await _invoke(request, body, named)]
+    if isinstance(body, InvocationBody):
+        return [await _invoke(request, body, named)]
+    if isinstance(body, HuggingFaceBody):
+        answers = await huggingface_answer(request, body, named)
+        return Response(to_json(answers), media_type="application/json")
+    if isinstance(body, ClassificationBody):
+        return await classification(request, body)
+    name = service_of(request).base_name if named is None else named
+    return await openai_answer(request, body.model_copy(update={"model": name}))
+
+
+def _named(body: Any) -> Any:
+    """Return the name or names of adapters in the body, or None."""
+    if isinstance(body, ClassifyBody):
+        return classifier_names(body.classifiers) if "classifiers" in body.model_fields_set else None
+    if isinstance(body, InvocationBody):
+        return body.adapter_name
+    if isinstance(body, HuggingFaceBody):
+        return None if body.parameters is None else body.parameters.adapter_id
+    return None if body.model == UNNAMED else body.model
 
 
 def _check_parts(request: Request) -> None:
@@ -128,31 +193,44 @@ class RuntimeApi:
         if COMPONENT_HEADER in headers and ADAPTER_HEADER not in headers:
             MutableHeaders(scope=scope)[ADAPTER_HEADER] = headers[COMPONENT_HEADER]
         start: Message = {}
-        content = b""
+        content, is_streamed = b"", False
 
         async def translated(message: Message) -> None:
-            nonlocal start, content
+            nonlocal start, content, is_streamed
             if message["type"] == "http.response.start":
                 start = message
                 return
-            content += message.get("body", b"")
-            if not message.get("more_body", False):
+            body, goes_on = message.get("body", b""), message.get("more_body", False)
+            if is_streamed or (found[1] and goes_on and start["status"] < 400):  # each part is an event
+                if not is_streamed:
+                    await send(_event_stream(start))
+                    is_streamed = True
+                event = _event(body) if body else b""
+                return await send({"type": "http.response.body", "body": event, "more_body": goes_on})
+            content += body
+            if not goes_on:
                 await _answer(start, content, bool(found[1]), send)
 
         await self.app(scope, receive, translated)
 
 
+def _event_stream(start: Message) -> Message:
+    """Return the start of an answer whose body is AWS's event stream."""
+    headers = MutableHeaders(raw=list(start["headers"]))
+    headers["X-Amzn-SageMaker-Content-Type"] = headers["Content-Type"]
+    headers["Content-Type"] = "application/vnd.amazon.eventstream"
+    return {**start, "headers": headers.raw}
+
+
 async def _answer(start: Message, content: bytes, is_stream: bool, send: Send) -> None:
     """Send the container's answer in AWS's form."""
     status = start["status"]
+    if status < 400 and is_stream:
+        start, content = _event_stream(start), _event(content)
     headers = MutableHeaders(raw=list(start["headers"]))
     if status >= 400:
         status, kind, content = _error(status, content)
         headers["X-Amzn-ErrorType"] = kind
-    elif is_stream:
-        headers["X-Amzn-SageMaker-Content-Type"] = headers["Content-Type"]
-        headers["Content-Type"] = "application/vnd.amazon.eventstream"
-        content = _event(content)
     headers["Content-Length"] = str(len(content))
     await send({**start, "status": status, "headers": headers.raw})
     await send({"type": "http.response.body", "body": content})

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Tag, TypeAdapter, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from loraplex.discovery import SkippedFolder
@@ -28,7 +28,7 @@ def result_json(result: ClassifyResult | BatchResult) -> bytes:
     return RESULT.dump_json(result, exclude_none=True)
 
 
-class _Body(NumbersAreNoBooleans):
+class Body(NumbersAreNoBooleans):
     model_config = ConfigDict(extra="forbid")
 
 
@@ -47,7 +47,7 @@ RoleNames = Annotated[
 ]
 
 
-class ConversationBody(_Body):
+class ConversationBody(Body):
     input: Annotated[TextOrMessages, either("text or a list of messages")]
     conversation_id: str | None = None
 
@@ -61,7 +61,7 @@ class ConversationBody(_Body):
         )
 
 
-class ClassifyBody(_Body):
+class ClassifyBody(Body):
     """One conversation (`input`) or several (`inputs`), and any number of classifiers."""
 
     model_config = ConfigDict(
@@ -131,7 +131,7 @@ class ClassifyBody(_Body):
         return [one.to_request(classifiers, self.deadline_ms, self.roles) for one in conversations]
 
 
-class InvocationBody(_Body):
+class InvocationBody(Body):
     """The article's body. Without `adapter_name` the bare base answers."""
 
     input_text: str
@@ -144,18 +144,7 @@ class InvocationResult(BaseModel):
     predicted_text: str
 
 
-def _body_kind(body: Any) -> Literal["article", "native"]:
-    given = body if isinstance(body, dict) else {}
-    return "native" if given.keys() & {"input", "inputs"} and "input_text" not in given else "article"
-
-
-SageMakerBody = Annotated[
-    Annotated[InvocationBody, Tag("article")] | Annotated[ClassifyBody, Tag("native")],
-    Discriminator(_body_kind),
-]
-
-
-class AdapterBody(_Body):
+class AdapterBody(Body):
     """Where to load an adapter from, and whether to pin it."""
 
     source: str = Field(description="a path below an adapter root, hf://org/name@revision, or s3://bucket/prefix")
@@ -174,7 +163,7 @@ class VllmUnloadBody(BaseModel):
     lora_name: str
 
 
-class SageMakerAdapterBody(_Body):
+class SageMakerAdapterBody(Body):
     name: str
     src: str
     preload: bool = True
@@ -190,7 +179,7 @@ class RouteList(BaseModel):
     routes: list[Route]
 
 
-class FeedbackBody(_Body):
+class FeedbackBody(Body):
     verdict_id: str = Field(description="the `id` of a verdict")
     label: str = Field(description="the label that the verdict should have had")
 

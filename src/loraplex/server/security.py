@@ -22,6 +22,7 @@ PUBLIC = {
 INFER = frozenset(
     {
         "POST /v1/classify",
+        "POST /classify",
         "POST /v1/completions",
         "POST /v1/chat/completions",
         "POST /tokenize",
