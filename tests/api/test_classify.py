@@ -168,7 +168,7 @@ LONG = "y" * 15_000  # in a path, too: a head may have 16 KiB
             "POST",
             "/v1/chat/completions",
             {"model": "task0", "messages": [{"role": "user", "content": "x", LONG: 1}]},
-            "not supported",
+            "unknown field 'messages.0.yy",
         ),
         ("PUT", "/v1/routes/r", {"targets": {LONG: 1}}, "no classifier named 'yy"),
         ("PUT", "/v1/routes/r", {"targets": {"task0": 1, LONG: "z"}}, "targets.yy"),
