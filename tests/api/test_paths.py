@@ -10,7 +10,7 @@ import pytest
         ("/v1/clasify", "/v1/classify"),
         ("/v1/classify/", "/v1/classify"),
         ("/V1/Classify", "/v1/classify"),
-        ("/classifier", "/v1/classify"),
+        ("/v2/classify", "/v1/classify"),
         ("/v1/chat/completion", "/v1/chat/completions"),
         ("/healthz", "/health"),
     ],
