@@ -1,7 +1,9 @@
 """Prompts without a `template` are what the chat template writes, however it writes a message; `format: chat` gives it
 each message."""
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +165,25 @@ def test_a_long_chat_loses_its_oldest_messages(tokenizer: Tokenizer) -> None:
     for long in ("hello " * 500 + "the end", "x" * 100_000 + " the end"):
         prompt = bound.prompt(long, Conversations())
         assert "the end</s>" in prompt.text and 200 <= len(prompt.token_ids) <= 400
+
+
+def test_a_tokenizer_may_have_no_special_token(hugging_face: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    made = json.loads(hugging_face.backend_tokenizer.to_str())
+    for token in made["added_tokens"]:
+        token["special"] = False
+    tiny.FAMILIES["llama"].save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    plain = Tokenizer(tmp_path)
+    assert not plain.special_ids
+    prompt = bind(plain, PLAIN, format="chat").prompt("hello", Conversations())
+    assert prompt.text == f"user: hello\nuser: {QUESTION}\nanswer: "
+
+
+def test_the_last_cut_is_the_last_of_all(tokenizer: Tokenizer) -> None:
+    assert tokenizer.last_cut("hello") == 0
+    assert tokenizer.last_cut("<|ask|>a</s>b<|ask|>c") == len("<|ask|>a</s>b")
+    assert tokenizer.last_cut("<|ask|>a<|ask|>b</s>c") == len("<|ask|>a<|ask|>b")
 
 
 def test_what_a_chat_template_does_not_take_is_refused_when_it_is_bound(tokenizer: Tokenizer) -> None:

@@ -111,7 +111,10 @@ class Tokenizer:
 
     def last_cut(self, text: str) -> int:
         """Return where the last special token in `text` begins, so that text before it tokenizes alone; 0 without."""
-        return max(0, *(text.rfind(token) for token in self._cutting))
+        at = 0
+        for token in self._cutting:  # a base may have hundreds; only what lies behind the last one found is searched
+            at = max(at, text.rfind(token, at))
+        return at
 
     def escape(self, text: str) -> tuple[str, tuple[str, ...]]:
         """Break up special tokens that `text` spells by a space after their first character, so that they stay text.
