@@ -276,12 +276,12 @@ def test_json_lines_have_one_body_and_one_answer_a_line(http: httpx.Client) -> N
         *({"input_text": f"{TEXT} {index}"} for index in range(40)),
     ]
     wrong = ['{"input_text": 3}', "{", '{"inputs": "x", "parameters": {"adapter_id": "nope"}}', "[]"]
-    stream = '{"prompt": "x", "stream": true}'
-    content = "\n".join([*map(json.dumps, bodies), "", *wrong, stream]) + "\r\n"
+    streams = ['{"prompt": "x", "stream": true}', '{"prompt": "x", "str\\u0065am": true}']
+    content = "\n".join([*map(json.dumps, bodies), "", *wrong, *streams]) + "\r\n"
     response = send(http, content, LINES)
     assert response.status_code == 200 and response.headers["Content-Type"] == LINES
     answers = [json.loads(line) for line in response.text.splitlines()]
-    assert len(answers) == len(bodies) + len(wrong) + 1
+    assert len(answers) == len(bodies) + len(wrong) + len(streams)
     assert near(answers[0]) == invoke(http, bodies[0]) and near(answers[2]) == invoke(http, bodies[2], "task0")
     assert [one["classifier"] for one in answers[1]["verdicts"]] == ["task0", "task1"]
     assert answers[3]["object"] == "list" and answers[4]["choices"][0]["text"]
@@ -289,7 +289,7 @@ def test_json_lines_have_one_body_and_one_answer_a_line(http: httpx.Client) -> N
     said = [one["error"]["message"] for one in answers[45:]]
     assert said[0] == "input_text: 3 is not text" and "the body is not JSON: line 1" in said[1]
     assert "no classifier named 'nope'" in said[2] and said[3] == "the body is not a JSON object"
-    assert said[4] == "stream: one record of many is answered whole"
+    assert said[4:] == ["stream: one record of many is answered whole"] * len(streams)
 
 
 def test_if_no_line_can_be_answered_the_first_error_is(http: httpx.Client) -> None:
@@ -324,6 +324,15 @@ def test_csv_has_one_text_a_line(http: httpx.Client, header: bool) -> None:
     assert rows[2] == ["", "", "invalid_request: the input is empty"]
     made = send(http, f'"{TEXT}"', "text/csv", None, Accept="text/csv").text
     assert next(csv.reader(io.StringIO(made)))[0].startswith(TEXT)  # the base goes on with the text
+
+
+@pytest.mark.parametrize("kind", [LINES, "text/csv"])
+@pytest.mark.parametrize("body", [b"1\n", b",\n", b","])
+def test_too_many_records_or_fields_are_refused(http: httpx.Client, kind: str, body: bytes) -> None:
+    """As many as a body can hold."""
+    response = send(http, body * (2**21 // len(body)), kind)
+    many = "the body has more than 10000 records" if b"\n" in body else "fields: " if kind != LINES else "is not JSON"
+    assert response.status_code in (400, 422) and many in response.json()["error"]["message"]
 
 
 def test_broken_csv_says_where(http: httpx.Client) -> None:

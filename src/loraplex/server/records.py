@@ -7,13 +7,14 @@ import json
 import logging
 from collections.abc import Callable, Coroutine
 from collections.abc import Sequence as Seq
+from itertools import islice
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.types import Message
 
-from loraplex.errors import BadInputError, InvalidRequestError, LoraplexError, quoted
+from loraplex.errors import MAX_QUOTED, BadInputError, InvalidRequestError, LoraplexError, quoted
 from loraplex.messages import MAX_ITEMS
 from loraplex.routing.batch import in_turns
 from loraplex.server.answers import refusal, trace, unexpected, visible
@@ -60,7 +61,8 @@ async def _answer_all(request: Request, handle: Handler, bodies: Seq[Record]) ->
     """Return the answer to each JSON body, in order. A body that cannot be answered gets its error; if none can, the
     first error is raised."""
     if not 0 < len(bodies) <= MAX_ITEMS:
-        raise BadInputError(f"the body has {len(bodies)} records", remedy=f"send 1 to {MAX_ITEMS}, a line each")
+        found = f"more than {MAX_ITEMS}" if bodies else "0"
+        raise BadInputError(f"the body has {found} records", remedy=f"send 1 to {MAX_ITEMS}, a line each")
     outcomes = await while_connected(request, in_turns(lambda body: _answer(request, handle, body), bodies))
     if all(isinstance(outcome, LoraplexError) for outcome in outcomes):
         raise next(outcome for outcome in outcomes if isinstance(outcome, LoraplexError))
@@ -70,7 +72,7 @@ async def _answer_all(request: Request, handle: Handler, bodies: Seq[Record]) ->
 async def _answer(request: Request, handle: Handler, body: Record) -> bytes:
     if isinstance(body, LoraplexError):
         raise body
-    given = parse(body) if b'"stream"' in body else None
+    given = parse(body)  # JSON has many spellings of "stream"
     if isinstance(given, dict) and given.get("stream"):
         raise InvalidRequestError("stream: one record of many is answered whole", remedy="leave `stream` out")
     sent = False
@@ -119,9 +121,10 @@ async def _answer_csv(request: Request, handle: Handler) -> Response:
 
 
 def _rows(body: bytes) -> list[list[str]]:
+    """Return the lines that are not empty. Of too many, no more than show that they are."""
     reader = csv.reader(io.StringIO(decoded(body), newline=""), strict=True)
     try:
-        return [row for row in reader if row]
+        return list(islice(filter(None, reader), MAX_ITEMS + 2))  # one may be the header
     except csv.Error as exc:
         raise BadInputError(
             f"the body is not CSV: line {reader.line_num}: {exc}",
@@ -132,7 +135,7 @@ def _rows(body: bytes) -> list[list[str]]:
 def _body(row: list[str]) -> Record:
     if len(row) > 1:
         return InvalidRequestError(
-            f"the line has {len(row)} fields: {quoted(row)}",
+            f"the line has {len(row)} fields: {quoted(row[:MAX_QUOTED])}",
             remedy="send one text a line, and put a text with commas in double quotes",
         )
     return json.dumps({"inputs": row[0], "parameters": {}}).encode()
