@@ -4,6 +4,7 @@ Adapters share the tokens of a conversation exactly where they tokenize it alike
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ import tiny
 from loraplex import Loraplex
 from loraplex.errors import AdapterError, ConfigurationError, ContractError
 from loraplex.generation import GenerateRequest
+from loraplex.text.adapter_prompt import AdapterPrompts
+from loraplex.text.chat_template import ChatTemplate
+from loraplex.text.tokenizer import Tokenizer
 from loraplex.types import ClassifyRequest, Message
 
 NUM_EMBEDDINGS, JUDGE, VERDICT = 336, 320, 321  # the tokenizer has 320 tokens; the new ones follow
@@ -243,6 +247,15 @@ def test_adapters_with_the_same_tokenizer_share_one_object(tmp_path: Path) -> No
         versions = [loraplex.run(loraplex.service.version_of(name)) for name in ("one", "two")]
         assert versions[0].tokenizer is versions[1].tokenizer
         assert loraplex.classify("hello").usage.computed_tokens < loraplex.classify("hello").usage.prompt_tokens * 2
+
+
+def test_threads_that_read_the_same_files_at_once_share_one_object(tmp_path: Path) -> None:
+    base, folder = save_base(tmp_path / "base"), tmp_path / "adapter"
+    save_tokenizer(base, folder, "<|judge|>")
+    prompts = AdapterPrompts(ChatTemplate.of(Tokenizer(base, NUM_EMBEDDINGS)))
+    with ThreadPoolExecutor(4) as threads:
+        read = list(threads.map(prompts.read, [folder] * 8))
+    assert len(set(map(id, read))) == 1
 
 
 # ------------------------------------------------------------------------------------------------- refused

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class AdapterPrompts:
 
     def __init__(self, base: ChatTemplate) -> None:
         self._base = base
+        self._lock = threading.Lock()  # two threads that parse the same files would make two objects
         self._read: WeakValueDictionary[str, ChatTemplate] = WeakValueDictionary()  # by the files' hash
         self._tokenizers: WeakValueDictionary[str, Tokenizer] = WeakValueDictionary()  # by their rules
 
@@ -41,10 +43,11 @@ class AdapterPrompts:
             refuse_pointer(folder / name, content, AdapterError)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         key = str(hashes)
-        known = self._read.get(key)
-        if known is None:
-            known = self._read[key] = self._parse(folder, files)
-        return known
+        with self._lock:
+            known = self._read.get(key)
+            if known is None:
+                known = self._read[key] = self._parse(folder, files)
+            return known
 
     def _parse(self, folder: Path, files: dict[str, bytes]) -> ChatTemplate:
         base = self._base
