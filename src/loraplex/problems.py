@@ -55,6 +55,7 @@ SYNONYMS = (
     ("max_tokens", "max_new_tokens", "max_completion_tokens"),
 )
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+KINDS: Mapping[type, str] = {str: "text", list: "list", dict: "object", type(None): "null"}  # tags of unions' members
 YAML_KINDS = {bool: "boolean", int: "number", float: "number"}
 
 
@@ -126,8 +127,7 @@ def _kinds(annotation: Any) -> Iterator[type]:
 
 def kind_of(value: Any) -> str | None:
     """Return the tag of a union's member that takes `value`, or None."""
-    kinds: dict[type, str] = {str: "text", list: "list", dict: "object", type(None): "null"}
-    return next((kind for type_, kind in kinds.items() if isinstance(value, type_)), None)
+    return KINDS.get(type(value)) or next((kind for type_, kind in KINDS.items() if isinstance(value, type_)), None)
 
 
 def wrong(message: str, remedy: str) -> PydanticCustomError:
