@@ -45,7 +45,7 @@ class ServeCommand(TyperCommand):
     """Takes several names after one --served-model-name, as vLLM does, if PATH comes first."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, args if args[:1] == [] or args[0].startswith("-") else _repeated(args))
+        return super().parse_args(ctx, _repeated(args) if args and not args[0].startswith("-") else args)
 
 
 def _repeated(args: list[str]) -> list[str]:

@@ -260,7 +260,6 @@ class ChatBody(_Body):
     add_special_tokens: bool | None = Field(
         None, description="add special tokens to those that the base's chat template writes; default false"
     )
-
     roles: RoleNames | None = None
 
     def to_requests(self, adapter: str | None) -> list[GenerateRequest]:
