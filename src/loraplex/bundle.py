@@ -25,7 +25,7 @@ PROMPT_FILES = (
     "chat_template.jinja",
 )
 CONTRACT, SETTINGS = "classifier.yaml", "loraplex.yaml"
-HEADS = ("config.json", ADAPTER_CONFIG, SETTINGS)  # what the folder of a base, an adapter or a bundle holds
+MARKERS = ("config.json", ADAPTER_CONFIG, SETTINGS)  # what the folder of a base, an adapter or a bundle holds
 # What transformers reads of a base, beside the weights.
 BASE_FILES = (
     "config.json generation_config.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
@@ -207,7 +207,7 @@ def read_json(path: Path, error: type[ConfigurationError] = BundleError) -> dict
 def _open_root(path: str | Path) -> tuple[Path, BundleSettings, Path, str]:
     """Return the bundle's folder, its settings, the base's folder, and the base's name as it was given."""
     given = str(path)
-    root = snapshot_of(Path(path), HEADS)
+    root = snapshot_of(Path(path), MARKERS)
     settings_path = root / SETTINGS
     settings = read_bundle_settings(settings_path) if settings_path.is_file() else BundleSettings()
     source = given
@@ -215,7 +215,7 @@ def _open_root(path: str | Path) -> tuple[Path, BundleSettings, Path, str]:
         source, given = f"{settings_path}, base", settings.base
     folder = Path(path) if settings.base is None else root / given
     if folder.is_dir():
-        return root, settings, _checked_base(source, snapshot_of(folder, HEADS)), public_name(folder)
+        return root, settings, _checked_base(source, snapshot_of(folder, MARKERS)), public_name(folder)
     return root, settings, _checked_base(source, _from_hub(given, source)), given
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import serving
-from loraplex.errors import BadInputError, UnsupportedEncodingError
+from loraplex.errors import BadInputError
 from loraplex.server.encodings import ACCEPTED, MOST_STREAMS, decompressor_of
 
 if sys.version_info >= (3, 14):
@@ -185,8 +185,3 @@ def test_a_zstd_window_has_a_limit() -> None:
     assert decompressor is not None
     with pytest.raises(BadInputError, match="memory"):
         decompressor.decompress(content, MOST)
-
-
-def test_names_of_codings_are_checked_in_one_place() -> None:
-    with pytest.raises(UnsupportedEncodingError, match="'br'"):
-        decompressor_of("br")

@@ -7,7 +7,7 @@ from pathlib import Path
 from loraplex.adapters.archive import unpack
 from loraplex.adapters.cache import cached
 from loraplex.adapters.files import ARCHIVE, FILES, SHAPES, ResolvedSource, SourceLimits, check, sizes_of
-from loraplex.bundle import ADAPTER_CONFIG, HEADS
+from loraplex.bundle import ADAPTER_CONFIG, MARKERS
 from loraplex.discovery import folders_with
 from loraplex.disk import unchanged
 from loraplex.errors import AdapterError, listed
@@ -62,7 +62,7 @@ def _adapter_at(
     elif not path.is_dir():
         raise AdapterError(given, f"neither a folder nor a {ARCHIVE}", remedy="give the folder that PEFT saved")
     else:
-        path = snapshot_of(path, HEADS, AdapterError)
+        path = snapshot_of(path, MARKERS, AdapterError)
         for name in FILES:
             if not inside(path / name):
                 raise AdapterError(

@@ -6,6 +6,7 @@ import math
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -85,6 +86,12 @@ def visible(error: LoraplexError | ErrorInfo, name: str = "") -> ErrorInfo:
     name = name or getattr(error, "adapter", "")
     message = f"the adapter {name!r} cannot be used" if name else "a file or a setting of the server is wrong"
     return replace(info, message=message, remedy="tell the server's operator; GET /v1/adapters tells an admin key why")
+
+
+def visible_json(error: LoraplexError) -> dict[str, Any]:
+    """Return the error as JSON, as the caller may see it."""
+    shown = visible(error)
+    return error_json(shown.code, shown.message, shown.remedy)
 
 
 def visible_result(result: ClassifyResult | BatchResult) -> ClassifyResult | BatchResult:

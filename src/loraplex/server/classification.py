@@ -15,7 +15,7 @@ from loraplex.server.json_body import JsonRoute
 from loraplex.server.openai_answers import CompletionUsage, PromptTokensDetails
 from loraplex.server.routes import ERRORS, answer, answered
 from loraplex.server.schemas import Body, ClassifyBody, RoleNames
-from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, Verdict
+from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, Failure, Verdict
 
 router = APIRouter(tags=["classify"], route_class=JsonRoute)
 
@@ -136,12 +136,12 @@ def verdicts_of(result: BatchResult) -> list[Verdict]:
     return [one for one in outcomes if isinstance(one, Verdict)]
 
 
-def lone(result: Any) -> Verdict | LoraplexError:
+def lone(result: ClassifyResult | Failure) -> Verdict | LoraplexError:
     """Return the verdict of a result with one verdict, or the error in its place."""
-    error = getattr(result, "error", None)
-    if error is None:
+    if isinstance(result, ClassifyResult):
         [verdict] = result.verdicts
-        return verdict  # type: ignore[no-any-return]
+        return verdict
+    error = result.error
     status = BY_CODE[error.code].status if error.code in BY_CODE else 500
     return error_answered(error.code, error.message, remedy=error.remedy, status=status)
 

@@ -10,11 +10,11 @@ from loraplex.errors import InvalidRequestError, LoraplexError
 from loraplex.generation import GenerateRequest
 from loraplex.messages import MAX_ITEMS
 from loraplex.problems import either
-from loraplex.server.answers import visible
+from loraplex.server.answers import visible_json
 from loraplex.server.classification import lone
 from loraplex.server.openai import generated_texts
 from loraplex.server.routes import answered, router_of, service_of
-from loraplex.server.schemas import Body, error_json
+from loraplex.server.schemas import Body
 from loraplex.types import BatchResult, ClassifyRequest, Verdict
 
 LABELS = frozenset({"top_k", "return_all_scores", "function_to_apply", "truncation"})  # parameters of classifiers
@@ -133,8 +133,7 @@ def _check(name: str | None, unfit: set[str], why: str) -> None:
 def _scored(outcome: Verdict | LoraplexError, parameters: HuggingFaceParameters) -> Any:
     """Return the answer to one text: a label, or a list of them where the parameters ask for several."""
     if isinstance(outcome, LoraplexError):
-        shown = visible(outcome)
-        return error_json(shown.code, shown.message, shown.remedy)
+        return visible_json(outcome)
     scores: Any = outcome.scores or {outcome.label: outcome.confidence}  # a route may lead to one without labels, too
     if "top_k" in parameters.model_fields_set:
         scores = dict(sorted(scores.items(), key=lambda one: one[1], reverse=True)[: parameters.top_k])

@@ -71,12 +71,17 @@ def check_query(request: Request) -> None:
         )
 
 
+def media_type(header: str) -> str:
+    """Return the type that a Content-Type or an Accept begins with, without parameters and in lower case."""
+    return header.partition(";")[0].strip().lower()
+
+
 def _check_type(request: Request) -> None:
     given = request.headers.get("Content-Type")
     if given is None and "Origin" in request.headers:
         # A web page of any origin can send this without asking first.
         raise InvalidRequestError("a browser sent no Content-Type", remedy="send Content-Type: application/json")
-    kind = "application/json" if given is None else given.partition(";")[0].strip().lower()
+    kind = "application/json" if given is None else media_type(given)
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise InvalidRequestError(
             f"Content-Type is {given!r}; send application/json", remedy="send JSON with Content-Type: application/json"

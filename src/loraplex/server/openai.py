@@ -19,13 +19,12 @@ from starlette.types import Receive, Scope, Send
 from loraplex.errors import LoraplexError
 from loraplex.generation import GeneratedToken, GenerateRequest, GenerateResult
 from loraplex.server import logs
-from loraplex.server.answers import trace, unexpected, visible
+from loraplex.server.answers import trace, unexpected, visible_json
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.lifecycle import stopping
 from loraplex.server.openai_answers import Answer, ChatCompletion, Completion, Format, usage_of, usage_so_far
 from loraplex.server.openai_schemas import ChatBody, CompletionBody
 from loraplex.server.routes import ERRORS, metrics_of, router_of, service_of, while_connected
-from loraplex.server.schemas import error_json
 
 logger = logging.getLogger(__name__)
 router = APIRouter(tags=["openai"], route_class=JsonRoute)
@@ -176,8 +175,7 @@ def _error_event(request: Request, error: Exception) -> bytes:
         error = unexpected(error)
     logs.current().error = error.code
     metrics_of(request).fail(error.code)
-    shown = visible(error)
-    return json.dumps(error_json(shown.code, shown.message, shown.remedy)).encode()
+    return json.dumps(visible_json(error)).encode()
 
 
 def _facts(results: Seq[GenerateResult]) -> dict[str, Any]:

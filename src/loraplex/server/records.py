@@ -17,10 +17,9 @@ from starlette.types import Message
 from loraplex.errors import MAX_QUOTED, BadInputError, InvalidRequestError, LoraplexError, quoted
 from loraplex.messages import MAX_ITEMS
 from loraplex.routing.batch import in_turns
-from loraplex.server.answers import refusal, trace, unexpected, visible
-from loraplex.server.json_body import JsonRoute, check_query, decoded, parse
+from loraplex.server.answers import refusal, trace, unexpected, visible_json
+from loraplex.server.json_body import JsonRoute, check_query, decoded, media_type, parse
 from loraplex.server.routes import metrics_of, while_connected
-from loraplex.server.schemas import error_json
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +50,6 @@ class RecordsRoute(JsonRoute):
             return await handle(request)
 
         return handle_records
-
-
-def media_type(header: str) -> str:
-    return header.partition(";")[0].strip().lower()
 
 
 async def _answer_all(request: Request, handle: Handler, bodies: Seq[Record]) -> list[bytes]:
@@ -99,8 +94,7 @@ async def _answer(request: Request, handle: Handler, body: Record) -> bytes:
 
 def _error(request: Request, error: LoraplexError) -> bytes:
     metrics_of(request).fail(error.code)
-    shown = visible(error)
-    return json.dumps(error_json(shown.code, shown.message, shown.remedy)).encode()
+    return json.dumps(visible_json(error)).encode()
 
 
 async def _answer_csv(request: Request, handle: Handler) -> Response:
