@@ -43,7 +43,8 @@ class Golden(BaseModel):
 
 
 class Contract(NumbersAreNoBooleans):
-    """How a classifier is asked, and how its answer is read.
+    """How a classifier is asked, and how its answer is read. Versions are identified by the keys that are not at their
+    default, so a default never changes: a key with another one gets a new name.
 
     format:         lines: messages are written as lines `Name: content`, and stand in the template or in one user
                     message of the chat template. chat: each is a message of the chat template, and the question is a

@@ -22,7 +22,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from hub import COMMITS, Hub, listening
-from loraplex.adapters.files import ResolvedSource, SourceLimits
+from loraplex.adapters.files import FILES as FILES_READ
+from loraplex.adapters.files import PICKLE, ResolvedSource, SourceLimits
+from loraplex.adapters.s3 import PREFIXES
 from loraplex.adapters.source import resolve_source
 from loraplex.bundle import PROMPT_FILES
 from loraplex.errors import AdapterError
@@ -220,6 +222,14 @@ def test_an_adapter_in_s3_is_fetched_once_and_again_when_it_changes(
     assert contents(second.path)[WEIGHTS] == BIG[::-1] and second.source == first.source
     assert contents(first.path)[WEIGHTS] == BIG, "the old version may still be in use"
     assert len(between.gets()) == 2
+
+
+def test_a_folder_with_more_objects_than_a_page_is_listed_by_name(bucket: Bucket, resolve: Resolve) -> None:
+    bucket.put_adapter("models/isDone/", b"weights")
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda index: bucket.put(f"models/isDone/a{index}", b""), range(1001)))
+    assert contents(resolve(f"s3://{bucket.name}/models/isDone").path) == TEXTS | {WEIGHTS: b"weights"}
+    assert all(name.startswith(PREFIXES) for name in (*FILES_READ, PICKLE))
 
 
 def test_a_download_that_is_cut_goes_on_where_it_was(bucket: Bucket, between: Disturbance, resolve: Resolve) -> None:

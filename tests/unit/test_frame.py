@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies
+from hypothesis import HealthCheck, example, given, settings, strategies
 from transformers import PreTrainedTokenizerFast
 
 import tiny
@@ -34,9 +34,11 @@ KINDS = {
     "escaped": CHATML.replace("m.content", "m.content | e"),
     "by length": CHATML.replace("{{ m.content }}", "{{ m.content | length }} {{ m.content }}"),
     "without special tokens": PLAIN,
+    "thoughts left out": CHATML.replace("m.content", "m.content.split('</think>')[-1]"),
+    "tools apart": CHATML.replace("{{ m.content }}", "{% if '<tool>' in m.content %}[tool]{% endif %}{{ m.content }}"),
     "last message apart": PLAIN.replace("{{ m.content }}", "{% if loop.last %}>>{% endif %}{{ m.content }}"),
 }
-FITS_CHAT = ("as it is", "without special tokens", "last message apart")
+FITS_CHAT = ("as it is", "without special tokens", "last message apart", "thoughts left out", "tools apart")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,8 @@ def rendered(hugging_face: PreTrainedTokenizerFast, text: str, messages: Iterabl
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(conversation=strategies.text(min_size=1, max_size=60).filter(str.strip))
+@example(conversation="Customer: <think>a</think>b")
+@example(conversation="Customer: <tool>")
 def test_a_conversation_is_one_message_as_the_template_writes_it(
     hugging_face: PreTrainedTokenizerFast, tokenizer: Tokenizer, kind: str, conversation: str
 ) -> None:

@@ -97,15 +97,17 @@ def _list(client: Any, bucket: str, key: str) -> list[_Object]:
         head = client.head_object(Bucket=bucket, Key=key)
         return [_Object(bucket, key, head["ETag"], head["ContentLength"])]
     # List instead of asking by name: a role that may not list gets the same answer for "missing" and "forbidden", and
-    # a missing contract must not go unnoticed. By prefix, because the folder may hold a million other objects.
+    # a missing contract must not go unnoticed.
     folder = f"{key}/" if key else ""
-    pages = [
-        page
-        for start in PREFIXES
-        for page in client.get_paginator("list_objects_v2").paginate(
-            Bucket=bucket, Prefix=f"{folder}{start}", Delimiter="/"
-        )
-    ]
+    pages = [client.list_objects_v2(Bucket=bucket, Prefix=folder, Delimiter="/")]
+    if pages[0].get("IsTruncated"):  # by prefix, because the folder may hold a million other objects
+        pages = [
+            page
+            for start in PREFIXES
+            for page in client.get_paginator("list_objects_v2").paginate(
+                Bucket=bucket, Prefix=f"{folder}{start}", Delimiter="/"
+            )
+        ]
     found = [
         _Object(bucket, one["Key"], one["ETag"], one["Size"]) for page in pages for one in page.get("Contents", ())
     ]

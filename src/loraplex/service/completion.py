@@ -101,7 +101,7 @@ class Completion:
             usage=Usage(
                 prompt_tokens=num_prompt,
                 computed_tokens=num_computed,
-                cached_tokens=max(0, num_prompt - num_computed),
+                cached_tokens=max(0, num_prompt - num_computed) if self._sequences else 0,
             ),
             timings=timings,
             warnings=self._prompt.warnings,

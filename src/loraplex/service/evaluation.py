@@ -117,15 +117,15 @@ def render(
     """Return the input's prompt: in the contract's template if there is one, else verbatim. changed_roles: those that
     differ from the contract's. Raises InputTooLongError or InvalidRequestError where the input makes no prompt."""
     contract = version.source.contract
-    roles = {**(DEFAULT_ROLES if contract is None else contract.roles), **(changed_roles or {})}
     if version.template is None:
-        text = conversations.text(input, roles)
+        text = conversations.text(input, {**DEFAULT_ROLES, **(changed_roles or {})})
         prompt = verbatim(text, version.tokenizer, base.max_model_len, version.invocation_tokens)
     else:
         prompt = version.template.prompt(input, conversations, changed_roles)
     is_chat = contract is not None and contract.format == "chat"
     if isinstance(input, str) or is_chat or not any(message.tool_calls for message in input):
         return prompt
+    roles = {**(DEFAULT_ROLES if contract is None else contract.roles), **(changed_roles or {})}
     left_out = tool_calls_left_out(message for _, message in kept_messages(input, roles))
     return replace(prompt, warnings=(left_out, *prompt.warnings)) if left_out else prompt
 

@@ -77,6 +77,7 @@ class AdapterPrompts:
                     exc.message.removeprefix(f"{copy}: "),
                     remedy="save the adapter's tokenizer again; remove its files to use the base's",
                 ) from None
+        own.folder = folder
         _check_ids(folder / VOCABULARY, own, base)
         if own.rules == base.rules:
             return base, own.chat_template

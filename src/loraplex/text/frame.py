@@ -19,7 +19,7 @@ TURNS = (
     (Message(role="user", content="is it done?"), Message(role="assistant", content=TEXTS[-1])),
     tuple(Message(role=role, content="ok 5") for role in ("user", "assistant", "user")),
 )
-MARK = "LoraplexMark"  # stands for a text that is not known while a template is rendered
+MARK, QUESTION_MARK = "LoraplexMark", "LoraplexQuestion"  # stand for texts while a template is rendered
 
 Taken = str | tuple[Message, ...]  # a conversation as a prompt holds it: normalized, its special tokens escaped
 
@@ -38,6 +38,7 @@ class TextFrame:
         """Raises ContractError where the chat template fails, or leaves the user's message out."""
         self._tokenizer, self._roles, self._question = chat.tokenizer, contract.roles, contract.question
         self._chat = chat if contract.template is None and chat.text is not None else None
+        self._is_plain = False  # whether the chat template writes most messages as they are
         if self._chat is None:
             template = contract.template or self._content(CONVERSATION, QUESTION) + "\n"
             # A template that begins with the special token would have two of them.
@@ -49,6 +50,7 @@ class TextFrame:
         self.add_special_tokens = False  # a chat template writes the special tokens
         try:
             self.prefix, mark, self._suffix = self._render(MARK, Conversations()).partition(MARK)
+            self._marked_suffix = self._render(MARK, Conversations(), QUESTION_MARK).partition(MARK)[2]
             rendered = [self._render(probe, Conversations()) for probe in TEXTS]
         except InvalidRequestError as exc:
             raise ContractError(source, exc.message, remedy="give a 'template' in classifier.yaml") from None
@@ -60,8 +62,9 @@ class TextFrame:
             )
         if not mark:
             self.prefix = ""
-        elif all(self._around(probe) == text for probe, text in zip(TEXTS, rendered, strict=True)):
-            self._chat = None  # what the template writes around a message is fixed text
+        self._is_plain = bool(mark) and all(
+            self._around(probe) == text for probe, text in zip(TEXTS, rendered, strict=True)
+        )
 
     def take(
         self, given: str | tuple[Message, ...], conversations: Conversations, changed_roles: Roles | None = None
@@ -69,16 +72,22 @@ class TextFrame:
         """Return the conversation as a prompt holds it, and the special tokens that were escaped in it. changed_roles:
         those that differ from the contract's. Raises InvalidRequestError where the conversation is empty or has an
         unknown role."""
-        text = conversations.normalized(conversations.text(given, {**self._roles, **(changed_roles or {})}))
+        roles = {**self._roles, **changed_roles} if changed_roles else self._roles
+        text = conversations.normalized(conversations.text(given, roles))
         return conversations.escape(self._tokenizer, text)
 
     def parts(self, conversation: Taken, conversations: Conversations) -> tuple[str, str | None]:
         """Return the prompt up to the conversation's end, and the text behind it. The second is None where the template
         writes the conversation in another way, so that no such place is known."""
         assert isinstance(conversation, str)
-        if self._chat is not None and (text := self._render(conversation, conversations)) != self._around(conversation):
-            return text, None
-        return self.prefix + conversation, self._suffix
+        head = self.prefix + conversation
+        if self._chat is None:
+            return head, self._suffix
+        # A template may treat some messages in its own way, such as those with </think>. Seen once for all questions.
+        if self._is_plain and self._render(conversation, conversations, QUESTION_MARK) == head + self._marked_suffix:
+            return head, self._suffix
+        text = self._render(conversation, conversations)
+        return (head, self._suffix) if text == head + self._suffix else (text, None)
 
     def flat(self, conversation: Taken) -> str:
         """Return the conversation as one text, to find a place where to cut it."""
@@ -103,9 +112,9 @@ class TextFrame:
     def _around(self, conversation: str) -> str:
         return self.prefix + conversation + self._suffix
 
-    def _render(self, conversation: str, conversations: Conversations) -> str:
+    def _render(self, conversation: str, conversations: Conversations, question: str | None = None) -> str:
         assert self._chat is not None
-        message = Message(role="user", content=self._content(conversation, self._question))
+        message = Message(role="user", content=self._content(conversation, question or self._question))
         return _rendered(self._chat, (message,), conversations)
 
 
