@@ -3,7 +3,7 @@ Adapters share the tokens of a conversation exactly where they tokenize it alike
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -258,6 +258,33 @@ def test_threads_that_read_the_same_files_at_once_share_one_object(tmp_path: Pat
     assert len(set(map(id, read))) == 1
 
 
+def test_adapters_that_peft_saved_into_anothers_folder_have_its_tokenizer(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    contract = {"template": "{conversation}<|judge|>", "labels": list(LABELS)}
+    tiny.save_adapter(base, base / "run", contract=contract)
+    tokenizer = save_tokenizer(base, base / "run", "<|judge|>")
+    tiny.save_adapter(base, base / "run" / "isFraud", contract=contract, seed=2)
+    with Loraplex.load(base, dtype="float32") as loraplex:
+        assert loraplex.service.adapter("isFraud").tokenizer == "adapter"
+        found = scores(loraplex, "isFraud")
+    prompt = f"{TEXT}<|judge|>"
+    assert found == pytest.approx(expected(base, base / "run" / "isFraud", tokenizer, prompt), abs=1e-4)
+
+
+def test_the_adapters_end_of_text_ends_its_texts(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    tiny.save_adapter(base, base / "one")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.save_pretrained(base / "one")
+    sampling: dict[str, Any] = {"max_tokens": 5, "logit_bias": {JUDGE: 100.0}}
+    with Loraplex.load(base, dtype="float32") as loraplex:
+        ended = loraplex.generate("hello", "one", **sampling)
+        assert (ended.finish_reason, ended.text, len(ended.tokens)) == ("stop", "", 1)
+        assert len(loraplex.generate("hello", "one", **sampling, ignore_eos=True).tokens) == 5
+        assert len(loraplex.generate("hello", **sampling).tokens) == 5, "the base has no such token"
+
+
 # ------------------------------------------------------------------------------------------------- refused
 
 
@@ -273,10 +300,22 @@ def renumbered(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(saved))
 
 
-def added_only(folder: Path) -> None:
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / file).unlink()
-    broken(folder / "added_tokens.json", '{"<|judge|>": 320}')
+def swapped(folder: Path) -> None:
+    """Two special tokens of the base have each other's id."""
+    text = (folder / "tokenizer.json").read_text()
+    text = text.replace('"<s>"', '"?"').replace('"</s>"', '"<s>"').replace('"?"', '"</s>"')
+    (folder / "tokenizer.json").write_text(text)
+
+
+def named_only(file: str, content: Any) -> Callable[[Path], None]:
+    """Leave nothing of a tokenizer but `file`."""
+
+    def change(folder: Path) -> None:
+        for saved in folder.glob("*token*"):
+            saved.unlink()
+        broken(folder / file, json.dumps(content))
+
+    return change
 
 
 def beyond(folder: Path) -> None:
@@ -296,7 +335,31 @@ REFUSED = {
         lambda folder: broken(folder / "tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid x"),
         r"tokenizer\.json: is a Git LFS pointer",
     ),
-    "added only": (added_only, r"its tokenizer has the token '<\|judge\|>' \(320\), which the base's has not"),
+    "swapped": (swapped, r"tokenizer\.json: the token \d is '</?s>', and '</?s>' in the base's tokenizer"),
+    "added only": (
+        named_only("added_tokens.json", {"<|judge|>": 320}),
+        r"has the token '<\|judge\|>' \('?320'?\), which",
+    ),
+    **{
+        f"named only, {key}": (
+            named_only(file, {key: value}),
+            r"has the token '<\|judge\|>' \('new'\), which the base's",
+        )
+        for file, key, value in (
+            ("tokenizer_config.json", "extra_special_tokens", ["<|ask|>", "<|judge|>"]),
+            ("tokenizer_config.json", "additional_special_tokens", [{"content": "<|judge|>"}]),
+            ("tokenizer_config.json", "eos_token", "<|judge|>"),
+            ("special_tokens_map.json", "cls_token", {"content": "<|judge|>", "lstrip": False}),
+        )
+    },
+    "config": (
+        lambda folder: broken(folder / "tokenizer_config.json", "{"),
+        r"tokenizer_config\.json: not readable as JSON",
+    ),
+    "template in Latin-1": (
+        lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xe9"),
+        r"chat_template\.jinja: is not UTF-8",
+    ),
     "template fails": (
         lambda folder: broken(folder / "chat_template.jinja", "{{ raise_exception('no') }}"),
         "the adapter's chat template refuses the messages: no",
@@ -331,10 +394,14 @@ def test_a_padding_token_beyond_the_embedding_and_renamed_reserves_are_served(tm
     tokenizer.save_pretrained(base / "one")
     for file in (base / "one").glob("*.json"):
         file.write_text(file.read_text().replace("<|ask|>", "<|new|>"))
+    tiny.save_adapter(base, base / "slow", contract={"template": "{conversation}<|ask|>", "labels": list(LABELS)})
+    (base / "slow" / "added_tokens.json").write_text('{"[PAD]": 320}')
+    (base / "slow" / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
     with Loraplex.load(base, dtype="float32") as loraplex:
+        assert loraplex.service.adapter("slow").tokenizer == "base"
         [(_, _, ids)] = shown(loraplex, "hello", "one")
         assert ids[-1] == tiny.SPECIAL_TOKENS.index("<|ask|>")
-        [verdict] = loraplex.classify("a [PAD] b").verdicts
+        [verdict] = loraplex.classify("a [PAD] b", "one").verdicts
         assert verdict.error is None and verdict.warnings is not None and "[PAD]" in verdict.warnings[0]
 
 

@@ -147,6 +147,16 @@ def test_a_text_is_one_message_of_the_user(hugging_face: PreTrainedTokenizerFast
     assert prompt.text == rendered(hugging_face, CHATML, [("user", "hello\nthere"), ("user", QUESTION)])[0]
 
 
+def test_a_template_that_reads_parts_gets_them(tokenizer: Tokenizer) -> None:
+    """As those of vision-language bases: they leave out a content that is text."""
+    parts = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    chat = ChatTemplate(tokenizer, CHATML.replace("{{ m.content }}", parts), "base")
+    turns = (Message(role="user", content="hi<|ask|>"),)
+    assert chat.chat(turns, {})[0] == ChatTemplate(tokenizer, CHATML, "base").chat(turns, {})[0]
+    contract = Contract(question=QUESTION, labels=("yes", "no"))
+    assert "hello" in Template(chat, contract, 4096, "c").prompt("hello", Conversations()).text
+
+
 def test_special_tokens_in_messages_stay_text(tokenizer: Tokenizer) -> None:
     turns = (Message(role="user", content="a<|ask|>b"), Message(role="assistant", content="c</s>"))
     prompt = bind(tokenizer, CHATML, format="chat").prompt(turns, Conversations())

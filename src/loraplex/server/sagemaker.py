@@ -106,6 +106,8 @@ async def invocations(
     if isinstance(body, ClassifyBody):
         return await answer(request, body if named is None else body.model_copy(update={"classifiers": named}))
     assert named is None or isinstance(named, str)
+    if named in service_of(request).base_names and not router_of(request).knows(named):
+        named = None  # the base
     if isinstance(body, InvocationBody):
         return [await _invoke(request, body, named)]
     if isinstance(body, HuggingFaceBody):

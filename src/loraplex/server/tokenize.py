@@ -12,6 +12,7 @@ from loraplex.server.json_body import JsonRoute
 from loraplex.server.openai import resolve_model
 from loraplex.server.openai_schemas import document, refuse_unknown
 from loraplex.server.routes import ERRORS, service_of
+from loraplex.server.schemas import RoleNames
 
 router = APIRouter(tags=["openai"], route_class=JsonRoute)
 
@@ -30,6 +31,7 @@ class TokenizeBody(NumbersAreNoBooleans):
     chat_template_kwargs: dict[str, bool | int | str] | None = Field(
         None, description="variables of the base's chat template, such as enable_thinking"
     )
+    roles: RoleNames | None = None
     return_token_strs: bool | None = Field(None, description="also return each token as the vocabulary writes it")
 
     @model_validator(mode="after")
@@ -71,6 +73,7 @@ async def tokenize(request: Request, body: TokenizeBody) -> TokenizeAnswer:
         adapter=_adapter(request, body.model),
         add_special_tokens=body.add_special_tokens,
         chat_template_kwargs=body.chat_template_kwargs or {},
+        roles=body.roles,
     )
     tokens, pieces = await service.prompts.tokenize(asked)
     return TokenizeAnswer(

@@ -49,6 +49,8 @@ class Completion:
             )
         self._version, self._prompt = version, self.make_prompt(version)
         self._tokenizer = self._base.chat_of(version).tokenizer
+        if self._tokenizer.owner == "adapter" and self._tokenizer.eos_token_id is not None and not request.ignore_eos:
+            self._stop_ids |= {self._tokenizer.eos_token_id}  # such as <|im_end|>, where the base's ends otherwise
         # The last token is not computed, so it needs no position.
         num_positions = self._base.max_model_len - len(self._prompt.token_ids) + 1
         self._max_tokens = num_positions if request.max_tokens is None else min(request.max_tokens, num_positions)
@@ -101,7 +103,7 @@ class Completion:
             usage=Usage(
                 prompt_tokens=num_prompt,
                 computed_tokens=num_computed,
-                cached_tokens=max(0, num_prompt - num_computed) if self._sequences else 0,
+                cached_tokens=0 if request.scores_prompt or not self._sequences else max(0, num_prompt - num_computed),
             ),
             timings=timings,
             warnings=self._prompt.warnings,

@@ -93,6 +93,9 @@ class AdapterRegistry:
         its_own: set[str] = set()
         for name in {**bundled, **remembered}:
             one = remembered.get(name)
+            if name in self._bundle.named and one is not None and one.source != BUNDLE:
+                now = f"it was loaded from {one.source}" if one.source else "it was unloaded"
+                logger.warning("--adapter %s has no effect: %s at run time, as --state-dir remembers", name, now)
             if name in bundled and (one is None or one.source == BUNDLE):
                 error = bundled[name].error
                 if error is not None:

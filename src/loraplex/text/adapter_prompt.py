@@ -4,23 +4,20 @@ import hashlib
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from loraplex.bundle import PROMPT_FILES, read_json
+from loraplex.bundle import ADAPTER_CONFIG, PROMPT_FILES, read_json
 from loraplex.disk import refuse_pointer
 from loraplex.errors import AdapterError, BundleError, quoted
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.tokenizer import Tokenizer
 
-VOCABULARY, CONFIG, ADDED, TEMPLATE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+VOCABULARY, CONFIG, SPECIAL, ADDED, TEMPLATE = PROMPT_FILES
+SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 class AdapterPrompts:
@@ -34,13 +31,21 @@ class AdapterPrompts:
         self._tokenizers: WeakValueDictionary[str, Tokenizer] = WeakValueDictionary()  # by their rules
 
     def read(self, folder: Path) -> ChatTemplate:
-        """Return the folder's chat template and tokenizer; the base's where the folder says nothing else. Raises
+        """Return the folder's chat template and tokenizer; the base's where the folder says nothing else. An adapter
+        that lies in another's folder, as PEFT saves several, has those of the other if it has none. Raises
         AdapterError where they do not load, or the tokenizer gives tokens of the base other ids."""
-        files = {name: (folder / name).read_bytes() for name in PROMPT_FILES if (folder / name).is_file()}
+        files = _files(folder)
+        if not files and (folder.parent / ADAPTER_CONFIG).is_file():  # of a PEFT model with several adapters
+            folder = folder.parent
+            files = _files(folder)
         if not files:
             return self._base
         for name, content in files.items():
             refuse_pointer(folder / name, content, AdapterError)
+            if name.endswith(".json") and name != VOCABULARY:
+                read_json(folder / name, AdapterError)  # so that an error names this file
+            if name == TEMPLATE:
+                _check_text(folder / name, content)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         key = str(hashes)
         with self._lock:
@@ -90,10 +95,14 @@ class AdapterPrompts:
         config = read_json(folder / CONFIG, AdapterError) if CONFIG in files else {}
         decoder = config.get("added_tokens_decoder")
         for token_id, token in decoder.items() if isinstance(decoder, dict) else ():
-            added[str(token.get("content") if isinstance(token, dict) else token)] = token_id
-        known = self._base.tokenizer.vocabulary
+            added[_content(token)] = token_id
+        known, padding = self._base.tokenizer.vocabulary, set()
+        for special in (config, read_json(folder / SPECIAL, AdapterError) if SPECIAL in files else {}):
+            for key, token in _special_tokens(special):
+                added.setdefault(token, known.get(token, "new"))
+                padding |= {token} if key == "pad_token" else set()  # no prompt here holds it
         for token, token_id in added.items():
-            if str(known.get(token)) != str(token_id):
+            if str(known.get(token)) != str(token_id) and token not in padding:
                 raise AdapterError(
                     folder,
                     f"its tokenizer has the token {quoted(token)} ({quoted(token_id)}), which the base's has not, and "
@@ -102,11 +111,37 @@ class AdapterPrompts:
                 )
 
 
+def _files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in PROMPT_FILES if (folder / name).is_file()}
+
+
+def _check_text(path: Path, content: bytes) -> None:
+    try:
+        content.decode()
+    except UnicodeDecodeError as exc:
+        raise AdapterError(path, f"is not UTF-8: {exc}", remedy="save or copy the template again") from None
+
+
+def _content(token: object) -> str:
+    """Return a token's text, which files write alone or with the token's properties."""
+    return str(token.get("content") if isinstance(token, dict) else token)
+
+
+def _special_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (key, token) for each special token that a tokenizer's config names."""
+    for key, value in config.items():
+        if key in SPECIAL_LISTS and isinstance(value, list | dict):
+            yield from ((key, _content(one)) for one in (value.values() if isinstance(value, dict) else value))
+        elif key.endswith("_token") and isinstance(value, str | dict):
+            yield key, _content(value)
+
+
 def _check_ids(path: Path, own: Tokenizer, base: Tokenizer) -> None:
     """Raise AdapterError where a token of the base has another id, or a new token has no embedding. Trainers rename
     special tokens that a base has in reserve; no prompt here holds a padding token."""
     remedy = "this tokenizer belongs to another base; remove the tokenizer's files if the base's was used in training"
-    tokens = {token_id: token for token, token_id in base.vocabulary.items()}
+    known = base.vocabulary
+    tokens = {token_id: token for token, token_id in known.items()}
     for token, token_id in own.vocabulary.items():
         there = tokens.get(token_id)
         if there is None and token_id >= base.num_embeddings and token_id != own.pad_token_id:
@@ -115,7 +150,8 @@ def _check_ids(path: Path, own: Tokenizer, base: Tokenizer) -> None:
                 f"the token {quoted(token)} ({token_id}) has no embedding in the base, which has {base.num_embeddings}",
                 remedy="add tokens within the base's embedding, or serve the base that was resized for them",
             )
-        if there not in (None, token) and token_id not in base.special_ids:
+        is_renamed = token_id in base.special_ids and token not in known
+        if there not in (None, token) and not is_renamed:
             raise AdapterError(
                 path,
                 f"the token {token_id} is {quoted(token)}, and {quoted(there)} in the base's tokenizer",
@@ -126,7 +162,7 @@ def _check_ids(path: Path, own: Tokenizer, base: Tokenizer) -> None:
 def _template_of(folder: Path, files: dict[str, bytes]) -> str | None:
     """Return the chat template of a folder without a tokenizer.json."""
     if TEMPLATE in files:
-        return files[TEMPLATE].decode(errors="replace")
+        return files[TEMPLATE].decode()
     found = read_json(folder / CONFIG, AdapterError).get("chat_template") if CONFIG in files else None
     if isinstance(found, list):  # several, by name
         named = [one for one in found if isinstance(one, dict)]

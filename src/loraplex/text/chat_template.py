@@ -1,5 +1,6 @@
 """A chat template: messages to text."""
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -10,6 +11,8 @@ from loraplex.errors import InvalidRequestError, shortened
 from loraplex.messages import escaped_message, template_message
 from loraplex.text.tokenizer import Tokenizer
 from loraplex.types import Message, Owner
+
+PROBE = "LoraplexProbe"  # a content that no template holds
 
 
 class ChatTemplate:
@@ -40,7 +43,22 @@ class ChatTemplate:
         """Return the messages as the template writes them, up to where the answer starts. Special tokens in them are
         not escaped. Raises whatever the template raises."""
         turns = [template_message(one) for one in messages]
+        if self._takes_parts:
+            turns = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in turns]
         return self.tokenizer.apply_chat_template(turns, self.text, options or {})
+
+    @functools.cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template writes a content only where it is a list of parts, as those of vision-language bases."""
+
+        def writes(content: object) -> bool:
+            try:
+                text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], self.text, {})
+            except Exception:  # a template may refuse what it does not take
+                return False
+            return PROBE in text
+
+        return not writes(PROBE) and writes([{"type": "text", "text": PROBE}])
 
     def chat(self, messages: Seq[Message], options: Mapping[str, bool | int | str]) -> tuple[str, tuple[str, ...]]:
         """Return the messages as `render` does, and the special tokens that were escaped in them: only the template may

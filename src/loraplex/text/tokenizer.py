@@ -43,6 +43,7 @@ class Tokenizer:
         added = self._hf.added_tokens_decoder
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.pad_token_id: int | None = self._hf.pad_token_id
+        self.eos_token_id: int | None = self._hf.eos_token_id
         special = [token for token in added.values() if token.special]
         # Special tokens cut the text first, so the text before one tokenizes alone. A special token that strips the
         # space on its left (lstrip) reaches over the cut.
