@@ -144,6 +144,13 @@ def test_without_labels_the_text_goes_on(http: httpx.Client, bundle: Path, adapt
     assert invoke(http, drawn, adapter) == invoke(http, drawn, adapter) != invoke(http, several, adapter)[0]
 
 
+def test_the_bases_name_stands_for_the_base(http: httpx.Client) -> None:
+    for body in ({"inputs": TEXT, "parameters": {"seed": 1}}, {"input_text": TEXT}):
+        unnamed = near(invoke(http, body))
+        assert invoke(http, body, "bundle") == unnamed
+        assert invoke(http, body, **{"X-Amzn-SageMaker-Target-Model": "bundle"}) == unnamed
+
+
 def test_adapters_that_were_not_read_yet_are_told_apart(bundle: Path) -> None:
     with serving.serve(bundle, "--dtype", "float32", "--preload", "none") as server, serving.client(server) as http:
         parameters = {"max_new_tokens": 2}

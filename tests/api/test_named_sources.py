@@ -157,3 +157,21 @@ def test_a_name_that_is_wrong_or_taken_is_told_before_anything_is_fetched(place:
             Loraplex.load(place / "base", adapters={name: "s3://nowhere/x"})
     finally:
         shutil.rmtree(place / "base" / "isDone")
+
+
+def test_a_named_adapter_that_the_state_overrules_is_told(
+    tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    named: dict[str, str | Path] = {"extra": tiny_bundle / "task0"}
+    for change, told in (("unload", "it was unloaded"), ("load", f"it was loaded from {tiny_bundle / 'task1'}")):
+        state = tmp_path / change
+        with Loraplex.load(tiny_bundle, adapters=named, dtype="float32", state_dir=str(state)) as loraplex:
+            if change == "unload":
+                loraplex.unload_adapter("extra")
+            else:
+                loraplex.load_adapter("extra", "task1")
+        assert not caplog.messages
+        with Loraplex.load(tiny_bundle, adapters=named, dtype="float32", state_dir=str(state)) as loraplex:
+            assert loraplex.service.knows("extra") == (change == "load")
+        assert f"--adapter extra has no effect: {told} at run time, as --state-dir remembers" in caplog.messages
+        caplog.clear()

@@ -75,6 +75,12 @@ def test_messages_are_tokenized_as_they_are_asked(http: httpx.Client, bundle: Pa
             assert usage["prompt_tokens"] == len(found) + len(extra)
 
 
+def test_roles_of_a_request_count_for_its_tokens(http: httpx.Client) -> None:
+    asked = {"model": "task0", "messages": [{"role": "system", "content": "be kind"}, *MESSAGES]}
+    assert "system" in http.post("/tokenize", json=asked).json()["error"]["remedy"]
+    assert tokens(http, **asked, roles={"system": None}) == tokens(http, model="task0", messages=MESSAGES)
+
+
 def test_tokens_become_their_text(http: httpx.Client, bundle: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundle)
     for text in (TEXT, "Customer: </s> ok"):
