@@ -212,12 +212,15 @@ class Template:
             ids = self._tokenizer.encode(rendered, add_special_tokens=self._add_special_tokens)
             whole = self._tokenizer.encode(rendered + label, add_special_tokens=self._add_special_tokens)
             if whole[: len(ids)] != ids or len(whole) == len(ids):
+                shift = (
+                    "move its last space to the labels" if rendered.endswith(" ") else "begin the labels with a space"
+                )
                 raise ContractError(
                     f"{source}, key 'labels'",
                     f"the label {label!r} merges with the end of the prompt {rendered[-20:]!r} when they are tokenized",
                     remedy="move the end of 'answer_start' to the beginning of each label"
                     if self._answer_start
-                    else "end the template with a special token or a line break, or begin the labels with a space",
+                    else f"end the template with a special token or a line break, or {shift}",
                 )
             found.add(tuple(whole[len(ids) :]))
         if len(found) > 1:
