@@ -303,7 +303,7 @@ def renumbered(folder: Path) -> None:
 def swapped(folder: Path) -> None:
     """Two special tokens of the base have each other's id."""
     text = (folder / "tokenizer.json").read_text()
-    text = text.replace('"<s>"', '"?"').replace('"</s>"', '"<s>"').replace('"?"', '"</s>"')
+    text = text.replace('"<s>"', '"<swap>"').replace('"</s>"', '"<s>"').replace('"<swap>"', '"</s>"')
     (folder / "tokenizer.json").write_text(text)
 
 
