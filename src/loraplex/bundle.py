@@ -196,8 +196,16 @@ def open_adapter(name: str, folder: Path) -> AdapterSource:
 def read_json(path: Path, error: type[ConfigurationError] = BundleError) -> dict[str, Any]:
     refuse_pointers([path], error)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as exc:
+        return parse_json(path, path.read_bytes(), error)
+    except OSError as exc:
+        raise error(path, f"not readable as JSON: {exc}", remedy="save or copy the file again") from None
+
+
+def parse_json(path: Path, given: bytes, error: type[ConfigurationError] = BundleError) -> dict[str, Any]:
+    """Return the object that the file at `path` holds. given: what was read from it."""
+    try:
+        content = json.loads(given.decode())
+    except (ValueError, RecursionError) as exc:
         raise error(path, f"not readable as JSON: {exc}", remedy="save or copy the file again") from None
     if not isinstance(content, dict):
         raise error(path, f"holds a {type(content).__name__}, not an object", remedy="save or copy the file again")

@@ -273,7 +273,7 @@ def test_the_prompts_own_log_probabilities(client: OpenAI, bundle: Path) -> None
 
 
 def test_what_ends_a_text_can_be_chosen(client: OpenAI, bundle: Path) -> None:
-    """As guidellm does with `ignore_eos`; a token of the client's own ends the text, and `min_tokens` puts it off."""
+    """guidellm sends `ignore_eos`, which goes on behind the end. A client's own token ends the text, too."""
     end, *others = tiny.SPECIAL_TOKENS.index("</s>"), *letters(bundle)
     sampling: Any = {"model": "verbatim", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "logprobs": 0}
 

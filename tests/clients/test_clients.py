@@ -64,7 +64,7 @@ def run(tmp_path: Path, program: str, *arguments: object) -> str:
 def samples(
     bundle: Path, server: serving.Server, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
-    """What lm-eval found with a task of each kind, by the task's name: one for each question."""
+    """Return what lm-eval found with a task of each kind, by the task's name: one for each question."""
     folder = tmp_path_factory.mktemp("lm_eval")
     data = folder / "questions.jsonl"
     data.write_text("".join(json.dumps({"text": text, "choices": CHOICES}) + "\n" for text in QUESTIONS))

@@ -1,4 +1,4 @@
-"""What stands between a client and this server: trusted proxies, their path prefix, and browsers' pages elsewhere."""
+"""Middlewares for what stands between a client and this server: trusted proxies, a path prefix, and browsers."""
 
 import ipaddress
 import re

@@ -1,4 +1,4 @@
-"""What an adapter's folder says about its prompts: trainers save the tokenizer and the chat template beside it."""
+"""Reads the tokenizer and the chat template of an adapter, which trainers save beside it."""
 
 import hashlib
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from loraplex.bundle import ADAPTER_CONFIG, PROMPT_FILES, read_json
+from loraplex.bundle import ADAPTER_CONFIG, PROMPT_FILES, parse_json
 from loraplex.disk import refuse_pointer
 from loraplex.errors import AdapterError, BundleError, quoted
 from loraplex.text.chat_template import ChatTemplate
@@ -43,7 +43,7 @@ class AdapterPrompts:
         for name, content in files.items():
             refuse_pointer(folder / name, content, AdapterError)
             if name.endswith(".json") and name != VOCABULARY:
-                read_json(folder / name, AdapterError)  # so that an error names this file
+                _json(folder, files, name)  # so that an error names this file
             if name == TEMPLATE:
                 _check_text(folder / name, content)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
@@ -91,13 +91,13 @@ class AdapterPrompts:
     def _check_added(self, folder: Path, files: dict[str, bytes]) -> None:
         """Raise AdapterError where the files name tokens that the base's tokenizer does not know: without a
         tokenizer.json nothing says how such a tokenizer works."""
-        added: dict[str, Any] = read_json(folder / ADDED, AdapterError) if ADDED in files else {}
-        config = read_json(folder / CONFIG, AdapterError) if CONFIG in files else {}
+        added: dict[str, Any] = _json(folder, files, ADDED)
+        config = _json(folder, files, CONFIG)
         decoder = config.get("added_tokens_decoder")
         for token_id, token in decoder.items() if isinstance(decoder, dict) else ():
             added[_content(token)] = token_id
         known, padding = self._base.tokenizer.vocabulary, set()
-        for special in (config, read_json(folder / SPECIAL, AdapterError) if SPECIAL in files else {}):
+        for special in (config, _json(folder, files, SPECIAL)):
             for key, token in _special_tokens(special):
                 added.setdefault(token, known.get(token, "new"))
                 padding |= {token} if key == "pad_token" else set()  # no prompt here holds it
@@ -113,6 +113,11 @@ class AdapterPrompts:
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in PROMPT_FILES if (folder / name).is_file()}
+
+
+def _json(folder: Path, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """Return the object in a file that was read; none where the folder lacks the file."""
+    return parse_json(folder / name, files.get(name, b"{}"), AdapterError)
 
 
 def _check_text(path: Path, content: bytes) -> None:
@@ -163,7 +168,7 @@ def _template_of(folder: Path, files: dict[str, bytes]) -> str | None:
     """Return the chat template of a folder without a tokenizer.json."""
     if TEMPLATE in files:
         return files[TEMPLATE].decode()
-    found = read_json(folder / CONFIG, AdapterError).get("chat_template") if CONFIG in files else None
+    found = _json(folder, files, CONFIG).get("chat_template")
     if isinstance(found, list):  # several, by name
         named = [one for one in found if isinstance(one, dict)]
         found = next((one.get("template") for one in named if one.get("name") == "default"), None)

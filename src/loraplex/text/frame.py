@@ -1,4 +1,4 @@
-"""What stands around a conversation in a prompt: fixed text, or a chat template."""
+"""Puts a conversation into a prompt: into fixed text, or into a chat template."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
