@@ -34,6 +34,7 @@ LAYERS = [
     {"service"},
     {"routing"},
     {"inprocess", "server"},
+    {"sagemaker"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -65,7 +66,7 @@ ONLY_IN = {
     "rich": {"cli", "client"},
     "peft": {"executors/peft"},
     "huggingface_hub": {"bundle", "adapters/hub"},
-    "boto3": {"adapters/s3"},
+    "boto3": {"adapters/s3", "sagemaker"},
     "prometheus_client": {"metrics"},
     "yaml": {"config"},
     "sqlite3": {"database", "routing/route_store", "routing/verdict_log"},
