@@ -5,7 +5,7 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
@@ -30,10 +30,18 @@ class Database:
 
     Raises StateError where the file cannot be read or written, or where it was removed or replaced meanwhile."""
 
-    def __init__(self, path: Path | None, *, format: int, schema: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        format: int,
+        schema: Sequence[str],
+        upgrades: Mapping[int, Sequence[str]] | None = None,
+    ) -> None:
         """path:    the file; None keeps the database in memory.
-        format:  number of the schema; a file with another number is refused.
-        schema:  statements that make the tables and indices of a new database."""
+        format:    number of the schema; a file with another number is refused.
+        schema:    statements that make the tables and indices of a new database.
+        upgrades:  older format -> statements that lead to the next one; done as one change when the file is opened."""
         self._path: Final = path
         self._lock = threading.Lock()  # SQLite's own lock makes waiters sleep and poll
         self._memory = sqlite3.connect(":memory:", check_same_thread=False)
@@ -49,6 +57,7 @@ class Database:
                 logger.info("%s is new: nothing is remembered in it yet", path)
             self._file = _hold(self, path)
         with self.transaction() as database:
+            _upgrade(database, path, format, upgrades or {})
             _check(database, format, expected)
         try:
             with self.transaction() as database:
@@ -136,6 +145,19 @@ def _make(path: Path, format: int, schema: Sequence[str]) -> None:
     finally:
         for rest in (new, new.with_name(f"{new.name}-journal")):
             rest.unlink(missing_ok=True)
+
+
+def _upgrade(database: sqlite3.Connection, path: Path, format: int, upgrades: Mapping[int, Sequence[str]]) -> None:
+    """Bring a file of an older format to `format`."""
+    [(found,)] = database.execute("PRAGMA user_version")
+    if found not in upgrades:
+        return
+    database.execute("BEGIN")  # Python's sqlite3 begins none before statements that change a schema
+    for number in range(found, format):
+        for statement in upgrades[number]:
+            database.execute(statement)
+    database.execute(f"PRAGMA user_version = {format}")
+    logger.info("%s is brought from format %d to %d", path, found, format)
 
 
 def _hold(owner: object, path: Path) -> int:

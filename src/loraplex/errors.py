@@ -141,14 +141,15 @@ class UnknownRouteError(LoraplexError):
 
 
 class UnknownVerdictError(LoraplexError):
-    """The verdict is not remembered: its id is wrong, or newer verdicts replaced it."""
+    """The verdict is not remembered: its id or its request's id is wrong, or newer verdicts replaced it."""
 
     code = "unknown_verdict"
     status = 404
 
-    def __init__(self, verdict_id: str) -> None:
+    def __init__(self, verdict: str) -> None:
+        """verdict: what says which, after the word "verdict"."""
         super().__init__(
-            f"no verdict {quoted(verdict_id)} is remembered",
+            f"no verdict {verdict} is remembered",
             remedy="check the id, send feedback sooner, or raise --keep-verdicts",
         )
 

@@ -49,6 +49,7 @@ class ClassifyRequest:
     deadline_ms:      milliseconds from the call; a classifier not computed by then answers `deadline_exceeded`.
     conversation_id:  the same for all turns of a conversation; keeps what was computed for the next turn.
     roles:            roles that differ from the contracts' `roles`.
+    request_id:       kept with the verdicts, so that feedback can name the request instead of a verdict.
     """
 
     input: str | tuple[Message, ...]
@@ -56,6 +57,7 @@ class ClassifyRequest:
     deadline_ms: float | None = None
     conversation_id: str | None = None
     roles: Roles | None = None
+    request_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

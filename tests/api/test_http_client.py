@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -207,6 +208,14 @@ def test_the_command_line_for_routes(admin: Client) -> None:
     assert verdict.id is not None and verdict.label is not None and verdict.adapter is not None
     judged = json.loads(run("feedback", verdict.id, verdict.label, "--json"))
     assert judged["verdict_id"] == verdict.id and judged["num_answers"] >= 1
+    asked = httpx.post(
+        f"{os.environ['LORAPLEX_URL']}/v1/classify",
+        json={"input": TEXT, "classifiers": ["task0"]},
+        headers={"X-API-Key": ADMIN},
+    )
+    request = asked.headers["X-Request-ID"]
+    judged = json.loads(run("feedback", request, "yes", "--request", "--classifier", "task0", "--json"))
+    assert judged == {"request_id": request, "num_answers": 1}
     assert "100.0% (" in run("stats", "cli")
     assert verdict.adapter.name in [one["target"] for one in json.loads(run("stats", "cli", "--json"))["targets"]]
     assert "revision" in run("set", "cli", "task1")

@@ -338,7 +338,7 @@ def test_csv_has_one_text_a_line(http: httpx.Client, header: bool) -> None:
 def test_too_many_records_or_fields_are_refused(http: httpx.Client, kind: str, body: bytes) -> None:
     """A batch holds as many lines as a body can."""
     response = send(http, body * (2**21 // len(body)), kind)
-    many = "the body has more than 10000 records" if b"\n" in body else "fields: " if kind != LINES else "is not JSON"
+    many = "the body has more than 100000 records" if b"\n" in body else "fields: " if kind != LINES else "is not JSON"
     assert response.status_code in (400, 422) and many in response.json()["error"]["message"]
 
 

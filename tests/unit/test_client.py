@@ -126,6 +126,14 @@ def ask(request: pytest.FixtureRequest) -> Ask:
 CALLS: list[tuple[str, tuple[Any, ...], str, str, Any, Any]] = [
     ("classify", ("x", "a"), "POST", "/v1/classify", {"input": "x", "classifiers": ["a"]}, RESULT),
     ("feedback", ("v", "yes"), "POST", "/v1/feedback", {"verdict_id": "v", "label": "yes"}, {"num_answers": 2}),
+    (
+        "feedback_on_request",
+        ("r", "yes", "a"),
+        "POST",
+        "/v1/feedback",
+        {"request_id": "r", "classifier": "a", "label": "yes"},
+        {"num_answers": 2},
+    ),
     ("models", (), "GET", "/v1/models", None, {"data": [{"id": "base"}, {"id": "a", "parent": "base"}]}),
     ("adapters", (), "GET", "/v1/adapters", None, {"adapters": [ADAPTER]}),
     ("skipped", (), "GET", "/v1/adapters", None, {"adapters": [], "skipped": [{"path": "/b/.a", "reason": "hidden"}]}),
@@ -157,6 +165,7 @@ def test_what_is_sent_and_what_comes_back(
     assert request.headers["Authorization"] == "Bearer secret"
     expected: dict[str, Any] = {
         "feedback": 2,
+        "feedback_on_request": 2,
         "ready": True,
         "unload_adapter": None,
         "delete_route": None,
@@ -185,7 +194,7 @@ def test_answers_are_typed(ask: Ask) -> None:
     assert isinstance(result, ClassifyResult) and result["a"].scores == {"yes": 0.75, "no": 0.25}
     stats = ask(Script([httpx.Response(OK, json=STATS)]), "route_stats", "r").targets[0]
     assert (stats.latency_ms.p99, stats.accuracy.low, stats.agreement) == (2.0, 0.1, None)
-    base, adapter = ask(Script([httpx.Response(OK, json=CALLS[2][5])]), "models")
+    base, adapter = ask(Script([httpx.Response(OK, json=CALLS[3][5])]), "models")
     assert (base.id, base.parent, adapter.parent) == ("base", None, "base")
 
 

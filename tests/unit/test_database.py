@@ -138,3 +138,31 @@ def test_where_no_room_is_left_what_is_there_can_be_read(tmp_path: Path, caplog:
     assert [one.name for one in tmp_path.iterdir()] == ["x.sqlite"]
     add(database, "c")
     assert words(opened(path)) == ["a", "c"]
+
+
+def test_an_older_format_is_upgraded_and_keeps_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "kept.sqlite"
+    old = Database(path, format=1, schema=["CREATE TABLE things (name TEXT) STRICT"])
+    with old.transaction() as database:
+        database.execute("INSERT INTO things VALUES ('first')")
+    schema = ["CREATE TABLE things (name TEXT, colour TEXT) STRICT", "CREATE INDEX by_colour ON things (colour)"]
+    upgrades = {1: ["ALTER TABLE things ADD COLUMN colour TEXT"], 2: [schema[1]]}
+    for _ in range(2):  # the second time there is nothing to do
+        new = Database(path, format=3, schema=schema, upgrades=upgrades)
+        with new.transaction() as database:
+            assert database.execute("SELECT * FROM things").fetchall() == [("first", None)]
+    with pytest.raises(StateError, match="format 3, this version knows 1"):
+        Database(path, format=1, schema=["CREATE TABLE things (name TEXT) STRICT"])
+
+
+def test_an_upgrade_that_fails_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "kept.sqlite"
+    schema = ["CREATE TABLE things (name TEXT) STRICT"]
+    Database(path, format=1, schema=schema)
+    before = path.read_bytes()
+    with pytest.raises(StateError, match="no such table"):
+        Database(
+            path, format=2, schema=schema, upgrades={1: ["ALTER TABLE things ADD COLUMN b TEXT", "DROP TABLE missing"]}
+        )
+    assert path.read_bytes() == before
+    Database(path, format=1, schema=schema)

@@ -125,6 +125,7 @@ def test_what_needs_no_key_and_what_the_infer_scope_may_do() -> None:
         "POST /v1/chat/completions",
         "POST /v1/feedback",
         "POST /invocations",
+        "GET /execution-parameters",
         "POST /tokenize",
         "POST /detokenize",
         "GET /v1/models",

@@ -156,18 +156,39 @@ def _row(stats: TargetStats) -> tuple[str, ...]:
 
 @app.command()
 def feedback(
-    verdict_id: Annotated[str, typer.Argument(metavar="VERDICT_ID", help="The `id` of a verdict.")],
+    id: Annotated[
+        str, typer.Argument(metavar="ID", help="The `id` of a verdict; with --request, the id of a request.")
+    ],
     label: Annotated[str, typer.Argument(metavar="LABEL", help="The label that the verdict should have had.")],
+    is_request: Annotated[
+        bool,
+        typer.Option(
+            "--request",
+            help="ID is a request's X-Amzn-SageMaker-Inference-Id or X-Request-ID. Give --classifier, too, if the "
+            "request asked several.",
+        ),
+    ] = False,
+    classifier: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --request: the classifier or route that was requested.")
+    ] = None,
     url: UrlOption = URL,
     as_json: JsonOption = False,
 ) -> None:
     """Record the right label of a verdict, for the accuracy in `stats`.
 
     Example: [bold]loraplex routes feedback cls-5f0c7d2e-0 yes[/]
+
+    Example: [bold]loraplex routes feedback order-4711-turn-3 yes --request --classifier issueResolved[/]
     """
+    if classifier is not None and not is_request:
+        raise typer.BadParameter("is for a request's id", param_hint="--classifier")
     with asking(url) as client:
-        num_answers = client.feedback(verdict_id, label)
+        if is_request:
+            num_answers = client.feedback_on_request(id, label, classifier)
+        else:
+            num_answers = client.feedback(id, label)
     if as_json:
-        typer.echo(json.dumps({"verdict_id": verdict_id, "num_answers": num_answers}))
+        kind = "request_id" if is_request else "verdict_id"
+        typer.echo(json.dumps({kind: id, "num_answers": num_answers}))
     else:
         stderr.print(f"the label applies to {num_answers} answers")

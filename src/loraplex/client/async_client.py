@@ -113,6 +113,10 @@ class AsyncClient:
         """Record a verdict's right label, and return how many answers it applies to. See `Client.feedback`."""
         return (await self._ask(call.feedback(verdict_id, label))).num_answers
 
+    async def feedback_on_request(self, request_id: str, label: str, classifier: str | None = None) -> int:
+        """Record the right label of a request's verdict. See `Client.feedback_on_request`."""
+        return (await self._ask(call.feedback(None, label, request_id, classifier))).num_answers
+
     async def adapters(self) -> tuple[AdapterInfo, ...]:
         """Return all adapters with their states."""
         return (await self._ask(call.ADAPTERS)).adapters

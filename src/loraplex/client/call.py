@@ -94,8 +94,12 @@ def classify(
     )
 
 
-def feedback(verdict_id: str, label: str) -> Call[Feedback]:
-    return Call(method="POST", path="/v1/feedback", answer=Feedback, body={"verdict_id": verdict_id, "label": label})
+def feedback(
+    verdict_id: str | None, label: str, request_id: str | None = None, classifier: str | None = None
+) -> Call[Feedback]:
+    named = {"verdict_id": verdict_id, "request_id": request_id, "classifier": classifier}
+    body = {name: value for name, value in named.items() if value is not None}
+    return Call(method="POST", path="/v1/feedback", answer=Feedback, body={**body, "label": label})
 
 
 MODELS = _get("/v1/models", Models)

@@ -159,6 +159,11 @@ class Client:
         no such label."""
         return self._ask(call.feedback(verdict_id, label)).num_answers
 
+    def feedback_on_request(self, request_id: str, label: str, classifier: str | None = None) -> int:
+        """Do as `feedback` for a verdict that the caller knows by its request: the X-Amzn-SageMaker-Inference-Id or
+        X-Request-ID that was sent. classifier: which verdict, if the request asked several."""
+        return self._ask(call.feedback(None, label, request_id, classifier)).num_answers
+
     def adapters(self) -> tuple[AdapterInfo, ...]:
         """Return all adapters with their states."""
         return self._ask(call.ADAPTERS).adapters

@@ -59,26 +59,32 @@ async def in_turns(
 ) -> list[Result | LoraplexError]:
     """Return what `ask` makes of each of `all_asked`, or the error that it raises, in order. Only some run at once. One
     that is refused because the others fill the queue is asked again."""
-    turns = asyncio.Semaphore(MAX_CONCURRENT)
     num_running, ended = 0, asyncio.Event()
+    outcomes: dict[int, Result | LoraplexError] = {}
 
     async def ask_one(asked: Asked) -> Result | LoraplexError:
         nonlocal num_running
-        async with turns:
-            while True:
-                num_running += 1
-                try:
-                    outcome: Result | LoraplexError = await ask(asked)
-                except LoraplexError as exc:
-                    outcome = exc
-                finally:
-                    num_running -= 1
-                if not isinstance(outcome, QueueFullError) or not num_running:
-                    ended.set()
-                    return outcome
-                ended.clear()
-                await ended.wait()
+        while True:
+            num_running += 1
+            try:
+                outcome: Result | LoraplexError = await ask(asked)
+            except LoraplexError as exc:
+                outcome = exc
+            finally:
+                num_running -= 1
+            if not isinstance(outcome, QueueFullError) or not num_running:
+                ended.set()
+                return outcome
+            ended.clear()
+            await ended.wait()
+
+    waiting = iter(enumerate(all_asked))
+
+    async def take_turns() -> None:
+        for index, asked in waiting:  # all tasks take from one iterator
+            outcomes[index] = await ask_one(asked)
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(ask_one(asked)) for asked in all_asked]
-    return [task.result() for task in tasks]
+        for _ in range(MAX_CONCURRENT):
+            group.create_task(take_turns())
+    return [outcomes[index] for index in range(len(outcomes))]

@@ -29,6 +29,7 @@ from loraplex.errors import (
     RefusedError,
     UnknownClassifierError,
     UnknownRouteError,
+    UnknownVerdictError,
     listed,
     quoted,
 )
@@ -197,7 +198,14 @@ class Router:
         if self._log is not None:
             total_ms = result.timings.total_ms
             logged = (
-                _logged(verdict, verdict.id or "", verdict.classifier, adapter, total_ms)
+                LoggedVerdict.of(
+                    verdict,
+                    verdict.id or "",
+                    verdict.classifier,
+                    adapter,
+                    total_ms,
+                    request_id=request.request_id,
+                )
                 for verdict, adapter in zip(named, adapters.values(), strict=True)
             )
             # Log once the answer is on its way, before the loop's next request.
@@ -264,6 +272,24 @@ class Router:
                     )
             return await self._in_files(log.set_truth, verdict_id, label)
 
+    async def set_truth_of_request(self, request_id: str, classifier: str | None, label: str) -> int:
+        """Do as `set_truth` for a request's verdict by `classifier`, which may be None if the request asked only one. A
+        request that was sent again has several verdicts; the label applies to all of them."""
+        log = await self._kept()
+        valid_unicode(request_id + (classifier or ""))
+        with state_errors("the label is not recorded"):
+            asked = await self._in_files(log.asked_in, request_id)
+        if classifier is None and len(names := sorted(set(asked.values()))) > 1:
+            raise InvalidRequestError(
+                f"the request {quoted(request_id)} asked several classifiers: {listed(names)}",
+                remedy="name one of them: `classifier`",
+            )
+        ids = [verdict_id for verdict_id, name in asked.items() if classifier in (None, name)]
+        if not ids:
+            by = "" if classifier is None else f" by {quoted(classifier)}"
+            raise UnknownVerdictError(f"of the request {quoted(request_id)}{by}")
+        return sum([await self.set_truth(verdict_id, label) for verdict_id in ids])
+
     def num_shadows_shed(self) -> int:
         return self._shadows.num_shed
 
@@ -279,7 +305,9 @@ class Router:
         if self._log is not None:
             known = {name: adapter for name, adapter in adapters.items() if self.service.knows(adapter)}
             failed = Verdict(classifier="", error=ErrorInfo.of(error))
-            self._log.add(_logged(failed, uuid.uuid4().hex, name, adapter, None) for name, adapter in known.items())
+            self._log.add(
+                LoggedVerdict.of(failed, uuid.uuid4().hex, name, adapter, None) for name, adapter in known.items()
+            )
 
     def _log_shadows(self, shadow: Shadow, answer: ClassifyResult | LoraplexError) -> None:
         assert self._log is not None, "shadows run only to be logged"
@@ -290,7 +318,7 @@ class Router:
             verdicts = {verdict.classifier: verdict for verdict in answer.verdicts}
             total_ms = answer.timings.total_ms
         self._log.add(
-            _logged(verdicts[adapter], verdict_id, route, adapter, total_ms, is_shadow=True)
+            LoggedVerdict.of(verdicts[adapter], verdict_id, route, adapter, total_ms, is_shadow=True)
             for adapter, shadowed in shadow.of.items()
             for verdict_id, route in shadowed
         )
@@ -370,20 +398,3 @@ def choose(route: Route, conversation_id: str | None) -> str:
         return -math.log(uniform) / targets[target]
 
     return min(targets, key=distance)
-
-
-def _logged(
-    verdict: Verdict, verdict_id: str, route: str, target: str, total_ms: float | None, *, is_shadow: bool = False
-) -> LoggedVerdict:
-    is_answer = verdict.error is None
-    return LoggedVerdict(
-        id=verdict_id,
-        route=route,
-        target=target,
-        version=None if verdict.adapter is None else verdict.adapter.version,
-        is_shadow=is_shadow,
-        label=verdict.label,
-        confidence=verdict.confidence,
-        latency_ms=total_ms if is_answer else None,
-        error=None if verdict.error is None else verdict.error.code,
-    )

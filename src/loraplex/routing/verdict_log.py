@@ -10,15 +10,15 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from loraplex.database import Database
-from loraplex.errors import StateError, UnknownVerdictError
-from loraplex.types import Accuracy, Agreement, Latency, RouteStats, TargetStats
+from loraplex.errors import StateError, UnknownVerdictError, quoted
+from loraplex.types import Accuracy, Agreement, Latency, RouteStats, TargetStats, Verdict
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 SCHEMA = (
     """
     CREATE TABLE IF NOT EXISTS verdicts (
@@ -32,12 +32,15 @@ SCHEMA = (
         confidence REAL,
         latency_ms REAL,
         error TEXT,
-        truth TEXT
+        truth TEXT,
+        request_id TEXT
     ) STRICT
     """,
     "CREATE UNIQUE INDEX IF NOT EXISTS by_id ON verdicts (id, target)",
     "CREATE INDEX IF NOT EXISTS by_route ON verdicts (route, target, version, is_shadow)",
+    "CREATE INDEX IF NOT EXISTS by_request ON verdicts (request_id) WHERE request_id IS NOT NULL",
 )
+UPGRADES = {1: ("ALTER TABLE verdicts ADD COLUMN request_id TEXT", SCHEMA[-1])}
 # One row for each target, version and role.
 COUNTS = """
     SELECT target, version, is_shadow, count(*), count(error), avg(confidence), avg(latency_ms), count(latency_ms),
@@ -78,6 +81,32 @@ class LoggedVerdict(NamedTuple):
     confidence: float | None
     latency_ms: float | None
     error: str | None
+    request_id: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        verdict: Verdict,
+        verdict_id: str,
+        route: str,
+        target: str,
+        total_ms: float | None,
+        *,
+        is_shadow: bool = False,
+        request_id: str | None = None,
+    ) -> Self:
+        return cls(
+            id=verdict_id,
+            route=route,
+            target=target,
+            version=None if verdict.adapter is None else verdict.adapter.version,
+            is_shadow=is_shadow,
+            label=verdict.label,
+            confidence=verdict.confidence,
+            latency_ms=total_ms if verdict.error is None else None,
+            error=None if verdict.error is None else verdict.error.code,
+            request_id=request_id,
+        )
 
 
 class VerdictLog:
@@ -87,7 +116,7 @@ class VerdictLog:
     def __init__(self, path: Path | None = None, *, max_verdicts: int) -> None:
         """path: a SQLite file; None keeps the verdicts in memory, until the process ends. max_verdicts: beyond this
         number, the oldest are deleted."""
-        self._database = Database(path, format=FORMAT, schema=SCHEMA)
+        self._database = Database(path, format=FORMAT, schema=SCHEMA, upgrades=UPGRADES)
         self._max_verdicts = max_verdicts
         # A deque: one thread may append while another pops.
         self._added: deque[LoggedVerdict] = deque(maxlen=max_verdicts)
@@ -139,8 +168,8 @@ class VerdictLog:
         # A shadow may answer after feedback came: its row takes the label of the verdict's other rows.
         database.executemany(
             "INSERT OR IGNORE INTO verdicts"
-            " (id, route, target, version, is_shadow, label, confidence, latency_ms, error, truth)"
-            " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, (SELECT truth FROM verdicts WHERE id = ?1))",
+            " (id, route, target, version, is_shadow, label, confidence, latency_ms, error, request_id, truth)"
+            " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, (SELECT truth FROM verdicts WHERE id = ?1))",
             added,
         )
         database.execute(
@@ -167,8 +196,18 @@ class VerdictLog:
                 "SELECT target FROM verdicts WHERE id = ? ORDER BY is_shadow", (verdict_id,)
             ).fetchall()
         if not found:
-            raise UnknownVerdictError(verdict_id)
+            raise UnknownVerdictError(quoted(verdict_id))
         return tuple(target for (target,) in found)
+
+    def asked_in(self, request_id: str) -> dict[str, str]:
+        """Return the verdicts that were answered to a request: id -> the name that was requested."""
+        with self._all() as database:
+            return dict(
+                database.execute(
+                    "SELECT id, route FROM verdicts WHERE request_id = ? AND NOT is_shadow AND error IS NULL",
+                    (request_id,),
+                )
+            )
 
     def set_truth(self, verdict_id: str, label: str) -> int:
         """Store the label that a verdict should have had; a later call replaces the label. Returns the number of
@@ -177,7 +216,7 @@ class VerdictLog:
         with self._database.transaction() as database:
             updated = database.execute("UPDATE verdicts SET truth = ? WHERE id = ?", (label, verdict_id))
         if not updated.rowcount:
-            raise UnknownVerdictError(verdict_id)
+            raise UnknownVerdictError(quoted(verdict_id))
         return updated.rowcount
 
     def stats(self, route: str) -> RouteStats:

@@ -38,6 +38,7 @@ def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycl
     )
     app.state.created = int(time.time())
     app.state.lifecycle = lifecycle
+    app.state.max_body_bytes = config.max_body_bytes
     declared = list(app.routes)  # the documentation's
     for part in (classification, routes, sagemaker, admin, traffic, openai, tokenize):
         app.include_router(part.router)
@@ -46,6 +47,7 @@ def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycl
     add_handlers(app)
     # Innermost first: a request passes the last one first.
     app.add_middleware(sagemaker.JsonByDefault)
+    app.add_middleware(sagemaker.Sessions)
     app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes, body_timeout=config.body_timeout)
     app.add_middleware(Gate, lifecycle=lifecycle)
     if keys:

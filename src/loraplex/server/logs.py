@@ -21,6 +21,7 @@ from loraplex.server.proxies import path_of
 logger = logging.getLogger("loraplex.access")
 
 SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # no spaces: they would look like further fields in a text log
+ID_HEADERS = (b"x-request-id", b"x-amzn-sagemaker-inference-id")
 QUIET = PROBES | {"/metrics"}
 MOST_INPUT = 8192  # bytes of a body in a log line
 
@@ -156,8 +157,9 @@ def log_malformed(error: LoraplexError, client: str) -> str:
 
 
 def _request_id(scope: Scope) -> str:
-    """Return the client's X-Request-ID if it is well-formed, else a new id."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and SANE_ID.fullmatch(value):
-            return str(value, "ascii")
+    """Return the client's X-Request-ID, else SageMaker's id, if it is well-formed, else a new id."""
+    given = dict(scope["headers"])
+    for name in ID_HEADERS:
+        if SANE_ID.fullmatch(given.get(name, b"")):
+            return str(given[name], "ascii")
     return uuid.uuid4().hex

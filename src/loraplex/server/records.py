@@ -15,16 +15,16 @@ from fastapi.exceptions import RequestValidationError
 from starlette.types import Message
 
 from loraplex.errors import MAX_QUOTED, BadInputError, InvalidRequestError, LoraplexError, quoted
-from loraplex.messages import MAX_ITEMS
 from loraplex.routing.batch import in_turns
 from loraplex.server.answers import refusal, trace, unexpected, visible_json
 from loraplex.server.json_body import JsonRoute, check_query, decoded, media_type, parse
-from loraplex.server.routes import metrics_of, while_connected
+from loraplex.server.routes import RECORD, metrics_of, while_connected
 
 logger = logging.getLogger(__name__)
 
 CSV = "text/csv"
 JSON_LINES = ("application/jsonlines", "application/x-jsonlines", "application/jsonl", "application/x-ndjson")
+MAX_RECORDS = 100_000  # SageMaker fills a body with as many lines as its size allows
 HEADER = "inputs"  # the column that Hugging Face's containers want
 Record = bytes | LoraplexError  # a body, or why there is none
 csv.field_size_limit(2**31 - 1)  # the limit on bodies limits fields, too
@@ -55,16 +55,18 @@ class RecordsRoute(JsonRoute):
 async def _answer_all(request: Request, handle: Handler, bodies: Seq[Record]) -> list[bytes]:
     """Return the answer to each JSON body, in order. A body that cannot be answered gets its error; if none can, the
     first error is raised."""
-    if not 0 < len(bodies) <= MAX_ITEMS:
-        found = f"more than {MAX_ITEMS}" if bodies else "0"
-        raise BadInputError(f"the body has {found} records", remedy=f"send 1 to {MAX_ITEMS}, a line each")
-    outcomes = await while_connected(request, in_turns(lambda body: _answer(request, handle, body), bodies))
+    if not 0 < len(bodies) <= MAX_RECORDS:
+        found = f"more than {MAX_RECORDS}" if bodies else "0"
+        raise BadInputError(f"the body has {found} records", remedy=f"send 1 to {MAX_RECORDS}, a line each")
+    outcomes = await while_connected(
+        request, in_turns(lambda record: _answer(request, handle, *record), enumerate(bodies))
+    )
     if all(isinstance(outcome, LoraplexError) for outcome in outcomes):
         raise next(outcome for outcome in outcomes if isinstance(outcome, LoraplexError))
     return [_error(request, outcome) if isinstance(outcome, LoraplexError) else outcome for outcome in outcomes]
 
 
-async def _answer(request: Request, handle: Handler, body: Record) -> bytes:
+async def _answer(request: Request, handle: Handler, index: int, body: Record) -> bytes:
     if isinstance(body, LoraplexError):
         raise body
     given = parse(body)  # JSON has many spellings of "stream"
@@ -80,7 +82,12 @@ async def _answer(request: Request, handle: Handler, body: Record) -> bytes:
         return {"type": "http.request", "body": body, "more_body": False}
 
     headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
-    alone = Request({**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}, receive)
+    scope = {
+        **request.scope,
+        "headers": [*headers, (b"content-type", b"application/json")],
+        "state": {**request.scope.get("state", {}), RECORD: index},
+    }
+    alone = Request(scope, receive)
     try:
         return bytes((await handle(alone)).body)
     except LoraplexError:
@@ -118,7 +125,7 @@ def _rows(body: bytes) -> list[list[str]]:
     """Return the lines that are not empty. Of too many, no more than show that they are."""
     reader = csv.reader(io.StringIO(decoded(body), newline=""), strict=True)
     try:
-        return list(islice(filter(None, reader), MAX_ITEMS + 2))  # one may be the header
+        return list(islice(filter(None, reader), MAX_RECORDS + 2))  # one may be the header
     except csv.Error as exc:
         raise BadInputError(
             f"the body is not CSV: line {reader.line_num}: {exc}",

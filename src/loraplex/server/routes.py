@@ -1,12 +1,19 @@
 """HTTP routes for models, metrics and health, and what all routes that ask classifiers share."""
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
-from loraplex.errors import CancelledError, LoraplexError, NotReadyError, UnknownClassifierError
+from loraplex.errors import (
+    CancelledError,
+    InvalidRequestError,
+    LoraplexError,
+    NotReadyError,
+    UnknownClassifierError,
+)
 from loraplex.metrics import Metrics
 from loraplex.routing.batch import classify_batch
 from loraplex.routing.router import Router
@@ -31,6 +38,9 @@ if TYPE_CHECKING:  # the service imports torch
 Result = TypeVar("Result")
 
 router = APIRouter(route_class=JsonRoute)
+INFERENCE_HEADER = "X-Amzn-SageMaker-Inference-Id"
+MOST_INFERENCE_ID = 128  # characters; AWS allows 64
+SESSION_ID, RECORD = "loraplex.session_id", "loraplex.record"  # keys of a scope's state
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ERRORS = errors(
@@ -86,6 +96,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = False) -> ClassifyResult | BatchResult:
     """Classify `asked` for as long as the client stays connected, and count the outcome in the metrics."""
     router, metrics = router_of(request), metrics_of(request)
+    asked = tuple(_identified(request, asked))
     work = classify_batch(router, asked) if is_batch else router.classify(*asked)
     named = () if asked[0].classifiers == "*" else asked[0].classifiers
     try:
@@ -96,6 +107,24 @@ async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = F
     # Count once the answer is on its way, so that the client does not wait; still before the loop's next request.
     asyncio.get_running_loop().call_soon(_observe, metrics, named, result)
     return result
+
+
+def _identified(request: Request, asked: tuple[ClassifyRequest, ...]) -> Iterator[ClassifyRequest]:
+    """Give each of `asked` the id that feedback may name. The only one of them may belong to a session."""
+    given = request.headers.get(INFERENCE_HEADER) or logs.current().id
+    if len(given) > MOST_INFERENCE_ID:
+        raise InvalidRequestError(
+            f"{INFERENCE_HEADER} has {len(given)} characters", remedy=f"give {MOST_INFERENCE_ID} at most"
+        )
+    state = request.scope.get("state", {})
+    if RECORD in state:
+        given = f"{given}-{state[RECORD]}"
+    if len(asked) == 1:
+        session = asked[0].conversation_id or state.get(SESSION_ID)
+        yield replace(asked[0], request_id=given, conversation_id=session)
+    else:
+        for index, one in enumerate(asked):
+            yield replace(one, request_id=f"{given}-{index}")
 
 
 def _observe(metrics: Metrics, named: Iterable[str], result: ClassifyResult | BatchResult) -> None:

@@ -5,11 +5,13 @@ import json
 import math
 import re
 import struct
-from typing import Annotated, Any
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal
 from zlib import crc32
 
 from fastapi import APIRouter, Header, Request, Response
-from pydantic import BeforeValidator, Discriminator, Tag
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,7 +24,7 @@ from loraplex.server.openai_answers import ChatCompletion, Completion
 from loraplex.server.openai_schemas import ChatBody, CompletionBody
 from loraplex.server.proxies import path_of
 from loraplex.server.records import RecordsRoute
-from loraplex.server.routes import ERRORS, answer, answered, router_of, service_of
+from loraplex.server.routes import ERRORS, SESSION_ID, answer, answered, router_of, service_of
 from loraplex.server.schemas import ClassifyBody, ErrorBody, InvocationBody, InvocationResult
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, classifier_names
 
@@ -34,6 +36,11 @@ MODEL_HEADER = "X-Amzn-SageMaker-Target-Model"  # of multi-model endpoints, whos
 ARCHIVE = ".tar.gz"
 # Which part of an endpoint answers. SageMaker itself follows these before it asks a container; there is no part here.
 PART_HEADERS = ("X-Amzn-SageMaker-Target-Variant", "X-Amzn-SageMaker-Target-Container-Hostname")
+SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
+NEW_SESSION_HEADER = "X-Amzn-SageMaker-New-Session-Id"
+NEW_SESSION = "NEW_SESSION"  # asks for a session
+SESSION_ENDS = timedelta(days=1)  # AWS routes no request to a session after its end; nothing here ends with it
+MOST_TRANSFORM_MB = 2  # of a batch transform's payload: some thousand texts, so that an answer takes minutes at most
 IS_RUNTIME_API = "loraplex.runtime_api"  # key of a scope's state
 UNNAMED = "\0"  # the model of an OpenAI body that names none
 ENDPOINT = re.compile(r"/endpoints/[^/]+/invocations(-response-stream)?")
@@ -119,6 +126,21 @@ async def invocations(
     return await openai_answer(request, body.model_copy(update={"model": name}))
 
 
+class ExecutionParameters(BaseModel):
+    """What batch transform asks a container, in SageMaker's words."""
+
+    max_concurrent_transforms: Literal[4] = Field(4, alias="MaxConcurrentTransforms")
+    batch_strategy: Literal["MULTI_RECORD"] = Field("MULTI_RECORD", alias="BatchStrategy")
+    max_payload_in_mb: int = Field(alias="MaxPayloadInMB")
+
+
+@router.get("/execution-parameters")
+async def execution_parameters(request: Request) -> ExecutionParameters:
+    """Tell batch transform how to send its records: several at once, and as many lines in a body as fit."""
+    most_mb = request.app.state.max_body_bytes // 2**20
+    return ExecutionParameters(MaxPayloadInMB=min(max(1, most_mb), MOST_TRANSFORM_MB))
+
+
 def _named(body: Any) -> Any:
     """Return the name or names of adapters in the body, or None."""
     if isinstance(body, ClassifyBody):
@@ -170,6 +192,31 @@ class JsonByDefault:
             if headers.get("Content-Type") == "application/octet-stream":
                 headers["Content-Type"] = "application/json"
         await self.app(scope, receive, send)
+
+
+class Sessions:
+    """Middleware: makes the session of a request to /invocations the id of its conversation, and new sessions."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_asked = scope["type"] == "http" and path_of(scope) == "/invocations"
+        session = Headers(scope=scope).get(SESSION_HEADER) if is_asked else None
+        if session is None:
+            return await self.app(scope, receive, send)
+        is_new = session == NEW_SESSION
+        session = uuid.uuid4().hex if is_new else session
+
+        async def send_new(message: Message) -> None:
+            if is_new and message["type"] == "http.response.start" and message["status"] < 400:
+                ends = datetime.now(UTC) + SESSION_ENDS
+                headers = MutableHeaders(raw=list(message["headers"]))
+                headers[NEW_SESSION_HEADER] = f"{session}; Expires={ends:%Y-%m-%dT%H:%M:%SZ}"
+                message = {**message, "headers": headers.raw}
+            await send(message)
+
+        await self.app({**scope, "state": {**scope.get("state", {}), SESSION_ID: session}}, receive, send_new)
 
 
 class RuntimeApi:

@@ -180,12 +180,31 @@ class RouteList(BaseModel):
 
 
 class FeedbackBody(Body):
-    verdict_id: str = Field(description="the `id` of a verdict")
+    """Names a verdict, or the request that it answered: `request_id`, and `classifier` if the request asked several."""
+
+    verdict_id: str | None = Field(None, description="the `id` of a verdict")
+    request_id: str | None = Field(
+        None,
+        description="the request's X-Amzn-SageMaker-Inference-Id or X-Request-ID; of several texts, the one with the "
+        "index i has the id with -i after it",
+    )
+    classifier: str | None = Field(None, description="the classifier or route that was requested")
     label: str = Field(description="the label that the verdict should have had")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.verdict_id is None) == (self.request_id is None):
+            raise wrong("give either `verdict_id` or `request_id`", "give the `id` of a verdict, or its request's id")
+        if self.classifier is not None and self.request_id is None:
+            raise wrong("`classifier` is beside `verdict_id`", "leave it out: a verdict has one classifier")
+        return self
 
 
 class FeedbackResult(BaseModel):
-    verdict_id: str
+    """Repeats the id that was given."""
+
+    verdict_id: str | None = None
+    request_id: str | None = None
     num_answers: int = Field(
         description="number of answers that the label applies to: the returned one and those of its shadows"
     )

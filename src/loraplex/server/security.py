@@ -28,6 +28,7 @@ INFER = frozenset(
         "POST /tokenize",
         "POST /detokenize",
         "POST /v1/feedback",
+        "GET /execution-parameters",
         "POST /invocations",  # also for /endpoints/{name}/invocations, which becomes this path
         "GET /v1/models",
         *PUBLIC["metrics"],

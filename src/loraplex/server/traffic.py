@@ -62,11 +62,14 @@ async def route_stats(request: Request, name: str) -> RouteStats:
     return await router_of(request).stats(name)
 
 
-@router.post("/v1/feedback", responses=NO_VERDICT)
+@router.post("/v1/feedback", responses=NO_VERDICT, response_model_exclude_none=True)
 async def feedback(request: Request, body: FeedbackBody) -> FeedbackResult:
     """Record the label that a verdict should have had.
 
     The label counts in the accuracy of all targets that answered. A later label replaces an earlier one.
     """
-    num_answers = await router_of(request).set_truth(body.verdict_id, body.label)
-    return FeedbackResult(verdict_id=body.verdict_id, num_answers=num_answers)
+    if body.request_id is not None:
+        num_answers = await router_of(request).set_truth_of_request(body.request_id, body.classifier, body.label)
+    else:
+        num_answers = await router_of(request).set_truth(body.verdict_id or "", body.label)
+    return FeedbackResult(verdict_id=body.verdict_id, request_id=body.request_id, num_answers=num_answers)
