@@ -79,6 +79,17 @@ def test_on_every_path_that_classifies(http: httpx.Client, path: str, body: Any,
     assert judge(http, request_id=given)["num_answers"] == 1
 
 
+def test_feedback_comes_through_an_endpoint_too(runtime: Any) -> None:
+    """An endpoint has no other path than /invocations."""
+    given = str(uuid4())
+    answer = json.loads(invoke(runtime, {"input": TEXT, "classifiers": "task1"}, InferenceId=given)["Body"].read())
+    for named in ({"request_id": given}, {"verdict_id": answer["verdicts"][0]["id"]}):
+        judged = json.loads(invoke(runtime, {**named, "label": "no"})["Body"].read())
+        assert judged == {**named, "num_answers": 1}
+    with pytest.raises(runtime.exceptions.ModelError, match="unknown_verdict"):
+        invoke(runtime, {"request_id": "nobody's", "label": "no"})
+
+
 def test_the_servers_own_id_names_a_request_that_brought_none(http: httpx.Client) -> None:
     answer = http.post("/invocations", json={"input_text": TEXT, "adapter_name": "task0"})
     assert judge(http, request_id=answer.headers["X-Request-ID"])["num_answers"] == 1

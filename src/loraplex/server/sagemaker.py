@@ -25,7 +25,15 @@ from loraplex.server.openai_schemas import ChatBody, CompletionBody
 from loraplex.server.proxies import path_of
 from loraplex.server.records import RecordsRoute
 from loraplex.server.routes import ERRORS, SESSION_ID, answer, answered, router_of, service_of
-from loraplex.server.schemas import ClassifyBody, ErrorBody, InvocationBody, InvocationResult
+from loraplex.server.schemas import (
+    ClassifyBody,
+    ErrorBody,
+    FeedbackBody,
+    FeedbackResult,
+    InvocationBody,
+    InvocationResult,
+)
+from loraplex.server.traffic import feedback
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, classifier_names
 
 router = APIRouter(tags=["sagemaker"], route_class=RecordsRoute)
@@ -51,6 +59,8 @@ def _body_kind(body: Any) -> str:
     given = body if isinstance(body, dict) else {}
     if "input_text" in given:
         return "article"
+    if "label" in given and given.keys() & {"verdict_id", "request_id"}:
+        return "feedback"
     if "messages" in given and "input" not in given:
         return "chat"
     if "prompt" in given:
@@ -72,6 +82,7 @@ SageMakerBody = Annotated[
     | Annotated[ClassifyBody, Tag("native")]
     | Annotated[ClassificationBody, Tag("vllm")]
     | Annotated[HuggingFaceBody, Tag("hugging face")]
+    | Annotated[FeedbackBody, Tag("feedback")]
     | Annotated[ChatBody, _NamedLater, Tag("chat")]
     | Annotated[CompletionBody, _NamedLater, Tag("completion")],
     Discriminator(_body_kind),
@@ -84,24 +95,33 @@ SageMakerAnswer = (
     | list[ScoredLabel | GeneratedText | ErrorBody | list[ScoredLabel | GeneratedText]]
     | ChatCompletion
     | Completion
+    | FeedbackResult
 )
 
 
-@router.post("/invocations", response_model=SageMakerAnswer, responses={**ERRORS, 200: {"content": EVENTS}})
+@router.post(
+    "/invocations",
+    response_model=SageMakerAnswer,
+    response_model_exclude_none=True,
+    responses={**ERRORS, 200: {"content": EVENTS}},
+)
 async def invocations(
     request: Request,
     body: SageMakerBody,
     adapter: Annotated[str | None, Header(alias=ADAPTER_HEADER)] = None,
     model: Annotated[str | None, Header(alias=MODEL_HEADER)] = None,
-) -> Response | list[InvocationResult]:
+) -> Response | list[InvocationResult] | FeedbackResult:
     """Answer `{"input_text", "adapter_name"?}` with `[{"confidence_score", "predicted_text"}]`.
 
     The bodies of /v1/classify, /v1/chat/completions and /v1/completions are answered as on those paths, and
-    `{"inputs", "parameters"}` as by Hugging Face's containers. `text/csv` has one text a line, `application/jsonlines`
+    `{"inputs", "parameters"}` as by Hugging Face's containers. The body of /v1/feedback is taken, too, because an
+    endpoint has no other path. `text/csv` has one text a line, `application/jsonlines`
     one body a line. The header of the adapter, or of the target model (with or without `.tar.gz`), names the adapter if
     the body names none. A target model beside another name is refused.
     """
     _check_parts(request)
+    if isinstance(body, FeedbackBody):
+        return await feedback(request, body)
     named = adapter if (given := _named(body)) is None else given
     if model is not None:
         target = model.removesuffix(ARCHIVE)
