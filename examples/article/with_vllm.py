@@ -42,8 +42,15 @@ def predict_fn(inputs: dict[str, Any], model: LLM) -> list[dict[str, Any]]:
     ]
 
 
+def preload(model: LLM) -> None:
+    """Ask each adapter once, so that no user's request waits until vLLM has read it."""
+    for adapter in prompt2adapter.values():
+        model.generate("test", SamplingParams(max_tokens=1), lora_request=adapter, use_tqdm=False)
+
+
 if __name__ == "__main__":  # vLLM starts processes that import this file
     served = model_fn(BUNDLE)
+    preload(served)
     for task in TASKS:
         [answer] = predict_fn({"input_text": format_prompt(CONVERSATION, task), "adapter_name": task}, served)
         print(f"{task:24} {answer['predicted_text']:4} {answer['confidence_score']:.6f}")
