@@ -205,6 +205,9 @@ class ServerConfig(NumbersAreNoBooleans):
         25, ge=0, le=A_DAY_S, description="seconds that requests in flight get to finish at SIGTERM"
     )
     log_format: Annotated[Literal["text", "json"], EitherCase] = Field("text", description="text or json")
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], EitherCase] = Field(
+        "info", description="least important lines that are logged: debug, info, warning or error; debug shows probes"
+    )
     log_inputs: bool = Field(False, description="log the conversations, too")
     keep_verdicts: int = Field(
         200_000,

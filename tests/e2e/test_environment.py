@@ -160,3 +160,10 @@ def test_nothing_but_json_until_the_end(tiny_bundle: Path, tmp_path: Path) -> No
         assert server.stop() == 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert lines[0]["message"].endswith("nothing is remembered in it yet") and lines[-1]["message"] == "stopped"
+
+
+def test_a_level_leaves_out_what_is_less_important(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, LORAPLEX_PRTO="1", LORAPLEX_LOG_FORMAT="json", LORAPLEX_LOG_LEVEL="ERROR")
+    run = serving.loraplex("serve", tiny_bundle, "--host", "0.0.0.0")
+    [line] = [json.loads(line) for line in run.stderr.splitlines()]
+    assert line["level"] == "critical" and line["error"] == "configuration_error"

@@ -85,7 +85,7 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
         engine_config = resolve(EngineConfig, bundle.settings.engine, _of(EngineConfig, settings), written)
         server_config = resolve(ServerConfig, bundle.settings.server, _of(ServerConfig, settings), written)
         as_json = server_config.log_format == "json"
-        logs.configure(server_config.log_format)
+        logs.configure(server_config.log_format, server_config.log_level)
         read = [one.envvar for one in context.command.params if isinstance(one.envvar, str)]
         for warning in (*warnings, unread(os.environ, read)):
             if warning is not None:
@@ -107,7 +107,7 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
 
         quiet_libraries()
         executor = open_executor(engine_config)
-        logs.configure(server_config.log_format)  # again: these imports have added handlers
+        logs.configure(server_config.log_format, server_config.log_level)  # again: these imports have added handlers
     url = process.url_of(server_config, sock)
 
     async def open_router() -> Router:

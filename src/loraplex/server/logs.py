@@ -83,9 +83,9 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure(log_format: Literal["text", "json"]) -> None:
-    """Make all loggers of the process write to stderr in one format. Removes the handlers that libraries added when
-    they were imported."""
+def configure(log_format: Literal["text", "json"], level: str = "info") -> None:
+    """Make all loggers of the process write to stderr in one format, ours from `level` on, and others' warnings.
+    Removes the handlers that libraries added when they were imported."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     for other in list(logging.root.manager.loggerDict.values()):
@@ -93,8 +93,9 @@ def configure(log_format: Literal["text", "json"]) -> None:
             other.handlers.clear()
             other.propagate = True
     logging.root.handlers[:] = [handler]
-    logging.root.setLevel(logging.WARNING)
-    logging.getLogger("loraplex").setLevel(logging.INFO)
+    ours = logging.getLevelNamesMapping()[level.upper()]
+    logging.root.setLevel(max(ours, logging.WARNING))
+    logging.getLogger("loraplex").setLevel(ours)
     logging.captureWarnings(True)
 
 
