@@ -8,8 +8,9 @@ from typing import Any
 from loraplex.errors import listed
 
 PREFIX = "LORAPLEX_"
-# Read by clients, by the server's keys, and by this project's tests. The command's options name the others.
-ELSEWHERE = frozenset(f"{PREFIX}{name}" for name in "API_KEY API_KEYS URL GPU_TESTS WRITE_DOCS".split())
+# Read by clients, by the server's keys, by the images' entry point, and by this project's tests. The command's options
+# name the others.
+ELSEWHERE = frozenset(f"{PREFIX}{name}" for name in "API_KEY API_KEYS URL MODEL_DIR GPU_TESTS WRITE_DOCS".split())
 # What Kubernetes sets in each container of a namespace with a service named loraplex or loraplex-…:
 # LORAPLEX_PORT=tcp://10.43.1.39:8000, LORAPLEX_SERVICE_HOST, LORAPLEX_PORT_8000_TCP_ADDR and others.
 LINK = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
