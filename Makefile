@@ -4,6 +4,7 @@
 # make test-clients  run lm-eval, guidellm, langchain-openai and litellm against a real server
 # make test-vllm  run the tests of vLLM, in an environment of its own
 # make check      formatting, lint and types, as CI does
+# make rehearse-image  build docker/Dockerfile in an empty root without Docker, and run it: minutes, as root, on Debian
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -20,7 +21,7 @@ SHELL = bash
 SHOW = sed -un -e 's/^ *Downloading /  downloading /p' -e 's/^ *Using cached /  from the cache: /p' \
 	-e 's/^Installing collected packages.*/  writing the files …/p'
 
-.PHONY: setup dev serve test chaos-short test-clients test-vllm check format lock lock-clients lock-vllm clean
+.PHONY: setup dev serve test chaos-short test-clients test-vllm check rehearse-image format lock lock-clients lock-vllm clean
 
 setup: $(VENV)/.serving
 
@@ -75,6 +76,10 @@ check: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cuda
+
+rehearse-image: dev
+	$(BIN)/python tests/rehearsal.py
 
 format: dev
 	$(BIN)/ruff format .
