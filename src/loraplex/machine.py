@@ -3,10 +3,13 @@
 import ctypes
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
 from threadpoolctl import ThreadpoolController
+
+CGROUP = Path("/sys/fs/cgroup")  # version 2's limits of a container, as it sees them from inside
 
 
 def budget_bytes(budget: str, device: torch.device) -> int:
@@ -23,8 +26,21 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            return min(int(line.split()[1]) * 1024, container_bytes())
     return 0
+
+
+def container_bytes() -> int:
+    """Return the bytes of memory that a container may still take. Without a limit: more than any machine has.
+
+    Files that the kernel has cached for the container count as its memory, but are dropped when it needs more."""
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return max(1, limit - used + int(stat["inactive_file"]))  # 0 would mean that nobody says
+    except (OSError, ValueError, KeyError):  # no such file, or "max"
+        return sys.maxsize
 
 
 def give_back(device: torch.device) -> None:
@@ -57,7 +73,7 @@ def compute_alone() -> None:
     ThreadpoolController().limit(limits=1, user_api="openmp")
 
 
-def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+def cpu_quota(path: Path = CGROUP / "cpu.max") -> float:
     """Return the CPU time that cgroup v2 allows the process, in cores. Without a quota: the number of cores."""
     try:
         quota, period = path.read_text().split()

@@ -50,6 +50,32 @@ def test_the_containers_share(tmp_path: Path, content: str, cores: float | None)
     assert machine.cpu_quota(tmp_path / "missing") == every
 
 
+@pytest.mark.parametrize(
+    ("limit", "used", "cached", "left"),
+    [
+        ("1000", 300, 100, 800),
+        ("1000", 1000, 0, 1),
+        ("1000", 1100, 0, 1),
+        ("max", 300, 100, None),
+        ("", 300, 100, None),
+    ],
+)
+def test_memory_is_the_containers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, used: int, cached: int, left: int | None
+) -> None:
+    """A container may have less than the machine. Files that the kernel has cached for it are not in use."""
+    machines = machine.free_bytes(CPU)
+    assert machines > 10_000
+    (tmp_path / "memory.max").write_text(limit)
+    (tmp_path / "memory.current").write_text(f"{used}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {used - cached}\nactive_file 0\ninactive_file {cached}\n")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    free = machine.free_bytes(CPU)
+    assert free == left if left is not None else free > 10_000
+    (tmp_path / "memory.stat").unlink()
+    assert machine.free_bytes(CPU) > 10_000
+
+
 def test_threads_fit_the_share_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     chosen: list[int] = []
