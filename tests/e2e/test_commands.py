@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,18 @@ PAGES = [
 ]
 SERVES = re.compile(r"^(make serve|(\S+=\S+ )*loraplex serve )")
 # These set up an environment, take long, or need vLLM or other projects. Other tests run them, in a small form where
-# they are long.
-ELSEWHERE = re.compile(r"^(make (dev|check|test|chaos)|python examples/|lm_eval|guidellm)|--backend vllm")
+# they are long. No test runs what installs a service, or needs docker or a cluster: docs/deploy.md says what is tested.
+ELSEWHERE = re.compile(
+    r"^(make (dev|check|test|chaos)|python examples/|lm_eval|guidellm|sudo |(BUNDLE=\S+ )?docker |kubectl )"
+    r"|--backend vllm"
+)
 
 
 def console(page: Path) -> list[str]:
     """The commands of the page's console blocks, without comments. One may go over several lines."""
     commands: list[str] = []
     for block in re.findall(r"```console\n(.*?)```", page.read_text(), re.S):
-        for line in block.splitlines():
+        for line in textwrap.dedent(block.rstrip(" ")).splitlines():
             if line.startswith("$ "):
                 commands.append(line[2:])
             else:

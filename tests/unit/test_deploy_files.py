@@ -139,3 +139,18 @@ def test_an_alert_says_what_to_do() -> None:
         assert set(rule["annotations"]) == {"summary", "description"} and rule["annotations"]["description"][-1] == "."
         for panel in re.findall(r'panel "([^"]+)"', rule["annotations"]["description"]):
             assert panel in {one["title"] for one in deployment.dashboard()["panels"]}
+
+
+def test_the_docs_name_each_alert_and_each_file() -> None:
+    page = (serving.ROOT / "docs/deploy.md").read_text()
+    assert re.findall(r"^\| `(Loraplex\w+)`", page, re.M) == [rule["alert"] for rule in deployment.rules()]
+    named = set(re.findall(r"\]\(\.\./(?:deploy/)?([\w./]+)\)", page)) - {"compose.yaml"}
+    provisioning = {"grafana/datasource.yml", "grafana/dashboards.yml"}  # compose.yaml mounts them
+    files = {str(path.relative_to(deployment.DEPLOY)) for path in deployment.DEPLOY.rglob("*") if path.is_file()}
+    assert files == named | provisioning
+
+
+def test_a_pod_computes_on_the_cpus_that_it_asks_for() -> None:
+    container = deployment.container()
+    threads = {one["name"]: one["value"] for one in container["env"]}["OMP_NUM_THREADS"]
+    assert threads == container["resources"]["requests"]["cpu"]
