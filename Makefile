@@ -1,5 +1,5 @@
 # make serve      install what serving needs, then serve the demo bundle: make serve PORT=8100 BUNDLE=path/to/bundle
-# make test       install what the tests need, too, then run all tests but those of vLLM, of clients and of faults
+# make test       install what the tests need, too, then run all tests but those of the targets below
 # make chaos-short   kill, starve and fill up a real server: two minutes
 # make test-clients  run lm-eval, guidellm, langchain-openai and litellm against a real server
 # make test-vllm  run the tests of vLLM, in an environment of its own
