@@ -10,17 +10,18 @@ from loraplex.bundle import ADAPTER_CONFIG
 from loraplex.disk import refuse_pointers
 from loraplex.errors import AdapterError
 
-HEADERS = 4 * 2**20  # bytes of headers that tarfile may read; each of a thousand members needs 1,000 to 2,000
+HEADERS = 4 * 2**20  # bytes; each of a thousand members needs 1,000 to 2,000
 
 
-class _Unzipped:
+class Unzipped:
     """The file that tarfile reads: an unzipped archive, read forward only. Raises AdapterError beyond `limit` bytes.
 
     tarfile trusts headers: it would read a name of gigabytes whole, and a negative size would make it loop for ever."""
 
-    def __init__(self, file: BinaryIO, source: str, limit: int) -> None:
+    def __init__(self, file: BinaryIO, source: str, limit: int, headers: int = HEADERS) -> None:
+        """headers: bytes of headers that tarfile may read."""
         self._file = gzip.GzipFile(fileobj=file)
-        self._source, self._limit, self._position, self._headers = source, limit, 0, HEADERS
+        self._source, self._limit, self._position, self._headers = source, limit, 0, headers
 
     def tell(self) -> int:
         return self._position
@@ -57,7 +58,7 @@ def unpack(archive: Path, work: Path, source: str, limits: SourceLimits) -> Path
     remedy = f"pack the folder that PEFT saved again: tar czhf NAME{ARCHIVE} -C FOLDER ."
     try:
         with archive.open("rb") as file:
-            unzipped: Any = _Unzipped(file, source, limits.max_bytes)
+            unzipped: Any = Unzipped(file, source, limits.max_bytes)
             for number, member in enumerate(tarfile.TarFile(fileobj=unzipped), start=1):
                 path = PurePosixPath(member.name)
                 if number > limits.max_members:
@@ -92,7 +93,7 @@ def unpack(archive: Path, work: Path, source: str, limits: SourceLimits) -> Path
     return targets[top]
 
 
-def _copy(unzipped: _Unzipped, member: tarfile.TarInfo, target: Path) -> None:
+def _copy(unzipped: Unzipped, member: tarfile.TarInfo, target: Path) -> None:
     unzipped.seek(member.offset_data)
     remaining = member.size
     with target.open("xb") as file:

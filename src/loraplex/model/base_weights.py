@@ -50,6 +50,11 @@ class BaseWeights:
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return a copy, because the file may change. Otherwise as `Weights.read`."""
+        self.check(name, shape)
+        return self._shards[name].read([name])[name].to(device, dtype)
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise UnsupportedModelError where the tensor is missing or has another shape."""
         if name not in self._shards:
             raise UnsupportedModelError(
                 self._folder, f"the weights lack {name!r}", remedy="copy all of the base's safetensors files"
@@ -61,7 +66,6 @@ class BaseWeights:
                 f"the base does not load: {name!r} has shape {list(found)}, config.json says {list(shape)}",
                 remedy="copy config.json and the weights of one base",
             )
-        return self._shards[name].read([name])[name].to(device, dtype)
 
     def find(self, name: str) -> torch.Tensor | None:
         """Return the tensor as it is stored; None where no tensor has that name."""

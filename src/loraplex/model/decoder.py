@@ -41,10 +41,15 @@ def decodes(config: Any, weights: Weights) -> bool:
         or min(sizes) < 1
     ):
         return False
+    return needed_shapes(config).keys() <= weights.names
+
+
+def needed_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight that the files must hold, by name."""
     shapes = weight_shapes(config)
     if config.tie_word_embeddings:
         del shapes[f"{OUTPUT}.weight"]
-    return shapes.keys() <= weights.names
+    return shapes
 
 
 def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:

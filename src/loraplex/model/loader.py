@@ -17,7 +17,7 @@ from loraplex.disk import unchanged
 from loraplex.errors import UnsupportedModelError
 from loraplex.machine import free_bytes
 from loraplex.model.base_weights import BaseWeights, weight_files
-from loraplex.model.decoder import Decoder, decoder_layers, decodes
+from loraplex.model.decoder import FAMILIES, Decoder, decoder_layers, decodes, needed_shapes
 from loraplex.model.graphs import Capture
 from loraplex.model.model import Model
 
@@ -142,6 +142,17 @@ def read_layers(config: PreTrainedConfig, path: Path, *, packs: bool = True) -> 
     embeddings = skeleton.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     return base_layers(skeleton), embeddings.num_embeddings
+
+
+def check_weights(config: PreTrainedConfig, path: Path, *, packs: bool = True) -> None:
+    """Check on the headers that the base's safetensors files are whole, and that the tensors that our own decoder needs
+    are there in their shapes. packs: as in `read_config`. Raises UnsupportedModelError."""
+    weights = BaseWeights(path)
+    if packs and config.model_type in FAMILIES:
+        shapes = needed_shapes(config)
+        if not weights.names.isdisjoint(shapes):  # else transformers may know the names
+            for name, shape in shapes.items():
+                weights.check(name, shape)
 
 
 def build_skeleton(config: PreTrainedConfig, path: Path, *, packs: bool = True) -> "PreTrainedModel":
