@@ -359,6 +359,13 @@ def read_bundle_settings(path: Path) -> BundleSettings:
     return settings
 
 
+def write_bundle_settings(settings: BundleSettings) -> str:
+    """Return the text of a `loraplex.yaml` with these settings; empty where all of them are the defaults."""
+    content = settings.model_dump(mode="json", exclude_defaults=True)
+    content = {key: value for key, value in content.items() if value}
+    return yaml.safe_dump(content, allow_unicode=True) if content else ""
+
+
 def resolve(
     model: type[Settings], file: Mapping[str, Any], given: Mapping[str, Any], origins: Mapping[str, str] | None = None
 ) -> Settings:

@@ -3,7 +3,7 @@
 import typer
 
 import loraplex
-from loraplex.cli import adapters, classify, keys, routes, serve
+from loraplex.cli import adapters, classify, keys, routes, sagemaker, serve
 
 app = typer.Typer(
     help="Serve many fine-tuned LoRA classifiers from one base model.",
@@ -16,6 +16,7 @@ app.command("classify")(classify.classify)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(routes.app, name="routes")
 app.add_typer(keys.app, name="keys")
+app.add_typer(sagemaker.app, name="sagemaker")
 
 
 def _version(wanted: bool) -> None:

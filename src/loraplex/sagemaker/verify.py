@@ -1,0 +1,164 @@
+"""Verifies an artifact against its manifest: an archive or a folder, here or in S3. Unpacks nothing."""
+
+import hashlib
+import os
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from loraplex.adapters.archive import Unzipped
+from loraplex.adapters.files import ARCHIVE, CHUNK, Progress, reason_of
+from loraplex.errors import BundleError
+from loraplex.sagemaker.layout import MANIFEST
+from loraplex.sagemaker.manifest import MAX_BYTES, FileEntry, Manifest, read_manifest
+from loraplex.sagemaker.s3 import calling, is_botocores, objects_below, open_object, place_of
+
+HEADERS = 512 * 2**20  # bytes of an archive's headers; a manifest of the most bytes has fewer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """The result of `verify`. Every name is in one of the three at most.
+
+    missing:  the manifest names the file, and it is not there.
+    changed:  the file has another size or content, comes twice, or is a link.
+    extra:    the manifest does not name the file.
+    """
+
+    manifest: Manifest
+    missing: tuple[str, ...]
+    changed: tuple[str, ...]
+    extra: tuple[str, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return not (self.missing or self.changed or self.extra)
+
+
+def verify(where: str, progress: Progress = lambda done, total: None) -> Verified:
+    """Compare the artifact at `where` with its manifest. `where`: a `.tar.gz` or a folder, on this machine or in S3.
+
+    progress:  is called with the bytes read so far.
+    Shows damage, and not who made the artifact: whoever changes a file can change the manifest, too. Raises
+    ConfigurationError where the artifact cannot be read, or holds no manifest."""
+    found = _Files(progress)
+    _read(where, found)
+    if found.manifest is None:
+        raise BundleError(
+            where, f"holds no {MANIFEST}", remedy="give all that `loraplex sagemaker pack` made: an archive or a folder"
+        )
+    manifest = read_manifest(where, found.manifest)
+    names = found.entries.keys() | found.odd
+    extra = names - manifest.files.keys() - {MANIFEST}
+    changed = found.odd | {name for name, one in found.entries.items() if manifest.files.get(name) != one}
+    return Verified(
+        manifest=manifest,
+        missing=tuple(sorted(manifest.files.keys() - names)),
+        changed=tuple(sorted(changed - extra)),
+        extra=tuple(sorted(extra)),
+    )
+
+
+class _Files:
+    """The files of an artifact, as far as they were read.
+
+    manifest:  the manifest's text.
+    odd:       names that come twice, or belong to a link, a device or the like."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.entries: dict[str, FileEntry] = {}
+        self.manifest: bytes | None = None
+        self.odd: set[str] = set()
+        self._progress, self._done = progress, 0
+
+    def take(self, name: str, content: Iterable[bytes] | None) -> None:
+        """Read a file. content: None for what is no plain file."""
+        if content is None or name in self.entries or (name == MANIFEST and self.manifest is not None):
+            self.odd.add(name)
+            return
+        digest, size, text = hashlib.sha256(), 0, bytearray()
+        for chunk in content:
+            digest.update(chunk)
+            size += len(chunk)
+            self._done += len(chunk)
+            self._progress(self._done, None)
+            if name == MANIFEST and size <= MAX_BYTES:
+                text += chunk
+        if name == MANIFEST:
+            self.manifest = bytes(text)
+        else:
+            self.entries[name] = FileEntry(size=size, sha256=digest.hexdigest())
+
+
+def _read(where: str, files: _Files) -> None:
+    is_archive = where.endswith(ARCHIVE)
+    if "://" in where:
+        place = place_of(where if is_archive else where.rstrip("/") + "/")
+        with calling(place):
+            if is_archive:
+                with closing(open_object(place)) as body:
+                    return _read_archive(where, body, files)
+            for name, content in objects_below(place):
+                files.take(name, content)
+            return
+    path = Path(where).expanduser()
+    try:
+        if path.is_dir():
+            return _read_folder(path, files)
+        if is_archive:
+            with path.open("rb") as file:
+                return _read_archive(where, file, files)
+    except OSError as exc:
+        raise BundleError(where, f"is not readable: {exc.strerror or exc}", remedy="correct the path") from None
+    raise BundleError(where, f"is neither a folder nor a {ARCHIVE}", remedy="correct the path")
+
+
+def _read_folder(root: Path, files: _Files) -> None:
+    for folder, folders, names in os.walk(root, onerror=_raise):
+        for name in (*names, *(one for one in folders if os.path.islink(os.path.join(folder, one)))):
+            path = Path(folder, name)
+            is_file = path.is_file() and not path.is_symlink()
+            files.take(path.relative_to(root).as_posix(), _chunks(path) if is_file else None)
+
+
+def _raise(exc: OSError) -> None:
+    raise exc
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def _read_archive(source: str, file: BinaryIO, files: _Files) -> None:
+    """Read a `.tar.gz`. Trusts no name, size or header in it."""
+    try:
+        unzipped: Any = Unzipped(file, source, sys.maxsize, HEADERS)
+        for member in tarfile.TarFile(fileobj=unzipped):
+            if not member.isdir():
+                is_file = member.isreg() and not member.issparse()
+                files.take(member.name.removeprefix("./"), _content(unzipped, member) if is_file else None)
+        while unzipped.take(CHUNK):  # read to the end: the checksum comes last
+            pass
+    except Exception as exc:  # TarError, OSError, EOFError, zlib.error, and others where headers are nonsense
+        if is_botocores(exc):
+            raise
+        raise BundleError(
+            source, f"is damaged, or not complete: {reason_of(exc)}", remedy="pack or copy the artifact again"
+        ) from None
+
+
+def _content(unzipped: Any, member: tarfile.TarInfo) -> Iterator[bytes]:
+    unzipped.seek(member.offset_data)
+    remaining = member.size
+    while remaining > 0:
+        data = unzipped.take(remaining)
+        if not data:
+            raise EOFError("it ends within a file")
+        remaining -= len(data)
+        yield data
