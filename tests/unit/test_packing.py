@@ -27,6 +27,7 @@ from loraplex.sagemaker.layout import CODE, MANIFEST
 from loraplex.sagemaker.manifest import Manifest, read_manifest
 from loraplex.sagemaker.pack import Packed, pack
 from loraplex.sagemaker.verify import verify
+from loraplex.service import preparation
 from loraplex.service.named_adapters import add_adapters
 
 BASE = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -166,6 +167,25 @@ def test_paths_of_this_machine_are_left_out_of_the_settings(bundle: Path, out: P
     assert made.engine == {"max_queue": 7} and made.server == {"log_format": "json"}
     for key in ("engine.state_dir", "engine.adapter_root", "server.api_key_file"):
         assert any(key in line for line in told), told
+
+
+@pytest.mark.parametrize("backend", ["native", "peft", "vllm"])
+def test_another_backends_library_need_not_be_here(
+    bundle: Path, out: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "is_installed", lambda library: False)
+    write("loraplex.yaml", f"engine: {{backend: {backend}}}")(bundle)
+    packed(bundle, out / "model", uncompressed=True)
+    needed = (out / "model/code/requirements.txt").read_text().split("\n")
+    assert ("peft>=0.18" in needed) == (backend == "peft") and not [one for one in needed if one.startswith("vllm")]
+
+
+def test_what_the_bundles_backend_does_not_serve_is_refused(bundle: Path, out: Path) -> None:
+    tiny.save_adapter(bundle, bundle / "isDora", contract=tiny.CONTRACT, use_dora=True)
+    packed(bundle, out / "native.tar.gz")
+    write("loraplex.yaml", "engine: {backend: vllm}")(bundle)
+    with pytest.raises(ConfigurationError, match=r"bundle/isDora: .* is not served by --backend vllm"):
+        packed(bundle, out / "vllm.tar.gz")
 
 
 def test_shards_are_packed_by_their_index(bundle: Path, out: Path) -> None:
@@ -338,6 +358,7 @@ def test_prove_asks_the_golden_examples(bundle: Path, out: Path) -> None:
     wrong = {"yes": "no", "no": "yes"}[label]
     contract = {**tiny.CONTRACT, "golden": [{"text": TEXT, "label": wrong}]}
     (bundle / "task1" / "classifier.yaml").write_text(json.dumps(contract))
+    write("loraplex.yaml", "engine: {preload: none}")(bundle)
     packed(bundle, out / "unproven.tar.gz")
     with pytest.raises(ConfigurationError, match=rf"bundle/task1/classifier.yaml, key 'golden'.*not '{wrong}'"):
         packed(bundle, out / "model.tar.gz", proves=True)

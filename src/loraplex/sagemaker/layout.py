@@ -82,7 +82,7 @@ def lay_out(bundle: Bundle) -> Layout:
     settings, left_out = _settings(bundle.settings, base_name)
     if text := write_bundle_settings(settings):
         content[SETTINGS] = text.encode()
-    content |= _code()
+    content |= _code(resolve(EngineConfig, settings.engine, {}).backend)
     notes = [*lines_of(bundle.skipped), *left_out]
     return Layout(members=tuple(_members(content)), base_name=base_name, notes=tuple(notes))
 
@@ -164,13 +164,13 @@ def _settings(settings: BundleSettings, base_name: str | None) -> tuple[BundleSe
     return settings.model_copy(update={"base": None, **parts}), notes
 
 
-def _code() -> dict[str, Path | bytes]:
+def _code(backend: str) -> dict[str, Path | bytes]:
     """Return the files of `code/`, which is on sys.path in AWS's images: the entry point, what pip installs there, and
     this package, because no index has it."""
     root = Path(loraplex.__file__).parent
     content: dict[str, Path | bytes] = {
         f"{CODE}/inference.py": INFERENCE.encode(),
-        f"{CODE}/requirements.txt": _requirements().encode(),
+        f"{CODE}/requirements.txt": _requirements(backend).encode(),
     }
     for path in root.rglob("*"):
         inner = path.relative_to(root)
@@ -182,8 +182,8 @@ def _code() -> dict[str, Path | bytes]:
     return content
 
 
-def _requirements() -> str:
-    """Return what serving needs, without PyTorch: the images bring a build for their CUDA."""
+def _requirements(backend: str) -> str:
+    """Return what serving needs, without PyTorch and vLLM: the images bring builds for their CUDA."""
     try:
         required = importlib.metadata.requires("loraplex") or []
     except importlib.metadata.PackageNotFoundError:
@@ -193,4 +193,6 @@ def _requirements() -> str:
             remedy="install it where you pack: pip install -e . in its repository",
         ) from None
     needed = [one for one in required if "extra ==" not in one and not re.match(r"torch\b", one)]
+    if backend == "peft":
+        needed += [one.partition(";")[0] for one in required if re.match(r"peft\b", one)]
     return "".join(f"{one}\n" for one in sorted(needed, key=str.lower))

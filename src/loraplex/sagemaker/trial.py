@@ -68,7 +68,7 @@ def try_layout(layout: Layout, bundle: Bundle, tell: Callable[[str], object], *,
                 )
             )
         if computes:
-            with Loraplex.load(root, kv_cache="0"):
+            with Loraplex.load(root, preload="all"):
                 pass
     return adapters
 
