@@ -78,6 +78,11 @@ class Loraplex:
         return cls(start_all)
 
     @property
+    def router(self) -> Router:
+        """The router in front of `service`. Pass its coroutines to `run`."""
+        return self._router
+
+    @property
     def service(self) -> "Service":
         """The service that answers. Pass its coroutines to `run`."""
         return self._router.service

@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from pydantic import BaseModel
+from typer.testing import CliRunner
 
 import serving
-from loraplex.cli.environment import LINK, drop_links, unread
+from loraplex.cli.options import settings_options
+from loraplex.config import EngineConfig, ServerConfig, resolve
+from loraplex.environment import LINK, drop_links, settings_in, unread, variable
 
 # All that Kubernetes sets for a service named loraplex with a port named http, and for another named loraplex-api.
 SERVICE_LINKS = {
@@ -85,6 +90,36 @@ def test_a_link_on_the_command_line_is_a_mistake() -> None:
 def test_what_kubernetes_sets_is_never_called_unread() -> None:
     assert unread(SERVICE_LINKS, ["LORAPLEX_PORT"]) is None
     assert all(LINK.fullmatch(value) for value in SERVICE_LINKS.values() if "://" in value)
+
+
+@pytest.mark.parametrize("model", [EngineConfig, ServerConfig])
+def test_variables_mean_the_same_without_the_command(model: type[BaseModel]) -> None:
+    """SageMaker's handlers read them themselves."""
+    values = {
+        "backend": "PEFT",
+        "vllm_arg": " a=1  b=2 ",
+        "served_model_name": "one two",
+        "max_queue": "7",
+        "cuda_graphs": "Yes",
+        "state_dir": "",
+        "insecure": "on",
+        "public": "docs metrics",
+        "require_all": "FALSE",
+        "idle_timeout": "2.5",
+    }
+    environment = {variable(name): value for name, value in values.items()}
+    read = {}
+    app = typer.Typer()
+
+    @app.command()
+    @settings_options(model)
+    def command(**settings: Any) -> None:
+        read.update({name: value for name, value in settings.items() if value not in (None, [])})
+
+    assert CliRunner().invoke(app, env=environment).exit_code == 0
+    given = settings_in(environment, model)
+    assert given.keys() == read.keys() and len(given) >= 4
+    assert resolve(model, {}, given) == resolve(model, {}, read)
 
 
 def test_a_misspelt_variable_is_named_with_the_likely_one() -> None:

@@ -21,6 +21,7 @@ LAYERS = [
         "metrics",
         "database",
         "disk",
+        "environment",
         "exhaustion",
         "machine",
         "hub_cache",

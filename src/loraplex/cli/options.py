@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from loraplex.config import EngineConfig
+from loraplex.environment import variable
 from loraplex.errors import LoraplexError
 from loraplex.exhaustion import exhaustion
 
@@ -56,7 +57,7 @@ def _setting(name: str, model: type[BaseModel]) -> Any:
         kind | None,
         typer.Option(
             f"--{name.replace('_', '-')}",
-            envvar=f"LORAPLEX_{name.upper()}",
+            envvar=variable(name),
             help=f"{what[:1].upper()}{what[1:]}{default}.{repeatable}",
             metavar=f"[{'|'.join(choices)}]" if choices else None if number is None else f"<{number}>",
             show_default=False,

@@ -16,7 +16,6 @@ import typer
 from pydantic import BaseModel
 from typer.core import TyperCommand
 
-from loraplex.cli.environment import drop_links, unread
 from loraplex.cli.options import (
     AdapterOption,
     PathArgument,
@@ -29,6 +28,7 @@ from loraplex.cli.options import (
     stderr,
 )
 from loraplex.config import EngineConfig, ServerConfig, resolve
+from loraplex.environment import drop_links, unread
 from loraplex.errors import LoraplexError
 from loraplex.exhaustion import exhaustion
 

@@ -1,9 +1,12 @@
-"""Variables named LORAPLEX_…: those that Kubernetes sets for a service, and those that nobody reads."""
+"""Variables named LORAPLEX_…: those that hold settings, those that Kubernetes sets for a service, and those that nobody
+reads."""
 
 import difflib
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, get_origin
+
+from pydantic import BaseModel
 
 from loraplex.errors import listed
 
@@ -15,6 +18,21 @@ ELSEWHERE = frozenset(f"{PREFIX}{name}" for name in "API_KEY API_KEYS URL MODEL_
 # LORAPLEX_PORT=tcp://10.43.1.39:8000, LORAPLEX_SERVICE_HOST, LORAPLEX_PORT_8000_TCP_ADDR and others.
 LINK = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
 LINK_NAME = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP))(_\w+)?")
+
+
+def variable(setting: str) -> str:
+    """Return the name of the variable that holds a setting, such as LORAPLEX_KV_CACHE for `kv_cache`."""
+    return f"{PREFIX}{setting.upper()}"
+
+
+def settings_in(environment: Mapping[str, str], model: type[BaseModel]) -> dict[str, Any]:
+    """Return the fields of `model` that the environment sets, as the options of `loraplex serve` read them: a list's
+    values stand between spaces, and an empty variable sets nothing."""
+    given = {name: value for name in model.model_fields if (value := environment.get(variable(name)))}
+    return {
+        name: value.split() if get_origin(model.model_fields[name].annotation) is tuple else value
+        for name, value in given.items()
+    }
 
 
 def drop_links(settings: dict[str, Any], origins: Mapping[str, str]) -> list[str]:
