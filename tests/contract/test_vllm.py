@@ -26,8 +26,10 @@ from loraplex import Loraplex
 from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.config import EngineConfig
 from loraplex.engine.sequence import Sequence, SequenceOutput, Target
+from loraplex.environment import variable
 from loraplex.errors import AdapterError, ConfigurationError, EngineError, QueueFullError, UnsupportedModelError
 from loraplex.generation import GenerateRequest
+from loraplex.sagemaker.handlers import Model, input_fn, model_fn, predict_fn
 from loraplex.types import ClassifyRequest
 
 pytestmark = [
@@ -53,10 +55,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vllm(bundle: Path, root: Path) -> Iterator[Loraplex]:
-    options = {**OPTIONS, "adapter_root": (str(root),), "max_queue_tokens": 20_000}
-    with Loraplex.load(bundle, **options, vllm_arg=(EAGER, "max_num_seqs=16")) as loraplex:
-        yield loraplex
+def handled(bundle: Path, root: Path) -> Iterator[Model]:
+    """Loaded by SageMaker's handlers, from variables of the environment."""
+    options = {**OPTIONS, "adapter_root": root, "max_queue_tokens": 20_000, "vllm_arg": f"{EAGER} max_num_seqs=16"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            patch.setenv(variable(name), str(value))
+        model = model_fn(bundle)
+    assert isinstance(model, Model)
+    with model.loraplex:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def vllm(handled: Model) -> Loraplex:
+    return handled.loraplex
 
 
 # --------------------------------------------------------------------------------------------- answers
@@ -85,6 +98,20 @@ def test_rows_of_the_base_and_top_tokens_beside_adapters_are_as_alone(vllm: Lora
         for (answer, log_prob), (expected, expected_log_prob) in zip(found, alone[index % len(alone)], strict=True):
             assert answer == expected
             assert log_prob == pytest.approx(expected_log_prob, abs=1e-3)
+
+
+def test_sagemakers_handlers_answer_as_it_does(handled: Model, vllm: Loraplex) -> None:
+    bodies = [{"input_text": TEXT, "adapter_name": f"task{i}"} for i in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda body: predict_fn(input_fn(json.dumps(body)), handled), bodies))
+    for body, [answer] in zip(bodies, found, strict=True):
+        verdict = vllm.classify(TEXT, body["adapter_name"])[body["adapter_name"]]
+        assert answer["predicted_text"] == verdict.label
+        assert answer["confidence_score"] == pytest.approx(verdict.confidence, abs=1e-3)
+    [base] = predict_fn({"input_text": TEXT}, handled)
+    [token] = vllm.generate(TEXT).tokens
+    assert base["predicted_text"] == token.text
+    assert base["confidence_score"] == pytest.approx(math.exp(token.log_prob), abs=1e-3)
 
 
 def test_any_number_of_tokens_may_be_asked(vllm: Loraplex, bundle: Path) -> None:
