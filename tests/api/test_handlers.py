@@ -2,17 +2,21 @@
 
 import json
 import logging
+import re
+import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+import serving
 import tiny
 from loraplex.errors import ConfigurationError, InvalidRequestError, LoraplexError, UnknownClassifierError
-from loraplex.sagemaker import inference
+from loraplex.sagemaker import handlers, inference
 from loraplex.sagemaker.handlers import Model, Unloaded, input_fn, model_fn, output_fn, predict_fn
 
 pytestmark = pytest.mark.skipif(tiny.HAS_VLLM, reason="in the other environment")
@@ -304,6 +308,38 @@ def test_several_workers_are_warned_of(
     assert [text.partition(";")[0] for text in found] == (
         [f"SAGEMAKER_MODEL_SERVER_WORKERS {warning}"] if warning else []
     )
+
+
+@pytest.mark.parametrize(
+    ("library", "found", "is_refused"),
+    [
+        ("torch", "2.6.0+cu124", True),
+        ("torch", "2.11.0a0+nv26.1", False),
+        ("torch", "3.0.0", False),
+        ("transformers", "5.5.3", True),
+        ("transformers", "5.10.0", False),
+    ],
+)
+def test_an_images_old_libraries_are_refused(
+    load: Load, monkeypatch: pytest.MonkeyPatch, library: str, found: str, is_refused: bool
+) -> None:
+    monkeypatch.setattr(handlers, "version", lambda name: found if name == library else version(name))
+    if is_refused:
+        with pytest.raises(ConfigurationError, match=rf"{re.escape(found)}: is too old .*add {library}>="):
+            load(preload="none")
+    else:
+        load(preload="none")
+
+
+def test_peft_takes_an_images_old_torch(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handlers, "version", lambda name: "2.6.0" if name == "torch" else version(name))
+    load(preload="none", backend="peft")
+
+
+def test_the_oldest_libraries_are_those_of_the_package() -> None:
+    needed = tomllib.loads((serving.ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for library, numbers in handlers.OLDEST.items():
+        assert f"{library}>={'.'.join(map(str, numbers))}" in needed
 
 
 def test_what_cannot_be_loaded_answers_why(tmp_path: Path) -> None:

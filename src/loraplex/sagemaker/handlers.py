@@ -5,8 +5,10 @@ They ask the HTTP server's own app in this process. So requests, answers and err
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import httpx
 from loraplex.bundle import open_bundle
 from loraplex.config import EngineConfig, ServerConfig, resolve
 from loraplex.environment import drop_links, settings_in, unread, variable
-from loraplex.errors import BadInputError, InvalidRequestError, LoraplexError, error_answered
+from loraplex.errors import BadInputError, ConfigurationError, InvalidRequestError, LoraplexError, error_answered
 from loraplex.inprocess import Loraplex
 from loraplex.server.answers import unexpected
 from loraplex.server.app import create_app
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 JSON = "application/json"
 WORKERS = "SAGEMAKER_MODEL_SERVER_WORKERS"
+# As in pyproject.toml. pip checks it where it installs Loraplex, which an artifact only holds as a folder.
+OLDEST = {"torch": (2, 11), "transformers": (5, 10)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +107,20 @@ def _load(path: Path) -> Model:
         if warning is not None:
             logger.warning("%s", warning)
     check_effects(engine_config, engine)
+    _check_versions(engine_config.backend)
     bundle = replace(bundle, require_all=server_config.require_all)
     return Model(Loraplex.start(bundle, engine_config, prepare(bundle, engine_config)), server_config)
+
+
+def _check_versions(backend: str) -> None:
+    """Raise ConfigurationError where the image's libraries are too old. PEFT alone computes with an older PyTorch."""
+    for library, oldest in OLDEST.items():
+        found = version(library)
+        numbers = re.match(r"(\d+)\.(\d+)", found)
+        if numbers and tuple(map(int, numbers.groups())) < oldest and (library, backend) != ("torch", "peft"):
+            needed = f"{library}>={'.'.join(map(str, oldest))}"
+            remedy = f"add {needed} to code/requirements.txt, or take an image that has it"
+            raise ConfigurationError(f"{library} {found}", "is too old for Loraplex", remedy=remedy)
 
 
 def input_fn(data: str | bytes | bytearray | None, content_type: str | None = JSON, context: Any = None) -> Any:
