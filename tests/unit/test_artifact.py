@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from loraplex.errors import BundleError
-from loraplex.sagemaker.layout import MANIFEST
-from loraplex.sagemaker.manifest import FileEntry, Manifest, read_manifest
+from loraplex.sagemaker.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from loraplex.sagemaker.output import Archive, LocalFile, LocalFolder, Output, tar_bytes
 from loraplex.sagemaker.s3 import MAX_PARTS, PART_BYTES, part_bytes, place_of
 from loraplex.sagemaker.verify import Verified, verify

@@ -23,8 +23,8 @@ from loraplex.bundle import open_bundle
 from loraplex.cli.main import app
 from loraplex.config import EngineConfig
 from loraplex.errors import ConfigurationError
-from loraplex.sagemaker.layout import CODE, MANIFEST
-from loraplex.sagemaker.manifest import Manifest, read_manifest
+from loraplex.sagemaker.layout import CODE
+from loraplex.sagemaker.manifest import MANIFEST, Manifest, read_manifest
 from loraplex.sagemaker.pack import Packed, pack
 from loraplex.sagemaker.verify import verify
 from loraplex.service import preparation

@@ -13,6 +13,7 @@ from typing import Any
 from loraplex.bundle import MARKERS, SETTINGS, read_json
 from loraplex.config import MOST, read_bundle_settings
 from loraplex.errors import BundleError, ConfigurationError, LoraplexError, listed, quoted, shortened
+from loraplex.sagemaker.manifest import MANIFEST
 from loraplex.server import logs
 from loraplex.server.keys import ENVIRONMENT
 
@@ -20,7 +21,6 @@ logger = logging.getLogger("loraplex.sagemaker.container")  # its __name__ is __
 
 MODEL_DIR = "LORAPLEX_MODEL_DIR"  # names another folder than SageMaker's
 FOLDER = "/opt/ml/model"
-MANIFEST = "loraplex-manifest.json"  # `loraplex sagemaker pack` writes it
 
 PORT, PAYLOAD, LOG_LEVEL = "SAGEMAKER_BIND_TO_PORT", "SAGEMAKER_MAX_PAYLOAD_IN_MB", "SAGEMAKER_CONTAINER_LOG_LEVEL"
 # SageMaker kills 30 s after SIGTERM, and a drained server may take 7 s more to end.

@@ -13,8 +13,9 @@ from loraplex.config import SERVED_NAME, BundleSettings, EngineConfig, resolve, 
 from loraplex.discovery import CHECKPOINT, lines_of
 from loraplex.errors import BundleError, ConfigurationError, quoted
 from loraplex.model.base_weights import FILE, INDEX, weight_files
+from loraplex.sagemaker.manifest import MANIFEST
 
-CODE, MANIFEST = "code", "loraplex-manifest.json"
+CODE = "code"
 # What transformers and vLLM read of a base, beside the weights.
 BASE_NAMES = (
     *BASE_FILES,
@@ -27,12 +28,6 @@ BASE_NAMES = (
 LICENCE = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
 # Settings that name a file or a folder of this machine.
 OF_THIS_MACHINE = {"engine": ("state_dir", "adapter_root"), "server": ("api_key_file",)}
-INFERENCE = '''"""SageMaker's entry point: the toolkit in AWS's images imports these four functions."""
-
-from loraplex.sagemaker.handlers import input_fn, model_fn, output_fn, predict_fn
-
-__all__ = ["input_fn", "model_fn", "output_fn", "predict_fn"]
-'''
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +164,7 @@ def _code(backend: str) -> dict[str, Path | bytes]:
     this package, because no index has it."""
     root = Path(loraplex.__file__).parent
     content: dict[str, Path | bytes] = {
-        f"{CODE}/inference.py": INFERENCE.encode(),
+        f"{CODE}/inference.py": root / "sagemaker" / "inference.py",
         f"{CODE}/requirements.txt": _requirements(backend).encode(),
     }
     for path in root.rglob("*"):

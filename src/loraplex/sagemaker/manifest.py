@@ -6,8 +6,8 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraplex.errors import BundleError, quoted
-from loraplex.sagemaker.layout import MANIFEST
 
+MANIFEST = "loraplex-manifest.json"
 FORMAT: Final = 1
 MAX_BYTES = 64 * 2**20  # such a manifest describes some 400,000 files
 

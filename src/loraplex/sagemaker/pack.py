@@ -11,8 +11,8 @@ from loraplex.adapters.files import ARCHIVE, CHUNK, Progress
 from loraplex.bundle import Bundle
 from loraplex.disk import CHANGED, WRITE_ELSEWHERE, unchanged
 from loraplex.errors import BundleError
-from loraplex.sagemaker.layout import MANIFEST, Member, lay_out
-from loraplex.sagemaker.manifest import AdapterEntry, FileEntry, Manifest
+from loraplex.sagemaker.layout import Member, lay_out
+from loraplex.sagemaker.manifest import MANIFEST, AdapterEntry, FileEntry, Manifest
 from loraplex.sagemaker.output import Archive, LocalFile, LocalFolder, Output, tar_bytes
 from loraplex.sagemaker.s3 import S3Object, S3Prefix, place_of
 from loraplex.sagemaker.trial import try_layout
