@@ -1,0 +1,68 @@
+"""Adapters as inference components: SageMaker loads each of them into the base component's container, through the
+container's `POST /adapters`."""
+
+from loraplex.errors import ConfigurationError
+from loraplex.sagemaker.aws import Aws
+from loraplex.sagemaker.calls import Call
+from loraplex.sagemaker.deployment import ARCHIVE, NAME, NAME_RULE, OBJECT, base_component, check, tags_of
+from loraplex.sagemaker.resources import describe_component, known_endpoint
+from loraplex.sagemaker.waiting import Report, wait_for_component, wait_until_gone
+
+
+def add_adapter(aws: Aws, endpoint: str, name: str, url: str, *, wait: bool, report: Report) -> None:
+    """Load the adapter at `url` into the endpoint under `name`, or replace the adapter of this name.
+
+    Done twice, it changes nothing. Raises ConfigurationError where the endpoint has no base component, or another
+    endpoint has a component of this name."""
+    check("NAME", name, NAME.fullmatch(name), NAME_RULE.format(63))
+    check("URL", url, OBJECT.fullmatch(url) and url.endswith(ARCHIVE), f"s3://BUCKET/NAME{ARCHIVE}")
+    base = base_component(endpoint)
+    known_endpoint(aws, endpoint)
+    if aws.find(describe_component(base)) is None:
+        raise ConfigurationError(
+            f"endpoint {endpoint}",
+            f"has no base component {base}",
+            remedy="deploy it with --inference-components; other endpoints load adapters from their model data, or "
+            "through the server's own routes",
+        )
+    specification = {"BaseInferenceComponentName": base, "Container": {"ArtifactUrl": url}}
+    names = {"InferenceComponentName": name}
+    found = aws.find(describe_component(name))
+    if found is None:
+        more = {"EndpointName": endpoint, "Specification": specification, "Tags": tags_of(endpoint, {})}
+        aws.run(Call("sagemaker", "CreateInferenceComponent", {**names, **more}))
+    elif found["EndpointName"] != endpoint or name == base:
+        raise ConfigurationError(
+            f"component {name}", f"belongs to endpoint {found['EndpointName']}", remedy="choose another name"
+        )
+    elif _url_of(found) != url:
+        aws.run(Call("sagemaker", "UpdateInferenceComponent", {**names, "Specification": specification}))
+    else:
+        report(f"{endpoint} has {name} from {url}")
+    if wait and not aws.is_dry:
+        again = f"then loraplex sagemaker adapter remove {endpoint} {name}, and add it again"
+        wait_for_component(aws, name, report, again=again)
+
+
+def _url_of(component: dict[str, object]) -> object:
+    """Return where an adapter's component came from. AWS answers with the image as an object, the URL as text."""
+    container = component.get("Specification") or {}
+    assert isinstance(container, dict)
+    return (container.get("Container") or {}).get("ArtifactUrl")
+
+
+def remove_adapter(aws: Aws, endpoint: str, name: str, report: Report) -> bool:
+    """Unload an adapter from the endpoint; return False if there is none of this name."""
+    found = aws.find(describe_component(name))
+    if found is None:
+        return False
+    if found["EndpointName"] != endpoint or name == base_component(endpoint):
+        raise ConfigurationError(
+            f"component {name}",
+            f"is not an adapter of {endpoint}",
+            remedy="loraplex sagemaker status shows the endpoint's adapters; delete removes the base component",
+        )
+    aws.run(Call("sagemaker", "DeleteInferenceComponent", {"InferenceComponentName": name}))
+    if not aws.is_dry:
+        wait_until_gone(aws, describe_component(name), f"component {name}", report)
+    return True

@@ -1,0 +1,280 @@
+"""Makes and updates endpoints."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from loraplex.errors import ConfigurationError
+from loraplex.sagemaker.alarms import alarm_calls, alarm_names
+from loraplex.sagemaker.aws import Aws, AwsError
+from loraplex.sagemaker.calls import Call
+from loraplex.sagemaker.deployment import ARCHIVE, Deployment, base_component, from_described
+from loraplex.sagemaker.remedies import ROLE_POLICY, remedy_of
+from loraplex.sagemaker.resources import (
+    describe_component,
+    describe_config,
+    find_endpoint,
+    inventory,
+    known_endpoint,
+    tags_at,
+)
+from loraplex.sagemaker.waiting import BUSY, Report, endpoint_failure, wait_for_component, wait_for_endpoint
+
+
+def describe_model(name: str) -> Call:
+    return Call("sagemaker", "DescribeModel", {"ModelName": name})
+
+
+def check_model_data(aws: Aws, url: str) -> str | None:
+    """Raise ConfigurationError where the model data is missing, or in another region than the endpoint.
+
+    Return why it could not be looked up, or None. The role may be allowed to read what the user may not."""
+    place = urlsplit(url)
+    bucket, key = place.netloc, place.path.removeprefix("/")
+    try:
+        found = aws.run(Call("s3", "HeadBucket", {"Bucket": bucket}))
+        region = found.get("BucketRegion") or aws.region()
+        if region != aws.region():
+            raise ConfigurationError(
+                url,
+                f"is in {region}, and the endpoint would be in {aws.region()}",
+                remedy=f"copy it into a bucket in {aws.region()}, or give --region {region}",
+            )
+        if key.endswith(ARCHIVE):
+            aws.run(Call("s3", "HeadObject", {"Bucket": bucket, "Key": key}))
+        elif not aws.run(Call("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": key, "MaxKeys": 1})).get("KeyCount"):
+            raise ConfigurationError(url, "holds no objects", remedy="loraplex sagemaker pack writes it")
+    except AwsError as error:
+        if error.is_missing:
+            raise ConfigurationError(
+                url, f"does not exist ({error.message})", remedy="check the URL; loraplex sagemaker pack writes it"
+            ) from None
+        if error.aws_code in ("403", "AccessDenied"):
+            return f"{url} was not checked: {error.message}; the role must be allowed to read it ({ROLE_POLICY})"
+        raise
+    return None
+
+
+def deploy(aws: Aws, wanted: Deployment, *, wait: bool, report: Report) -> None:
+    """Make the endpoint, with its model and config; make what is missing of it where it is half-made.
+
+    Raises ConfigurationError where an endpoint of the name exists with other settings, and AwsError."""
+    name = wanted.name
+    found = find_endpoint(aws, name)
+    if found is not None:
+        _check_same(aws, wanted, found)
+    elif not aws.is_dry and (warning := check_model_data(aws, wanted.model_data)):
+        report(warning)
+    _ensure(aws, describe_model(wanted.model_name), wanted.create_model())
+    _ensure(aws, describe_config(wanted.config_name), wanted.create_config())
+    if found is None:
+        aws.run(wanted.create_endpoint())
+    else:
+        report(f"endpoint {name} exists with these settings")
+    if aws.is_dry:
+        if wanted.components:
+            aws.run(wanted.create_component())
+        return
+    if wait:
+        wait_for_endpoint(aws, name, report)
+    if not wanted.components:
+        return
+    if not wait:
+        report(f"when endpoint {name} is in service, run this command again: it makes the base component")
+        return
+    _ensure(aws, describe_component(wanted.component_name), wanted.create_component())
+    again = f"then loraplex sagemaker delete {name}, and deploy again"
+    wait_for_component(aws, wanted.component_name, report, again=again)
+
+
+def _ensure(aws: Aws, describe: Call, create: Call) -> None:
+    if aws.find(describe) is None:
+        aws.run(create)
+
+
+def _check_same(aws: Aws, wanted: Deployment, found: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError unless the endpoint that exists is the wanted one and can still come into service."""
+    name, status = wanted.name, found["EndpointStatus"]
+    if status == "Deleting":
+        remedy = "wait until loraplex sagemaker status finds no endpoint, and deploy again"
+        raise ConfigurationError(f"endpoint {name}", "is being deleted", remedy=remedy)
+    if status not in ("InService", *BUSY):
+        raise endpoint_failure(aws, name, found)
+    is_same = found["EndpointConfigName"] == wanted.config_name
+    if is_same and wanted.components:
+        component = aws.find(describe_component(wanted.component_name))
+        is_same = component is None or component["Specification"].get("ModelName") == wanted.model_name
+    if not is_same:
+        raise ConfigurationError(
+            f"endpoint {name}",
+            "exists with other settings",
+            remedy=f"change it: loraplex sagemaker update {name} …; or choose another name, or delete it",
+        )
+
+
+def read_deployment(aws: Aws, endpoint: Mapping[str, Any]) -> Deployment:
+    """Return what the endpoint is now. Raises AwsError where its config or model was deleted by hand."""
+    name = endpoint["EndpointName"]
+    config = aws.run(describe_config(endpoint["EndpointConfigName"]))
+    component, model = None, config["ProductionVariants"][0].get("ModelName")
+    if model is None:
+        component = aws.run(describe_component(base_component(name)))
+        model = component["Specification"]["ModelName"]
+    tags = tags_at(aws, endpoint["EndpointArn"])
+    return from_described(name, config, aws.run(describe_model(model)), component, tags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """How an update replaces instances.
+
+    alarms:       names of CloudWatch alarms; one that goes off brings the old endpoint back.
+    make_alarms:  make Loraplex's own two alarms, and use them too.
+    batch:        instances that are replaced at once; by default a quarter, at least one.
+    bake_s:       seconds for which the alarms are watched after each batch.
+    """
+
+    alarms: tuple[str, ...] = ()
+    make_alarms: bool = False
+    max_errors: int = 5
+    max_latency_s: float = 5.0
+    batch: int | None = None
+    bake_s: int = 120
+
+    def policy(self, name: str, num_instances: int, unit: str) -> dict[str, Any]:
+        """Return the DeploymentConfig. AWS replaces 5 to 50 % at once: a single instance gets a second one beside it,
+        which takes all requests, before the first is stopped."""
+        names = [*self.alarms, *(alarm_names(name) if self.make_alarms else ())]
+        policy: dict[str, Any] = {}
+        if names:
+            policy["AutoRollbackConfiguration"] = {"Alarms": [{"AlarmName": one} for one in dict.fromkeys(names)]}
+        if num_instances < 2 and unit == "INSTANCE_COUNT":
+            routing = {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": self.bake_s}
+            policy["BlueGreenUpdatePolicy"] = {
+                "TrafficRoutingConfiguration": routing,
+                "TerminationWaitInSeconds": self.bake_s,
+            }
+        else:
+            batch = {"Type": unit, "Value": self.batch or max(1, num_instances // 4)}
+            policy["RollingUpdatePolicy"] = {"MaximumBatchSize": batch, "WaitIntervalInSeconds": self.bake_s}
+        return policy
+
+
+def update(
+    aws: Aws,
+    name: str,
+    changes: Mapping[str, Any],
+    rollout: Rollout,
+    *,
+    wait: bool,
+    report: Report,
+    set_env: Mapping[str, str] | None = None,
+    unset_env: Collection[str] = (),
+) -> bool:
+    """Change the endpoint without a pause, and return whether anything was to change.
+
+    changes:  fields of Deployment. What is no longer used is deleted after success. Raises ConfigurationError where the
+    endpoint is missing, busy or failed, and where AWS rolled the update back."""
+    found = known_endpoint(aws, name)
+    _check_free(aws, name, found)
+    current = read_deployment(aws, found)
+    env = {key: value for key, value in {**current.env, **(set_env or {})}.items() if key not in unset_env}
+    wanted = replace(current, **changes, env=env)
+    if "model_data" in changes and (warning := check_model_data(aws, wanted.model_data)):
+        report(warning)
+    if rollout.make_alarms:
+        for call in alarm_calls(
+            name,
+            has_components=wanted.components,
+            max_errors=rollout.max_errors,
+            max_latency_s=rollout.max_latency_s,
+        ):
+            aws.run(call)
+    is_other_config = wanted.config_name != found["EndpointConfigName"]
+    is_other_component = wanted.components and (wanted.component_specification() != current.component_specification())
+    if not is_other_config and not is_other_component:
+        return False
+    _ensure(aws, describe_model(wanted.model_name), wanted.create_model())
+    if is_other_config:
+        _ensure(aws, describe_config(wanted.config_name), wanted.create_config())
+        aws.run(_update_endpoint(wanted, found, changes, rollout))
+        if wait and not aws.is_dry:
+            after = wait_for_endpoint(aws, name, report)
+            if after["EndpointConfigName"] != wanted.config_name:
+                _prune(aws, name, {after["EndpointConfigName"], current.model_name}, report)
+                raise _rolled_back(f"endpoint {name}", after)
+        elif is_other_component and not aws.is_dry:
+            report(f"when endpoint {name} is in service, run this command again: it updates the base component")
+            return True
+    if is_other_component:
+        aws.run(_update_component(wanted, aws.run(describe_component(wanted.component_name)), rollout))
+        if wait and not aws.is_dry:
+            wait_for_component(aws, wanted.component_name, report, again="then update again")
+            component = aws.run(describe_component(wanted.component_name))
+            if component["Specification"].get("ModelName") != wanted.model_name:
+                _prune(aws, name, {wanted.config_name, current.model_name}, report)
+                raise _rolled_back(f"component {wanted.component_name}", component)
+    if wait or aws.is_dry:
+        _prune(aws, name, {wanted.config_name, wanted.model_name}, report)
+    return True
+
+
+def _check_free(aws: Aws, name: str, found: Mapping[str, Any]) -> None:
+    status = found["EndpointStatus"]
+    if status in (*BUSY, "Deleting"):
+        remedy = "wait until loraplex sagemaker status shows InService, and run the command again"
+        raise ConfigurationError(f"endpoint {name}", f"cannot be changed while it is {status}", remedy=remedy)
+    if status != "InService":
+        raise endpoint_failure(aws, name, found)
+
+
+def _update_endpoint(
+    wanted: Deployment, found: Mapping[str, Any], changes: Mapping[str, Any], rollout: Rollout
+) -> Call:
+    """The call keeps what autoscaling chose, unless the user says otherwise."""
+    given = {"instances": "DesiredInstanceCount", "data_capture": "DataCaptureConfig"}
+    given |= {"capture_percent": "DataCaptureConfig", "kms_key": "DataCaptureConfig"}
+    excluded = sorted({kind for option, kind in given.items() if option in changes})
+    parameters: dict[str, Any] = {
+        "EndpointName": wanted.name,
+        "EndpointConfigName": wanted.config_name,
+        "RetainAllVariantProperties": True,
+    }
+    if excluded:
+        parameters["ExcludeRetainedVariantProperties"] = [{"VariantPropertyType": kind} for kind in excluded]
+    if not wanted.components:  # a component has a rollout of its own
+        num_instances = found["ProductionVariants"][0].get("CurrentInstanceCount") or 1
+        parameters["DeploymentConfig"] = rollout.policy(wanted.name, num_instances, "INSTANCE_COUNT")
+    return Call("sagemaker", "UpdateEndpoint", parameters)
+
+
+def _update_component(wanted: Deployment, component: Mapping[str, Any], rollout: Rollout) -> Call:
+    num_copies = (component.get("RuntimeConfig") or {}).get("CurrentCopyCount") or 1
+    parameters = {
+        "InferenceComponentName": wanted.component_name,
+        "Specification": wanted.component_specification(),
+        "DeploymentConfig": rollout.policy(wanted.name, num_copies, "COPY_COUNT"),
+    }
+    return Call("sagemaker", "UpdateInferenceComponent", parameters)
+
+
+def _rolled_back(what: str, answer: Mapping[str, Any]) -> ConfigurationError:
+    reason = answer.get("FailureReason") or "AWS gives no reason: an alarm went off, or the new container did not start"
+    remedy = remedy_of("", reason)
+    return ConfigurationError(
+        what,
+        f"the update was rolled back, and the endpoint serves as before: {reason}",
+        remedy=f"{remedy}; loraplex sagemaker logs shows the container's log",
+    )
+
+
+def _prune(aws: Aws, name: str, used: set[str], report: Report) -> None:
+    """Delete the endpoint's configs and models that are not used. What cannot be deleted is told: `delete` finds it."""
+    found = inventory(aws, name)
+    for one in (*found.of("config"), *found.of("model")):
+        if one.name not in used:
+            try:
+                aws.run(one.delete)
+            except AwsError as error:
+                report(f"{one.kind} {one.name} is left: {error}")
