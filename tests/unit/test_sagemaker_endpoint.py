@@ -39,6 +39,16 @@ def account(monkeypatch: pytest.MonkeyPatch) -> Iterator[Account]:
         yield found
 
 
+@pytest.fixture
+def no_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any call fails the test. Quicker than an account."""
+
+    def run(_: Aws, call: Call) -> None:
+        pytest.fail(f"{call.action} is called")
+
+    monkeypatch.setattr(Aws, "run", run)
+
+
 def run(*arguments: str, code: int = 0, stdin: str = "") -> str:
     """The output of `loraplex sagemaker …`."""
     result = CliRunner().invoke(app, ["sagemaker", *arguments], input=stdin)
@@ -154,12 +164,11 @@ def test_a_variable_may_come_from_the_environment(account: Account, monkeypatch:
 
 
 @pytest.mark.parametrize("option", ["NAME", "--role", "--image", "--model-data"])
-def test_nothing_is_made_without_a_name_a_role_an_image_and_model_data(account: Account, option: str) -> None:
+def test_nothing_is_made_without_a_name_a_role_an_image_and_model_data(no_account: None, option: str) -> None:
     arguments = list(DEPLOY)
     at = 1 if option == "NAME" else arguments.index(option)
     del arguments[at : at + (1 if option == "NAME" else 2)]
     run(*arguments, code=2)
-    assert account.calls == []
 
 
 @pytest.mark.parametrize(
@@ -183,7 +192,7 @@ def test_nothing_is_made_without_a_name_a_role_an_image_and_model_data(account: 
         ("--subnet", "subnet-1"),
     ],
 )
-def test_what_cannot_be_is_refused_before_the_first_call(account: Account, option: str, value: str) -> None:
+def test_what_cannot_be_is_refused_before_the_first_call(no_account: None, option: str, value: str) -> None:
     arguments = list(DEPLOY)
     if option == "NAME":
         arguments[1] = value
@@ -193,7 +202,6 @@ def test_what_cannot_be_is_refused_before_the_first_call(account: Account, optio
         arguments += [option, value]
     output = run(*arguments, code=1)
     assert option in output and "remedy: use " in output
-    assert account.calls == []
 
 
 def test_model_data_that_is_missing_or_elsewhere_is_refused(account: Account) -> None:
@@ -224,12 +232,42 @@ def test_an_endpoint_that_exists_is_not_changed_by_deploy(account: Account) -> N
     account.calls.clear()
     output = run(*DEPLOY, "--instances", "2", code=1)
     assert "exists with other settings" in output and "loraplex sagemaker update support" in output
+    account.statuses = ["Failed"]
+    output = run(*DEPLOY, "--instances", "2", code=1)
+    assert "Failed" in output and "loraplex sagemaker delete support" in output, "AWS does not update it"
+    account.statuses = []
     boto3.client("sagemaker", aws.REGION).delete_tags(ResourceArn=f"{ARN}:endpoint/support", TagKeys=[TAG])
     account.calls.clear()
     for arguments in (DEPLOY, ("delete", "support", "--yes"), ("update", "support", "--instances", "2")):
         output = run(*arguments, code=1)
         assert "was not made by loraplex" in output and f"{TAG}=support" in output
     assert account.changes() == []
+
+
+@pytest.mark.parametrize("options", [("--memory", "2048"), ("--env", "A=1"), ("--startup-timeout", "600")])
+def test_a_base_component_that_exists_is_not_changed_by_deploy(account: Account, options: tuple[str, str]) -> None:
+    run(*COMPONENTS)
+    account.calls.clear()
+    run(*COMPONENTS)
+    assert "exists with other settings" in run(*COMPONENTS, *options, code=1)
+    assert account.changes() == []
+
+
+def test_every_setting_has_a_part_in_the_names() -> None:
+    """Else a change of it alone would be no change."""
+    base = replace(FULL, async_output=None, data_capture="s3://models/b", subnets=("a",), metrics=False)
+    others: dict[str, Any] = {
+        **{"name": "other", "role": f"{ROLE}2", "image": f"{IMAGE}2", "model_data": DATA, "instances": 3},
+        **{"instance_type": "ml.m5.large", "env": {"A": "1"}, "volume_gb": 200, "startup_timeout": 600},
+        **{"async_output": "s3://models/a", "data_capture": "s3://models/c", "capture_percent": 30},
+        **{"kms_key": "alias/a", "volume_kms_key": "alias/b", "subnets": ("c",), "security_groups": ("sg-2",)},
+        **{"metrics": True, "components": True},
+    }
+    changed = {field: replace(base, **{field: value}).config_name for field, value in others.items()}
+    assert len({base.config_name, *changed.values()}) == len(changed) + 1
+    component = replace(base, components=True)
+    assert replace(component, max_instances=5).config_name != component.config_name
+    assert set(others) == set(Deployment.__dataclass_fields__) - {"tags", "max_instances", "memory_mb", "accelerators"}
 
 
 def test_an_endpoint_that_is_being_made_is_waited_for(account: Account) -> None:
@@ -422,6 +460,19 @@ def test_an_update_with_alarms_is_rolled_back_by_them(account: Account) -> None:
     assert {arn for arn in account.resources() if ":alarm:" in arn} == alarms, "they are not made twice"
 
 
+def test_what_a_failed_update_leaves_is_listed_and_goes_with_the_next(account: Account) -> None:
+    run(*DEPLOY)
+    before = account.resources()
+    account.failing = {"UpdateEndpoint": ("ResourceLimitExceeded", "limit 'ml.g5.2xlarge for endpoint usage' is 1")}
+    output = run("update", "support", "--model-data", OTHER_DATA, code=1)
+    left = account.resources() - before
+    assert len(left) == 2 and all(f" {arn}\n" in output for arn in left)
+    assert "sagemaker delete" not in output and "loraplex sagemaker update support" in output
+    account.failing = {}
+    run("update", "support")
+    assert account.resources() == before
+
+
 def test_what_the_user_sets_is_not_retained(account: Account) -> None:
     run(*DEPLOY)
     run("update", "support", "--instances", "3", "--instance-type", "ml.g6.2xlarge")
@@ -503,6 +554,8 @@ def test_autoscaling_is_set_once_and_ended(account: Account) -> None:
         "ScaleInCooldown": 300,
         "ScaleOutCooldown": 60,
     }
+    shown = [line["operation"] for line in lines_of(run("autoscale", "support", "--off", "--dry-run"))]
+    assert shown == ["delete_scaling_policy", "deregister_scalable_target"]
     for _ in range(2):
         run("autoscale", "support", "--off")
         assert account.resources() == before

@@ -32,10 +32,17 @@ def tell(line: str) -> None:
 
 @contextmanager
 def account(
-    region: str | None, profile: str | None, *, endpoint: str, dry_run: bool = False, offline: bool = False
+    region: str | None,
+    profile: str | None,
+    *,
+    endpoint: str,
+    rest: str = "",
+    dry_run: bool = False,
+    offline: bool = False,
 ) -> Iterator["Aws"]:
-    """Yield the account. A LoraplexError, or Ctrl-C while waiting, ends the command with what was made so far, and how
-    to go on."""
+    """Yield the account. A LoraplexError, or Ctrl-C while waiting, ends the command with what was made so far.
+
+    rest:  what the user can do about that."""
     from loraplex.sagemaker.aws import Aws
 
     region = region or os.environ.get("AWS_REGION") or None  # boto3 reads AWS_DEFAULT_REGION only
@@ -45,18 +52,17 @@ def account(
     def report(error: LoraplexError) -> None:
         print_error(error)
         print_made(aws)
-        if aws.made:
-            tell(f"to delete all of it: loraplex sagemaker delete {endpoint}")
+        if aws.made and rest:
+            tell(rest)
 
     try:
         with errors_to_exit(report):
             yield aws
     except KeyboardInterrupt:
         print_made(aws)
-        tell(
-            f"not waiting any more; AWS goes on. See: loraplex sagemaker status {endpoint}. Wait again: the same "
-            f"command. Delete: loraplex sagemaker delete {endpoint}"
-        )
+        tell(f"stopped; what AWS has begun goes on: loraplex sagemaker status {endpoint}. The same command waits again")
+        if aws.made and rest:
+            tell(rest)
         raise typer.Exit(130) from None
 
 

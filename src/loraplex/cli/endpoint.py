@@ -88,7 +88,8 @@ def deploy(
     """
     variables = pairs(env, "--env", from_environment=True)
     tags = pairs(tag, "--tag")
-    with account(region, profile, endpoint=name, dry_run=dry_run, offline=dry_run) as aws:
+    rest = f"to delete all of it: loraplex sagemaker delete {name}"
+    with account(region, profile, endpoint=name, rest=rest, dry_run=dry_run, offline=dry_run) as aws:
         from loraplex.sagemaker.deployment import Deployment
         from loraplex.sagemaker.endpoint import deploy as make
 
@@ -164,7 +165,8 @@ def update(
     numbers = {"instances": instances, "startup_timeout": startup_timeout}
     changes: dict[str, Any] = {key: value for key, value in {**given, **numbers}.items() if value is not None}
     variables = pairs(env, "--env", from_environment=True)
-    with account(region, profile, endpoint=name, dry_run=dry_run) as aws:
+    rest = f"models and configs that are not used are deleted by the next loraplex sagemaker update {name}"
+    with account(region, profile, endpoint=name, rest=rest, dry_run=dry_run) as aws:
         from loraplex.sagemaker.endpoint import Rollout
         from loraplex.sagemaker.endpoint import update as change
 

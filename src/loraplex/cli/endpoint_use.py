@@ -135,7 +135,8 @@ def autoscale(
             resources = scaling_of(aws, name)
             for one in resources:
                 aws.run(one.delete)
-            tell("; ".join(f"deleted {one.kind} {one.name}" for one in resources) or f"{name} has no autoscaling")
+            if not dry_run:
+                tell("; ".join(f"deleted {one.kind} {one.name}" for one in resources) or f"{name} has no autoscaling")
             return
         found = known_endpoint(aws, name)
         with_components = has_components(aws, found)

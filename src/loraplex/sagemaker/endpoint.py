@@ -102,9 +102,8 @@ def _check_same(aws: Aws, wanted: Deployment, found: Mapping[str, Any]) -> None:
     if status not in ("InService", *BUSY):
         raise endpoint_failure(aws, name, found)
     is_same = found["EndpointConfigName"] == wanted.config_name
-    if is_same and wanted.components:
-        component = aws.find(describe_component(wanted.component_name))
-        is_same = component is None or component["Specification"].get("ModelName") == wanted.model_name
+    if is_same and wanted.components and aws.find(describe_component(wanted.component_name)) is not None:
+        is_same = read_deployment(aws, found).component_specification() == wanted.component_specification()
     if not is_same:
         raise ConfigurationError(
             f"endpoint {name}",
@@ -194,6 +193,7 @@ def update(
     is_other_config = wanted.config_name != found["EndpointConfigName"]
     is_other_component = wanted.components and (wanted.component_specification() != current.component_specification())
     if not is_other_config and not is_other_component:
+        _prune(aws, name, {wanted.config_name, wanted.model_name}, report)  # what a failed update left
         return False
     _ensure(aws, describe_model(wanted.model_name), wanted.create_model())
     if is_other_config:
