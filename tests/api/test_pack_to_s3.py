@@ -19,9 +19,9 @@ from moto.server import ThreadedMotoServer
 
 from loraplex.bundle import open_bundle
 from loraplex.errors import ConfigurationError
-from loraplex.sagemaker import s3
-from loraplex.sagemaker.pack import Packed, pack
-from loraplex.sagemaker.verify import verify
+from loraplex.sagemaker.artifact import s3
+from loraplex.sagemaker.artifact.pack import Packed, pack
+from loraplex.sagemaker.artifact.verify import verify
 
 PART = 5 * 2**20  # the least that S3 takes
 

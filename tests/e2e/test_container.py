@@ -16,7 +16,7 @@ import pytest
 
 import serving
 import tiny
-from loraplex.sagemaker.manifest import MANIFEST
+from loraplex.sagemaker.artifact.manifest import MANIFEST
 
 pytestmark = pytest.mark.skipif(tiny.HAS_VLLM, reason="in the other environment")
 COMMAND = [sys.executable, "-m", "loraplex.sagemaker.container"]

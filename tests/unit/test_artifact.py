@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from loraplex.errors import BundleError
-from loraplex.sagemaker.manifest import MANIFEST, FileEntry, Manifest, read_manifest
-from loraplex.sagemaker.output import Archive, LocalFile, LocalFolder, Output, tar_bytes
-from loraplex.sagemaker.s3 import MAX_PARTS, PART_BYTES, part_bytes, place_of
-from loraplex.sagemaker.verify import Verified, verify
+from loraplex.sagemaker.artifact.manifest import MANIFEST, FileEntry, Manifest, read_manifest
+from loraplex.sagemaker.artifact.output import Archive, LocalFile, LocalFolder, Output, tar_bytes
+from loraplex.sagemaker.artifact.s3 import MAX_PARTS, PART_BYTES, connect, part_bytes, place_of
+from loraplex.sagemaker.artifact.verify import Verified, verify
 
 FILES = {
     "config.json": b"{}",
@@ -322,3 +322,21 @@ def test_where_nothing_is_there_is_nothing_to_verify(tmp_path: Path) -> None:
     for name in ("nowhere", "nowhere.tar.gz"):
         with pytest.raises(BundleError, match=r"nowhere"):
             verify(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("environment", "region"),
+    [
+        ({"AWS_REGION": "eu-west-1"}, "eu-west-1"),
+        ({"AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-2"),
+        ({"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-1"),
+    ],
+)
+def test_s3_is_asked_in_the_region_that_the_variables_name(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], region: str
+) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert connect(place_of("s3://bucket/key")).meta.region_name == region

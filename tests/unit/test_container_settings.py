@@ -8,8 +8,8 @@ import pytest
 
 from loraplex.config import ServerConfig, resolve
 from loraplex.errors import BundleError, ConfigurationError
+from loraplex.sagemaker.artifact.manifest import MANIFEST
 from loraplex.sagemaker.container import check_model, variables
-from loraplex.sagemaker.manifest import MANIFEST
 
 
 def config_of(environment: dict[str, str], file: dict[str, Any]) -> ServerConfig:

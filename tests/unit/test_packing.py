@@ -23,10 +23,10 @@ from loraplex.bundle import open_bundle
 from loraplex.cli.main import app
 from loraplex.config import EngineConfig
 from loraplex.errors import ConfigurationError
-from loraplex.sagemaker.layout import CODE
-from loraplex.sagemaker.manifest import MANIFEST, Manifest, read_manifest
-from loraplex.sagemaker.pack import Packed, pack
-from loraplex.sagemaker.verify import verify
+from loraplex.sagemaker.artifact.layout import CODE
+from loraplex.sagemaker.artifact.manifest import MANIFEST, Manifest, read_manifest
+from loraplex.sagemaker.artifact.pack import Packed, pack
+from loraplex.sagemaker.artifact.verify import verify
 from loraplex.service import preparation
 from loraplex.service.named_adapters import add_adapters
 

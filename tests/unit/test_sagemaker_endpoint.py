@@ -17,13 +17,13 @@ import aws
 from aws import DATA, IMAGE, ROLE, Account
 from loraplex.cli.main import app
 from loraplex.errors import ConfigurationError
-from loraplex.sagemaker import waiting
-from loraplex.sagemaker.aws import Aws
-from loraplex.sagemaker.calls import Call
-from loraplex.sagemaker.deployment import TAG, Deployment
-from loraplex.sagemaker.endpoint import read_deployment
-from loraplex.sagemaker.remedies import remedy_of
-from loraplex.sagemaker.resources import known_endpoint
+from loraplex.sagemaker.endpoints import waiting
+from loraplex.sagemaker.endpoints.aws import Aws
+from loraplex.sagemaker.endpoints.calls import Call
+from loraplex.sagemaker.endpoints.deployment import TAG, Deployment
+from loraplex.sagemaker.endpoints.endpoint import read_deployment
+from loraplex.sagemaker.endpoints.remedies import remedy_of
+from loraplex.sagemaker.endpoints.resources import known_endpoint
 
 DEPLOY = ("deploy", "support", "--role", ROLE, "--image", IMAGE, "--model-data", DATA)
 COMPONENTS = (*DEPLOY, "--inference-components")
@@ -773,7 +773,7 @@ def actions(path: Path) -> set[str]:
 def test_the_users_policy_names_exactly_the_rights_that_the_code_needs() -> None:
     constants = {"NAMESPACE": "application-autoscaling", "RUNTIME": "sagemaker-runtime"}
     called = set()
-    for path in (ROOT / "src/loraplex/sagemaker").glob("*.py"):
+    for path in (ROOT / "src/loraplex/sagemaker").rglob("*.py"):
         for service, operation in re.findall(r'Call\(\s*("[\w-]+"|[A-Z]+),\s*"([A-Z]\w+)"', path.read_text()):
             called.add(Call(constants.get(service, service.strip('"')), operation, {}).action)
     needed = {OTHER_NAMES.get(one, one) for one in called} | BEHIND

@@ -1,5 +1,6 @@
 """Fetches adapters from S3, folders and archives. Each version is fetched once."""
 
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -59,8 +60,9 @@ def from_s3(bucket: str, key: str, cache_dir: Path, limits: SourceLimits, progre
         return unpack(work / objects[0].name, work, source, limits) if key.endswith(ARCHIVE) else work
 
     try:
-        # A separate session: threads may not share boto3's default one.
-        client = boto3.session.Session().client("s3", config=Config(connect_timeout=10))
+        # A session of its own: threads may not share boto3's default one, which does not read AWS_REGION either.
+        session = boto3.session.Session(region_name=os.environ.get("AWS_REGION") or None)
+        client = session.client("s3", config=Config(connect_timeout=10))
         for _ in range(ATTEMPTS):
             objects = _list(client, bucket, key)
             sizes = {one.name: one.size for one in objects}

@@ -11,7 +11,7 @@ from loraplex.cli.options import errors_to_exit, print_error, stderr
 from loraplex.errors import LoraplexError
 
 if TYPE_CHECKING:
-    from loraplex.sagemaker.aws import Aws
+    from loraplex.sagemaker.endpoints.aws import Aws
 
 EndpointArgument = Annotated[str, typer.Argument(metavar="NAME", help="The endpoint's name.", show_default=False)]
 RegionOption = Annotated[
@@ -43,7 +43,7 @@ def account(
     """Yield the account. A LoraplexError, or Ctrl-C while waiting, ends the command with what was made so far.
 
     rest:  what the user can do about that."""
-    from loraplex.sagemaker.aws import Aws
+    from loraplex.sagemaker.endpoints.aws import Aws
 
     region = region or os.environ.get("AWS_REGION") or None  # boto3 reads AWS_DEFAULT_REGION only
     show = (lambda call: typer.echo(call.to_json())) if dry_run else None

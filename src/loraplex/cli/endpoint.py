@@ -90,8 +90,8 @@ def deploy(
     tags = pairs(tag, "--tag")
     rest = f"to delete all of it: loraplex sagemaker delete {name}"
     with account(region, profile, endpoint=name, rest=rest, dry_run=dry_run, offline=dry_run) as aws:
-        from loraplex.sagemaker.deployment import Deployment
-        from loraplex.sagemaker.endpoint import deploy as make
+        from loraplex.sagemaker.endpoints.deployment import Deployment
+        from loraplex.sagemaker.endpoints.endpoint import deploy as make
 
         wanted = Deployment(
             name=name,
@@ -167,8 +167,8 @@ def update(
     variables = pairs(env, "--env", from_environment=True)
     rest = f"models and configs that are not used are deleted by the next loraplex sagemaker update {name}"
     with account(region, profile, endpoint=name, rest=rest, dry_run=dry_run) as aws:
-        from loraplex.sagemaker.endpoint import Rollout
-        from loraplex.sagemaker.endpoint import update as change
+        from loraplex.sagemaker.endpoints.endpoint import Rollout
+        from loraplex.sagemaker.endpoints.endpoint import update as change
 
         rollout = Rollout(
             alarms=tuple(alarm or ()),
@@ -198,7 +198,7 @@ def status(
     """
     with account(region, profile, endpoint=name) as aws:
         from loraplex.errors import ConfigurationError
-        from loraplex.sagemaker.resources import inventory
+        from loraplex.sagemaker.endpoints.resources import inventory
 
         found = inventory(aws, name)
         if not found.resources and not found.problems:
@@ -241,8 +241,8 @@ def delete(
     Example: [bold]loraplex sagemaker delete support --yes[/]
     """
     with account(region, profile, endpoint=name, dry_run=dry_run) as aws:
-        from loraplex.sagemaker.deletion import delete as remove
-        from loraplex.sagemaker.resources import inventory
+        from loraplex.sagemaker.endpoints.deletion import delete as remove
+        from loraplex.sagemaker.endpoints.resources import inventory
 
         found = inventory(aws, name)
         if found.resources and not dry_run:

@@ -42,7 +42,7 @@ def logs(
     Example: [bold]loraplex sagemaker logs support --since 10 --follow[/]
     """
     with account(region, profile, endpoint=name) as aws:
-        from loraplex.sagemaker.logs import log_events, log_group
+        from loraplex.sagemaker.endpoints.logs import log_events, log_group
 
         try:
             for at, stream, message in log_events(aws, log_group(name, component), since * 60, follow=follow):
@@ -82,8 +82,8 @@ def invoke(
     if body is not None and str(body) != "-" and not body.is_file():
         raise typer.BadParameter(f"{str(body)!r} is no file", param_hint="--body")
     with account(region, profile, endpoint=name) as aws:
-        from loraplex.sagemaker.invocation import body_of, invoke_async
-        from loraplex.sagemaker.invocation import invoke as ask
+        from loraplex.sagemaker.endpoints.invocation import body_of, invoke_async
+        from loraplex.sagemaker.endpoints.invocation import invoke as ask
 
         if input_url is not None:
             typer.echo(invoke_async(aws, name, input_url, content_type=content_type))
@@ -127,9 +127,9 @@ def autoscale(
     if not off and (most is None or target_concurrency is None):
         raise typer.BadParameter("give both --max and --target-concurrency")
     with account(region, profile, endpoint=name, dry_run=dry_run) as aws:
-        from loraplex.sagemaker.autoscaling import autoscaling_calls, component_target, variant_target
-        from loraplex.sagemaker.deployment import base_component
-        from loraplex.sagemaker.resources import has_components, known_endpoint, scaling_of
+        from loraplex.sagemaker.endpoints.autoscaling import autoscaling_calls, component_target, variant_target
+        from loraplex.sagemaker.endpoints.deployment import base_component
+        from loraplex.sagemaker.endpoints.resources import has_components, known_endpoint, scaling_of
 
         if off:
             resources = scaling_of(aws, name)
@@ -168,7 +168,7 @@ def add(
     Example: [bold]loraplex sagemaker adapter add support isFraud s3://models/isFraud/1/adapter.tar.gz[/]
     """
     with account(region, profile, endpoint=name, dry_run=dry_run) as aws:
-        from loraplex.sagemaker.components import add_adapter
+        from loraplex.sagemaker.endpoints.components import add_adapter
 
         add_adapter(aws, name, adapter, url, wait=wait, report=tell)
     print_made(aws)
@@ -189,7 +189,7 @@ def remove(
     Example: [bold]loraplex sagemaker adapter remove support isFraud[/]
     """
     with account(region, profile, endpoint=name, dry_run=dry_run) as aws:
-        from loraplex.sagemaker.components import remove_adapter
+        from loraplex.sagemaker.endpoints.components import remove_adapter
 
         is_removed = remove_adapter(aws, name, adapter, tell)
     if not dry_run:

@@ -66,7 +66,7 @@ def pack(
 
         # Whatever can be wrong is told before PyTorch is imported.
         bundle = add_adapters(open_bundle(path), adapters, EngineConfig(), tell)
-        from loraplex.sagemaker.pack import pack as write
+        from loraplex.sagemaker.artifact.pack import pack as write
 
         quiet_libraries()
         tell(f"checking {path} …")
@@ -115,7 +115,7 @@ def verify(
     """
     with errors_to_exit():
         from loraplex.adapters.files import telling
-        from loraplex.sagemaker.verify import verify as read
+        from loraplex.sagemaker.artifact.verify import verify as read
 
         found = read(where, telling(where, tell))
     for what in ("missing", "changed", "extra"):

@@ -13,7 +13,7 @@ from typing import Any
 from loraplex.bundle import MARKERS, SETTINGS, read_json
 from loraplex.config import MOST, read_bundle_settings
 from loraplex.errors import BundleError, ConfigurationError, LoraplexError, listed, quoted, shortened
-from loraplex.sagemaker.manifest import MANIFEST
+from loraplex.sagemaker.artifact.manifest import MANIFEST
 from loraplex.server import logs
 from loraplex.server.keys import ENVIRONMENT
 

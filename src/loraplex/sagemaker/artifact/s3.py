@@ -1,5 +1,6 @@
 """Writes to S3 and reads from it: one object, or the objects below a prefix."""
 
+import os
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -81,8 +82,9 @@ def connect(place: Place) -> Any:
             place, "S3 needs boto3, which is missing", remedy="pip install 'loraplex[aws]'"
         ) from None
     with calling(place):
-        # A separate session: threads may not share boto3's default one.
-        return boto3.session.Session().client("s3", config=Config(connect_timeout=10, max_pool_connections=UPLOADS))
+        # A session of its own: threads may not share boto3's default one, which does not read AWS_REGION either.
+        session = boto3.session.Session(region_name=os.environ.get("AWS_REGION") or None)
+        return session.client("s3", config=Config(connect_timeout=10, max_pool_connections=UPLOADS))
 
 
 @contextmanager

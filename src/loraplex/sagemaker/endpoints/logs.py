@@ -4,8 +4,8 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from loraplex.sagemaker.aws import Aws, AwsError
-from loraplex.sagemaker.calls import Call
+from loraplex.sagemaker.endpoints.aws import Aws, AwsError
+from loraplex.sagemaker.endpoints.calls import Call
 
 POLL_S = 3.0
 LATE_MS = 60_000  # CloudWatch may show an event this much later than another

@@ -13,7 +13,7 @@ from loraplex.config import SERVED_NAME, BundleSettings, EngineConfig, resolve, 
 from loraplex.discovery import CHECKPOINT, lines_of
 from loraplex.errors import BundleError, ConfigurationError, quoted
 from loraplex.model.base_weights import FILE, INDEX, weight_files
-from loraplex.sagemaker.manifest import MANIFEST
+from loraplex.sagemaker.artifact.manifest import MANIFEST
 
 CODE = "code"
 # What transformers and vLLM read of a base, beside the weights.

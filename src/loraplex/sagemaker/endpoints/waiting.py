@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from loraplex.errors import ConfigurationError
-from loraplex.sagemaker.aws import Aws
-from loraplex.sagemaker.calls import Call
-from loraplex.sagemaker.logs import last_lines, log_group
-from loraplex.sagemaker.remedies import remedy_of
-from loraplex.sagemaker.resources import describe_component, describe_endpoint
+from loraplex.sagemaker.endpoints.aws import Aws
+from loraplex.sagemaker.endpoints.calls import Call
+from loraplex.sagemaker.endpoints.logs import last_lines, log_group
+from loraplex.sagemaker.endpoints.remedies import remedy_of
+from loraplex.sagemaker.endpoints.resources import describe_component, describe_endpoint
 
 POLL_S = 10.0
 REPEAT_S = 60.0  # after which an unchanged status is reported again

@@ -6,12 +6,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from loraplex.errors import ConfigurationError
-from loraplex.sagemaker.alarms import alarm_calls, alarm_names
-from loraplex.sagemaker.aws import Aws, AwsError
-from loraplex.sagemaker.calls import Call
-from loraplex.sagemaker.deployment import ARCHIVE, Deployment, base_component, from_described
-from loraplex.sagemaker.remedies import ROLE_POLICY, remedy_of
-from loraplex.sagemaker.resources import (
+from loraplex.sagemaker.endpoints.alarms import alarm_calls, alarm_names
+from loraplex.sagemaker.endpoints.aws import Aws, AwsError
+from loraplex.sagemaker.endpoints.calls import Call
+from loraplex.sagemaker.endpoints.deployment import ARCHIVE, Deployment, base_component, from_described
+from loraplex.sagemaker.endpoints.remedies import ROLE_POLICY, remedy_of
+from loraplex.sagemaker.endpoints.resources import (
     describe_component,
     describe_config,
     find_endpoint,
@@ -19,7 +19,7 @@ from loraplex.sagemaker.resources import (
     known_endpoint,
     tags_at,
 )
-from loraplex.sagemaker.waiting import BUSY, Report, endpoint_failure, wait_for_component, wait_for_endpoint
+from loraplex.sagemaker.endpoints.waiting import BUSY, Report, endpoint_failure, wait_for_component, wait_for_endpoint
 
 
 def describe_model(name: str) -> Call:

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraplex.errors import ConfigurationError
-from loraplex.sagemaker.alarms import alarm_names
-from loraplex.sagemaker.autoscaling import NAMESPACE, component_target, variant_target
-from loraplex.sagemaker.aws import Aws, AwsError
-from loraplex.sagemaker.calls import Call
-from loraplex.sagemaker.deployment import TAG, base_component, stem_of
+from loraplex.sagemaker.endpoints.alarms import alarm_names
+from loraplex.sagemaker.endpoints.autoscaling import NAMESPACE, component_target, variant_target
+from loraplex.sagemaker.endpoints.aws import Aws, AwsError
+from loraplex.sagemaker.endpoints.calls import Call
+from loraplex.sagemaker.endpoints.deployment import TAG, base_component, stem_of
 
 
 @dataclass(frozen=True, kw_only=True)

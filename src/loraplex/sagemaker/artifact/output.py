@@ -1,4 +1,4 @@
-"""Where an artifact is written: an archive or a folder, on this machine or (`sagemaker/s3.py`) in S3.
+"""Where an artifact is written: an archive or a folder, on this machine or (`sagemaker/artifact/s3.py`) in S3.
 
 An output appears whole or not at all: `commit` makes it appear, and `rollback` removes what was written before."""
 

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from loraplex.sagemaker.aws import Aws, translated
-from loraplex.sagemaker.calls import Call
+from loraplex.sagemaker.endpoints.aws import Aws, translated
+from loraplex.sagemaker.endpoints.calls import Call
 
 RUNTIME = "sagemaker-runtime"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraplex.errors import ConfigurationError, quoted
-from loraplex.sagemaker.calls import Call
+from loraplex.sagemaker.endpoints.calls import Call
 
 TAG = "loraplex:endpoint"
 VARIANT = "AllTraffic"

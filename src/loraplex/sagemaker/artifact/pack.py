@@ -11,11 +11,11 @@ from loraplex.adapters.files import ARCHIVE, CHUNK, Progress
 from loraplex.bundle import Bundle
 from loraplex.disk import CHANGED, WRITE_ELSEWHERE, unchanged
 from loraplex.errors import BundleError
-from loraplex.sagemaker.layout import Member, lay_out
-from loraplex.sagemaker.manifest import MANIFEST, AdapterEntry, FileEntry, Manifest
-from loraplex.sagemaker.output import Archive, LocalFile, LocalFolder, Output, tar_bytes
-from loraplex.sagemaker.s3 import S3Object, S3Prefix, place_of
-from loraplex.sagemaker.trial import try_layout
+from loraplex.sagemaker.artifact.layout import Member, lay_out
+from loraplex.sagemaker.artifact.manifest import MANIFEST, AdapterEntry, FileEntry, Manifest
+from loraplex.sagemaker.artifact.output import Archive, LocalFile, LocalFolder, Output, tar_bytes
+from loraplex.sagemaker.artifact.s3 import S3Object, S3Prefix, place_of
+from loraplex.sagemaker.artifact.trial import try_layout
 
 # Weights hardly shrink: gzip's level 1 saves a fifth of them, packs at a twentieth of level 0's speed, and makes each
 # start of an endpoint unpack at a quarter of it (docs/deploy-sagemaker.md).

@@ -2,11 +2,11 @@
 container's `POST /adapters`."""
 
 from loraplex.errors import ConfigurationError
-from loraplex.sagemaker.aws import Aws
-from loraplex.sagemaker.calls import Call
-from loraplex.sagemaker.deployment import ARCHIVE, NAME, NAME_RULE, OBJECT, base_component, check, tags_of
-from loraplex.sagemaker.resources import describe_component, known_endpoint
-from loraplex.sagemaker.waiting import Report, wait_for_component, wait_until_gone
+from loraplex.sagemaker.endpoints.aws import Aws
+from loraplex.sagemaker.endpoints.calls import Call
+from loraplex.sagemaker.endpoints.deployment import ARCHIVE, NAME, NAME_RULE, OBJECT, base_component, check, tags_of
+from loraplex.sagemaker.endpoints.resources import describe_component, known_endpoint
+from loraplex.sagemaker.endpoints.waiting import Report, wait_for_component, wait_until_gone
 
 
 def add_adapter(aws: Aws, endpoint: str, name: str, url: str, *, wait: bool, report: Report) -> None:

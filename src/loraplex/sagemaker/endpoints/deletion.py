@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from loraplex.sagemaker.aws import Aws, AwsError
-from loraplex.sagemaker.resources import Inventory, Resource, describe_component, describe_endpoint
-from loraplex.sagemaker.waiting import BUSY, Report, wait_until_deletable, wait_until_gone
+from loraplex.sagemaker.endpoints.aws import Aws, AwsError
+from loraplex.sagemaker.endpoints.resources import Inventory, Resource, describe_component, describe_endpoint
+from loraplex.sagemaker.endpoints.waiting import BUSY, Report, wait_until_deletable, wait_until_gone
 
 ORDER = ("scaling policy", "scalable target", "adapter", "base component", "endpoint", "alarm", "config", "model")
 # What AWS deletes in its own time: kind -> the call that shows how far it is.

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 from loraplex.adapters.archive import Unzipped
 from loraplex.adapters.files import ARCHIVE, CHUNK, Progress, reason_of
 from loraplex.errors import BundleError
-from loraplex.sagemaker.manifest import MANIFEST, MAX_BYTES, FileEntry, Manifest, read_manifest
-from loraplex.sagemaker.s3 import calling, is_botocores, objects_below, open_object, place_of
+from loraplex.sagemaker.artifact.manifest import MANIFEST, MAX_BYTES, FileEntry, Manifest, read_manifest
+from loraplex.sagemaker.artifact.s3 import calling, is_botocores, objects_below, open_object, place_of
 
 HEADERS = 512 * 2**20  # bytes of an archive's headers; a manifest of the most bytes has fewer
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.errors import ConfigurationError
-from loraplex.sagemaker.calls import Call
-from loraplex.sagemaker.deployment import VARIANT
+from loraplex.sagemaker.endpoints.calls import Call
+from loraplex.sagemaker.endpoints.deployment import VARIANT
 
 NAMESPACE = "application-autoscaling"
 POLICY = "loraplex-concurrent-requests"

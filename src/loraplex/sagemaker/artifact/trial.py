@@ -14,8 +14,8 @@ from loraplex.executors.capabilities import NATIVE, PEFT, PEFT_MIXED, VLLM, Capa
 from loraplex.inprocess import Loraplex
 from loraplex.model.base_weights import BaseWeights
 from loraplex.model.loader import check_weights, max_positions, read_config, read_layers
-from loraplex.sagemaker.layout import CODE, Layout
-from loraplex.sagemaker.manifest import AdapterEntry
+from loraplex.sagemaker.artifact.layout import CODE, Layout
+from loraplex.sagemaker.artifact.manifest import AdapterEntry
 from loraplex.service.classifiers import ClassifierChecker, ClassifierReader
 from loraplex.service.preparation import prepare
 from loraplex.text.chat_template import ChatTemplate

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from loraplex.sagemaker.calls import Call
-from loraplex.sagemaker.deployment import VARIANT, base_component, tags_of
+from loraplex.sagemaker.endpoints.calls import Call
+from loraplex.sagemaker.endpoints.deployment import VARIANT, base_component, tags_of
 
 ERRORS, LATENCY = "Invocation5XXErrors", "ModelLatency"
 PERIOD_S = 60

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from loraplex.errors import ConfigurationError
-from loraplex.sagemaker.calls import Call
-from loraplex.sagemaker.remedies import remedy_of
+from loraplex.sagemaker.endpoints.calls import Call
+from loraplex.sagemaker.endpoints.remedies import remedy_of
 
 MISSING = ("could not find", "cannot find", "does not exist", "not found", "no scalable target", "no scaling policy")
 READ_TIMEOUT_S = 90  # SageMaker itself waits 60 s for a container
