@@ -1,6 +1,7 @@
 """What the images' entry point makes of the environment and the model's folder."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from loraplex.config import ServerConfig, resolve
 from loraplex.errors import BundleError, ConfigurationError
+from loraplex.sagemaker import container
 from loraplex.sagemaker.artifact.manifest import MANIFEST
 from loraplex.sagemaker.container import check_model, variables
 
@@ -121,3 +123,18 @@ def test_a_manifest_that_says_no_sizes_is_no_reason(tmp_path: Path, text: str) -
     check_model(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
     assert "not readable as JSON" in refusal(tmp_path).message
+
+
+def test_adapters_beside_sagemakers_folder_may_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There SageMaker puts those of inference components."""
+    folder = tmp_path / "ml" / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(container, "FOLDER", str(folder))
+    container._prepare()
+    assert os.environ["LORAPLEX_ADAPTER_ROOT"] == str(tmp_path / "ml")
+    for given in ({container.MODEL_DIR: str(folder)}, {"LORAPLEX_ADAPTER_ROOT": "/data"}):
+        monkeypatch.setattr(os, "environ", dict(given))
+        container._prepare()
+        assert os.environ.get("LORAPLEX_ADAPTER_ROOT") == given.get("LORAPLEX_ADAPTER_ROOT")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.bundle import MARKERS, SETTINGS, read_json
-from loraplex.config import MOST, read_bundle_settings
+from loraplex.config import MOST, BundleSettings, read_bundle_settings
 from loraplex.errors import BundleError, ConfigurationError, LoraplexError, listed, quoted, shortened
 from loraplex.sagemaker.artifact.manifest import MANIFEST
 from loraplex.server import logs
@@ -56,8 +56,12 @@ def _prepare() -> Path:
     folder = Path(os.environ.get(MODEL_DIR) or FOLDER)
     check_model(folder)
     settings = folder / SETTINGS
-    file = read_bundle_settings(settings).server if settings.is_file() else {}
+    read = read_bundle_settings(settings) if settings.is_file() else BundleSettings()
+    file = read.server
     os.environ.update(variables(os.environ, file))
+    if MODEL_DIR not in os.environ and not read.engine.get("adapter_root"):
+        # SageMaker puts the adapters of inference components beside the model, and names their folders to /adapters.
+        os.environ.setdefault("LORAPLEX_ADAPTER_ROOT", str(folder.parent))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an endpoint may have no way out, and waits for none
     for name, reason in NO_EFFECT.items():
         if name in os.environ:
