@@ -10,17 +10,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import boto3
 import httpx
 import pytest
 
 import serving
 import tiny
-from loraplex.sagemaker.artifact.manifest import MANIFEST
+from loraplex.bundle import open_bundle
+from loraplex.sagemaker.artifact.pack import pack
 
 pytestmark = pytest.mark.skipif(tiny.HAS_VLLM, reason="in the other environment")
 COMMAND = [sys.executable, "-m", "loraplex.sagemaker.container"]
 BODY = {"input_text": "Customer: hello", "adapter_name": "task0"}
+AWS_KEYS = {"aws_access_key_id": "any", "aws_secret_access_key": "any"}
 KEY = "infer-secret-0123456789"
 
 
@@ -59,17 +63,18 @@ def lines_of(log: Path) -> list[dict[str, str]]:
 
 
 def test_serve_alone_is_a_container_of_sagemakers(tiny_bundle: Path, tmp_path: Path) -> None:
+    """From a bundle to an artifact, its folder, the container, and an answer to AWS's client."""
     bundle, log = tmp_path / "model", tmp_path / "log"
     bundle.mkdir()
-    for one in tiny_bundle.iterdir():
-        (bundle / one.name).symlink_to(one)
-    size = (bundle / "config.json").stat().st_size
-    (bundle / MANIFEST).write_text(json.dumps({"files": {"config.json": {"size": size, "sha256": "any"}}}))
+    pack(open_bundle(tiny_bundle), str(tmp_path / "model.tar.gz"))
+    subprocess.run(["tar", "-C", str(bundle), "-xf", str(tmp_path / "model.tar.gz")], check=True)
     variables = {"SAGEMAKER_MODEL_SERVER_WORKERS": "4", "SAGEMAKER_REGION": "eu-west-1", "LORAPLEX_PRELOAD": "none"}
     variables["SAGEMAKER_CONTAINER_LOG_LEVEL"] = "10"
     with container(bundle, log, **variables) as server:
         wait_for(server, "/ping")
-        [answer] = httpx.post(f"{server.url}/invocations", json=BODY).json()
+        runtime: Any = boto3.client("sagemaker-runtime", endpoint_url=server.url, region_name="any", **AWS_KEYS)
+        response = runtime.invoke_endpoint(EndpointName="any", ContentType="application/json", Body=json.dumps(BODY))
+        [answer] = json.loads(response["Body"].read())
         assert answer.keys() == {"confidence_score", "predicted_text"}
         large = json.dumps(BODY) + " " * 20 * 2**20
         assert httpx.post(f"{server.url}/invocations", content=large).status_code == 200
