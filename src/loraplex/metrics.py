@@ -3,11 +3,18 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from loraplex.errors import CancelledError
+from loraplex.errors import BY_CODE, CancelledError
 from loraplex.types import ClassifyResult, Stats, Timings, Usage
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -48,6 +55,10 @@ class Metrics(Collector):
         self._failures = Counter(
             "loraplex_request_failures", "Requests answered with an error", ["code"], registry=self._registry
         )
+        for code in BY_CODE:  # at 0 from the start: a rate cannot see a series' first increase
+            if code != CancelledError.code:
+                self._failures.labels(code)
+        ProcessCollector(registry=self._registry)  # memory, CPU time, open files, time of the start
         self._cancelled = Counter("loraplex_requests_cancelled", "Requests whose clients left", registry=self._registry)
         seconds = Histogram(
             "loraplex_request_seconds",

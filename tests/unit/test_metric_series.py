@@ -46,6 +46,8 @@ def test_what_is_gone_is_forgotten() -> None:
 
 def test_that_a_client_left_is_no_failure() -> None:
     metrics = Metrics(lambda: stats_of(()), lambda name: True, lambda: 0)
+    assert 'failures_total{code="queue_full"} 0.0' in metrics.render().decode()
+    assert "process_resident_memory_bytes" in metrics.render().decode()
     for code in ("cancelled", "queue_full"):
         metrics.fail(code)
     assert 'failures_total{code="queue_full"} 1.0' in metrics.render().decode()
