@@ -43,7 +43,8 @@ PROMPT = "Customer: hello, a table for two<|ask|>Is it done?\n"
 GPT2 = GPT2Config(
     vocab_size=tiny.VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=1
 )
-FAMILIES = ["mistral-window", "gemma2", "qwen3", *([] if tiny.HAS_VLLM else ["gpt2"])]  # of which vLLM takes no LoRA
+# vLLM takes no LoRA on GPT-2; each family costs it a start of 20 s.
+FAMILIES = ["mistral-window", "gemma2", *([] if tiny.HAS_VLLM else ["qwen3", "gpt2"])]
 ADAPTERS = ["active0", "active1", "active2", "plain"]
 
 
