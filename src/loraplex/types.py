@@ -50,6 +50,7 @@ class ClassifyRequest:
     conversation_id:  the same for all turns of a conversation; keeps what was computed for the next turn.
     roles:            roles that differ from the contracts' `roles`.
     request_id:       kept with the verdicts, so that feedback can name the request instead of a verdict.
+    key:              name of the API key that asks, kept with `request_id`.
     """
 
     input: str | tuple[Message, ...]
@@ -58,6 +59,7 @@ class ClassifyRequest:
     conversation_id: str | None = None
     roles: Roles | None = None
     request_id: str | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

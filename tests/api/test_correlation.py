@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -90,9 +91,36 @@ def test_feedback_comes_through_an_endpoint_too(runtime: Any) -> None:
         invoke(runtime, {"request_id": "nobody's", "label": "no"})
 
 
-def test_the_servers_own_id_names_a_request_that_brought_none(http: httpx.Client) -> None:
+def test_the_servers_own_id_names_no_request(http: httpx.Client) -> None:
     answer = http.post("/invocations", json={"input_text": TEXT, "adapter_name": "task0"})
-    assert judge(http, request_id=answer.headers["X-Request-ID"])["num_answers"] == 1
+    judge(http, 404, request_id=answer.headers["X-Request-ID"])
+
+
+def test_an_id_that_names_many_requests_is_refused(http: httpx.Client) -> None:
+    given = str(uuid4())
+    for number in range(18):
+        if number == 16:
+            assert judge(http, request_id=given)["num_answers"] == 16
+        http.post("/v1/classify", json={"input": TEXT, "classifiers": "task0"}, headers={ID: given})
+    assert "18 verdicts of 'task0'" in judge(http, 422, request_id=given)["error"]["message"]
+
+
+def test_a_key_finds_its_own_requests_only(tiny_bundle: Path) -> None:
+    keys = {name: f"{name}-secret-0123456789" for name in ("one", "two", "ops")}
+    given = ",".join(f"{name}:{'admin' if name == 'ops' else 'infer'}:{secret}" for name, secret in keys.items())
+    with serving.serve(tiny_bundle, LORAPLEX_API_KEYS=given) as server, serving.client(server) as http:
+
+        def ask(key: str, path: str, body: dict[str, str], status: int = 200) -> None:
+            headers = {"X-API-Key": keys[key], "X-Request-ID": "1"}
+            response = http.post(path, json=body, headers=headers)
+            assert response.status_code == status, response.text
+
+        ask("one", "/v1/classify", {"input": TEXT, "classifiers": "task0"})
+        ask("two", "/v1/classify", {"input": TEXT, "classifiers": "task1"})
+        ask("two", "/v1/feedback", {"request_id": "1", "classifier": "task0", "label": "yes"}, 404)
+        ask("two", "/v1/feedback", {"request_id": "1", "label": "yes"})  # its own, of one classifier
+        ask("ops", "/v1/feedback", {"request_id": "1", "label": "yes"}, 422)
+        ask("ops", "/v1/feedback", {"request_id": "1", "classifier": "task0", "label": "yes"})
 
 
 def test_of_several_classifiers_one_is_named(http: httpx.Client) -> None:
@@ -198,6 +226,13 @@ def test_the_bodys_conversation_counts_before_the_session(http: httpx.Client, sp
         for i in range(12)
     }
     assert len(names) == 1
+
+
+def test_a_body_of_lines_is_no_single_conversation(http: httpx.Client, split: None) -> None:
+    line = json.dumps({"input": TEXT, "classifiers": "split"}) + "\n"
+    headers = {"Content-Type": LINES, "X-Amzn-SageMaker-Session-Id": "s"}
+    answers = http.post("/invocations", content=line * 24, headers=headers).text.splitlines()
+    assert {json.loads(one)["verdicts"][0]["adapter"]["name"] for one in answers} == {"task0", "task1"}
 
 
 def test_an_error_opens_no_session(runtime: Any) -> None:

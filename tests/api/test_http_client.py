@@ -211,7 +211,7 @@ def test_the_command_line_for_routes(admin: Client) -> None:
     asked = httpx.post(
         f"{os.environ['LORAPLEX_URL']}/v1/classify",
         json={"input": TEXT, "classifiers": ["task0"]},
-        headers={"X-API-Key": ADMIN},
+        headers={"X-API-Key": ADMIN, "X-Request-ID": "turn-7"},
     )
     request = asked.headers["X-Request-ID"]
     judged = json.loads(run("feedback", request, "yes", "--request", "--classifier", "task0", "--json"))

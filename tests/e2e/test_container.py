@@ -84,7 +84,9 @@ def test_serve_alone_is_a_container_of_sagemakers(tiny_bundle: Path, tmp_path: P
             upload.sendall(head.encode() + body[:10])
             assert httpx.get(f"{server.url}/ping").status_code == 200  # so the upload, which came before, is accepted
             server.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 10
             while httpx.get(f"{server.url}/ping").status_code == 200:
+                assert time.monotonic() < deadline
                 time.sleep(0.05)
             upload.sendall(body[10:])
             assert serving.receive(upload).startswith(b"HTTP/1.1 200")
@@ -110,7 +112,9 @@ def test_keys_are_obeyed_and_sigterm_ends_the_load(tiny_bundle: Path, tmp_path: 
 
 def test_sigterm_before_it_listens(tiny_bundle: Path, tmp_path: Path) -> None:
     with container(tiny_bundle, tmp_path / "log") as server:
+        deadline = time.monotonic() + 60
         while "loading" not in (tmp_path / "log").read_text():
+            assert server.process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         assert server.stop() == 0
 

@@ -28,8 +28,9 @@ from loraplex.errors import (
     UnknownVerdictError,
 )
 from loraplex.routing.batch import MAX_CONCURRENT, classify_batch
+from loraplex.routing.draw import choose
 from loraplex.routing.route_store import RouteStore
-from loraplex.routing.router import Router, choose
+from loraplex.routing.router import Router
 from loraplex.routing.shadows import MAX_WAITING
 from loraplex.routing.verdict_log import SCHEMA, LoggedVerdict, VerdictLog, wilson
 from loraplex.types import (
@@ -532,14 +533,14 @@ def test_settings_that_cannot_be_read_are_found_when_the_file_is_opened(tmp_path
 
 def test_verdicts_of_an_older_version_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "verdicts.sqlite"
-    schema = (SCHEMA[0].replace(",\n        request_id TEXT", ""), *SCHEMA[1:-1])
+    schema = (SCHEMA[0].replace(",\n        request_id TEXT,\n        key TEXT", ""), *SCHEMA[1:-1])
     Database(path, format=1, schema=schema)
     with closing(sqlite3.connect(path)) as other, other:
         other.execute("INSERT INTO verdicts (id, route, target, is_shadow, label) VALUES ('old', 'r', 'a', 0, 'yes')")
     log = VerdictLog(path, max_verdicts=10)
     log.add([verdict("new", request_id="q")])
     assert log.set_truth("old", "yes") == 1
-    assert log.asked_in("q") == {"new": "r"} and log.asked_in("p") == {}
+    assert log.answers_to("q", None) == {"r": (1, frozenset({A}))} and log.answers_to("p", None) == {}
 
 
 def test_feedback_through_the_router_knows_the_labels() -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import TypeVar
@@ -54,9 +54,7 @@ async def classify_batch(router: Router, requests: Seq[ClassifyRequest]) -> Batc
     )
 
 
-async def in_turns(
-    ask: Callable[[Asked], Awaitable[Result]], all_asked: Iterable[Asked]
-) -> list[Result | LoraplexError]:
+async def in_turns(ask: Callable[[Asked], Awaitable[Result]], all_asked: Seq[Asked]) -> list[Result | LoraplexError]:
     """Return what `ask` makes of each of `all_asked`, or the error that it raises, in order. Only some run at once. One
     that is refused because the others fill the queue is asked again."""
     num_running, ended = 0, asyncio.Event()
@@ -85,6 +83,6 @@ async def in_turns(
             outcomes[index] = await ask_one(asked)
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(MAX_CONCURRENT):
+        for _ in range(min(MAX_CONCURRENT, len(all_asked))):
             group.create_task(take_turns())
     return [outcomes[index] for index in range(len(outcomes))]

@@ -3,8 +3,6 @@ of HTTP."""
 
 import asyncio
 import logging
-import math
-import random
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
@@ -12,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -33,6 +30,7 @@ from loraplex.errors import (
     listed,
     quoted,
 )
+from loraplex.routing.draw import choose
 from loraplex.routing.route_store import RouteStore
 from loraplex.routing.shadows import Shadow, Shadows
 from loraplex.routing.verdict_log import LoggedVerdict, VerdictLog
@@ -44,6 +42,7 @@ if TYPE_CHECKING:  # the service imports torch
 logger = logging.getLogger(__name__)
 
 FLUSH_EVERY_S = 1.0
+MOST_SENT_AGAIN = 16  # verdicts of one classifier under one request id; more mean that ids are not unique
 Result = TypeVar("Result")
 
 
@@ -205,6 +204,7 @@ class Router:
                     adapter,
                     total_ms,
                     request_id=request.request_id,
+                    key=request.key,
                 )
                 for verdict, adapter in zip(named, adapters.values(), strict=True)
             )
@@ -264,31 +264,45 @@ class Router:
         log = await self._kept()
         valid_unicode(verdict_id + label)
         with state_errors("the label is not recorded"):
-            for target in await self._in_files(log.targets_of, verdict_id):
-                info = self.service.adapter(target) if self.service.knows(target) else None
-                if info is not None and info.labels and label not in info.labels:
-                    raise InvalidRequestError(
-                        f"{quoted(label)} is no label of {target!r}", remedy=f"use one of: {', '.join(info.labels)}"
-                    )
+            self._check_label(await self._in_files(log.targets_of, verdict_id), label)
             return await self._in_files(log.set_truth, verdict_id, label)
 
-    async def set_truth_of_request(self, request_id: str, classifier: str | None, label: str) -> int:
-        """Do as `set_truth` for a request's verdict by `classifier`, which may be None if the request asked only one. A
-        request that was sent again has several verdicts; the label applies to all of them."""
+    async def set_truth_of_request(
+        self, request_id: str, classifier: str | None, label: str, key: str | None = None
+    ) -> int:
+        """Do as `set_truth` for a request's verdict by `classifier`, which may be None if the request asked only one.
+        key: name of the API key that asked; None finds every key's requests. A request that was sent again has several
+        verdicts; the label applies to all of them."""
         log = await self._kept()
-        valid_unicode(request_id + (classifier or ""))
+        valid_unicode(request_id + (classifier or "") + label)
         with state_errors("the label is not recorded"):
-            asked = await self._in_files(log.asked_in, request_id)
-        if classifier is None and len(names := sorted(set(asked.values()))) > 1:
-            raise InvalidRequestError(
-                f"the request {quoted(request_id)} asked several classifiers: {listed(names)}",
-                remedy="name one of them: `classifier`",
-            )
-        ids = [verdict_id for verdict_id, name in asked.items() if classifier in (None, name)]
-        if not ids:
-            by = "" if classifier is None else f" by {quoted(classifier)}"
-            raise UnknownVerdictError(f"of the request {quoted(request_id)}{by}")
-        return sum([await self.set_truth(verdict_id, label) for verdict_id in ids])
+            answers = await self._in_files(log.answers_to, request_id, key)
+            if classifier is None and len(answers) > 1:
+                raise InvalidRequestError(
+                    f"the request {quoted(request_id)} asked several classifiers: {listed(sorted(answers))}",
+                    remedy="name one of them: `classifier`",
+                )
+            name = next(iter(answers), "") if classifier is None else classifier
+            if name not in answers:
+                by = "" if classifier is None else f" by {quoted(classifier)}"
+                raise UnknownVerdictError(f"of the request {quoted(request_id)}{by}")
+            num_verdicts, targets = answers[name]
+            if num_verdicts > MOST_SENT_AGAIN:
+                raise InvalidRequestError(
+                    f"the id {quoted(request_id)} has {num_verdicts} verdicts of {name!r}",
+                    remedy="give each request an id of its own, or name a verdict: `verdict_id`",
+                )
+            self._check_label(targets, label)
+            return await self._in_files(log.set_truth_of_request, request_id, key, name, label)
+
+    def _check_label(self, targets: Iterable[str], label: str) -> None:
+        """Raise InvalidRequestError if one of the adapters has labels, and not this one."""
+        for target in targets:
+            info = self.service.adapter(target) if self.service.knows(target) else None
+            if info is not None and info.labels and label not in info.labels:
+                raise InvalidRequestError(
+                    f"{quoted(label)} is no label of {target!r}", remedy=f"use one of: {', '.join(info.labels)}"
+                )
 
     def num_shadows_shed(self) -> int:
         return self._shadows.num_shed
@@ -379,22 +393,3 @@ def _as_asked(verdict: Verdict, name: str, id: str) -> Verdict:
     """Return the verdict with the requested name and id. Most verdicts have both, and are not copied."""
     asked = verdict.classifier == name and verdict.id == id
     return verdict if asked else replace(verdict, id=id, classifier=name)
-
-
-def choose(route: Route, conversation_id: str | None) -> str:
-    """Return a target, drawn by weight. Rendezvous hashing of the conversation's id makes a change of weights move as
-    few conversations as possible. Without an id, the draw is random."""
-    if len(route.targets) == 1:
-        return next(iter(route.targets))
-    most = max(route.targets.values())  # scaled by the largest, so that tiny weights do not overflow the division below
-    targets = {target: weight / most for target, weight in route.targets.items() if weight / most}
-    if conversation_id is None:
-        return random.choices(list(targets), list(targets.values()))[0]
-
-    def distance(target: str) -> float:
-        digest = sha256(f"{route.name}\0{target}\0{conversation_id}".encode(errors="surrogatepass")).digest()
-        uniform = (int.from_bytes(digest[:7]) + 1) / (1 << 56)  # in (0, 1]
-        # Exponential with the weight as its rate: a target is nearest with probability weight / sum of weights.
-        return -math.log(uniform) / targets[target]
-
-    return min(targets, key=distance)

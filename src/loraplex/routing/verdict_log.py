@@ -33,14 +33,23 @@ SCHEMA = (
         latency_ms REAL,
         error TEXT,
         truth TEXT,
-        request_id TEXT
+        request_id TEXT,
+        key TEXT
     ) STRICT
     """,
     "CREATE UNIQUE INDEX IF NOT EXISTS by_id ON verdicts (id, target)",
     "CREATE INDEX IF NOT EXISTS by_route ON verdicts (route, target, version, is_shadow)",
     "CREATE INDEX IF NOT EXISTS by_request ON verdicts (request_id) WHERE request_id IS NOT NULL",
 )
-UPGRADES = {1: ("ALTER TABLE verdicts ADD COLUMN request_id TEXT", SCHEMA[-1])}
+UPGRADES = {
+    1: (
+        "ALTER TABLE verdicts ADD COLUMN request_id TEXT",
+        "ALTER TABLE verdicts ADD COLUMN key TEXT",
+        SCHEMA[-1],
+    )
+}
+# Answers to a request that was sent by one key; ?2 is NULL for all keys.
+OF_REQUEST = "request_id = ?1 AND (?2 IS NULL OR key = ?2) AND NOT is_shadow AND error IS NULL"
 # One row for each target, version and role.
 COUNTS = """
     SELECT target, version, is_shadow, count(*), count(error), avg(confidence), avg(latency_ms), count(latency_ms),
@@ -82,6 +91,7 @@ class LoggedVerdict(NamedTuple):
     latency_ms: float | None
     error: str | None
     request_id: str | None = None
+    key: str | None = None
 
     @classmethod
     def of(
@@ -94,6 +104,7 @@ class LoggedVerdict(NamedTuple):
         *,
         is_shadow: bool = False,
         request_id: str | None = None,
+        key: str | None = None,
     ) -> Self:
         return cls(
             id=verdict_id,
@@ -106,6 +117,7 @@ class LoggedVerdict(NamedTuple):
             latency_ms=total_ms if verdict.error is None else None,
             error=None if verdict.error is None else verdict.error.code,
             request_id=request_id,
+            key=key,
         )
 
 
@@ -168,8 +180,9 @@ class VerdictLog:
         # A shadow may answer after feedback came: its row takes the label of the verdict's other rows.
         database.executemany(
             "INSERT OR IGNORE INTO verdicts"
-            " (id, route, target, version, is_shadow, label, confidence, latency_ms, error, request_id, truth)"
-            " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, (SELECT truth FROM verdicts WHERE id = ?1))",
+            " (id, route, target, version, is_shadow, label, confidence, latency_ms, error, request_id, key,"
+            " truth)"
+            " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, (SELECT truth FROM verdicts WHERE id = ?1))",
             added,
         )
         database.execute(
@@ -199,15 +212,30 @@ class VerdictLog:
             raise UnknownVerdictError(quoted(verdict_id))
         return tuple(target for (target,) in found)
 
-    def asked_in(self, request_id: str) -> dict[str, str]:
-        """Return the verdicts that were answered to a request: id -> the name that was requested."""
+    def answers_to(self, request_id: str, key: str | None) -> dict[str, tuple[int, frozenset[str]]]:
+        """Return what was answered to a request: requested name -> number of verdicts, and all targets, shadows
+        included. More than one verdict: the request was sent again. key: only where this key asked; None: any."""
         with self._all() as database:
-            return dict(
-                database.execute(
-                    "SELECT id, route FROM verdicts WHERE request_id = ? AND NOT is_shadow AND error IS NULL",
-                    (request_id,),
-                )
-            )
+            counts = database.execute(
+                f"SELECT route, count(*) FROM verdicts WHERE {OF_REQUEST} GROUP BY route", (request_id, key)
+            ).fetchall()
+            targets = database.execute(
+                f"SELECT DISTINCT route, target FROM verdicts WHERE id IN (SELECT id FROM verdicts WHERE {OF_REQUEST})",
+                (request_id, key),
+            ).fetchall()
+        return {
+            name: (count, frozenset(target for route, target in targets if route == name)) for name, count in counts
+        }
+
+    def set_truth_of_request(self, request_id: str, key: str | None, route: str, label: str) -> int:
+        """Do as `set_truth` for all verdicts of a request that have this requested name."""
+        self.flush()
+        with self._database.transaction() as database:
+            return database.execute(
+                "UPDATE verdicts SET truth = ?4 WHERE id IN"
+                f" (SELECT id FROM verdicts WHERE {OF_REQUEST} AND route = ?3)",
+                (request_id, key, route, label),
+            ).rowcount
 
     def set_truth(self, verdict_id: str, label: str) -> int:
         """Store the label that a verdict should have had; a later call replaces the label. Returns the number of

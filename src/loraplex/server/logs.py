@@ -21,7 +21,7 @@ from loraplex.server.proxies import path_of
 logger = logging.getLogger("loraplex.access")
 
 SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # no spaces: they would look like further fields in a text log
-ID_HEADERS = (b"x-request-id", b"x-amzn-sagemaker-inference-id")
+REQUEST_ID, INFERENCE_ID = b"x-request-id", b"x-amzn-sagemaker-inference-id"
 QUIET = PROBES | {"/metrics"}
 MOST_INPUT = 8192  # bytes of a body in a log line
 
@@ -33,10 +33,12 @@ class RequestRecord:
     key:         name of the API key.
     error:       code of the error that answered the request.
     message:     message of this error.
+    given_id:    the id that the client sent for the request, for feedback: SageMaker's, else X-Request-ID.
     is_trusted:  whether answers may show paths and other internals: to admin keys, and where there are no keys.
     """
 
     id: str
+    given_id: str | None = None
     key: str | None = None
     is_trusted: bool = True
     status: int | None = None
@@ -109,7 +111,7 @@ class RequestLog:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        record = RequestRecord(_request_id(scope))
+        record = _record_of(scope)
         _current.set(record)
 
         async def send_with_id(message: Message) -> None:
@@ -157,10 +159,10 @@ def log_malformed(error: LoraplexError, client: str) -> str:
     return record.id
 
 
-def _request_id(scope: Scope) -> str:
-    """Return the client's X-Request-ID, else SageMaker's id, if it is well-formed, else a new id."""
-    given = dict(scope["headers"])
-    for name in ID_HEADERS:
-        if SANE_ID.fullmatch(given.get(name, b"")):
-            return str(given[name], "ascii")
-    return uuid.uuid4().hex
+def _record_of(scope: Scope) -> RequestRecord:
+    """Return the request's record. Its id is the client's X-Request-ID, else SageMaker's, if well-formed, else new."""
+    ids = {name: value for name, value in scope["headers"] if name in (REQUEST_ID, INFERENCE_ID)}
+    sane = [ids[name] for name in (REQUEST_ID, INFERENCE_ID) if SANE_ID.fullmatch(ids.get(name, b""))]
+    id = str(sane[0], "ascii") if sane else uuid.uuid4().hex
+    given = ids.get(INFERENCE_ID) or (sane and sane[0])
+    return RequestRecord(id, given_id=str(given, "latin-1") if given else None)

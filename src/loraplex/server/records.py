@@ -59,7 +59,7 @@ async def _answer_all(request: Request, handle: Handler, bodies: Seq[Record]) ->
         found = f"more than {MAX_RECORDS}" if bodies else "0"
         raise BadInputError(f"the body has {found} records", remedy=f"send 1 to {MAX_RECORDS}, a line each")
     outcomes = await while_connected(
-        request, in_turns(lambda record: _answer(request, handle, *record), enumerate(bodies))
+        request, in_turns(lambda record: _answer(request, handle, *record), list(enumerate(bodies)))
     )
     if all(isinstance(outcome, LoraplexError) for outcome in outcomes):
         raise next(outcome for outcome in outcomes if isinstance(outcome, LoraplexError))

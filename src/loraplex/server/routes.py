@@ -1,7 +1,7 @@
 """HTTP routes for models, metrics and health, and what all routes that ask classifiers share."""
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 router = APIRouter(route_class=JsonRoute)
 INFERENCE_HEADER = "X-Amzn-SageMaker-Inference-Id"
-MOST_INFERENCE_ID = 128  # characters; AWS allows 64
+MOST_ID = 128  # characters; AWS allows 64
 SESSION_ID, RECORD = "loraplex.session_id", "loraplex.record"  # keys of a scope's state
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -96,7 +96,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = False) -> ClassifyResult | BatchResult:
     """Classify `asked` for as long as the client stays connected, and count the outcome in the metrics."""
     router, metrics = router_of(request), metrics_of(request)
-    asked = tuple(_identified(request, asked))
+    asked = _identified(request, asked)
     work = classify_batch(router, asked) if is_batch else router.classify(*asked)
     named = () if asked[0].classifiers == "*" else asked[0].classifiers
     try:
@@ -109,22 +109,25 @@ async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = F
     return result
 
 
-def _identified(request: Request, asked: tuple[ClassifyRequest, ...]) -> Iterator[ClassifyRequest]:
-    """Give each of `asked` the id that feedback may name. The only one of them may belong to a session."""
-    given = request.headers.get(INFERENCE_HEADER) or logs.current().id
-    if len(given) > MOST_INFERENCE_ID:
+def _identified(request: Request, asked: tuple[ClassifyRequest, ...]) -> tuple[ClassifyRequest, ...]:
+    """Give each of `asked` the id that feedback may name, if the client sent one. The only conversation of a request
+    may belong to a session."""
+    record, state = logs.current(), request.scope.get("state", {})
+    if record.given_id is not None and len(record.given_id) > MOST_ID:
         raise InvalidRequestError(
-            f"{INFERENCE_HEADER} has {len(given)} characters", remedy=f"give {MOST_INFERENCE_ID} at most"
+            f"{INFERENCE_HEADER} has {len(record.given_id)} characters", remedy=f"give {MOST_ID} at most"
         )
-    state = request.scope.get("state", {})
-    if RECORD in state:
+    given = record.given_id
+    if given is not None and RECORD in state:
         given = f"{given}-{state[RECORD]}"
-    if len(asked) == 1:
-        session = asked[0].conversation_id or state.get(SESSION_ID)
-        yield replace(asked[0], request_id=given, conversation_id=session)
-    else:
-        for index, one in enumerate(asked):
-            yield replace(one, request_id=f"{given}-{index}")
+    if len(asked) > 1:
+        if given is None:
+            return asked
+        return tuple(replace(one, request_id=f"{given}-{i}", key=record.key) for i, one in enumerate(asked))
+    session = asked[0].conversation_id or (None if RECORD in state else state.get(SESSION_ID))
+    if given is None and session == asked[0].conversation_id:
+        return asked
+    return (replace(asked[0], request_id=given, key=record.key, conversation_id=session),)
 
 
 def _observe(metrics: Metrics, named: Iterable[str], result: ClassifyResult | BatchResult) -> None:

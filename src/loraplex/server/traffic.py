@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 
 from loraplex.config import RouteSettings
+from loraplex.server import logs
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.routes import router_of
 from loraplex.server.schemas import FeedbackBody, FeedbackResult, RouteList, errors
@@ -66,10 +67,12 @@ async def route_stats(request: Request, name: str) -> RouteStats:
 async def feedback(request: Request, body: FeedbackBody) -> FeedbackResult:
     """Record the label that a verdict should have had.
 
-    The label counts in the accuracy of all targets that answered. A later label replaces an earlier one.
+    A request is found by the key that sent it, and by admin keys. The label counts in the accuracy of all targets that
+    answered. A later label replaces an earlier one.
     """
     if body.request_id is not None:
-        num_answers = await router_of(request).set_truth_of_request(body.request_id, body.classifier, body.label)
+        key = None if (record := logs.current()).is_trusted else record.key
+        num_answers = await router_of(request).set_truth_of_request(body.request_id, body.classifier, body.label, key)
     else:
         num_answers = await router_of(request).set_truth(body.verdict_id or "", body.label)
     return FeedbackResult(verdict_id=body.verdict_id, request_id=body.request_id, num_answers=num_answers)
