@@ -6,18 +6,21 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import tarfile
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loraplex.errors import BundleError
 from loraplex.sagemaker.artifact.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from loraplex.sagemaker.artifact.output import Archive, LocalFile, LocalFolder, Output, tar_bytes
-from loraplex.sagemaker.artifact.s3 import MAX_PARTS, PART_BYTES, connect, part_bytes, place_of
+from loraplex.sagemaker.artifact.s3 import MAX_PARTS, PART_BYTES, Upload, connect, part_bytes, place_of
 from loraplex.sagemaker.artifact.verify import Verified, verify
 
 FILES = {
@@ -340,3 +343,21 @@ def test_s3_is_asked_in_the_region_that_the_variables_name(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert connect(place_of("s3://bucket/key")).meta.region_name == region
+
+
+def test_an_interrupt_while_an_upload_is_made_removes_it() -> None:
+    """Nobody would know its id."""
+    aborted = []
+
+    class Client:
+        def create_multipart_upload(self, **given: Any) -> dict[str, str]:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            return {"UploadId": "made"}
+
+        def abort_multipart_upload(self, **given: Any) -> None:
+            aborted.append(given["UploadId"])
+
+    with pytest.raises(KeyboardInterrupt):
+        Upload(Client(), place_of("s3://bucket/key"), 10)
+    assert aborted == ["made"]

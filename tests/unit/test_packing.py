@@ -432,8 +432,7 @@ def test_the_commands_say_what_was_made(tiny_bundle: Path, out: Path) -> None:
     assert run.exit_code == 0 and "  task0/adapter_config.json\n" in run.output and not (out / "new").exists()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("kind", ["model.tar.gz", "folder"])
+@pytest.mark.parametrize(("sent", "kind"), [(signal.SIGINT, "model.tar.gz"), (signal.SIGTERM, "folder")])
 def test_an_interrupted_pack_leaves_nothing(bundle: Path, out: Path, sent: signal.Signals, kind: str) -> None:
     with (bundle / "LICENSE").open("wb") as file:
         file.truncate(3 * 2**30)  # has no blocks on this disk, and takes a while to pack

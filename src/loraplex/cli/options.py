@@ -18,6 +18,8 @@ from loraplex.exhaustion import exhaustion
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+WIDEST = 22  # characters of choices in a table of options that is 80 wide; wider ones cut all others
+
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 240)
 
@@ -40,7 +42,7 @@ def _setting(name: str, model: type[BaseModel]) -> Any:
     given."""
     field = model.model_fields[name]
     kind: Any = field.annotation
-    choices = _choices(kind)
+    shown = "|".join(_choices(kind))
     if get_origin(kind) is tuple:
         kind = list[str]
     elif get_origin(kind) is Literal:
@@ -59,7 +61,7 @@ def _setting(name: str, model: type[BaseModel]) -> Any:
             f"--{name.replace('_', '-')}",
             envvar=variable(name),
             help=f"{what[:1].upper()}{what[1:]}{default}.{repeatable}",
-            metavar=f"[{'|'.join(choices)}]" if choices else None if number is None else f"<{number}>",
+            metavar=f"[{shown}]" if shown and len(shown) <= WIDEST else None if number is None else f"<{number}>",
             show_default=False,
         ),
     ]

@@ -129,10 +129,18 @@ class Upload:
         self._buffer = bytearray()
         self._parts: list[dict[str, Any]] = []
         self._waiting: deque[Future[dict[str, Any]]] = deque()
-        with calling(place):
-            made = client.create_multipart_upload(**self._target, ChecksumAlgorithm="SHA256")
-        self._id: str | None = made["UploadId"]
         self._pool = ThreadPoolExecutor(UPLOADS, "loraplex-upload")
+        # In a thread: an interrupt in the middle of the call would leave an upload whose id nobody knows.
+        making = self._pool.submit(client.create_multipart_upload, **self._target, ChecksumAlgorithm="SHA256")
+        self._id: str | None = None
+        with calling(place):
+            try:
+                self._id = making.result()["UploadId"]
+            except BaseException as exc:
+                if not isinstance(exc, Exception):
+                    self._id = making.result()["UploadId"]
+                    self.rollback()
+                raise
 
     def write(self, data: bytes) -> None:
         self._buffer += data
