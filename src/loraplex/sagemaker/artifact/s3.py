@@ -130,17 +130,17 @@ class Upload:
         self._parts: list[dict[str, Any]] = []
         self._waiting: deque[Future[dict[str, Any]]] = deque()
         self._pool = ThreadPoolExecutor(UPLOADS, "loraplex-upload")
-        # In a thread: an interrupt in the middle of the call would leave an upload whose id nobody knows.
-        making = self._pool.submit(client.create_multipart_upload, **self._target, ChecksumAlgorithm="SHA256")
         self._id: str | None = None
         with calling(place):
             try:
-                self._id = making.result()["UploadId"]
-            except BaseException as exc:
-                if not isinstance(exc, Exception):
-                    self._id = making.result()["UploadId"]
-                    self.rollback()
+                self._pool.submit(self._make).result()
+            except BaseException:
+                self.rollback()
                 raise
+
+    def _make(self) -> None:
+        """Runs in a thread: an interrupt in the middle of the call would leave an upload whose id nobody knows."""
+        self._id = self._client.create_multipart_upload(**self._target, ChecksumAlgorithm="SHA256")["UploadId"]
 
     def write(self, data: bytes) -> None:
         self._buffer += data
