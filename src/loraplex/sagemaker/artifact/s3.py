@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any, NamedTuple
 
 from loraplex.adapters.files import CHUNK, reason_of
@@ -131,16 +132,25 @@ class Upload:
         self._waiting: deque[Future[dict[str, Any]]] = deque()
         self._pool = ThreadPoolExecutor(UPLOADS, "loraplex-upload")
         self._id: str | None = None
+        # In a thread: an interrupt in the middle of the call would leave an upload whose id nobody knows.
+        made: Future[None] = Future()
+        thread = Thread(target=self._make, args=[made])
         with calling(place):
             try:
-                self._pool.submit(self._make).result()
+                thread.start()
+                made.result()
             except BaseException:
+                if thread.ident is not None:
+                    thread.join()
                 self.rollback()
                 raise
 
-    def _make(self) -> None:
-        """Runs in a thread: an interrupt in the middle of the call would leave an upload whose id nobody knows."""
-        self._id = self._client.create_multipart_upload(**self._target, ChecksumAlgorithm="SHA256")["UploadId"]
+    def _make(self, made: Future[None]) -> None:
+        try:
+            self._id = self._client.create_multipart_upload(**self._target, ChecksumAlgorithm="SHA256")["UploadId"]
+            made.set_result(None)
+        except Exception as exc:
+            made.set_exception(exc)
 
     def write(self, data: bytes) -> None:
         self._buffer += data
