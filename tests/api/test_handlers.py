@@ -34,6 +34,7 @@ class Context:
 
     def __init__(self, **headers: str) -> None:
         self.headers, self.status = headers, 0
+        self.answered: dict[str, str] = {}
 
     def get_all_request_header(self, index: int) -> dict[str, Any]:
         return {"body": {"content-type": "application/json"}, **self.headers}  # as AWS's has it
@@ -41,6 +42,9 @@ class Context:
     def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None:
         assert phrase
         self.status = code
+
+    def set_response_header(self, idx: int, key: str, value: str) -> None:
+        self.answered[key] = value
 
 
 @pytest.fixture
@@ -196,6 +200,13 @@ def test_headers_are_passed_on(model: Model, http: httpx.Client) -> None:
     assert rows[0] == ["label", "score", "error"]
     [label, score, error] = expected.text.splitlines()[1].split(",")
     assert rows[1] == [label, rows[1][1], error] and float(rows[1][1]) == pytest.approx(float(score), abs=1e-5)
+
+
+def test_headers_of_the_answer_are_passed_on(model: Model) -> None:
+    context = Context(**{"X-Amzn-SageMaker-Session-Id": "NEW_SESSION", "X-Request-ID": "turn-7"})
+    predict_fn({"input_text": TEXT, "adapter_name": "task0"}, model, context)
+    assert "; Expires=" in context.answered["x-amzn-sagemaker-new-session-id"]
+    assert context.answered["x-request-id"] == "turn-7"
 
 
 def test_errors_are_raised_without_a_model_server(model: Model) -> None:

@@ -49,7 +49,10 @@ def test_what_kubernetes_sets_and_what_is_empty_is_not_given(value: str) -> None
     assert config_of({"LORAPLEX_PORT": value, "SAGEMAKER_BIND_TO_PORT": ""}, {}).port == 8080
 
 
-@pytest.mark.parametrize(("given", "level"), [("10", "debug"), ("20", "info"), ("50", "error"), ("WARNING", "warning")])
+@pytest.mark.parametrize(
+    ("given", "level"),
+    [("0", "debug"), ("10", "debug"), ("15", "info"), ("20", "info"), ("50", "error"), ("WARN", "warning")],
+)
 def test_levels(given: str, level: str) -> None:
     assert config_of({"SAGEMAKER_CONTAINER_LOG_LEVEL": given}, {"log_level": "debug"}).log_level == level
 

@@ -27,7 +27,8 @@ PORT, PAYLOAD, LOG_LEVEL = "SAGEMAKER_BIND_TO_PORT", "SAGEMAKER_MAX_PAYLOAD_IN_M
 CONTRACT = {"host": "0.0.0.0", "port": "8080", "insecure": "true", "drain_timeout": "20"}
 # These give way to the bundle's loraplex.yaml. 25 MB: the largest body that SageMaker passes on at once.
 DEFAULTS = {"log_format": "json", "max_body_bytes": str(25 * 2**20)}
-LEVELS = {"10": "debug", "20": "info", "30": "warning", "40": "error", "50": "error", "critical": "error"}
+LEVELS = ("debug", "info", "warning", "error")
+OTHER_LEVELS = {"warn": "warning", "critical": "error", "fatal": "error"}
 NO_EFFECT = {
     "SAGEMAKER_MODEL_SERVER_WORKERS": "one process answers all requests, in shared forward passes",
     "SAGEMAKER_PROGRAM": "this server answers /invocations itself, and runs no code of the bundle's",
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         except LoraplexError as exc:
             logger.critical("%s", exc, extra={"fields": {"error": exc.code}})
             sys.exit(1)
+        sys.stdout = open(os.devnull, "w")  # SageMaker's log has both streams, and the one of `curl` is no JSON
     sys.argv[1:] = arguments
     # The process stays the same, and so does its handler. The module is run, because imports point downward.
     runpy.run_module("loraplex.cli.main", run_name="__main__", alter_sys=True)
@@ -132,18 +134,25 @@ def variables(environment: Mapping[str, str], file: Mapping[str, Any]) -> dict[s
     if environment.get(PAYLOAD):  # batch transform sets it; 0 is no limit
         made["max_body_bytes"] = str(_number(environment, PAYLOAD, 0, MOST // 2**20) * 2**20 or MOST)
     if level := environment.get(LOG_LEVEL, "").lower():
-        made["log_level"] = LEVELS.get(level, level)
-        if made["log_level"] not in LEVELS.values():
-            raise ConfigurationError(
-                f"{LOG_LEVEL}={shortened(level)}",
-                "is no level",
-                remedy="give 10, 20, 30 or 40, or debug, info, warning or error",
-            )
+        made["log_level"] = _level(level)
     made = {f"LORAPLEX_{name.upper()}": value for name, value in made.items()}
     made = {name: value for name, value in made.items() if not _is_set(environment.get(name))}
     if environment.get(PORT):
         made["LORAPLEX_PORT"] = str(_number(environment, PORT, 1, 65535))
     return made
+
+
+def _level(given: str) -> str:
+    """Return the name of a level that is given by its name, or by a number as Python has them: 10 for debug."""
+    if given.isdecimal() and len(given) < 10:
+        return LEVELS[min(max(int(given) - 1, 0) // 10, len(LEVELS) - 1)]
+    if (level := OTHER_LEVELS.get(given, given)) not in LEVELS:
+        raise ConfigurationError(
+            f"{LOG_LEVEL}={shortened(given)}",
+            "is no level",
+            remedy="give 10, 20, 30 or 40, or debug, info, warning or error",
+        )
+    return level
 
 
 def _is_set(value: str | None) -> bool:

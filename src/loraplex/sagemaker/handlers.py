@@ -2,6 +2,7 @@
 
 They ask the HTTP server's own app in this process. So requests, answers and errors are those of `/invocations`."""
 
+import atexit
 import json
 import logging
 import os
@@ -109,7 +110,9 @@ def _load(path: Path) -> Model:
     check_effects(engine_config, engine)
     _check_versions(engine_config.backend)
     bundle = replace(bundle, require_all=server_config.require_all)
-    return Model(Loraplex.start(bundle, engine_config, prepare(bundle, engine_config)), server_config)
+    loraplex = Loraplex.start(bundle, engine_config, prepare(bundle, engine_config))
+    atexit.register(loraplex.close)  # the article's handlers have no place for it
+    return Model(loraplex, server_config)
 
 
 def _check_versions(backend: str) -> None:
@@ -148,6 +151,9 @@ def predict_fn(inputs: Any, model: Model | Unloaded, context: Any = None) -> Any
     answer: Any = response.json() if is_json else response.content
     if context is not None:
         context.set_response_status(response.status_code, response.reason_phrase)
+        for name, value in response.headers.items():
+            if name == "retry-after" or name.startswith("x-"):
+                context.set_response_header(0, name, value)
     elif response.is_error:
         error = answer["error"]
         raise error_answered(error["code"], error["message"], remedy=error["remedy"], status=response.status_code)
