@@ -53,7 +53,7 @@ chaos-short: dev
 	$(BIN)/pytest -n logical --dist loadfile -m chaos
 
 test-clients: dev .venv-clients/.installed
-	$(BIN)/pytest -m clients tests/clients
+	$(BIN)/pytest -n logical --dist loadfile -m clients tests/clients
 
 # It holds what the clients need beyond $(VENV), whose packages a .pth file adds behind its own.
 .venv-clients/.installed: requirements-clients.lock requirements.lock requirements-dev.lock
@@ -75,7 +75,7 @@ test-vllm: .venv-vllm/.installed
 	@touch $@
 
 test-deploy: dev .deploy-tools/.fetched
-	$(BIN)/pytest -m deploy tests/deploy
+	$(BIN)/pytest -n logical --dist loadfile -m deploy tests/deploy
 
 # Debian's Prometheus and nginx are unpacked, not installed; programs on PATH win. Of the two wheels, which are zip files,
 # the tests read the schemas of Kubernetes and compose.

@@ -120,6 +120,7 @@ class Metrics(Collector):
             counter.forget(lambda name: name not in ("", UNKNOWN) and not self._is_known(name))
         for name in self._stats().adapters:
             self._verdicts.inc(name, name, "ok", by=0)
+            self._warnings.inc(name, name, "low_label_mass", by=0)  # the one to watch, as a share of the verdicts
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:

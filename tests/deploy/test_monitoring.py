@@ -155,7 +155,7 @@ def traffic(http: httpx.Client) -> None:
 
 def filled(expression: str) -> str:
     """A query as Grafana sends it when all servers and classifiers are chosen."""
-    return re.sub(r"\$(instance|classifier)", ".*", expression).replace("$__rate_interval", "1m")
+    return re.sub(r"\$(instance|classifier)", ".*", expression).replace("$__rate_interval", "5m")
 
 
 @pytest.mark.parametrize("place", deployment.queries())
