@@ -40,6 +40,7 @@ def deploy(role: str, image: str, model_data: str, name: str, instance_type: str
         "ModelName": name,
         "InstanceType": instance_type,
         "InitialInstanceCount": 1,
+        "InferenceAmiVersion": "al2023-ami-sagemaker-inference-gpu-4-1",  # the driver for the image's CUDA 13.0
         "ModelDataDownloadTimeoutInSeconds": 1800,  # for the 14 GB of a 7B base
         "ContainerStartupHealthCheckTimeoutInSeconds": 1200,
     }

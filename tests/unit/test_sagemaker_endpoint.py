@@ -94,6 +94,7 @@ FULL = Deployment(
     model_data="s3://models/folder/",
     instance_type="ml.m5.xlarge",
     instances=2,
+    ami="al2-ami-sagemaker-inference-gpu-3-1",
     env={"LORAPLEX_DTYPE": "bfloat16", "HF_TOKEN": "hf_secret"},
     volume_gb=100,
     startup_timeout=1200,
@@ -126,7 +127,8 @@ def test_aws_takes_every_option(components: bool) -> None:
 
 def test_the_command_passes_every_option_on(account: Account) -> None:
     options = (
-        *("--instance-type", "ml.m5.xlarge", "--instances", "2", "--env", "LORAPLEX_DTYPE=bfloat16"),
+        *("--instance-type", "ml.m5.xlarge", "--instances", "2", "--ami", str(FULL.ami)),
+        *("--env", "LORAPLEX_DTYPE=bfloat16"),
         *("--env", "HF_TOKEN=hf_secret", "--volume-size", "100", "--startup-timeout", "1200", "--async-output"),
         *("s3://models/answers", "--data-capture", "s3://models/captured", "--capture-percent", "20", "--kms-key"),
         *(str(FULL.kms_key), "--volume-kms-key", "alias/volumes", "--subnet", "subnet-a", "--subnet", "subnet-b"),
@@ -140,7 +142,19 @@ def test_the_command_passes_every_option_on(account: Account) -> None:
 
 
 def test_what_aws_describes_is_what_was_deployed(account: Account) -> None:
-    run(*COMPONENTS, "--max-instances", "3", "--accelerators", "0", "--env", "A=b=c", "--tag", "team=x")
+    run(
+        *COMPONENTS,
+        "--max-instances",
+        "3",
+        "--accelerators",
+        "0",
+        "--env",
+        "A=b=c",
+        "--tag",
+        "team=x",
+        "--ami",
+        str(FULL.ami),
+    )
     at = Aws(region=aws.REGION)
     found = read_deployment(at, known_endpoint(at, "support"))
     assert found == Deployment(
@@ -148,12 +162,24 @@ def test_what_aws_describes_is_what_was_deployed(account: Account) -> None:
         role=ROLE,
         image=IMAGE,
         model_data=DATA,
+        ami=FULL.ami,
         env={"A": "b=c"},
         components=True,
         max_instances=3,
         accelerators=0,
         tags={"team": "x"},
     )
+
+
+def test_machines_with_a_gpu_get_the_driver_for_the_images_cuda(account: Account) -> None:
+    run(*DEPLOY)
+    run("update", "support", "--instance-type", "ml.m5.xlarge")
+    run("update", "support", "--instance-type", "ml.p4d.24xlarge")
+    run("update", "support", "--ami", "al2-ami-sagemaker-inference-gpu-3-1")
+    configs = [sent["ProductionVariants"] for _, name, sent in account.calls if name == "CreateEndpointConfig"]
+    newest = "al2023-ami-sagemaker-inference-gpu-4-1"
+    amis = [variant.get("InferenceAmiVersion") for [variant] in configs]
+    assert amis == [newest, None, newest, "al2-ami-sagemaker-inference-gpu-3-1"]
 
 
 def test_a_variable_may_come_from_the_environment(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +285,7 @@ def test_every_setting_has_a_part_in_the_names() -> None:
     others: dict[str, Any] = {
         **{"name": "other", "role": f"{ROLE}2", "image": f"{IMAGE}2", "model_data": DATA, "instances": 3},
         **{"instance_type": "ml.m5.large", "env": {"A": "1"}, "volume_gb": 200, "startup_timeout": 600},
+        **{"ami": None},
         **{"async_output": "s3://models/a", "data_capture": "s3://models/c", "capture_percent": 30},
         **{"kms_key": "alias/a", "volume_kms_key": "alias/b", "subnets": ("c",), "security_groups": ("sg-2",)},
         **{"metrics": True, "components": True},

@@ -30,6 +30,13 @@ EnvOption = Annotated[
         "Repeatable.",
     ),
 ]
+AmiOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Version of the machines' AMI, which has the GPU's driver. Default for ml.g… and ml.p…: "
+        "al2023-ami-sagemaker-inference-gpu-4-1 (CUDA 13.0)."
+    ),
+]
 
 
 def deploy(
@@ -41,6 +48,7 @@ def deploy(
     ],
     instance_type: Annotated[str, typer.Option(help="The machine.")] = "ml.g5.2xlarge",
     instances: Annotated[int, typer.Option(help="How many machines.")] = 1,
+    ami: AmiOption = None,
     env: EnvOption = None,
     volume_size: Annotated[
         int | None, typer.Option(help="GB, for machines without disks of their own. Default: AWS's.")
@@ -100,6 +108,7 @@ def deploy(
             model_data=model_data,
             instance_type=instance_type,
             instances=instances,
+            ami=ami,
             env=variables,
             volume_gb=volume_size,
             startup_timeout=startup_timeout,
@@ -134,6 +143,7 @@ def update(
     ] = None,
     instance_type: Annotated[str | None, typer.Option(help="The new kind of machine.")] = None,
     instances: Annotated[int | None, typer.Option(help="The new number of machines.")] = None,
+    ami: AmiOption = None,
     env: EnvOption = None,
     unset_env: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Drop a variable. Repeatable.")] = None,
     startup_timeout: Annotated[int | None, typer.Option(help="Seconds, as in `deploy`.")] = None,
@@ -161,7 +171,7 @@ def update(
 
     Example: [bold]loraplex sagemaker update support --model-data s3://models/support/2/model.tar.gz --make-alarms[/]
     """
-    given = {"role": role, "image": image, "model_data": model_data, "instance_type": instance_type}
+    given = {"role": role, "image": image, "model_data": model_data, "instance_type": instance_type, "ami": ami}
     numbers = {"instances": instances, "startup_timeout": startup_timeout}
     changes: dict[str, Any] = {key: value for key, value in {**given, **numbers}.items() if value is not None}
     variables = pairs(env, "--env", from_environment=True)

@@ -15,6 +15,7 @@ TAG = "loraplex:endpoint"
 VARIANT = "AllTraffic"
 ARCHIVE = ".tar.gz"
 METRICS_PATH = "/metrics"
+CUDA_AMI = "al2023-ami-sagemaker-inference-gpu-4-1"  # the only one whose driver runs the CUDA 13.0 of our image
 NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/?[a-zA-Z_0-9+=,.@\-_/]+")
 VARIABLE = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
@@ -28,6 +29,7 @@ class Deployment:
     """An endpoint with one model. Raises ConfigurationError for what AWS would refuse only after minutes.
 
     model_data:       an archive (`….tar.gz`) or a folder (`…/`) on S3.
+    ami:              the version of the machines' AMI. None: CUDA_AMI for machines with a GPU, else AWS's default.
     startup_timeout:  seconds, 60 to 3600, for the download and, again, for the container's start.
     components:       the model is a base inference component, beside which adapters can be components.
     memory_mb, accelerators:  what a copy of the base component reserves of its machine.
@@ -42,6 +44,7 @@ class Deployment:
     model_data: str
     instance_type: str = "ml.g5.2xlarge"
     instances: int = 1
+    ami: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     volume_gb: int | None = None
     startup_timeout: int = 900
@@ -99,7 +102,14 @@ class Deployment:
     @property
     def config_name(self) -> str:
         content: tuple[object, ...] = (
-            *(self.instance_type, self.instances, self.volume_gb, self.volume_kms_key, self.kms_key),
+            *(
+                self.instance_type,
+                self.instances,
+                self.ami or default_ami(self.instance_type),
+                self.volume_gb,
+                self.volume_kms_key,
+                self.kms_key,
+            ),
             *(self.async_output, self.data_capture, self.data_capture and self.capture_percent, self.metrics),
         )
         if self.components:
@@ -142,6 +152,8 @@ class Deployment:
             "InitialInstanceCount": self.instances,
             "RoutingConfig": {"RoutingStrategy": "LEAST_OUTSTANDING_REQUESTS"},
         }
+        if ami := self.ami or default_ami(self.instance_type):
+            variant["InferenceAmiVersion"] = ami
         if self.volume_gb is not None:
             variant["VolumeSizeInGB"] = self.volume_gb
         if not self.components:
@@ -228,6 +240,10 @@ def stem_of(name: str) -> str:
     return name[: 63 - 1 - HASH_CHARACTERS]
 
 
+def default_ami(instance_type: str) -> str | None:
+    return CUDA_AMI if instance_type.startswith(("ml.g", "ml.p")) else None
+
+
 def base_component(endpoint: str) -> str:
     return f"{endpoint}-base"
 
@@ -255,6 +271,7 @@ def from_described(
     if component is not None:
         startup = component["Specification"].get("StartupParameters") or {}
         needs = component["Specification"].get("ComputeResourceRequirements") or {}
+    ami = variant.get("InferenceAmiVersion")
     source = (container.get("ModelDataSource") or {}).get("S3DataSource") or {}
     return Deployment(
         name=endpoint,
@@ -263,6 +280,7 @@ def from_described(
         model_data=container.get("ModelDataUrl") or source.get("S3Uri") or "",
         instance_type=variant["InstanceType"],
         instances=variant["InitialInstanceCount"],
+        ami=None if ami == default_ami(variant["InstanceType"]) else ami,  # the default follows the machine
         env=container.get("Environment") or {},
         volume_gb=variant.get("VolumeSizeInGB"),
         startup_timeout=startup.get("ContainerStartupHealthCheckTimeoutInSeconds", 900),
