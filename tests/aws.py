@@ -32,6 +32,8 @@ class Account:
         self.component_tags: dict[str, Any] = {}
         self.statuses: list[str] = []  # the next ones of the endpoint; the last one stays
         self.reason = ""
+        self.filled: dict[str, Any] = {}  # defaults that AWS fills into a config's variant
+        self.metrics: dict[str, Any] = {}  # config -> its MetricsConfig
         self.is_rolling_back = False
 
     def changes(self) -> list[str]:
@@ -63,6 +65,8 @@ class Account:
 
     def note(self, params: dict[str, Any], model: Any, **_: Any) -> None:
         self.calls.append((model.service_model.service_name, model.name, params))
+        if model.name == "CreateEndpointConfig":
+            self.metrics[params["EndpointConfigName"]] = params.get("MetricsConfig")
         if model.input_shape is not None:
             check(params, model.input_shape, model.name)
 
@@ -82,6 +86,13 @@ class Account:
         if "EndpointStatus" in parsed and self.statuses:
             parsed["EndpointStatus"] = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
             parsed["FailureReason"] = self.reason
+
+    def fill_in(self, parsed: dict[str, Any], **_: Any) -> None:
+        """A config as AWS describes it, with its defaults."""
+        if "ProductionVariants" in parsed:
+            parsed["ProductionVariants"][0] = {**self.filled, **parsed["ProductionVariants"][0]}
+            given = self.metrics.get(parsed["EndpointConfigName"]) or {}
+            parsed["MetricsConfig"] = {"EnableDetailedObservability": True, **given}
 
     # What moto does not implement
 
@@ -162,6 +173,7 @@ def connected(session: Any, service: str, region: str | None = None, **options: 
         events = client.meta.events
         events.register("provide-client-params.*.*", lambda **given: _current.note(**given))
         events.register("before-call.*.*", lambda **given: _current.answer(**given))
+        events.register("after-call.sagemaker.DescribeEndpointConfig", lambda **given: _current.fill_in(**given))
         events.register("after-call.sagemaker.DescribeEndpoint", lambda **given: _current.set_status(**given))
     return _clients[key]
 

@@ -469,6 +469,36 @@ def test_an_update_changes_what_is_given_and_deletes_what_was_replaced(account: 
     assert account.changes() == [] and account.resources() == after
 
 
+@pytest.mark.parametrize("arguments", [DEPLOY, COMPONENTS], ids=["model", "components"])
+def test_defaults_that_aws_fills_in_are_no_change(account: Account, arguments: tuple[str, ...]) -> None:
+    run(*arguments)
+    assert account.sent("CreateEndpointConfig")["MetricsConfig"] == {"EnableDetailedObservability": False}
+    before = account.resources()
+    account.filled = {"VolumeSizeInGB": 30, "VariantName": "AllTraffic"}
+    account.calls.clear()
+    assert "nothing is changed" in run("update", "support", "--image", IMAGE)
+    assert account.changes() == [] and account.resources() == before
+    run("update", "support", "--instances", "2")
+    [config] = [sent for _, name, sent in account.calls if name == "CreateEndpointConfig"]
+    assert config["ProductionVariants"][0]["VolumeSizeInGB"] == 30
+    assert len(account.resources()) == len(before), "the old config is deleted, and nothing that is used"
+    assert "nothing is changed" in run("update", "support", "--instances", "2")
+
+
+def test_a_config_and_a_model_of_other_names_are_kept_while_they_are_used(account: Account) -> None:
+    """As where an older version derived the names otherwise."""
+    run(*COMPONENTS)
+    sagemaker = boto3.client("sagemaker", aws.REGION)
+    tags = [{"Key": TAG, "Value": "support"}]
+    sent = account.sent("CreateModel")
+    sagemaker.create_model(**{**sent, "ModelName": "support-old", "Tags": tags})
+    sagemaker.delete_model(ModelName=sent["ModelName"])
+    account.components["support-base"]["Specification"]["ModelName"] = "support-old"
+    run("update", "support", "--instances", "2")
+    assert f"{ARN}:model/support-old" in account.resources()
+    assert len(account.resources()) == 4
+
+
 def test_an_update_with_alarms_is_rolled_back_by_them(account: Account) -> None:
     run(*DEPLOY)
     before = account.resources()

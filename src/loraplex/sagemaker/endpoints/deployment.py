@@ -177,8 +177,7 @@ class Deployment:
                 "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
                 **key,
             }
-        if self.metrics:
-            parameters["MetricsConfig"] = {"EnableDetailedObservability": True}
+        parameters["MetricsConfig"] = {"EnableDetailedObservability": self.metrics}  # AWS's default is True
         return Call("sagemaker", "CreateEndpointConfig", {**parameters, "Tags": self.all_tags()})
 
     def create_endpoint(self) -> Call:

@@ -14,6 +14,7 @@ from loraplex.sagemaker.endpoints.remedies import ROLE_POLICY, remedy_of
 from loraplex.sagemaker.endpoints.resources import (
     describe_component,
     describe_config,
+    describe_endpoint,
     find_endpoint,
     inventory,
     known_endpoint,
@@ -114,14 +115,25 @@ def _check_same(aws: Aws, wanted: Deployment, found: Mapping[str, Any]) -> None:
 
 def read_deployment(aws: Aws, endpoint: Mapping[str, Any]) -> Deployment:
     """Return what the endpoint is now. Raises AwsError where its config or model was deleted by hand."""
-    name = endpoint["EndpointName"]
+    config, component, model = _described(aws, endpoint)
+    tags = tags_at(aws, endpoint["EndpointArn"])
+    return from_described(endpoint["EndpointName"], config, aws.run(describe_model(model)), component, tags)
+
+
+def _described(aws: Aws, endpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None, str]:
+    """Return the endpoint's config, its base component, and its model's name."""
     config = aws.run(describe_config(endpoint["EndpointConfigName"]))
     component, model = None, config["ProductionVariants"][0].get("ModelName")
     if model is None:
-        component = aws.run(describe_component(base_component(name)))
+        component = aws.run(describe_component(base_component(endpoint["EndpointName"])))
         model = component["Specification"]["ModelName"]
-    tags = tags_at(aws, endpoint["EndpointArn"])
-    return from_described(name, config, aws.run(describe_model(model)), component, tags)
+    return config, component, model
+
+
+def _in_use(aws: Aws, name: str) -> tuple[str, str]:
+    """Return the names of the config and the model that the endpoint has now."""
+    endpoint = aws.run(describe_endpoint(name))
+    return endpoint["EndpointConfigName"], _described(aws, endpoint)[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,19 +202,22 @@ def update(
             max_latency_s=rollout.max_latency_s,
         ):
             aws.run(call)
-    is_other_config = wanted.config_name != found["EndpointConfigName"]
+    # Both as AWS describes them: a default that AWS filled in, or a name that was derived otherwise, is no change.
+    is_other_config = wanted.config_name != current.config_name
     is_other_component = wanted.components and (wanted.component_specification() != current.component_specification())
     if not is_other_config and not is_other_component:
-        _prune(aws, name, {wanted.config_name, wanted.model_name}, report)  # what a failed update left
+        _prune(aws, name, _in_use(aws, name), report)  # what a failed update left
         return False
-    _ensure(aws, describe_model(wanted.model_name), wanted.create_model())
+    is_other_model = is_other_component if wanted.components else is_other_config
+    if is_other_model:
+        _ensure(aws, describe_model(wanted.model_name), wanted.create_model())
     if is_other_config:
         _ensure(aws, describe_config(wanted.config_name), wanted.create_config())
         aws.run(_update_endpoint(wanted, found, changes, rollout))
         if wait and not aws.is_dry:
             after = wait_for_endpoint(aws, name, report)
             if after["EndpointConfigName"] != wanted.config_name:
-                _prune(aws, name, {after["EndpointConfigName"], current.model_name}, report)
+                _prune(aws, name, _in_use(aws, name), report)
                 raise _rolled_back(f"endpoint {name}", after)
         elif is_other_component and not aws.is_dry:
             report(f"when endpoint {name} is in service, run this command again: it updates the base component")
@@ -213,10 +228,14 @@ def update(
             wait_for_component(aws, wanted.component_name, report, again="then update again")
             component = aws.run(describe_component(wanted.component_name))
             if component["Specification"].get("ModelName") != wanted.model_name:
-                _prune(aws, name, {wanted.config_name, current.model_name}, report)
+                _prune(aws, name, _in_use(aws, name), report)
                 raise _rolled_back(f"component {wanted.component_name}", component)
     if wait or aws.is_dry:
-        _prune(aws, name, {wanted.config_name, wanted.model_name}, report)
+        config, model = _in_use(aws, name)
+        if aws.is_dry:  # what it would use
+            config = wanted.config_name if is_other_config else config
+            model = wanted.model_name if is_other_model else model
+        _prune(aws, name, (config, model), report)
     return True
 
 
@@ -269,7 +288,7 @@ def _rolled_back(what: str, answer: Mapping[str, Any]) -> ConfigurationError:
     )
 
 
-def _prune(aws: Aws, name: str, used: set[str], report: Report) -> None:
+def _prune(aws: Aws, name: str, used: tuple[str, str], report: Report) -> None:
     """Delete the endpoint's configs and models that are not used. What cannot be deleted is told: `delete` finds it."""
     found = inventory(aws, name)
     for one in (*found.of("config"), *found.of("model")):
