@@ -602,14 +602,20 @@ def test_autoscaling_is_set_once_and_ended(account: Account) -> None:
         run(*arguments)
         assert len(account.resources() - before) == 2
     [policy, _] = [sent for _, name, sent in account.calls if name == "PutScalingPolicy"]
-    assert policy["ResourceId"] == "endpoint/support/variant/AllTraffic"
-    assert policy["TargetTrackingScalingPolicyConfiguration"] == {
-        "TargetValue": 8.0,
-        "PredefinedMetricSpecification": {
-            "PredefinedMetricType": "SageMakerVariantConcurrentRequestsPerModelHighResolution"
+    assert policy == {
+        "ServiceNamespace": "sagemaker",
+        "ResourceId": "endpoint/support/variant/AllTraffic",
+        "ScalableDimension": "sagemaker:variant:DesiredInstanceCount",
+        "PolicyName": "loraplex-concurrent-requests",
+        "PolicyType": "TargetTrackingScaling",
+        "TargetTrackingScalingPolicyConfiguration": {
+            "TargetValue": 8.0,
+            "PredefinedMetricSpecification": {
+                "PredefinedMetricType": "SageMakerVariantConcurrentRequestsPerModelHighResolution"
+            },
+            "ScaleInCooldown": 300,
+            "ScaleOutCooldown": 60,
         },
-        "ScaleInCooldown": 300,
-        "ScaleOutCooldown": 60,
     }
     shown = [line["operation"] for line in lines_of(run("autoscale", "support", "--off", "--dry-run"))]
     assert shown == ["delete_scaling_policy", "deregister_scalable_target"]
@@ -620,10 +626,29 @@ def test_autoscaling_is_set_once_and_ended(account: Account) -> None:
 
 def test_a_base_component_scales_its_copies(account: Account) -> None:
     run(*COMPONENTS)
-    run("autoscale", "support", "--min", "0", "--max", "2", "--target-concurrency", "4")
+    run("autoscale", "support", "--min", "1", "--max", "2", "--target-concurrency", "4")
     sent = account.sent("RegisterScalableTarget")
-    assert sent["ResourceId"] == "inference-component/support-base" and sent["MinCapacity"] == 0
-    assert sent["ScalableDimension"] == "sagemaker:inference-component:DesiredCopyCount"
+    place = {
+        "ServiceNamespace": "sagemaker",
+        "ResourceId": "inference-component/support-base",
+        "ScalableDimension": "sagemaker:inference-component:DesiredCopyCount",
+    }
+    assert sent == {**place, "MinCapacity": 1, "MaxCapacity": 2}
+    assert account.sent("PutScalingPolicy") == {
+        **place,
+        "PolicyName": "loraplex-concurrent-requests",
+        "PolicyType": "TargetTrackingScaling",
+        "TargetTrackingScalingPolicyConfiguration": {
+            "TargetValue": 4.0,
+            "PredefinedMetricSpecification": {
+                "PredefinedMetricType": "SageMakerInferenceComponentConcurrentRequestsPerCopyHighResolution"
+            },
+            "ScaleInCooldown": 300,
+            "ScaleOutCooldown": 60,
+        },
+    }
+    output = run("autoscale", "support", "--min", "0", "--max", "2", "--target-concurrency", "4", code=1)
+    assert "1 <= --min" in output and "never comes back" in output
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,9 @@ def invoke(
 
 def autoscale(
     name: EndpointArgument,
-    least: Annotated[int, typer.Option("--min", help="Fewest machines, or copies of the base component.")] = 1,
+    least: Annotated[
+        int, typer.Option("--min", help="Fewest machines, or copies of the base component; 1 or more.")
+    ] = 1,
     most: Annotated[int | None, typer.Option("--max", help="Most machines or copies.", show_default=False)] = None,
     target_concurrency: Annotated[
         float | None,

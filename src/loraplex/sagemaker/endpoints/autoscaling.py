@@ -55,10 +55,11 @@ def autoscaling_calls(
 
     least, most:  instances or copies. scale_in_s, scale_out_s: seconds between two changes. Raises
     ConfigurationError."""
-    fewest = 1 if scaled.resource.startswith("endpoint/") else 0
-    if not fewest <= least <= most or most < 1:
+    if not 1 <= least <= most:
         raise ConfigurationError(
-            "--min, --max", f"{least} to {most} is not possible", remedy=f"use {fewest} <= --min <= --max"
+            "--min, --max",
+            f"{least} to {most} is not possible",
+            remedy="use 1 <= --min <= --max; at 0 it never comes back, because no request is counted",
         )
     if not concurrency > 0:
         raise ConfigurationError(
