@@ -517,6 +517,24 @@ def test_an_update_with_alarms_is_rolled_back_by_them(account: Account) -> None:
     assert {arn for arn in account.resources() if ":alarm:" in arn} == alarms, "they are not made twice"
 
 
+@pytest.mark.parametrize("options", [("--model-data", OTHER_DATA), ("--startup-timeout", "600")])
+def test_a_base_component_that_aws_rolls_back_is_an_error(account: Account, options: tuple[str, ...]) -> None:
+    run(*COMPONENTS)
+    before = account.resources()
+    account.is_rolling_back = True
+    output = run("update", "support", *options, code=1)
+    assert "component support-base: the update was rolled back" in output
+    assert account.resources() == before, "the new model is deleted, and the old one is kept"
+
+
+def test_an_adapter_that_aws_rolls_back_is_an_error(account: Account) -> None:
+    run(*COMPONENTS)
+    run("adapter", "add", "support", "isFraud", URL)
+    account.is_rolling_back = True
+    output = run("adapter", "add", "support", "isFraud", URL.replace("/1/", "/2/"), code=1)
+    assert "component isFraud: the update was rolled back" in output
+
+
 def test_what_a_failed_update_leaves_is_listed_and_goes_with_the_next(account: Account) -> None:
     run(*DEPLOY)
     before = account.resources()

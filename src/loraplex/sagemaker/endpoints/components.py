@@ -1,12 +1,15 @@
 """Adapters as inference components: SageMaker loads each of them into the base component's container, through the
 container's `POST /adapters`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from loraplex.errors import ConfigurationError
 from loraplex.sagemaker.endpoints.aws import Aws
 from loraplex.sagemaker.endpoints.calls import Call
 from loraplex.sagemaker.endpoints.deployment import ARCHIVE, NAME, NAME_RULE, OBJECT, base_component, check, tags_of
 from loraplex.sagemaker.endpoints.resources import describe_component, known_endpoint
-from loraplex.sagemaker.endpoints.waiting import Report, wait_for_component, wait_until_gone
+from loraplex.sagemaker.endpoints.waiting import Report, rolled_back, wait_for_component, wait_until_gone
 
 
 def add_adapter(aws: Aws, endpoint: str, name: str, url: str, *, wait: bool, report: Report) -> None:
@@ -35,20 +38,22 @@ def add_adapter(aws: Aws, endpoint: str, name: str, url: str, *, wait: bool, rep
         raise ConfigurationError(
             f"component {name}", f"belongs to endpoint {found['EndpointName']}", remedy="choose another name"
         )
-    elif _url_of(found) != url:
+    elif _source_of(found) != (base, url):
         aws.run(Call("sagemaker", "UpdateInferenceComponent", {**names, "Specification": specification}))
     else:
         report(f"{endpoint} has {name} from {url}")
     if wait and not aws.is_dry:
         again = f"then loraplex sagemaker adapter remove {endpoint} {name}, and add it again"
         wait_for_component(aws, name, report, again=again)
+        found = aws.run(describe_component(name))
+        if _source_of(found) != (base, url):
+            raise rolled_back(f"component {name}", found)
 
 
-def _url_of(component: dict[str, object]) -> object:
-    """Return where an adapter's component came from. AWS answers with the image as an object, the URL as text."""
-    container = component.get("Specification") or {}
-    assert isinstance(container, dict)
-    return (container.get("Container") or {}).get("ArtifactUrl")
+def _source_of(component: Mapping[str, Any]) -> tuple[object, object]:
+    """Return an adapter's base component and URL. AWS answers with the image as an object, the URL as text."""
+    found = component.get("Specification") or {}
+    return found.get("BaseInferenceComponentName"), (found.get("Container") or {}).get("ArtifactUrl")
 
 
 def remove_adapter(aws: Aws, endpoint: str, name: str, report: Report) -> bool:

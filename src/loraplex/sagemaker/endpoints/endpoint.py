@@ -10,7 +10,7 @@ from loraplex.sagemaker.endpoints.alarms import alarm_calls, alarm_names
 from loraplex.sagemaker.endpoints.aws import Aws, AwsError
 from loraplex.sagemaker.endpoints.calls import Call
 from loraplex.sagemaker.endpoints.deployment import ARCHIVE, Deployment, base_component, from_described
-from loraplex.sagemaker.endpoints.remedies import ROLE_POLICY, remedy_of
+from loraplex.sagemaker.endpoints.remedies import ROLE_POLICY
 from loraplex.sagemaker.endpoints.resources import (
     describe_component,
     describe_config,
@@ -20,7 +20,14 @@ from loraplex.sagemaker.endpoints.resources import (
     known_endpoint,
     tags_at,
 )
-from loraplex.sagemaker.endpoints.waiting import BUSY, Report, endpoint_failure, wait_for_component, wait_for_endpoint
+from loraplex.sagemaker.endpoints.waiting import (
+    BUSY,
+    Report,
+    endpoint_failure,
+    rolled_back,
+    wait_for_component,
+    wait_for_endpoint,
+)
 
 
 def describe_model(name: str) -> Call:
@@ -218,7 +225,7 @@ def update(
             after = wait_for_endpoint(aws, name, report)
             if after["EndpointConfigName"] != wanted.config_name:
                 _prune(aws, name, _in_use(aws, name), report)
-                raise _rolled_back(f"endpoint {name}", after)
+                raise rolled_back(f"endpoint {name}", after)
         elif is_other_component and not aws.is_dry:
             report(f"when endpoint {name} is in service, run this command again: it updates the base component")
             return True
@@ -227,9 +234,11 @@ def update(
         if wait and not aws.is_dry:
             wait_for_component(aws, wanted.component_name, report, again="then update again")
             component = aws.run(describe_component(wanted.component_name))
-            if component["Specification"].get("ModelName") != wanted.model_name:
+            model = component["Specification"]["ModelName"]
+            specification = read_deployment(aws, known_endpoint(aws, name)).component_specification()
+            if {**specification, "ModelName": model} != wanted.component_specification():
                 _prune(aws, name, _in_use(aws, name), report)
-                raise _rolled_back(f"component {wanted.component_name}", component)
+                raise rolled_back(f"component {wanted.component_name}", component)
     if wait or aws.is_dry:
         config, model = _in_use(aws, name)
         if aws.is_dry:  # what it would use
@@ -276,16 +285,6 @@ def _update_component(wanted: Deployment, component: Mapping[str, Any], rollout:
         "DeploymentConfig": rollout.policy(wanted.name, num_copies, "COPY_COUNT"),
     }
     return Call("sagemaker", "UpdateInferenceComponent", parameters)
-
-
-def _rolled_back(what: str, answer: Mapping[str, Any]) -> ConfigurationError:
-    reason = answer.get("FailureReason") or "AWS gives no reason: an alarm went off, or the new container did not start"
-    remedy = remedy_of("", reason)
-    return ConfigurationError(
-        what,
-        f"the update was rolled back, and the endpoint serves as before: {reason}",
-        remedy=f"{remedy}; loraplex sagemaker logs shows the container's log",
-    )
 
 
 def _prune(aws: Aws, name: str, used: tuple[str, str], report: Report) -> None:

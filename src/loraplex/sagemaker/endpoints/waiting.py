@@ -57,6 +57,17 @@ def endpoint_failure(aws: Aws, name: str, answer: Mapping[str, Any] | None) -> C
     return _failure(aws, f"endpoint {name}", status, answer, log_group(name), again)
 
 
+def rolled_back(what: str, answer: Mapping[str, Any]) -> ConfigurationError:
+    """Return the error for an update of which AWS kept nothing."""
+    reason = answer.get("FailureReason") or "AWS gives no reason: an alarm went off, or the new container did not start"
+    remedy = remedy_of("", reason)
+    return ConfigurationError(
+        what,
+        f"the update was rolled back, and the endpoint serves as before: {reason}",
+        remedy=f"{remedy}; loraplex sagemaker logs shows the container's log",
+    )
+
+
 def _failure(
     aws: Aws, what: str, status: str, answer: Mapping[str, Any] | None, group: str, again: str
 ) -> ConfigurationError:
