@@ -18,7 +18,7 @@ from aws import DATA, IMAGE, ROLE, Account
 from loraplex.cli.main import app
 from loraplex.errors import ConfigurationError
 from loraplex.sagemaker.endpoints import waiting
-from loraplex.sagemaker.endpoints.aws import Aws
+from loraplex.sagemaker.endpoints.aws import Aws, AwsError
 from loraplex.sagemaker.endpoints.calls import Call
 from loraplex.sagemaker.endpoints.deployment import TAG, Deployment
 from loraplex.sagemaker.endpoints.endpoint import read_deployment
@@ -847,6 +847,29 @@ def test_without_boto3_only_a_dry_run_works(monkeypatch: pytest.MonkeyPatch) -> 
     assert "pip install 'loraplex[aws]'" in run(*DEPLOY, code=1)
     assert len(lines_of(run(*DEPLOY, "--dry-run"))) == 3
     assert len(lines_of(run(*COMPONENTS, "--dry-run"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("operation", "code", "message", "is_missing"),
+    [
+        ("DescribeModel", "ValidationException", 'Could not find model "arn:aws:sagemaker:x".', True),
+        ("DeleteEndpoint", "ValidationException", 'Could not find endpoint "arn:aws:sagemaker:x".', True),
+        ("DeregisterScalableTarget", "ObjectNotFoundException", "No scalable target found for service", True),
+        ("DeleteAlarms", "ResourceNotFound", "Unknown alarm: not found", True),
+        ("ListTags", "ResourceNotFoundException", "Resource does not exist", True),
+        ("HeadObject", "404", "Not Found", True),
+        ("ListObjectsV2", "NoSuchBucket", "The specified bucket does not exist", True),
+        ("CreateModel", "ValidationException", "Could not find model data at s3://a/b.tar.gz.", False),
+        ("DescribeModel", "ValidationException", "1 validation error detected", False),
+        ("DescribeEndpoint", "SSOTokenLoad", "Error loading SSO Token: Token for x does not exist", False),
+        ("DescribeEndpoint", "ProfileNotFound", "The config profile (x) could not be found, does not exist", False),
+        ("DescribeEndpoint", "AccessDeniedException", "The role does not exist", False),
+    ],
+)
+def test_only_an_answer_of_aws_to_a_look_or_a_delete_means_missing(
+    operation: str, code: str, message: str, is_missing: bool
+) -> None:
+    assert AwsError(Call("sagemaker", operation, {}), code, message).is_missing is is_missing
 
 
 # Rights

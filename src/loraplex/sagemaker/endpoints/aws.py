@@ -8,7 +8,10 @@ from loraplex.errors import ConfigurationError
 from loraplex.sagemaker.endpoints.calls import Call
 from loraplex.sagemaker.endpoints.remedies import remedy_of
 
+MISSING_CODES = ("ValidationException", "ObjectNotFoundException", "ResourceNotFoundException", "ResourceNotFound")
+S3_MISSING_CODES = ("404", "NoSuchBucket", "NoSuchKey")
 MISSING = ("could not find", "cannot find", "does not exist", "not found", "no scalable target", "no scaling policy")
+READS_OR_DELETES = ("Describe", "List", "Head", "Delete", "Deregister")
 READ_TIMEOUT_S = 90  # SageMaker itself waits 60 s for a container
 
 
@@ -18,12 +21,16 @@ class AwsError(ConfigurationError):
     def __init__(self, call: Call, aws_code: str, message: str) -> None:
         super().__init__(call.action, f"{aws_code}: {message}", remedy=remedy_of(aws_code, message))
         self.aws_code = aws_code
+        self._may_be_missing = call.operation.startswith(READS_OR_DELETES)
 
     @property
     def is_missing(self) -> bool:
-        """Whether what the call names does not exist. SageMaker has no code for it."""
+        """Whether what the call names does not exist. SageMaker has no code for it.
+
+        Only calls that read or delete can say so: others name more than one thing."""
         text = self.message.lower()
-        return self.aws_code in ("404", "NoSuchBucket", "NoSuchKey") or any(one in text for one in MISSING)
+        is_text = self.aws_code in MISSING_CODES and any(one in text for one in MISSING)
+        return self._may_be_missing and (is_text or self.aws_code in S3_MISSING_CODES)
 
 
 class Aws:
