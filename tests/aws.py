@@ -97,19 +97,26 @@ class Account:
     # What moto does not implement
 
     def _do_UpdateEndpoint(self, given: dict[str, Any]) -> dict[str, Any]:
+        endpoint = sagemaker_backends[ACCOUNT][REGION].endpoints[given["EndpointName"]]
+        if "DeploymentConfig" in given:
+            check_batch(given["DeploymentConfig"], endpoint.production_variants[0]["CurrentInstanceCount"])
         if not self.is_rolling_back:
-            endpoint = sagemaker_backends[ACCOUNT][REGION].endpoints[given["EndpointName"]]
             endpoint.endpoint_config_name = given["EndpointConfigName"]
         return {}
 
     def _do_CreateInferenceComponent(self, given: dict[str, Any]) -> dict[str, Any]:
         name = given["InferenceComponentName"]
         arn = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:inference-component/{name}"
-        more = {"InferenceComponentArn": arn, "InferenceComponentStatus": "InService"}
+        more: dict[str, Any] = {"InferenceComponentArn": arn, "InferenceComponentStatus": "InService"}
+        if "RuntimeConfig" in given:
+            more["RuntimeConfig"] = {"CurrentCopyCount": given["RuntimeConfig"]["CopyCount"]}
         self.components[name] = {**given, **more}
         return {"InferenceComponentArn": arn}
 
     def _do_UpdateInferenceComponent(self, given: dict[str, Any]) -> dict[str, Any]:
+        if "DeploymentConfig" in given:
+            runtime = self.components[given["InferenceComponentName"]]["RuntimeConfig"]
+            check_batch(given["DeploymentConfig"], runtime["CurrentCopyCount"])
         if not self.is_rolling_back:
             self.components[given["InferenceComponentName"]]["Specification"] = given["Specification"]
         return {}
@@ -136,6 +143,13 @@ class Account:
 
 def refusal(code: str, message: str) -> tuple[Any, dict[str, Any]]:
     return mock.Mock(status_code=400), {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {}}
+
+
+def check_batch(deployment: dict[str, Any], count: int) -> None:
+    """AWS replaces 5 to 50 % of the instances or copies at once."""
+    if policy := deployment.get("RollingUpdatePolicy"):
+        value = policy["MaximumBatchSize"]["Value"]
+        assert 0.05 * count <= value <= 0.5 * count, f"a batch of {value} of {count}"
 
 
 def check(value: Any, shape: Any, where: str) -> None:

@@ -562,15 +562,56 @@ def test_a_base_component_is_updated_in_place(account: Account) -> None:
     run("adapter", "add", "support", "isFraud", URL)
     before = account.resources()
     account.calls.clear()
-    run("update", "support", "--model-data", OTHER_DATA, "--alarm", "mine")
+    output = run("update", "support", "--model-data", OTHER_DATA, "--alarm", "mine")
+    assert "support-base has one copy: AWS watches no alarms" in output
     assert account.changes() == ["CreateModel", "UpdateInferenceComponent", "DeleteModel"]
     sent = account.sent("UpdateInferenceComponent")
     assert sent["Specification"]["ModelName"] == account.sent("CreateModel")["ModelName"]
-    assert sent["DeploymentConfig"]["RollingUpdatePolicy"]["MaximumBatchSize"] == {"Type": "COPY_COUNT", "Value": 1}
+    assert "DeploymentConfig" not in sent, "one copy is not divided"
     assert len(before - account.resources()) == 1
     account.calls.clear()
     run("update", "support", "--instances", "2")
     assert account.changes() == ["CreateEndpointConfig", "UpdateEndpoint", "DeleteEndpointConfig"]
+    account.components["support-base"]["RuntimeConfig"] = {"CurrentCopyCount": 9}
+    account.calls.clear()
+    assert "watches no alarms" not in run("update", "support", "--image", f"{IMAGE}2", "--alarm", "mine")
+    assert account.sent("UpdateInferenceComponent")["DeploymentConfig"] == {
+        "AutoRollbackConfiguration": {"Alarms": [{"AlarmName": "mine"}]},
+        "RollingUpdatePolicy": {
+            "MaximumBatchSize": {"Type": "COPY_COUNT", "Value": 2},
+            "WaitIntervalInSeconds": 120,
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "rule"),
+    [
+        ((*DEPLOY, "--instances", "4"), ("--batch", "3"), "use 1 to 2"),
+        ((*DEPLOY, "--instances", "41"), ("--batch", "2"), "use 3 to 20"),
+        (DEPLOY, ("--batch", "2"), "use 1 to 1"),
+        (DEPLOY, ("--batch", "0"), "use 1 to 1"),
+        (COMPONENTS, ("--batch", "2"), "use 1 to 1"),
+        (DEPLOY, ("--bake", "3601"), "use 0 to 3600 seconds"),
+        (DEPLOY, ("--bake", "-1"), "use 0 to 3600 seconds"),
+    ],
+)
+def test_a_batch_or_a_bake_that_aws_would_refuse_changes_nothing(
+    account: Account, arguments: tuple[str, ...], options: tuple[str, str], rule: str
+) -> None:
+    run(*arguments)
+    account.calls.clear()
+    output = run("update", "support", "--image", f"{IMAGE}2", "--make-alarms", *options, code=1)
+    assert options[0] in output and rule in output
+    assert account.changes() == []
+
+
+@pytest.mark.parametrize("num_instances", [1, 2, 3, 5, 41])
+def test_the_default_batch_is_one_that_aws_takes(account: Account, num_instances: int) -> None:
+    """The account checks it."""
+    run(*DEPLOY, "--instances", str(num_instances))
+    run("update", "support", "--image", f"{IMAGE}2")
+    assert ("RollingUpdatePolicy" in account.sent("UpdateEndpoint")["DeploymentConfig"]) == (num_instances > 1)
 
 
 def test_an_update_without_waiting_deletes_nothing(account: Account) -> None:

@@ -156,9 +156,14 @@ def update(
     max_errors: Annotated[int, typer.Option(help="For --make-alarms: answers 5xx in a minute.")] = 5,
     max_latency: Annotated[float, typer.Option(help="For --make-alarms: the model's mean seconds in a minute.")] = 5.0,
     batch: Annotated[
-        int | None, typer.Option(help="Machines that are replaced at once. Default: a quarter, at least one.")
+        int | None,
+        typer.Option(
+            help="Machines, or base component's copies, replaced at once: 5 to 50 %. Default: a quarter, or one."
+        ),
     ] = None,
-    bake: Annotated[int, typer.Option(help="Seconds for which the alarms are watched after each batch.")] = 120,
+    bake: Annotated[
+        int, typer.Option(help="Seconds for which the alarms are watched after each batch, at most 3600.")
+    ] = 120,
     wait: WaitOption = True,
     dry_run: DryRunOption = False,
     region: RegionOption = None,

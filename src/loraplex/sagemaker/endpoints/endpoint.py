@@ -1,5 +1,6 @@
 """Makes and updates endpoints."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from loraplex.errors import ConfigurationError
 from loraplex.sagemaker.endpoints.alarms import alarm_calls, alarm_names
 from loraplex.sagemaker.endpoints.aws import Aws, AwsError
 from loraplex.sagemaker.endpoints.calls import Call
-from loraplex.sagemaker.endpoints.deployment import ARCHIVE, Deployment, base_component, from_described
+from loraplex.sagemaker.endpoints.deployment import ARCHIVE, Deployment, base_component, check, from_described
 from loraplex.sagemaker.endpoints.remedies import ROLE_POLICY
 from loraplex.sagemaker.endpoints.resources import (
     describe_component,
@@ -160,6 +161,16 @@ class Rollout:
     batch: int | None = None
     bake_s: int = 120
 
+    def check(self, count: int) -> None:
+        """Raise ConfigurationError for what AWS would refuse. count: instances, or copies of the base component."""
+        check("--bake", self.bake_s, 0 <= self.bake_s <= 3600, "0 to 3600 seconds")
+        least, most = math.ceil(count / 20), max(1, count // 2)
+        rule = f"{least} to {most}: AWS replaces 5 to 50 % of {count} at once"
+        check("--batch", self.batch, self.batch is None or least <= self.batch <= most, rule)
+
+    def has_alarms(self) -> bool:
+        return bool(self.alarms) or self.make_alarms
+
     def policy(self, name: str, num_instances: int, unit: str) -> dict[str, Any]:
         """Return the DeploymentConfig. AWS replaces 5 to 50 % at once: a single instance gets a second one beside it,
         which takes all requests, before the first is stopped."""
@@ -167,7 +178,7 @@ class Rollout:
         policy: dict[str, Any] = {}
         if names:
             policy["AutoRollbackConfiguration"] = {"Alarms": [{"AlarmName": one} for one in dict.fromkeys(names)]}
-        if num_instances < 2 and unit == "INSTANCE_COUNT":
+        if num_instances < 2:
             routing = {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": self.bake_s}
             policy["BlueGreenUpdatePolicy"] = {
                 "TrafficRoutingConfiguration": routing,
@@ -201,6 +212,8 @@ def update(
     wanted = replace(current, **changes, env=env)
     if "model_data" in changes and (warning := check_model_data(aws, wanted.model_data)):
         report(warning)
+    count = _count(aws, current, found)
+    rollout.check(count)
     if rollout.make_alarms:
         for call in alarm_calls(
             name,
@@ -220,7 +233,7 @@ def update(
         _ensure(aws, describe_model(wanted.model_name), wanted.create_model())
     if is_other_config:
         _ensure(aws, describe_config(wanted.config_name), wanted.create_config())
-        aws.run(_update_endpoint(wanted, found, changes, rollout))
+        aws.run(_update_endpoint(wanted, count, changes, rollout))
         if wait and not aws.is_dry:
             after = wait_for_endpoint(aws, name, report)
             if after["EndpointConfigName"] != wanted.config_name:
@@ -230,7 +243,9 @@ def update(
             report(f"when endpoint {name} is in service, run this command again: it updates the base component")
             return True
     if is_other_component:
-        aws.run(_update_component(wanted, aws.run(describe_component(wanted.component_name)), rollout))
+        if count == 1 and rollout.has_alarms():
+            report(f"{wanted.component_name} has one copy: AWS watches no alarms while it replaces a single copy")
+        aws.run(_update_component(wanted, count, rollout))
         if wait and not aws.is_dry:
             wait_for_component(aws, wanted.component_name, report, again="then update again")
             component = aws.run(describe_component(wanted.component_name))
@@ -248,6 +263,14 @@ def update(
     return True
 
 
+def _count(aws: Aws, current: Deployment, found: Mapping[str, Any]) -> int:
+    """Return how many copies of the base component, or else instances, there are now."""
+    if current.components:
+        component = aws.run(describe_component(current.component_name))
+        return (component.get("RuntimeConfig") or {}).get("CurrentCopyCount") or 1
+    return found["ProductionVariants"][0].get("CurrentInstanceCount") or 1
+
+
 def _check_free(aws: Aws, name: str, found: Mapping[str, Any]) -> None:
     status = found["EndpointStatus"]
     if status in (*BUSY, "Deleting"):
@@ -257,9 +280,7 @@ def _check_free(aws: Aws, name: str, found: Mapping[str, Any]) -> None:
         raise endpoint_failure(aws, name, found)
 
 
-def _update_endpoint(
-    wanted: Deployment, found: Mapping[str, Any], changes: Mapping[str, Any], rollout: Rollout
-) -> Call:
+def _update_endpoint(wanted: Deployment, num_instances: int, changes: Mapping[str, Any], rollout: Rollout) -> Call:
     """The call keeps what autoscaling chose, unless the user says otherwise."""
     given = {"instances": "DesiredInstanceCount", "data_capture": "DataCaptureConfig"}
     given |= {"capture_percent": "DataCaptureConfig", "kms_key": "DataCaptureConfig"}
@@ -272,18 +293,17 @@ def _update_endpoint(
     if excluded:
         parameters["ExcludeRetainedVariantProperties"] = [{"VariantPropertyType": kind} for kind in excluded]
     if not wanted.components:  # a component has a rollout of its own
-        num_instances = found["ProductionVariants"][0].get("CurrentInstanceCount") or 1
         parameters["DeploymentConfig"] = rollout.policy(wanted.name, num_instances, "INSTANCE_COUNT")
     return Call("sagemaker", "UpdateEndpoint", parameters)
 
 
-def _update_component(wanted: Deployment, component: Mapping[str, Any], rollout: Rollout) -> Call:
-    num_copies = (component.get("RuntimeConfig") or {}).get("CurrentCopyCount") or 1
-    parameters = {
+def _update_component(wanted: Deployment, num_copies: int, rollout: Rollout) -> Call:
+    parameters: dict[str, Any] = {
         "InferenceComponentName": wanted.component_name,
         "Specification": wanted.component_specification(),
-        "DeploymentConfig": rollout.policy(wanted.name, num_copies, "COPY_COUNT"),
     }
+    if num_copies > 1:  # one copy is 100 %, and AWS takes 5 to 50 %
+        parameters["DeploymentConfig"] = rollout.policy(wanted.name, num_copies, "COPY_COUNT")
     return Call("sagemaker", "UpdateInferenceComponent", parameters)
 
 
