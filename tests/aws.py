@@ -34,6 +34,7 @@ class Account:
         self.reason = ""
         self.filled: dict[str, Any] = {}  # defaults that AWS fills into a config's variant
         self.metrics: dict[str, Any] = {}  # config -> its MetricsConfig
+        self.component_statuses: dict[str, list[str]] = {}  # as `statuses`, by component
         self.is_rolling_back = False
 
     def changes(self) -> list[str]:
@@ -122,14 +123,22 @@ class Account:
         return {}
 
     def _do_DescribeInferenceComponent(self, given: dict[str, Any]) -> dict[str, Any]:
-        return self.components[given["InferenceComponentName"]]
+        name = given["InferenceComponentName"]
+        statuses = self.component_statuses.get(name) or ["InService"]
+        status = statuses.pop(0) if len(statuses) > 1 else statuses[0]
+        self.components[name]["InferenceComponentStatus"] = status
+        return self.components[name]
 
     def _do_DeleteInferenceComponent(self, given: dict[str, Any]) -> dict[str, Any]:
+        status = self.components[given["InferenceComponentName"]]["InferenceComponentStatus"]
+        assert status in ("InService", "Failed"), f"a component is deleted while it is {status}"
         del self.components[given["InferenceComponentName"]]
         return {}
 
     def _do_ListInferenceComponents(self, given: dict[str, Any]) -> dict[str, Any]:
         endpoint = given["EndpointNameEquals"]
+        for name in self.components:
+            self._do_DescribeInferenceComponent({"InferenceComponentName": name})
         return {"InferenceComponents": [one for one in self.components.values() if one["EndpointName"] == endpoint]}
 
     def _do_InvokeEndpointAsync(self, given: dict[str, Any]) -> dict[str, Any]:

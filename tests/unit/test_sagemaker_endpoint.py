@@ -420,6 +420,31 @@ def test_delete_waits_for_an_endpoint_that_is_being_made(account: Account) -> No
     assert account.resources() == set()
 
 
+def test_delete_waits_for_components_that_are_being_made_or_changed(account: Account) -> None:
+    run(*COMPONENTS)
+    run("adapter", "add", "support", "isFraud", URL)
+    account.component_statuses = {
+        "support-base": ["Updating", "Updating", "InService"],
+        "isFraud": ["Creating", "Creating", "Failed"],
+    }
+    output = run("delete", "support", "--yes")
+    assert "adapter isFraud is Creating: AWS deletes it only when that is over" in output
+    assert account.resources() == set()
+
+
+def test_an_endpoint_whose_component_is_left_is_kept(account: Account) -> None:
+    run(*COMPONENTS)
+    account.failing = {"DeleteInferenceComponent": ("ThrottlingException", "Rate exceeded")}
+    account.calls.clear()
+    output = run("delete", "support", "--yes", code=1)
+    assert account.changes() == ["DeleteInferenceComponent"]
+    assert all(arn in output for arn in account.resources() if arn != "support-base")
+    assert "its component support-base is left" in output
+    account.failing = {}
+    run("delete", "support", "--yes")
+    assert account.resources() == set()
+
+
 def test_an_endpoint_with_the_same_beginning_keeps_what_it_has(account: Account) -> None:
     first, second = "x" * 60, "x" * 61
     run(*("deploy", first, *DEPLOY[2:]))

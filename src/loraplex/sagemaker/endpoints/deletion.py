@@ -7,6 +7,7 @@ from loraplex.sagemaker.endpoints.resources import Inventory, Resource, describe
 from loraplex.sagemaker.endpoints.waiting import BUSY, Report, wait_until_deletable, wait_until_gone
 
 ORDER = ("scaling policy", "scalable target", "adapter", "base component", "endpoint", "alarm", "config", "model")
+COMPONENTS = ("adapter", "base component")
 # What AWS deletes in its own time: kind -> the call that shows how far it is.
 DESCRIBED = {"adapter": describe_component, "base component": describe_component, "endpoint": describe_endpoint}
 
@@ -22,14 +23,21 @@ class Left:
 def delete(aws: Aws, name: str, found: Inventory, report: Report) -> list[Left]:
     """Delete all of the inventory and return what is left. Goes on after an error.
 
-    Waits for the components and the endpoint: while the endpoint exists, its config and model are kept."""
+    Waits for the components and the endpoint. While a component exists, its endpoint is kept; while the endpoint
+    exists, its config and model are kept."""
     left: list[Left] = []
-    status = "" if found.endpoint is None else found.endpoint["EndpointStatus"]
-    if status in BUSY and not aws.is_dry:
-        report(f"endpoint {name} is {status}: AWS deletes it only when that is over")
-        wait_until_deletable(aws, name, report)
+    for kind in ("endpoint", *COMPONENTS):
+        for one in found.of(kind):
+            what, status = f"{kind} {one.name}", one.state.partition(",")[0]
+            if status in BUSY and not aws.is_dry:
+                report(f"{what} is {status}: AWS deletes it only when that is over")
+                wait_until_deletable(aws, DESCRIBED[kind](one.name), what, report)
     for kind in ORDER:
         resources = found.of(kind)
+        components = [one.resource.name for one in left if one.resource.kind in COMPONENTS]
+        if kind == "endpoint" and components:
+            left += [Left(one, f"its component {components[0]} is left") for one in resources]
+            continue
         if kind in ("config", "model") and any(one.resource.kind == "endpoint" for one in left):
             left += [Left(one, "the endpoint that uses it is left") for one in resources]
             continue
@@ -38,9 +46,9 @@ def delete(aws: Aws, name: str, found: Inventory, report: Report) -> list[Left]:
         if describe is None or aws.is_dry:
             continue
         for one in deleted:
-            status = wait_until_gone(aws, describe(one.name), f"{kind} {one.name}", report)
-            if status is not None:
-                left.append(Left(one, f"its status is {status}"))
+            remains = wait_until_gone(aws, describe(one.name), f"{kind} {one.name}", report)
+            if remains is not None:
+                left.append(Left(one, f"its status is {remains}"))
     return left
 
 

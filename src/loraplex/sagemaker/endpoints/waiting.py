@@ -38,16 +38,20 @@ def wait_for_component(aws: Aws, name: str, report: Report, *, again: str) -> No
         raise _failure(aws, what, status, answer, log_group("", name), again)
 
 
-def wait_until_deletable(aws: Aws, name: str, report: Report) -> None:
-    """Return when the endpoint's creation or update is over, or there is no endpoint."""
-    _settled(aws, describe_endpoint(name), "EndpointStatus", f"endpoint {name}", report)
+def wait_until_deletable(aws: Aws, call: Call, what: str, report: Report) -> None:
+    """Return when the creation or update of what the call describes is over, or it does not exist."""
+    _settled(aws, call, _status_key(call), what, report)
 
 
 def wait_until_gone(aws: Aws, call: Call, what: str, report: Report) -> str | None:
     """Return None when what the call describes is deleted, or AWS's status if AWS gives up."""
-    key = "EndpointStatus" if call.operation == "DescribeEndpoint" else "InferenceComponentStatus"
+    key = _status_key(call)
     answer = _settled(aws, call, key, what, report, ("Deleting", *BUSY))
     return None if answer is None else str(answer[key])
+
+
+def _status_key(call: Call) -> str:
+    return "EndpointStatus" if call.operation == "DescribeEndpoint" else "InferenceComponentStatus"
 
 
 def endpoint_failure(aws: Aws, name: str, answer: Mapping[str, Any] | None) -> ConfigurationError:
