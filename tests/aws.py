@@ -1,6 +1,8 @@
 """An account on AWS: moto, with what moto lacks, every call checked against AWS's own model of it, and failures on
 demand."""
 
+import io
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,10 @@ BUCKET = "models"
 DATA = f"s3://{BUCKET}/support/1/model.tar.gz"
 ROLE = f"arn:aws:iam::{ACCOUNT}:role/loraplex"
 IMAGE = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/loraplex:1"
+
+
+class NoComponent(Exception):
+    """A request to an endpoint with components names none."""
 
 
 class Account:
@@ -80,6 +86,12 @@ class Account:
             return None
         try:
             return mock.Mock(status_code=200), answer(given)
+        except NoComponent:
+            message = (
+                "Inference Component Name header is required for endpoints to which you plan to deploy inference "
+                "components. Please include Inference Component Name header or consider using SageMaker models."
+            )
+            return refusal("ValidationError", message)
         except KeyError as error:
             return refusal("ValidationException", f'Could not find inference component "{error.args[0]}".')
 
@@ -140,6 +152,12 @@ class Account:
         for name in self.components:
             self._do_DescribeInferenceComponent({"InferenceComponentName": name})
         return {"InferenceComponents": [one for one in self.components.values() if one["EndpointName"] == endpoint]}
+
+    def _do_InvokeEndpoint(self, given: dict[str, Any]) -> dict[str, Any]:
+        name = given.get("InferenceComponentName")
+        if name is None and self.components:
+            raise NoComponent
+        return {"Body": io.BytesIO(json.dumps({"component": name}).encode())}
 
     def _do_InvokeEndpointAsync(self, given: dict[str, Any]) -> dict[str, Any]:
         return {"OutputLocation": "s3://models/answers/1.out"}

@@ -819,6 +819,21 @@ def test_the_log_is_followed_without_repeating(account: Account, monkeypatch: py
     assert [line.split(" ", 1)[1] for line in output.splitlines()] == ["i-1 first", "i-1 second", "i-1 second"]
 
 
+def test_a_request_that_names_no_component_goes_to_the_base(account: Account) -> None:
+    output = run(*COMPONENTS)
+    assert "ask it: loraplex sagemaker invoke support --text …" in output
+    assert json.loads(run("invoke", "support", "--text", "hello")) == {"component": "support-base"}
+    assert json.loads(run("invoke", "support", "--text", "hello", "--component", "isFraud")) == {"component": "isFraud"}
+    account.components.clear()
+    account.calls.clear()
+    assert json.loads(run("invoke", "support", "--text", "hello")) == {"component": None}
+    assert len(account.calls) == 1, "and it takes no other right than to invoke"
+    account.failing = {"InvokeEndpoint": ("ValidationError", "Endpoint support of account 1 not found.")}
+    account.calls.clear()
+    assert "not found" in run("invoke", "support", "--text", "hello", code=1)
+    assert len(account.calls) == 1
+
+
 def test_a_request_to_an_asynchronous_endpoint_says_where_the_answer_will_be(account: Account) -> None:
     output = run("invoke", "support", "--input", "s3://models/body.json")
     assert output == "s3://models/answers/1.out\n"

@@ -60,7 +60,10 @@ def invoke(
     adapter: Annotated[
         list[str] | None, typer.Option(help="For --text: ask this classifier. Repeatable. Default: all of them.")
     ] = None,
-    component: Annotated[str | None, typer.Option(help="Ask this adapter's inference component.")] = None,
+    component: Annotated[
+        str | None,
+        typer.Option(help="Ask this inference component. Default: the base, NAME-base, where there are components."),
+    ] = None,
     content_type: Annotated[str, typer.Option(help="What the body is.")] = "application/json",
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
     input_url: Annotated[
