@@ -151,7 +151,12 @@ def update(
         list[str] | None, typer.Option(help="A CloudWatch alarm that brings the old endpoint back. Repeatable.")
     ] = None,
     make_alarms: Annotated[
-        bool, typer.Option("--make-alarms", help="Make two alarms, on errors and on latency, and use them.")
+        bool,
+        typer.Option(
+            "--make-alarms",
+            help="Make two alarms, on errors and on latency, and use them. With components they watch "
+            "NAME-base only, and no adapter; for those, give --alarm.",
+        ),
     ] = False,
     max_errors: Annotated[int, typer.Option(help="For --make-alarms: answers 5xx in a minute.")] = 5,
     max_latency: Annotated[float, typer.Option(help="For --make-alarms: the model's mean seconds in a minute.")] = 5.0,

@@ -261,8 +261,16 @@ def from_described(
 ) -> Deployment:
     """Return the deployment that AWS describes: the reverse of the calls above.
 
-    component:  what DescribeInferenceComponent says of the base component; None where the endpoint has none."""
-    variant, container = config["ProductionVariants"][0], model["PrimaryContainer"]
+    component:  what DescribeInferenceComponent says of the base component; None where the endpoint has none. Raises
+    ConfigurationError where Loraplex cannot have made the endpoint."""
+    variant, container = config["ProductionVariants"][0], model.get("PrimaryContainer") or {}
+    names = [one["VariantName"] for one in config["ProductionVariants"]]
+    if names != [VARIANT] or "InstanceType" not in variant or "Image" not in container:
+        raise ConfigurationError(
+            f"endpoint {endpoint}",
+            f"is not such as loraplex sagemaker deploy makes: one variant {VARIANT} of machines, one image",
+            remedy="choose another name; change and delete that endpoint with what made it",
+        )
     vpc, capture = model.get("VpcConfig") or {}, config.get("DataCaptureConfig") or {}
     output = (config.get("AsyncInferenceConfig") or {}).get("OutputConfig") or {}
     startup: Mapping[str, Any] = variant

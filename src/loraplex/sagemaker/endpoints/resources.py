@@ -61,7 +61,7 @@ def find_endpoint(aws: Aws, name: str) -> dict[str, Any] | None:
         raise ConfigurationError(
             f"endpoint {name}",
             "exists, and was not made by loraplex sagemaker deploy",
-            remedy=f"choose another name; to manage this endpoint here all the same, tag it {TAG}={name}",
+            remedy="choose another name; change and delete that endpoint with what made it",
         )
     return found
 
