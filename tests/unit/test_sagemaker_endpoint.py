@@ -258,6 +258,7 @@ def test_an_endpoint_that_exists_is_not_changed_by_deploy(account: Account) -> N
     account.calls.clear()
     output = run(*DEPLOY, "--instances", "2", code=1)
     assert "exists with other settings" in output and "loraplex sagemaker update support" in output
+    assert "what update has no option for: loraplex sagemaker delete support, and deploy again" in output
     account.statuses = ["Failed"]
     output = run(*DEPLOY, "--instances", "2", code=1)
     assert "Failed" in output and "loraplex sagemaker delete support" in output, "AWS does not update it"
@@ -304,6 +305,9 @@ def test_an_endpoint_that_is_being_made_is_waited_for(account: Account) -> None:
     output = run(*DEPLOY)
     assert re.search(r"\d s  endpoint support: Creating\n.*\d s  endpoint support: InService\n", output)
     assert output.count("Creating") == 1 and account.changes() == []
+    account.statuses = ["SystemUpdating", "SystemUpdating", "RollingBack", "Updating", "InService"]
+    output = run(*DEPLOY)
+    assert re.findall(r"support: (\w+)", output) == ["SystemUpdating", "RollingBack", "Updating", "InService"]
     account.statuses = ["Deleting"]
     assert "is being deleted" in run(*DEPLOY, code=1)
 
@@ -690,7 +694,7 @@ def test_an_update_that_fails_or_is_not_possible_changes_nothing(account: Accoun
     account.calls.clear()
     shown = [line["operation"] for line in lines_of(run("update", "support", "--instances", "2", "--dry-run"))]
     assert shown == ["create_endpoint_config", "update_endpoint", "delete_endpoint_config"]
-    for status in ("Creating", "Updating", "Deleting"):
+    for status in ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"):
         account.statuses = [status]
         assert f"cannot be changed while it is {status}" in run("update", "support", "--instances", "2", code=1)
     account.statuses = ["Failed"]
@@ -811,6 +815,7 @@ def test_an_adapter_that_cannot_be_added_or_removed_is_refused(account: Account)
     assert "belongs to endpoint other" in run("adapter", "add", "support", "isFraud", URL, code=1)
     assert "not an adapter of support" in run("adapter", "remove", "support", "isFraud", code=1)
     assert "not an adapter of support" in run("adapter", "remove", "support", "support-base", code=1)
+    assert "belongs to endpoint support" in run("adapter", "add", "support", "support-base", URL, code=1)
     assert ".tar.gz" in run("adapter", "add", "support", "isDone", "s3://models/isDone/", code=1)
     assert "'a_b'" in run("adapter", "add", "support", "a_b", URL, code=1)
     assert account.changes() == []
@@ -974,6 +979,43 @@ def test_only_an_answer_of_aws_to_a_look_or_a_delete_means_missing(
     operation: str, code: str, message: str, is_missing: bool
 ) -> None:
     assert AwsError(Call("sagemaker", operation, {}), code, message).is_missing is is_missing
+
+
+# Alarms
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dimensions"),
+    [
+        (
+            DEPLOY,
+            [{"Name": "EndpointName", "Value": "support"}, {"Name": "VariantName", "Value": "AllTraffic"}],
+        ),
+        (COMPONENTS, [{"Name": "InferenceComponentName", "Value": "support-base"}]),
+    ],
+    ids=["model", "components"],
+)
+def test_both_alarms_are_what_aws_is_told(
+    account: Account, arguments: tuple[str, ...], dimensions: list[dict[str, str]]
+) -> None:
+    run(*arguments)
+    options = ("--make-alarms", "--max-errors", "7", "--max-latency", "2.5")
+    run("update", "support", "--image", f"{IMAGE}2", *options)
+    common = {
+        "AlarmDescription": "Made by loraplex sagemaker update --make-alarms",
+        "Namespace": "AWS/SageMaker",
+        "Dimensions": dimensions,
+        "Period": 60,
+        "EvaluationPeriods": 1,
+        "ComparisonOperator": "GreaterThanThreshold",
+        "TreatMissingData": "notBreaching",
+        "Tags": [{"Key": TAG, "Value": "support"}],
+    }
+    errors = {"MetricName": "Invocation5XXErrors", "Statistic": "Sum", "Threshold": 7.0}
+    latency = {"MetricName": "ModelLatency", "Statistic": "Average", "Threshold": 2_500_000.0}
+    assert [sent for _, name, sent in account.calls if name == "PutMetricAlarm"] == [
+        {"AlarmName": f"loraplex/support/{metric['MetricName']}", **metric, **common} for metric in (errors, latency)
+    ]
 
 
 # Rights

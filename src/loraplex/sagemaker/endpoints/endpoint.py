@@ -117,7 +117,8 @@ def _check_same(aws: Aws, wanted: Deployment, found: Mapping[str, Any]) -> None:
         raise ConfigurationError(
             f"endpoint {name}",
             "exists with other settings",
-            remedy=f"change it: loraplex sagemaker update {name} …; or choose another name, or delete it",
+            remedy=f"change it: loraplex sagemaker update {name} …; what update has no option for: loraplex sagemaker "
+            f"delete {name}, and deploy again; or choose another name",
         )
 
 
@@ -282,16 +283,13 @@ def _check_free(aws: Aws, name: str, found: Mapping[str, Any]) -> None:
 
 def _update_endpoint(wanted: Deployment, num_instances: int, changes: Mapping[str, Any], rollout: Rollout) -> Call:
     """The call keeps what autoscaling chose, unless the user says otherwise."""
-    given = {"instances": "DesiredInstanceCount", "data_capture": "DataCaptureConfig"}
-    given |= {"capture_percent": "DataCaptureConfig", "kms_key": "DataCaptureConfig"}
-    excluded = sorted({kind for option, kind in given.items() if option in changes})
     parameters: dict[str, Any] = {
         "EndpointName": wanted.name,
         "EndpointConfigName": wanted.config_name,
         "RetainAllVariantProperties": True,
     }
-    if excluded:
-        parameters["ExcludeRetainedVariantProperties"] = [{"VariantPropertyType": kind} for kind in excluded]
+    if "instances" in changes:
+        parameters["ExcludeRetainedVariantProperties"] = [{"VariantPropertyType": "DesiredInstanceCount"}]
     if not wanted.components:  # a component has a rollout of its own
         parameters["DeploymentConfig"] = rollout.policy(wanted.name, num_instances, "INSTANCE_COUNT")
     return Call("sagemaker", "UpdateEndpoint", parameters)
