@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from loraplex.errors import BundleError
+from loraplex.sagemaker.artifact.interrupts import caught
 from loraplex.sagemaker.artifact.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from loraplex.sagemaker.artifact.output import Archive, LocalFile, LocalFolder, Output, tar_bytes
 from loraplex.sagemaker.artifact.s3 import MAX_PARTS, PART_BYTES, Upload, connect, part_bytes, place_of
@@ -31,6 +32,13 @@ FILES = {
     f"isDone/{'long' * 60}": b"long",
     "isDone/Größe": b"not ascii",
 }
+
+
+def restore_signals() -> None:
+    """Set pytest's handlers again: after a signal, `caught` leaves its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Buffer:
@@ -358,6 +366,11 @@ def test_an_interrupt_while_an_upload_is_made_removes_it() -> None:
         def abort_multipart_upload(self, **given: Any) -> None:
             aborted.append(given["UploadId"])
 
-    with pytest.raises(KeyboardInterrupt):
-        Upload(Client(), place_of("s3://bucket/key"), 10)
+    upload = Upload(Client(), place_of("s3://bucket/key"), 10)
+    with pytest.raises(SystemExit), caught():
+        try:
+            upload.begin()
+        finally:
+            upload.rollback()
+    restore_signals()
     assert aborted == ["made"]

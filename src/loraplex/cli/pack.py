@@ -1,6 +1,5 @@
 """`loraplex sagemaker pack` and `verify`: a bundle as the artifact that SageMaker loads."""
 
-import signal
 from typing import Annotated
 
 import typer
@@ -15,6 +14,7 @@ from loraplex.cli.options import (
     stdout,
     tell,
 )
+from loraplex.sagemaker.artifact.interrupts import caught, importing, raising
 
 
 def pack(
@@ -57,18 +57,20 @@ def pack(
     Example: [bold]loraplex sagemaker pack examples/support_desk/bundle --out s3://my-bucket/support.tar.gz[/]
     """
     adapters = named_adapters(adapter)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was begun is removed
-    with errors_to_exit():
-        from loraplex.adapters.files import telling
-        from loraplex.bundle import open_bundle
-        from loraplex.config import EngineConfig
-        from loraplex.service.named_adapters import add_adapters
+    with errors_to_exit(), caught():
+        with importing():
+            from loraplex.adapters.files import telling
+            from loraplex.bundle import open_bundle
+            from loraplex.config import EngineConfig
+            from loraplex.service.named_adapters import add_adapters
 
         # Whatever can be wrong is told before PyTorch is imported.
-        bundle = add_adapters(open_bundle(path), adapters, EngineConfig(), tell)
-        from loraplex.sagemaker.artifact.pack import pack as write
+        with raising():
+            bundle = add_adapters(open_bundle(path), adapters, EngineConfig(), tell)
+        with importing():
+            from loraplex.sagemaker.artifact.pack import pack as write
 
-        quiet_libraries()
+            quiet_libraries()
         tell(f"checking {path} …")
         packed = write(
             bundle,
@@ -113,7 +115,7 @@ def verify(
 
     Exit code 0: the artifact is whole; 1: a file is missing, changed or extra, or the artifact cannot be read.
     """
-    with errors_to_exit():
+    with errors_to_exit(), caught(), importing():  # it makes nothing that must be removed
         from loraplex.adapters.files import telling
         from loraplex.sagemaker.artifact.verify import verify as read
 

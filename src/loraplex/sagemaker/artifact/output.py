@@ -9,12 +9,14 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO, Protocol
 
 from loraplex.disk import folder_beside
 from loraplex.errors import BundleError
+from loraplex.sagemaker.artifact.interrupts import held
 
 RECORD = 20 * tarfile.BLOCKSIZE  # a tar file is a whole number of these
 
@@ -125,7 +127,8 @@ class LocalFile:
 
     def begin(self, num_bytes: int) -> None:
         try:
-            self._file = self._part.open("xb")
+            with held():
+                self._file = self._part.open("xb")
         except OSError as exc:
             raise _unwritable(self._path, exc) from None
 
@@ -148,13 +151,12 @@ class LocalFile:
         self._file = None
 
     def rollback(self) -> None:
-        if self._file is not None:
-            try:
-                self._file.close()  # writes what is buffered, which a full disk may refuse again
-            except OSError:
-                pass
-            self._part.unlink(missing_ok=True)
-            self._file = None
+        with held():
+            if self._file is not None:
+                with suppress(OSError):
+                    self._file.close()  # writes what is buffered, which a full disk may refuse again
+                self._part.unlink(missing_ok=True)
+                self._file = None
 
 
 class LocalFolder:
@@ -169,7 +171,8 @@ class LocalFolder:
         _check_room(self._path, num_bytes, None)
 
     def begin(self, num_bytes: int) -> None:
-        self._work = folder_beside(self._path)
+        with held():
+            self._work = folder_beside(self._path)
         self._made.mkdir()
 
     @property
@@ -195,9 +198,10 @@ class LocalFolder:
         self.rollback()
 
     def rollback(self) -> None:
-        if self._work is not None:
-            self._work.cleanup()
-            self._work = None
+        with held():
+            if self._work is not None:
+                self._work.cleanup()
+                self._work = None
 
 
 def _check_new(path: Path, remedy: str, replaces: bool) -> None:

@@ -11,6 +11,7 @@ from loraplex.adapters.files import ARCHIVE, CHUNK, Progress
 from loraplex.bundle import Bundle
 from loraplex.disk import CHANGED, WRITE_ELSEWHERE, unchanged
 from loraplex.errors import BundleError
+from loraplex.sagemaker.artifact.interrupts import check, raising
 from loraplex.sagemaker.artifact.layout import Member, lay_out
 from loraplex.sagemaker.artifact.manifest import MANIFEST, AdapterEntry, FileEntry, Manifest
 from loraplex.sagemaker.artifact.output import Archive, LocalFile, LocalFolder, Output, tar_bytes
@@ -62,38 +63,41 @@ def pack(
     Reads each file once, in pieces. Raises ConfigurationError where the bundle would not load, a file changes
     meanwhile, or the output cannot be written; then nothing of it is left."""
     began = time.monotonic()
-    layout = lay_out(bundle)
-    output = open_output(out, tell, uncompressed=uncompressed, level=level, replaces=replaces)
-    if (
-        isinstance(output, LocalFolder)
-        and bundle.root is not None
-        and Path(out).resolve().is_relative_to(bundle.root.resolve())
-    ):
-        raise BundleError(out, "lies in the bundle", remedy="name a folder outside the bundle")
+    with raising():
+        layout = lay_out(bundle)
+        output = open_output(out, tell, uncompressed=uncompressed, level=level, replaces=replaces)
+        if (
+            isinstance(output, LocalFolder)
+            and bundle.root is not None
+            and Path(out).resolve().is_relative_to(bundle.root.resolve())
+        ):
+            raise BundleError(out, "lies in the bundle", remedy="name a folder outside the bundle")
     num_bytes = tar_bytes(one.size for one in layout.members) + 200 * len(layout.members)  # the manifest's lines
     try:
-        with unchanged(layout.paths, BundleError):
-            output.check(num_bytes)
-            for note in layout.notes:
-                tell(note)
-            adapters = tuple(try_layout(layout, bundle, tell, computes=proves))
-            files = {one.name: one.size for one in layout.members}
-            if is_dry:
-                seconds = time.monotonic() - began
-                return Packed(adapters=adapters, files=files, size=layout.num_bytes, sha256=None, seconds=seconds)
-            output.begin(num_bytes)
-            entries = {}
-            done = 0
-            for member in layout.members:
-                reader = _Reader(member, done, layout.num_bytes, progress)
-                output.add(member.name, member.size, reader.chunks())
-                entries[member.name] = reader.entry()
-                done += member.size
-            manifest = Manifest(
-                loraplex_version=loraplex.__version__, base_name=layout.base_name, adapters=adapters, files=entries
-            ).to_bytes()
-            output.add(MANIFEST, len(manifest), iter([manifest]))
-        output.commit()
+        with raising():
+            with unchanged(layout.paths, BundleError):
+                output.check(num_bytes)
+                for note in layout.notes:
+                    tell(note)
+                adapters = tuple(try_layout(layout, bundle, tell, computes=proves))
+                files = {one.name: one.size for one in layout.members}
+                if is_dry:
+                    seconds = time.monotonic() - began
+                    return Packed(adapters=adapters, files=files, size=layout.num_bytes, sha256=None, seconds=seconds)
+                check()
+                output.begin(num_bytes)
+                entries = {}
+                done = 0
+                for member in layout.members:
+                    reader = _Reader(member, done, layout.num_bytes, progress)
+                    output.add(member.name, member.size, reader.chunks())
+                    entries[member.name] = reader.entry()
+                    done += member.size
+                manifest = Manifest(
+                    loraplex_version=loraplex.__version__, base_name=layout.base_name, adapters=adapters, files=entries
+                ).to_bytes()
+                output.add(MANIFEST, len(manifest), iter([manifest]))
+            output.commit()
     finally:
         output.rollback()  # does nothing after a commit
     size, sha256 = layout.num_bytes + len(manifest), hashlib.sha256(manifest).hexdigest()
@@ -141,6 +145,7 @@ class _Reader:
         """Yield the member's content. Raises BundleError where it has not the size that it had."""
         done = 0
         for chunk in self._read():
+            check()
             done += len(chunk)
             if done > self._member.size:
                 break

@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Thread
 from typing import Any, NamedTuple
 
 from loraplex.adapters.files import CHUNK, reason_of
 from loraplex.errors import BundleError, ConfigurationError
+from loraplex.sagemaker.artifact.interrupts import held
 
 ADDRESS = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<key>[^?#]+)")
 PART_BYTES = 16 * 2**20  # of a multipart upload, if that makes few enough parts
@@ -132,25 +132,14 @@ class Upload:
         self._waiting: deque[Future[dict[str, Any]]] = deque()
         self._pool = ThreadPoolExecutor(UPLOADS, "loraplex-upload")
         self._id: str | None = None
-        # In a thread: an interrupt in the middle of the call would leave an upload whose id nobody knows.
-        made: Future[None] = Future()
-        thread = Thread(target=self._make, args=[made])
-        with calling(place):
-            try:
-                thread.start()
-                made.result()
-            except BaseException:
-                if thread.ident is not None:
-                    thread.join()
-                self.rollback()
-                raise
 
-    def _make(self, made: Future[None]) -> None:
-        try:
-            self._id = self._client.create_multipart_upload(**self._target, ChecksumAlgorithm="SHA256")["UploadId"]
-            made.set_result(None)
-        except Exception as exc:
-            made.set_exception(exc)
+    def begin(self) -> None:
+        """Make the upload. Where this is interrupted, `rollback` removes it."""
+        with calling(self._place):
+            # In a thread: an interrupt in the middle of the call would leave an upload whose id nobody knows.
+            with held():
+                making = self._pool.submit(self._make)
+            making.result()
 
     def write(self, data: bytes) -> None:
         self._buffer += data
@@ -184,6 +173,9 @@ class Upload:
         with calling(self._place, f"an unfinished upload is left; remove it: {command}"):
             self._client.abort_multipart_upload(**self._target, UploadId=upload_id)
 
+    def _make(self) -> None:
+        self._id = self._client.create_multipart_upload(**self._target, ChecksumAlgorithm="SHA256")["UploadId"]
+
     def _send(self, data: bytes) -> None:
         if len(self._waiting) == UPLOADS:
             self._take()
@@ -216,6 +208,7 @@ class S3Object:
 
     def begin(self, num_bytes: int) -> None:
         self._upload = Upload(self._client, self._place, num_bytes)
+        self._upload.begin()
 
     def write(self, data: bytes) -> None:
         assert self._upload is not None, "begin() comes first"
@@ -258,6 +251,7 @@ class S3Prefix:
                 self._client.put_object(Bucket=place.bucket, Key=place.key, Body=body, ChecksumAlgorithm="SHA256")
             return
         self._upload = Upload(self._client, place, size)
+        self._upload.begin()
         for chunk in chunks:
             self._upload.write(chunk)
         self._upload.commit()

@@ -14,6 +14,7 @@ from loraplex.executors.capabilities import NATIVE, PEFT, PEFT_MIXED, VLLM, Capa
 from loraplex.inprocess import Loraplex
 from loraplex.model.base_weights import BaseWeights
 from loraplex.model.loader import check_weights, max_positions, read_config, read_layers
+from loraplex.sagemaker.artifact.interrupts import held
 from loraplex.sagemaker.artifact.layout import CODE, Layout
 from loraplex.sagemaker.artifact.manifest import AdapterEntry
 from loraplex.service.classifiers import ClassifierChecker, ClassifierReader
@@ -83,8 +84,11 @@ def _capabilities(config: EngineConfig) -> Capabilities:
 def _view(layout: Layout, bundle: Bundle) -> Iterator[Path]:
     """Make a folder of links that looks as the artifact will, without its code. Errors name the files behind the
     links."""
-    with TemporaryDirectory(prefix="loraplex-pack-") as work:
-        root = Path(work, NAME)
+    work: TemporaryDirectory[str] | None = None
+    try:
+        with held():
+            work = TemporaryDirectory(prefix="loraplex-pack-")
+        root = Path(work.name, NAME)
         root.mkdir()
         behind = {str(root): str(bundle.root or bundle.base)}
         behind |= {str(root / one.name): str(one.path) for one in bundle.adapters}
@@ -107,3 +111,7 @@ def _view(layout: Layout, bundle: Bundle) -> Iterator[Path]:
             exc.message, exc.source = message, source
             exc.remedy = views.sub(lambda match: behind[match[0]], exc.remedy)
             raise
+    finally:
+        with held():
+            if work is not None:
+                work.cleanup()
