@@ -309,6 +309,77 @@ def test_no_name_or_type_in_an_archive_is_trusted(tmp_path: Path, whole: dict[st
     assert set(tmp_path.iterdir()) == before
 
 
+def as_folder(name: str, mode: int = 0o755) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.mode = tarfile.DIRTYPE, mode
+    return member
+
+
+@pytest.mark.parametrize(
+    ("added", "expected"),
+    [
+        (as_folder("."), {}),
+        (as_folder("./isDone/"), {}),
+        (as_folder("config.json"), {"changed": ("config.json",)}),
+        (as_folder(MANIFEST), {"changed": (MANIFEST,)}),
+        (as_folder("isDone", 0), {"changed": ("isDone",)}),
+        (as_folder("more"), {"extra": ("more",)}),
+        (as_folder("../evildir"), {"extra": ("../evildir",)}),
+        (as_folder("/tmp"), {"extra": ("/tmp",)}),
+        (as_folder("isDone/../.."), {"extra": ("isDone/../..",)}),
+    ],
+)
+def test_the_folders_in_an_archive_are_those_of_its_files(
+    tmp_path: Path, whole: dict[str, bytes], added: tarfile.TarInfo, expected: dict[str, tuple[str, ...]]
+) -> None:
+    path = tmp_path / "model.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in whole.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        tar.addfile(added)
+    assert differences(verify(str(path))) == expected
+
+
+@pytest.mark.parametrize("mode", [0, 0o200, 0o4644])
+def test_a_file_that_unpacks_unreadable_or_with_special_rights_is_changed(
+    tmp_path: Path, whole: dict[str, bytes], mode: int
+) -> None:
+    path = tmp_path / "model.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in whole.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), mode if name == "empty" else 0o600
+            tar.addfile(member, io.BytesIO(content))
+    assert differences(verify(str(path))) == {"changed": ("empty",)}
+
+
+def test_an_empty_folder_is_extra(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    root = Path(in_folder(tmp_path, whole))
+    (root / "isDone" / "more").mkdir()
+    assert differences(verify(str(root))) == {"extra": ("isDone/more",)}
+
+
+def test_nothing_may_follow_the_end_of_an_archive(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    path = Path(in_archive(tmp_path, whole))
+    data = path.read_bytes()
+    path.write_bytes(data + gzip.compress(bytes(10_240)))
+    assert verify(str(path)).is_whole, "zeros pad an archive"
+    unzipped = gzip.decompress(data)
+    end = len(unzipped.rstrip(b"\0")) // 512 * 512 + 512
+    for more in (data + gzip.compress(unzipped), gzip.compress(unzipped[:end] + b"x" * 512 + bytes(1024))):
+        path.write_bytes(more)
+        with pytest.raises(BundleError, match="it holds data after its end"):
+            verify(str(path))
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/config.json", "a/../b", "a//b", "."])
+def test_a_manifest_names_files_below_it(name: str) -> None:
+    with pytest.raises(BundleError, match="is damaged"):
+        read_manifest("x", manifest_of({"plain": b""}).replace(b"plain", name.encode()))
+
+
 def test_every_cut_and_every_changed_byte_is_found(tmp_path: Path, whole: dict[str, bytes]) -> None:
     path = Path(in_archive(tmp_path, whole))
     data = path.read_bytes()

@@ -1,9 +1,9 @@
 """The manifest of an artifact: its base, its adapters, and the size and SHA-256 of each file."""
 
 import json
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from loraplex.errors import BundleError, quoted
 
@@ -37,6 +37,12 @@ class AdapterEntry(BaseModel):
     rank: int
 
 
+def _check_name(name: str) -> str:
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError("a file's name leads elsewhere")
+    return name
+
+
 class Manifest(BaseModel):
     """The manifest. files: every file of the artifact, by name, but for the manifest itself."""
 
@@ -46,7 +52,7 @@ class Manifest(BaseModel):
     loraplex_version: str
     base_name: str | None
     adapters: tuple[AdapterEntry, ...]
-    files: dict[str, FileEntry] = Field(min_length=1)
+    files: dict[Annotated[str, AfterValidator(_check_name)], FileEntry] = Field(min_length=1)
 
     def to_bytes(self) -> bytes:
         """Return the manifest as JSON: the same bytes for the same content."""

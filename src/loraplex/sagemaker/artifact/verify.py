@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from loraplex.adapters.archive import Unzipped
@@ -16,6 +16,8 @@ from loraplex.errors import BundleError
 from loraplex.sagemaker.artifact.manifest import MANIFEST, MAX_BYTES, FileEntry, Manifest, read_manifest
 from loraplex.sagemaker.artifact.s3 import calling, is_botocores, objects_below, open_object, place_of
 
+READ, READ_FOLDER = 0o400, 0o500  # what the owner needs
+SPECIAL = 0o6000  # setuid, setgid
 HEADERS = 512 * 2**20  # bytes of an archive's headers; a manifest of the most bytes has fewer
 
 
@@ -24,8 +26,9 @@ class Verified:
     """The result of `verify`. Every name is in one of the three at most.
 
     missing:  the manifest names the file, and it is not there.
-    changed:  the file has another size or content, comes twice, or is a link.
-    extra:    the manifest does not name the file.
+    changed:  the file has another size or content, comes twice, is a link or a folder, or unpacks with rights that
+              `pack` never gives: unreadable for its owner, or setuid and the like.
+    extra:    the manifest does not name the file, or no file in the folder.
     """
 
     manifest: Manifest
@@ -51,9 +54,11 @@ def verify(where: str, progress: Progress = lambda done, total: None) -> Verifie
             where, f"holds no {MANIFEST}", remedy="give all that `loraplex sagemaker pack` made: an archive or a folder"
         )
     manifest = read_manifest(where, found.manifest)
-    names = found.entries.keys() | found.odd
-    extra = names - manifest.files.keys() - {MANIFEST}
-    changed = found.odd | {name for name, one in found.entries.items() if manifest.files.get(name) != one}
+    folders = {str(parent) for name in {*manifest.files, *found.entries} for parent in PurePosixPath(name).parents}
+    odd = found.odd | (found.folders - folders)
+    names = found.entries.keys() | odd
+    extra = names - manifest.files.keys() - folders - {MANIFEST}
+    changed = odd | {name for name, one in found.entries.items() if manifest.files.get(name) != one}
     return Verified(
         manifest=manifest,
         missing=tuple(sorted(manifest.files.keys() - names)),
@@ -62,16 +67,28 @@ def verify(where: str, progress: Progress = lambda done, total: None) -> Verifie
     )
 
 
+class _Headers(Unzipped):
+    """last: what tarfile read last, which is the end where tarfile found one."""
+
+    last = b""
+
+    def read(self, size: int) -> bytes:
+        self.last = super().read(size)
+        return self.last
+
+
 class _Files:
     """The files of an artifact, as far as they were read.
 
     manifest:  the manifest's text.
-    odd:       names that come twice, or belong to a link, a device or the like."""
+    odd:       names that come twice, belong to a link, a device or the like, or have odd rights.
+    folders:   names of folders."""
 
     def __init__(self, progress: Progress) -> None:
         self.entries: dict[str, FileEntry] = {}
         self.manifest: bytes | None = None
         self.odd: set[str] = set()
+        self.folders: set[str] = set()
         self._progress, self._done = progress, 0
 
     def take(self, name: str, content: Iterable[bytes] | None) -> None:
@@ -118,6 +135,7 @@ def _read(where: str, files: _Files) -> None:
 
 def _read_folder(root: Path, files: _Files) -> None:
     for folder, folders, names in os.walk(root, onerror=_raise):
+        files.folders.add(Path(folder).relative_to(root).as_posix())
         for name in (*names, *(one for one in folders if os.path.islink(os.path.join(folder, one)))):
             path = Path(folder, name)
             is_file = path.is_file() and not path.is_symlink()
@@ -137,13 +155,23 @@ def _chunks(path: Path) -> Iterator[bytes]:
 def _read_archive(source: str, file: BinaryIO, files: _Files) -> None:
     """Read a `.tar.gz`. Trusts no name, size or header in it."""
     try:
-        unzipped: Any = Unzipped(file, source, sys.maxsize, HEADERS)
+        unzipped: Any = _Headers(file, source, sys.maxsize, HEADERS)
         for member in tarfile.TarFile(fileobj=unzipped):
-            if not member.isdir():
+            name = member.name.removeprefix("./")
+            needed = READ_FOLDER if member.isdir() else READ
+            if member.mode & (needed | (0 if member.isdir() else SPECIAL)) != needed:
+                files.odd.add(name)
+            if member.isdir():
+                files.folders.add(name)
+            else:
                 is_file = member.isreg() and not member.issparse()
-                files.take(member.name.removeprefix("./"), _content(unzipped, member) if is_file else None)
-        while unzipped.take(CHUNK):  # read to the end: the checksum comes last
-            pass
+                files.take(name, _content(unzipped, member) if is_file else None)
+        # tarfile takes any block that is no header for the end. The rest is read, because the checksum comes last.
+        rest = unzipped.last
+        while rest:
+            if any(rest):
+                raise tarfile.ReadError("it holds data after its end")
+            rest = unzipped.take(CHUNK)
     except Exception as exc:  # TarError, OSError, EOFError, zlib.error, and others where headers are nonsense
         if is_botocores(exc):
             raise
