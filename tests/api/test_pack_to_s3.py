@@ -16,8 +16,10 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from moto.server import ThreadedMotoServer
+from typer.testing import CliRunner
 
 from loraplex.bundle import open_bundle
+from loraplex.cli.main import app
 from loraplex.errors import ConfigurationError
 from loraplex.sagemaker.artifact import s3
 from loraplex.sagemaker.artifact.pack import Packed, pack
@@ -144,6 +146,12 @@ def test_files_below_a_prefix_are_those_of_a_folder(bundle: Path, client: Any, t
     client.delete_object(Bucket="models", Key="support/v1/tokenizer.json")
     found = verify("s3://models/support/v1")
     assert (found.missing, found.changed, found.extra) == (("tokenizer.json",), ("config.json",), ("more",))
+
+
+@pytest.mark.parametrize("out", ["s3://models/my model", "s3://models/my model/"])
+def test_the_next_command_takes_the_prefix_as_it_is(tiny_bundle: Path, client: Any, out: str) -> None:
+    run = CliRunner().invoke(app, ["sagemaker", "pack", str(tiny_bundle), "--out", out, "--uncompressed"])
+    assert "next: loraplex sagemaker deploy NAME --model-data 's3://models/my model/' --role" in run.output, run.output
 
 
 def test_nothing_is_written_over(bundle: Path, client: Any) -> None:

@@ -426,6 +426,9 @@ def test_the_commands_say_what_was_made(tiny_bundle: Path, out: Path) -> None:
     (folder / "more").write_text("x")
     run = CliRunner().invoke(app, ["sagemaker", "verify", str(folder)])
     assert run.exit_code == 1 and "changed: config.json\nextra: more\n" in run.output
+    spaced = str(out / "my model.tar.gz")
+    run = CliRunner().invoke(app, ["sagemaker", "pack", str(tiny_bundle), "--out", spaced])
+    assert f"next: loraplex sagemaker verify '{spaced}'\n" in run.output
     run = CliRunner().invoke(
         app, ["sagemaker", "pack", str(tiny_bundle), "--out", str(out / "new"), "--uncompressed", "--dry-run"]
     )

@@ -1,5 +1,6 @@
 """`loraplex sagemaker pack` and `verify`: a bundle as the artifact that SageMaker loads."""
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -96,9 +97,10 @@ def pack(
         return
     stdout.print(f"SHA-256{' of its manifest' if uncompressed else ''}: {packed.sha256}", markup=False)
     if out.startswith("s3://"):
-        next_step = f"loraplex sagemaker deploy NAME --model-data {out} --role ROLE --image IMAGE"
+        place = out.rstrip("/") + "/" if uncompressed else out
+        next_step = f"loraplex sagemaker deploy NAME --model-data {shlex.quote(place)} --role ROLE --image IMAGE"
     else:
-        next_step = f"loraplex sagemaker verify {out}"
+        next_step = f"loraplex sagemaker verify {shlex.quote(out)}"
     stdout.print(f"next: {next_step}", markup=False)
 
 

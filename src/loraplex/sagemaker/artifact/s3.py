@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -167,8 +168,8 @@ class Upload:
             return
         upload_id, self._id = self._id, None
         command = (
-            f"aws s3api abort-multipart-upload --bucket {self._place.bucket} --key {self._place.key} "
-            f"--upload-id {upload_id}"
+            f"aws s3api abort-multipart-upload --bucket {self._place.bucket} --key {shlex.quote(self._place.key)} "
+            f"--upload-id {shlex.quote(upload_id)}"
         )
         with calling(self._place, f"an unfinished upload is left; remove it: {command}"):
             self._client.abort_multipart_upload(**self._target, UploadId=upload_id)
@@ -266,7 +267,7 @@ class S3Prefix:
             if upload is not None:
                 upload.rollback()
         finally:
-            command = f"aws s3 rm --recursive {self._place}"
+            command = f"aws s3 rm --recursive {shlex.quote(str(self._place))}"
             while self._written:
                 with calling(self._place, f"up to {len(self._written)} objects are left; remove them: {command}"):
                     self._client.delete_object(Bucket=self._place.bucket, Key=self._written[-1])
