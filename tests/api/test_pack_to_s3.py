@@ -140,7 +140,9 @@ def test_files_below_a_prefix_are_those_of_a_folder(bundle: Path, client: Any, t
         body = client.get_object(Bucket="models", Key=key)["Body"].read()
         assert hashlib.sha256(body).digest() == hashlib.sha256(files[key].read_bytes()).digest()
     client.put_object(Bucket="models", Key="support/v1/", Body=b"")  # as AWS's console makes a folder
-    assert verify("s3://models/support/v1/").is_whole
+    told: list[tuple[int, int | None]] = []
+    assert verify("s3://models/support/v1/", lambda done, total: told.append((done, total))).is_whole
+    assert told[-1] == (there.size, there.size)
     client.put_object(Bucket="models", Key="support/v1/config.json", Body=b"{}")
     client.put_object(Bucket="models", Key="support/v1/more", Body=b"{}")
     client.delete_object(Bucket="models", Key="support/v1/tokenizer.json")

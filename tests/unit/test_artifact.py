@@ -254,6 +254,15 @@ def test_a_whole_artifact_is_whole(tmp_path: Path, whole: dict[str, bytes], plac
 
 
 @PLACES
+def test_the_progress_ends_at_the_size(tmp_path: Path, whole: dict[str, bytes], place: Place) -> None:
+    told: list[tuple[int, int | None]] = []
+    where = Path(place(tmp_path, whole))
+    verify(str(where), lambda done, total: told.append((done, total)))
+    size = where.stat().st_size if where.is_file() else sum(len(one) for one in whole.values())
+    assert told[-1] == (size, size) and {total for _, total in told} == {size}
+
+
+@PLACES
 def test_each_difference_is_named(tmp_path: Path, whole: dict[str, bytes], place: Place) -> None:
     del whole["empty"]
     whole |= {"config.json": b"[]", "isDone/weights": b"short", "code/evil.py": b"import os"}

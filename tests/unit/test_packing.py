@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -416,7 +415,7 @@ def test_the_commands_say_what_was_made(tiny_bundle: Path, out: Path) -> None:
     digest = subprocess.run(["sha256sum", archive], capture_output=True, text=True, check=True).stdout.split()[0]
     assert f"SHA-256: {digest}" in run.output and "4 adapters" in run.output
     assert f"next: loraplex sagemaker verify {archive}" in run.output
-    assert re.search(r"0 of \d+ MiB", run.output), "progress"
+    assert "MiB" not in run.output, "it took no time that a progress could tell of"
     run = CliRunner().invoke(app, ["sagemaker", "verify", archive])
     assert run.exit_code == 0 and "is whole: 4 adapters" in run.output
     run = CliRunner().invoke(app, ["sagemaker", "pack", str(tiny_bundle), "--out", archive])

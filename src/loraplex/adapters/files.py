@@ -49,12 +49,14 @@ SHAPES = "hf://org/name[/folder][@revision], s3://bucket/folder or s3://bucket/n
 Progress = Callable[[int, int | None], None]  # bytes so far, and in all (None: not known)
 
 
-def telling(name: str, tell: Callable[[str], object]) -> Progress:
-    """Return a function that tells a download's progress at its begin, and then every few seconds."""
-    told = -math.inf
+def telling(name: str, tell: Callable[[str], object], *, begins: bool = True) -> Progress:
+    """Return a function that tells a download's progress at its begin (unless not `begins`), and every few seconds."""
+    told = -math.inf if begins else math.nan
 
     def progress(num_bytes: int, total: int | None) -> None:
         nonlocal told
+        if math.isnan(told):
+            told = time.monotonic()
         if time.monotonic() - told > TELL_EVERY_S:
             told = time.monotonic()
             tell(f"{name}: {num_bytes >> 20} of {'?' if total is None else total >> 20} MiB")

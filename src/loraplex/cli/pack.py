@@ -82,7 +82,7 @@ def pack(
             proves=prove,
             is_dry=dry_run,
             tell=tell,
-            progress=telling(out, tell),
+            progress=telling(out, tell, begins=False),
         )
     if dry_run:
         for name, size in packed.files.items():
@@ -121,7 +121,7 @@ def verify(
         from loraplex.adapters.files import telling
         from loraplex.sagemaker.artifact.verify import verify as read
 
-        found = read(where, telling(where, tell))
+        found = read(where, telling(where, tell, begins=False))
     for what in ("missing", "changed", "extra"):
         for name in getattr(found, what):
             stdout.print(f"{what}: {ascii(name)[1:-1]}", markup=False)

@@ -288,21 +288,27 @@ def keys_below(client: Any, place: Place, *, most: int) -> Sequence[str]:
     return [one["Key"] for one in page.get("Contents", ())]
 
 
-def objects_below(place: Place) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Yield (key without the prefix, content) for each object below a prefix that ends in "/"."""
+def objects_below(place: Place) -> tuple[int, Iterator[tuple[str, Iterator[bytes]]]]:
+    """Return the bytes below a prefix that ends in "/", and (key without the prefix, content) of each object."""
     client = connect(place)
     check_bucket(client, place)
     with calling(place):
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=place.bucket, Prefix=place.key):
-            for one in page.get("Contents", ()):
-                if one["Key"] != place.key:  # a console's folder is an object of its own
-                    body = client.get_object(Bucket=place.bucket, Key=one["Key"])["Body"]
-                    yield one["Key"].removeprefix(place.key), body.iter_chunks(CHUNK)
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=place.bucket, Prefix=place.key)
+        listed = {one["Key"]: int(one["Size"]) for page in pages for one in page.get("Contents", ())}
+    listed.pop(place.key, None)  # a console's folder is an object of its own
+
+    def objects() -> Iterator[tuple[str, Iterator[bytes]]]:
+        for key in listed:
+            body = client.get_object(Bucket=place.bucket, Key=key)["Body"]
+            yield key.removeprefix(place.key), body.iter_chunks(CHUNK)
+
+    return sum(listed.values()), objects()
 
 
-def open_object(place: Place) -> Any:
-    """Return the content of an object as a file to read."""
+def open_object(place: Place) -> tuple[int, Any]:
+    """Return an object's bytes, and its content as a file to read."""
     client = connect(place)
     check_bucket(client, place)
     with calling(place):
-        return client.get_object(Bucket=place.bucket, Key=place.key)["Body"]
+        answer = client.get_object(Bucket=place.bucket, Key=place.key)
+    return int(answer["ContentLength"]), answer["Body"]

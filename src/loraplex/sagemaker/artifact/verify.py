@@ -44,7 +44,7 @@ class Verified:
 def verify(where: str, progress: Progress = lambda done, total: None) -> Verified:
     """Compare the artifact at `where` with its manifest. `where`: a `.tar.gz` or a folder, on this machine or in S3.
 
-    progress:  is called with the bytes read so far.
+    progress:  is called with the bytes read so far, and in all: of an archive as it is, not unpacked.
     Shows damage, and not who made the artifact: whoever changes a file can change the manifest, too. Raises
     ConfigurationError where the artifact cannot be read, or holds no manifest."""
     found = _Files(progress)
@@ -89,7 +89,12 @@ class _Files:
         self.manifest: bytes | None = None
         self.odd: set[str] = set()
         self.folders: set[str] = set()
-        self._progress, self._done = progress, 0
+        self._progress, self._done, self.total = progress, 0, 0
+
+    def count(self, num_bytes: int) -> None:
+        """Tell that so many bytes more of `total` were read."""
+        self._done += num_bytes
+        self._progress(self._done, self.total)
 
     def take(self, name: str, content: Iterable[bytes] | None) -> None:
         """Read a file. content: None for what is no plain file."""
@@ -100,8 +105,6 @@ class _Files:
         for chunk in content:
             digest.update(chunk)
             size += len(chunk)
-            self._done += len(chunk)
-            self._progress(self._done, None)
             if name == MANIFEST and size <= MAX_BYTES:
                 text += chunk
         if name == MANIFEST:
@@ -116,10 +119,12 @@ def _read(where: str, files: _Files) -> None:
         place = place_of(where if is_archive else where.rstrip("/") + "/")
         with calling(place):
             if is_archive:
-                with closing(open_object(place)) as body:
+                files.total, opened = open_object(place)
+                with closing(opened) as body:
                     return _read_archive(where, body, files)
-            for name, content in objects_below(place):
-                files.take(name, content)
+            files.total, objects = objects_below(place)
+            for name, content in objects:
+                files.take(name, _counted(content, files))
             return
     path = Path(where).expanduser()
     try:
@@ -127,6 +132,7 @@ def _read(where: str, files: _Files) -> None:
             return _read_folder(path, files)
         if is_archive:
             with path.open("rb") as file:
+                files.total = path.stat().st_size
                 return _read_archive(where, file, files)
     except OSError as exc:
         raise BundleError(where, f"is not readable: {exc.strerror or exc}", remedy="correct the path") from None
@@ -134,12 +140,31 @@ def _read(where: str, files: _Files) -> None:
 
 
 def _read_folder(root: Path, files: _Files) -> None:
+    files.total = sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and not path.is_symlink())
     for folder, folders, names in os.walk(root, onerror=_raise):
         files.folders.add(Path(folder).relative_to(root).as_posix())
         for name in (*names, *(one for one in folders if os.path.islink(os.path.join(folder, one)))):
             path = Path(folder, name)
             is_file = path.is_file() and not path.is_symlink()
-            files.take(path.relative_to(root).as_posix(), _chunks(path) if is_file else None)
+            files.take(path.relative_to(root).as_posix(), _counted(_chunks(path), files) if is_file else None)
+
+
+def _counted(content: Iterable[bytes], files: _Files) -> Iterator[bytes]:
+    for chunk in content:
+        files.count(len(chunk))
+        yield chunk
+
+
+class _Counted:
+    """The file that gzip reads."""
+
+    def __init__(self, file: BinaryIO, files: _Files) -> None:
+        self._file, self._files = file, files
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._files.count(len(data))
+        return data
 
 
 def _raise(exc: OSError) -> None:
@@ -154,8 +179,9 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 def _read_archive(source: str, file: BinaryIO, files: _Files) -> None:
     """Read a `.tar.gz`. Trusts no name, size or header in it."""
+    counted: Any = _Counted(file, files)
     try:
-        unzipped: Any = _Headers(file, source, sys.maxsize, HEADERS)
+        unzipped: Any = _Headers(counted, source, sys.maxsize, HEADERS)
         for member in tarfile.TarFile(fileobj=unzipped):
             name = member.name.removeprefix("./")
             needed = READ_FOLDER if member.isdir() else READ
