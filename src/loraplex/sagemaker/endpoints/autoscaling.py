@@ -59,7 +59,7 @@ def autoscaling_calls(
         raise ConfigurationError(
             "--min, --max",
             f"{least} to {most} is not possible",
-            remedy="use 1 <= --min <= --max; at 0 it never comes back, because no request is counted",
+            remedy="use 1 <= --min <= --max; at 0 AWS counts no requests, and the endpoint never comes back",
         )
     if not concurrency > 0:
         raise ConfigurationError(
