@@ -241,7 +241,8 @@ def account() -> Iterator[Account]:
     ):
         s3 = boto3.client("s3", REGION)
         s3.create_bucket(Bucket=BUCKET)
-        for key in ("support/1/model.tar.gz", "support/2/model.tar.gz", "folder/config.json"):
+        data = ("support/1/model.tar.gz", "support/2/model.tar.gz", "folder/config.json")
+        for key in (*data, "isFraud/1/adapter.tar.gz", "isFraud/2/adapter.tar.gz"):
             s3.put_object(Bucket=BUCKET, Key=key, Body=b"x")
         found.calls.clear()
         yield found

@@ -1,7 +1,9 @@
 """Endpoints on SageMaker: made, changed and deleted, in an account that moto and `aws.py` simulate."""
 
 import json
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -337,11 +339,14 @@ def test_a_failed_endpoint_shows_its_reason_and_its_log(account: Account) -> Non
     assert account.resources() == set()
 
 
-def test_ctrl_c_leaves_the_endpoint_and_says_how_to_go_on(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_endpoint_and_says_how_to_go_on(
+    account: Account, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     account.statuses = ["Creating"]
 
     def interrupt(_: float) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(time, "sleep", interrupt)
     output = run(*DEPLOY, code=130)
@@ -818,6 +823,7 @@ def test_an_adapter_that_cannot_be_added_or_removed_is_refused(account: Account)
     assert "belongs to endpoint support" in run("adapter", "add", "support", "support-base", URL, code=1)
     assert ".tar.gz" in run("adapter", "add", "support", "isDone", "s3://models/isDone/", code=1)
     assert "'a_b'" in run("adapter", "add", "support", "a_b", URL, code=1)
+    assert "does not exist" in run("adapter", "add", "support", "isDone", "s3://models/no/adapter.tar.gz", code=1)
     assert account.changes() == []
     account.failing = {"CreateInferenceComponent": ("ResourceLimitExceeded", "The service limit 'Copies' is 10")}
     assert "raise the quota 'Copies'" in run("adapter", "add", "support", "isDone", URL, code=1)

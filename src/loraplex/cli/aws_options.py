@@ -1,6 +1,7 @@
 """Options and output that the commands for SageMaker's endpoints share."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -40,7 +41,7 @@ def account(
     dry_run: bool = False,
     offline: bool = False,
 ) -> Iterator["Aws"]:
-    """Yield the account. A LoraplexError, or Ctrl-C while waiting, ends the command with what was made so far.
+    """Yield the account. A LoraplexError, Ctrl-C or SIGTERM ends the command with what was made so far.
 
     rest:  what the user can do about that."""
     from loraplex.sagemaker.endpoints.aws import Aws
@@ -55,6 +56,7 @@ def account(
         if aws.made and rest:
             tell(rest)
 
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a CI job that takes too long is sent it
     try:
         with errors_to_exit(report):
             yield aws
@@ -64,6 +66,8 @@ def account(
         if aws.made and rest:
             tell(rest)
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def print_made(aws: "Aws") -> None:

@@ -89,7 +89,8 @@ def deploy(
 ) -> None:
     """Make an endpoint. From then on it costs its machines' price, also when nobody asks, until `delete`.
 
-    Run twice, it makes nothing twice; after a failure, it makes what is missing.
+    Run twice, it makes nothing twice; after a failure, it makes what is missing. With --dry-run it asks AWS nothing,
+    and prints the calls as if nothing existed.
 
     Example: [bold]loraplex sagemaker deploy support --role arn:aws:iam::123456789012:role/loraplex --image
     123456789012.dkr.ecr.us-east-1.amazonaws.com/loraplex:1 --model-data s3://models/support/1/model.tar.gz[/]

@@ -7,6 +7,7 @@ from typing import Any
 from loraplex.errors import ConfigurationError
 from loraplex.sagemaker.endpoints.aws import Aws
 from loraplex.sagemaker.endpoints.calls import Call
+from loraplex.sagemaker.endpoints.data import check_data
 from loraplex.sagemaker.endpoints.deployment import ARCHIVE, NAME, NAME_RULE, OBJECT, base_component, check, tags_of
 from loraplex.sagemaker.endpoints.resources import describe_component, known_endpoint
 from loraplex.sagemaker.endpoints.waiting import Report, rolled_back, wait_for_component, wait_until_gone
@@ -28,6 +29,8 @@ def add_adapter(aws: Aws, endpoint: str, name: str, url: str, *, wait: bool, rep
             remedy="deploy it with --inference-components; other endpoints load adapters from their model data, or "
             "through the server's own routes",
         )
+    if warning := check_data(aws, url):
+        report(warning)
     specification = {"BaseInferenceComponentName": base, "Container": {"ArtifactUrl": url}}
     names = {"InferenceComponentName": name}
     found = aws.find(describe_component(name))

@@ -4,14 +4,13 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from loraplex.errors import ConfigurationError
 from loraplex.sagemaker.endpoints.alarms import alarm_calls, alarm_names
 from loraplex.sagemaker.endpoints.aws import Aws, AwsError
 from loraplex.sagemaker.endpoints.calls import Call
-from loraplex.sagemaker.endpoints.deployment import ARCHIVE, Deployment, base_component, check, from_described
-from loraplex.sagemaker.endpoints.remedies import ROLE_POLICY
+from loraplex.sagemaker.endpoints.data import check_data
+from loraplex.sagemaker.endpoints.deployment import Deployment, base_component, check, from_described
 from loraplex.sagemaker.endpoints.resources import (
     describe_component,
     describe_config,
@@ -35,36 +34,6 @@ def describe_model(name: str) -> Call:
     return Call("sagemaker", "DescribeModel", {"ModelName": name})
 
 
-def check_model_data(aws: Aws, url: str) -> str | None:
-    """Raise ConfigurationError where the model data is missing, or in another region than the endpoint.
-
-    Return why it could not be looked up, or None. The role may be allowed to read what the user may not."""
-    place = urlsplit(url)
-    bucket, key = place.netloc, place.path.removeprefix("/")
-    try:
-        found = aws.run(Call("s3", "HeadBucket", {"Bucket": bucket}))
-        region = found.get("BucketRegion") or aws.region()
-        if region != aws.region():
-            raise ConfigurationError(
-                url,
-                f"is in {region}, and the endpoint would be in {aws.region()}",
-                remedy=f"copy it into a bucket in {aws.region()}, or give --region {region}",
-            )
-        if key.endswith(ARCHIVE):
-            aws.run(Call("s3", "HeadObject", {"Bucket": bucket, "Key": key}))
-        elif not aws.run(Call("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": key, "MaxKeys": 1})).get("KeyCount"):
-            raise ConfigurationError(url, "holds no objects", remedy="loraplex sagemaker pack writes it")
-    except AwsError as error:
-        if error.is_missing:
-            raise ConfigurationError(
-                url, f"does not exist ({error.message})", remedy="check the URL; loraplex sagemaker pack writes it"
-            ) from None
-        if error.aws_code in ("403", "AccessDenied"):
-            return f"{url} was not checked: {error.message}; the role must be allowed to read it ({ROLE_POLICY})"
-        raise
-    return None
-
-
 def deploy(aws: Aws, wanted: Deployment, *, wait: bool, report: Report) -> None:
     """Make the endpoint, with its model and config; make what is missing of it where it is half-made.
 
@@ -73,7 +42,7 @@ def deploy(aws: Aws, wanted: Deployment, *, wait: bool, report: Report) -> None:
     found = find_endpoint(aws, name)
     if found is not None:
         _check_same(aws, wanted, found)
-    elif not aws.is_dry and (warning := check_model_data(aws, wanted.model_data)):
+    elif not aws.is_dry and (warning := check_data(aws, wanted.model_data)):
         report(warning)
     _ensure(aws, describe_model(wanted.model_name), wanted.create_model())
     _ensure(aws, describe_config(wanted.config_name), wanted.create_config())
@@ -211,7 +180,7 @@ def update(
     current = read_deployment(aws, found)
     env = {key: value for key, value in {**current.env, **(set_env or {})}.items() if key not in unset_env}
     wanted = replace(current, **changes, env=env)
-    if "model_data" in changes and (warning := check_model_data(aws, wanted.model_data)):
+    if "model_data" in changes and (warning := check_data(aws, wanted.model_data)):
         report(warning)
     count = _count(aws, current, found)
     rollout.check(count)
