@@ -204,6 +204,17 @@ def test_a_place_that_cannot_be_written_is_refused_before(
         make(tmp_path / "new.tar.gz").check(1000)
 
 
+@pytest.mark.parametrize(("make", "ending"), [(as_archive, ".tar.gz"), (LocalFolder, "")])
+def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path: Path, make: Callable[[Path], Output], ending: str) -> None:
+    path = tmp_path / ("n" * (255 - len(ending)) + ending)
+    make(path).check(1000)
+    write(make(path))
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(BundleError, match="File name too long") as caught:
+        make(tmp_path / f"n{path.name}").check(1000)
+    assert caught.value.remedy == "give a shorter name"
+
+
 def test_a_compressed_archive_may_fit_so_that_it_is_only_warned_of(tmp_path: Path) -> None:
     told: list[str] = []
     Archive(LocalFile(tmp_path / "model.tar.gz", told.append), 1).check(10**16)

@@ -2,6 +2,7 @@
 
 An output appears whole or not at all: `commit` makes it appear, and `rollback` removes what was written before."""
 
+import errno
 import hashlib
 import os
 import secrets
@@ -118,7 +119,7 @@ class LocalFile:
         """tell: is called with a warning where the disk may be too small; None raises, because gzip saves nothing.
         replaces: whether a file of that name is replaced; otherwise it is an error."""
         self._path, self._tell, self._replaces = path, tell, replaces
-        self._part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        self._part = path.with_name(f".loraplex-{secrets.token_hex(4)}.part")  # short: `path` may be the longest name
         self._file: BinaryIO | None = None
 
     def check(self, num_bytes: int) -> None:
@@ -206,6 +207,11 @@ class LocalFolder:
 
 def _check_new(path: Path, remedy: str, replaces: bool) -> None:
     """Raise BundleError where something has the name `path`, or no file can be made there."""
+    try:
+        path.lstat()
+    except OSError as exc:
+        if exc.errno == errno.ENAMETOOLONG:
+            raise _unwritable(path, exc) from None
     if os.path.lexists(path) and not (replaces and path.is_file()):
         is_file = path.is_file()
         raise BundleError(path, "exists already", remedy=remedy if is_file else "name another: nothing is written over")
@@ -237,5 +243,7 @@ def _unwritable(path: Path, exc: OSError) -> BundleError:
     return BundleError(
         path,
         f"cannot be written, and nothing of it was left: {exc.strerror or exc}",
-        remedy="make room on its disk, or name another place",
+        remedy="give a shorter name"
+        if exc.errno == errno.ENAMETOOLONG
+        else "make room on its disk, or name another place",
     )
