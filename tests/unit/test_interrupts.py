@@ -58,6 +58,16 @@ def test_a_repeated_signal_does_not_cut_the_removal() -> None:
     assert removed
 
 
+def test_what_comes_after_the_command_is_not_interrupted() -> None:
+    with pytest.raises(SystemExit), caught():
+        send(signal.SIGTERM)
+    for number in SIGNALS:
+        send(number)  # the process is ending
+    restore()
+    with raising(), held():
+        check()
+
+
 def test_without_a_signal_nothing_changes() -> None:
     before = [signal.getsignal(one) for one in SIGNALS]
     with caught(), raising(), held():

@@ -15,19 +15,21 @@ SAME_S = 1.0  # a wrapper passes on the Ctrl-C that the terminal sends as well
 
 
 class _State:
-    """came: the first signal, and when. holds: how many `held` blocks there are. ends_at_once: see `importing`."""
+    """came: the first signal, and when. holds: how many `held` blocks there are. ends_at_once: see `importing`. is_over:
+    whether a signal has ended the block of `caught`."""
 
     came: int | None = None
     came_at = 0.0
     holds = 0
     ends_at_once = False
+    is_over = False
 
 
 @contextmanager
 def caught() -> Iterator[None]:
     """Catch the signals that were not ignored before. A block that one of them ended ends the process, with the exit
     code 128 + the signal's number."""
-    _State.came = None
+    _State.came, _State.is_over = None, False
     before = {one: signal.getsignal(one) for one in SIGNALS}
     for one, handler in before.items():
         if handler is not signal.SIG_IGN:  # as `nohup` sets it
@@ -37,9 +39,11 @@ def caught() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(128 + (_State.came or signal.SIGINT)) from None
     finally:
-        if _State.came is None:  # otherwise the process ends, and another signal must not cut that short
+        if _State.came is None:
             for one, handler in before.items():
                 signal.signal(one, handler)
+        else:  # the process ends, and another signal must not cut that short
+            _State.came, _State.is_over = None, True
 
 
 @contextmanager
@@ -84,6 +88,8 @@ def check() -> None:
 def _take(number: int, frame: FrameType | None) -> None:
     if _State.ends_at_once:
         os._exit(128 + number)
+    if _State.is_over:
+        return
     if _State.came is None:
         _State.came, _State.came_at = number, time.monotonic()
     elif number != signal.SIGINT or time.monotonic() - _State.came_at < SAME_S:
