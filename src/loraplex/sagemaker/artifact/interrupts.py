@@ -15,8 +15,8 @@ SAME_S = 1.0  # a wrapper passes on the Ctrl-C that the terminal sends as well
 
 
 class _State:
-    """came: the first signal, and when. holds: how many `held` blocks there are. ends_at_once: see `importing`. is_over:
-    whether a signal has ended the block of `caught`."""
+    """came: the first signal, and when. holds: how many `held` blocks there are. ends_at_once: see `importing`.
+    is_over: whether a signal has ended the block of `caught`."""
 
     came: int | None = None
     came_at = 0.0
