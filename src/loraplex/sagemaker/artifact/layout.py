@@ -1,4 +1,4 @@
-"""What an artifact holds: the files of a bundle under the names that SageMaker expects. Reads no weights."""
+"""Lays out an artifact: the files of a bundle under the names that SageMaker expects. Reads no weights."""
 
 import importlib.metadata
 import re

@@ -13,7 +13,7 @@ MAX_BYTES = 64 * 2**20  # such a manifest describes some 400,000 files
 
 
 class FileEntry(BaseModel):
-    """What identifies a file's content."""
+    """A file's size and hash, which identify its content."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -25,7 +25,7 @@ LEVEL = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """What `pack` made, or would make.
+    """The artifact that `pack` made, or would make.
 
     files:   name -> bytes.
     size:    bytes of the archive, or of all files.

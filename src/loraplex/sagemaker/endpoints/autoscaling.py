@@ -13,7 +13,7 @@ POLICY = "loraplex-concurrent-requests"
 
 @dataclass(frozen=True)
 class ScaledResource:
-    """What is scaled, and AWS's metric of its concurrent requests, which comes every 10 seconds."""
+    """A variant or a component to scale, and AWS's metric of its concurrent requests, which comes every 10 seconds."""
 
     resource: str
     dimension: str

@@ -1,4 +1,4 @@
-"""What an endpoint loads from S3."""
+"""Checks that the data exists on S3 that an endpoint loads."""
 
 from urllib.parse import urlsplit
 

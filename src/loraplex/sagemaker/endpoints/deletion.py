@@ -14,7 +14,7 @@ DESCRIBED = {"adapter": describe_component, "base component": describe_component
 
 @dataclass(frozen=True)
 class Left:
-    """What was not deleted, and why."""
+    """A resource that was not deleted, and the reason."""
 
     resource: Resource
     reason: str
