@@ -25,6 +25,7 @@ LAYERS = [
         "exhaustion",
         "machine",
         "hub_cache",
+        "measuring",
     },
     {"classifier", "client", "discovery"},
     {"bundle", "io_yaml"},
@@ -43,6 +44,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 ONLY_IN = {
     "torch": {
         "machine",
+        "measuring",
         "ops",
         "model",
         "adapters/checkpoint",
@@ -59,6 +61,7 @@ ONLY_IN = {
     "transformers": {"model", "text/tokenizer", "cli/options", "executors/native", "executors/peft", "executors/vllm"},
     "safetensors": {"adapters/checkpoint"},
     "threadpoolctl": {"machine"},
+    "psutil": {"measuring/memory"},
     "vllm": {"executors/vllm_client"},
     "fastapi": {"server"},
     "starlette": {"server"},

@@ -1,0 +1,53 @@
+"""Measures the memory that processes take, from outside."""
+
+import threading
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+INTERVAL_S = 0.1
+
+
+class PeakMemory:
+    """Watches a process and its children while a `with` block runs, and keeps the most memory that they had.
+
+    rss_bytes:  resident memory of all of them together, at its highest. Pages that they share count for each of them.
+    """
+
+    def __init__(self, pid: int | None = None) -> None:
+        """pid: None watches this process."""
+        self._process = psutil.Process(pid)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+        self.rss_bytes = 0
+
+    def __enter__(self) -> Self:
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._over.wait(INTERVAL_S):
+            self._look()
+
+    def _look(self) -> None:
+        self.rss_bytes = max(self.rss_bytes, rss_bytes(self._process))
+
+
+def rss_bytes(process: psutil.Process) -> int:
+    """Return the resident memory of a process and its children in bytes; 0 once it has ended."""
+    total = 0
+    with suppress(psutil.Error):
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.Error):
+                total += int(one.memory_info().rss)
+    return total

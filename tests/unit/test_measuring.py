@@ -1,0 +1,66 @@
+"""Percentiles, spreads, what a report says about the machine, and memory seen from outside."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from loraplex.measuring.about import about
+from loraplex.measuring.files import write_report
+from loraplex.measuring.limits import bandwidth, gemm_rate
+from loraplex.measuring.memory import PeakMemory, rss_bytes
+from loraplex.measuring.samples import Spread, percentile
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [(0.0, 1.0), (0.01, 1.0), (0.5, 50.0), (0.9, 90.0), (0.99, 99.0), (0.991, 100.0), (1.0, 100.0)],
+)
+def test_a_percentile_is_one_of_the_values(share: float, expected: float) -> None:
+    assert percentile([float(value) for value in range(100, 0, -1)], share) == expected
+
+
+def test_no_values_have_no_percentile_and_no_spread() -> None:
+    assert percentile([], 0.5) is None
+    assert Spread.of([None, None]) is None
+
+
+def test_a_spread_leaves_out_rounds_without_a_value() -> None:
+    assert Spread.of([3.0, None, 1.0, 2.0]) == Spread(median=2.0, low=1.0, high=3.0, rounds=3)
+
+
+def test_about_names_the_machine_and_is_json() -> None:
+    found = json.loads(json.dumps(about(CPU, torch.bfloat16)))
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["dtype"] == "bfloat16" and found["cores"] >= 1 and found["memory_bytes"] > 2**30
+
+
+def test_limits_are_rates() -> None:
+    assert gemm_rate([(64, 32, 2), (32, 64, 1)], CPU, torch.float32, num_rows=64) > 1e6
+    assert bandwidth(CPU) > 1e8
+
+
+def test_peak_memory_sees_what_a_child_took_and_gave_back() -> None:
+    script = "import time; taken = bytearray(2 * 10**8); time.sleep(0.5); del taken; print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdin is not None
+        with PeakMemory(process.pid) as peak:
+            process.stdout.readline()
+            assert rss_bytes(psutil.Process(process.pid)) < 1.5e8
+        assert 2e8 < peak.rss_bytes < 3e8
+        process.stdin.write(b"\n")
+
+
+def test_a_report_holds_figures_only_and_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "report.json"
+    write_report(path, {"ms": 1.5})
+    with pytest.raises(ValueError):
+        write_report(path, {"ms": float("nan")})
+    assert json.loads(path.read_text()) == {"ms": 1.5}
+    assert [one.name for one in path.parent.iterdir()] == ["report.json"]
