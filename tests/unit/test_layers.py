@@ -26,6 +26,7 @@ LAYERS = [
         "machine",
         "hub_cache",
         "measuring",
+        "hardware",
     },
     {"classifier", "client", "discovery"},
     {"bundle", "io_yaml"},

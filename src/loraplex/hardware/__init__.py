@@ -1,0 +1,1 @@
+"""What others say of devices, instances, prices and bases, with date and source. Nothing here is measured."""
