@@ -2,12 +2,22 @@
 
     python examples/article/limits.py
 
-The shape is that of Mistral's config.json, the two rates are NVIDIA's data sheet's. No GPU is needed: it is arithmetic.
+The shape is that of Mistral's config.json, the two rates are NVIDIA's data sheet's; src/loraplex/hardware has both with
+their sources. No GPU is needed: it is arithmetic.
 """
 
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCAB = 4096, 14336, 32, 32, 8, 32000
+from loraplex.hardware.bases import known_base
+from loraplex.hardware.devices import device
+
+MISTRAL, A10G = known_base("mistral-7b-v0.1").config, device("a10g")
+HIDDEN, INTERMEDIATE, VOCAB, LAYERS, HEADS, KV_HEADS = (
+    int(MISTRAL[key])
+    for key in (
+        *("hidden_size", "intermediate_size", "vocab_size"),
+        *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    )
+)
 BYTES = 2  # of a number in bfloat16
-BYTES_PER_S, FLOP_PER_S = 600e9, 70e12  # of the A10G's memory, and of its bfloat16 matrix products
 
 kv = HIDDEN * KV_HEADS // HEADS
 LINEAR = {  # layer -> (inputs, outputs)
@@ -20,7 +30,7 @@ LINEAR = {  # layer -> (inputs, outputs)
     "down_proj": (INTERMEDIATE, HIDDEN),
 }
 weights = LAYERS * sum(inputs * outputs for inputs, outputs in LINEAR.values())
-pass_s = (weights + HIDDEN * VOCAB) * BYTES / BYTES_PER_S  # each weight is read once, the head's too
+pass_s = (weights + HIDDEN * VOCAB) * BYTES / A10G.bytes_per_s  # each weight is read once, the head's too
 token_flop = 2 * weights
 kv_bytes = 2 * LAYERS * kv * BYTES  # keys and values of a token
 
@@ -31,7 +41,7 @@ def adapter_mb(rank: int, *layers: str) -> float:
 
 def most_tokens(seconds: float) -> float:
     """Return the tokens that the A10G can compute in that time if nothing else takes any."""
-    return FLOP_PER_S * seconds / token_flop
+    return A10G.flops_per_s * seconds / token_flop
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -37,7 +37,7 @@ LAYERS = [
     {"service"},
     {"routing"},
     {"inprocess", "server"},
-    {"sagemaker"},
+    {"sagemaker", "costs"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

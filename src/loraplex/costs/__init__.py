@@ -1,0 +1,1 @@
+"""What classifiers cost a month: an endpoint for each, one for all, or a hosted API."""

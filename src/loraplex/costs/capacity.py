@@ -1,0 +1,120 @@
+"""How many conversations a machine answers at most, from a report of `loraplex bench` that found out."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraplex.config import validate
+from loraplex.errors import ConfigurationError, listed, quoted
+
+FORMAT = 1
+MEASURE = "measure with `loraplex bench BUNDLE --data FILE --sweep --out DIR`"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """What a system answered at saturation.
+
+    median, low, high:  conversations/s, each judged by all classifiers.
+    machine:            where it was measured: device, cores and number format.
+    started:            when.
+    """
+
+    source: Path
+    system: str
+    num_classifiers: int
+    median: Decimal
+    low: Decimal
+    high: Decimal
+    machine: str
+    started: str
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Spread(_Part):
+    median: Decimal = Field(gt=0)
+    low: Decimal = Field(gt=0)
+    high: Decimal = Field(gt=0)
+
+
+class _Saturation(_Part):
+    reached: bool
+    conversations_per_s: _Spread | None = None
+
+
+class _System(_Part):
+    state: str
+    saturation: _Saturation | None = None
+
+
+class _About(_Part):
+    device: str
+    started: str
+    cores: int | None = None
+    dtype: str | None = None
+
+
+class _Data(_Part):
+    classifiers: tuple[str, ...] = Field(min_length=1)
+
+
+class _Report(_Part):
+    about: _About
+    data: _Data
+    systems: dict[str, _System]
+
+
+def read_capacity(file: Path, system: str) -> Capacity:
+    """Return the capacity of one system of a report. Raises ConfigurationError for another file, and for a report whose
+    run did not reach saturation: it only knows rates that the system answered, not the highest one."""
+    report = validate(_Report, _read(file), file)
+    found = report.systems.get(system)
+    if found is None:
+        raise ConfigurationError(
+            file, f"has no system {quoted(system)}", remedy=f"use one of {listed(sorted(report.systems))}: --system"
+        )
+    if found.state != "measured":
+        raise ConfigurationError(file, f"did not measure {quoted(system)}: {found.state}", remedy=MEASURE)
+    saturation = found.saturation
+    if saturation is None or not saturation.reached or saturation.conversations_per_s is None:
+        reason = f"does not know how much {quoted(system)} can answer, because the run did not reach saturation"
+        raise ConfigurationError(file, reason, remedy=MEASURE)
+    about, spread = report.about, saturation.conversations_per_s
+    cores = None if about.cores is None else f"{about.cores} cores"
+    return Capacity(
+        source=file,
+        system=system,
+        num_classifiers=len(report.data.classifiers),
+        median=spread.median,
+        low=spread.low,
+        high=spread.high,
+        machine=", ".join(part for part in (about.device, cores, about.dtype) if part),
+        started=about.started,
+    )
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    """Return a report of this format. The error for another file says what the file is."""
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:  # also UnicodeDecodeError
+        raise ConfigurationError(
+            file, f"is no report: {exc}", remedy="give the report.json of `loraplex bench`"
+        ) from None
+    found: dict[str, Any] = report if isinstance(report, dict) else {}
+    kind = found.get("kind")
+    if kind != "bench":
+        what = f"is a report of kind {quoted(kind)}" if kind else "is JSON, but no report of `loraplex bench`"
+        raise ConfigurationError(file, what, remedy="give the report.json of `loraplex bench`")
+    if found.get("format") != FORMAT:
+        what = f"has format {quoted(found.get('format'))}; this version reads {FORMAT}"
+        raise ConfigurationError(file, what, remedy="measure again with this version of Loraplex")
+    return found
