@@ -160,6 +160,11 @@ def test_a_report_that_does_not_know_is_refused(
     assert message in output and remedy in output
 
 
+def test_a_report_of_turns_is_refused(report: dict[str, Any], tmp_path: Path) -> None:
+    report["data"]["turns"] = True
+    assert "was measured with --turns" in run("--bench", written(report, tmp_path), code=1)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -41,8 +41,8 @@ class _Part(BaseModel):
 
 class _Spread(_Part):
     median: Decimal = Field(gt=0)
-    low: Decimal = Field(gt=0)
-    high: Decimal = Field(gt=0)
+    low: Decimal
+    high: Decimal
 
 
 class _Saturation(_Part):
@@ -64,6 +64,7 @@ class _About(_Part):
 
 class _Data(_Part):
     classifiers: tuple[str, ...] = Field(min_length=1)
+    turns: bool = False
 
 
 class _Report(_Part):
@@ -76,6 +77,9 @@ def read_capacity(file: Path, system: str) -> Capacity:
     """Return the capacity of one system of a report. Raises ConfigurationError for another file, and for a report whose
     run did not reach saturation: it only knows rates that the system answered, not the highest one."""
     report = validate(_Report, _read(file), file)
+    if report.data.turns:
+        what = "was measured with --turns, so that a conversation is several calls, and not one"
+        raise ConfigurationError(file, what, remedy=f"{MEASURE}, without --turns")
     found = report.systems.get(system)
     if found is None:
         raise ConfigurationError(
