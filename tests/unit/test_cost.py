@@ -219,9 +219,22 @@ def test_prices_of_ones_own(tmp_path: Path) -> None:
     assert "unknown key 'instances.our-server.usd_an_hour'" in run("--prices", str(prices), code=1)
 
 
+def test_the_title_of_an_api_is_shown_as_it_is(tmp_path: Path) -> None:
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("hosted: {decisions: {usd_per_million_input_tokens: 0.0005, title: '[bold]ours[/]'}}")
+    output = run("--prices", str(prices))
+    assert "[bold]ours[/], tokens counted once" in output and "$0.00025" in output
+
+
 def test_the_page_shows_what_the_command_prints() -> None:
     page = (DOCS / "cost.md").read_text()
     shown = re.findall(r"```console\n\$ loraplex cost (.*?)\n```\n+```text\n(.*?)```", page, re.S)
     assert len(shown) == 2
     for arguments, output in shown:
         assert run(*arguments.split()).split() == output.split()
+    rows = re.findall(r"^\| `(ml\S+)` \(\w+\) \| \$(\S+) \| (\S+) calls/s \| (\S+) calls/s \|$", page, re.M)
+    assert len(rows) == 3
+    for instance, price, once, each in rows:
+        output = run("--instance", instance)
+        assert f"${price} an hour" in output
+        assert all(f"fewer than {number} calls/s" in output for number in (once, each))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from loraplex.cli.options import errors_to_exit, origins, stdout
@@ -104,7 +105,7 @@ def cost(
         for column in table.columns[1:]:
             column.justify = "right"
         for row in report.rows():
-            table.add_row(*row)
-        stdout.print(table, markup=False)
+            table.add_row(*map(escape, row))
+        stdout.print(table)
         for sentence in report.sentences():
             stdout.print(f"* {sentence}", markup=False)
