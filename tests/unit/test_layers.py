@@ -28,7 +28,7 @@ LAYERS = [
         "measuring",
         "hardware",
     },
-    {"classifier", "client", "discovery"},
+    {"classifier", "client", "discovery", "labelled"},
     {"bundle", "io_yaml"},
     {"text", "ops"},
     {"model", "adapters"},
@@ -37,7 +37,7 @@ LAYERS = [
     {"service"},
     {"routing"},
     {"inprocess", "server"},
-    {"sagemaker", "costs"},
+    {"bench", "costs", "sagemaker"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

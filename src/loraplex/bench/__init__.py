@@ -1,0 +1,1 @@
+"""Measures systems that answer the same classifiers, each under the same load. `loraplex bench` runs it."""
