@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from loraplex.client import call as api
 from loraplex.errors import OverloadedError
+from loraplex.messages import conversation_of
 from loraplex.types import ClassifyResult, Message
 
 Status = Literal["ok", "refused", "failed", "timeout"]
@@ -30,6 +31,14 @@ class Call:
         found = api.classify(self.input, self.classifiers, self.conversation_id, None).body
         assert found is not None, "a classification has a body"
         return found
+
+    @classmethod
+    def from_body(cls, body: Mapping[str, Any]) -> "Call":
+        return cls(
+            input=conversation_of(body["input"]),
+            classifiers=tuple(body["classifiers"]),
+            conversation_id=body.get("conversation_id"),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

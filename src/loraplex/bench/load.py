@@ -5,9 +5,9 @@ Times are seconds of the event loop's clock since the load began, so that a test
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from loraplex.bench.call import Call, Reply
 
@@ -25,6 +25,7 @@ class Job:
     conversation:  its number in the data; a conversation can stand in a load more than once.
     turns:         the calls of each turn. A turn begins when the one before it is answered.
     at_s:          when the conversation arrives, in an open loop.
+    repeat:        how often this run has asked it before. A repeated text begins with a number, so no cache knows it.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Job:
     turns: tuple[tuple[Call, ...], ...]
     phase: Phase = "measured"
     at_s: float = 0.0
+    repeat: int = 0
 
     @property
     def num_calls(self) -> int:
@@ -54,6 +56,37 @@ class Load:
     window_s: tuple[float, float] | None = None
     timeout_s: float = 300.0
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "jobs": [
+                {
+                    "conversation": job.conversation,
+                    "turns": [[call.body for call in calls] for calls in job.turns],
+                    "phase": job.phase,
+                    "at_s": job.at_s,
+                }
+                for job in self.jobs
+            ],
+            "concurrency": self.concurrency,
+            "window_s": self.window_s,
+            "timeout_s": self.timeout_s,
+        }
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> "Load":
+        jobs = tuple(
+            Job(
+                index=index,
+                conversation=job["conversation"],
+                turns=tuple(tuple(map(Call.from_body, calls)) for calls in job["turns"]),
+                phase=job["phase"],
+                at_s=job["at_s"],
+            )
+            for index, job in enumerate(given["jobs"])
+        )
+        window_s = given["window_s"]
+        return cls(**{**given, "jobs": jobs, "window_s": None if window_s is None else tuple(window_s)})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
@@ -70,6 +103,24 @@ class Sample:
     @property
     def latency_s(self) -> float:
         return self.done_s - self.scheduled_s
+
+    def to_json(self) -> list[Any]:
+        times = self.scheduled_s, self.sent_s, self.done_s
+        return [self.job.index, self.turn, self.classifiers, times, self.reply.to_json()]
+
+    @classmethod
+    def from_json(cls, given: list[Any], load: Load) -> "Sample":
+        """load: the one that was sampled."""
+        index, turn, classifiers, (scheduled_s, sent_s, done_s), reply = given
+        return cls(
+            job=load.jobs[index],
+            turn=turn,
+            classifiers=tuple(classifiers),
+            scheduled_s=scheduled_s,
+            sent_s=sent_s,
+            done_s=done_s,
+            reply=Reply.from_json(reply),
+        )
 
 
 def arrivals(rate: float, end_s: float, seed: str) -> list[float]:

@@ -3,7 +3,7 @@
 import typer
 
 import loraplex
-from loraplex.cli import adapters, classify, cost, keys, routes, sagemaker, serve
+from loraplex.cli import adapters, bench, classify, cost, keys, routes, sagemaker, serve
 
 app = typer.Typer(
     help="Serve many fine-tuned LoRA classifiers from one base model.",
@@ -13,6 +13,7 @@ app = typer.Typer(
 )
 app.command("serve", cls=serve.ServeCommand)(serve.serve)
 app.command("classify")(classify.classify)
+app.command("bench")(bench.bench)
 app.command("cost")(cost.cost)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(routes.app, name="routes")

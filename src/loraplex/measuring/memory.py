@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 import psutil
+import torch
 
 INTERVAL_S = 0.1
 
@@ -17,8 +18,10 @@ class PeakMemory:
     """
 
     def __init__(self, pid: int | None = None) -> None:
-        """pid: None watches this process."""
-        self._process = psutil.Process(pid)
+        """pid: None watches this process. One that has ended already has no memory."""
+        self._process: psutil.Process | None = None
+        with suppress(psutil.NoSuchProcess):
+            self._process = psutil.Process(pid)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
         self.rss_bytes = 0
@@ -40,7 +43,8 @@ class PeakMemory:
             self._look()
 
     def _look(self) -> None:
-        self.rss_bytes = max(self.rss_bytes, rss_bytes(self._process))
+        if self._process is not None:
+            self.rss_bytes = max(self.rss_bytes, rss_bytes(self._process))
 
 
 def rss_bytes(process: psutil.Process) -> int:
@@ -51,3 +55,11 @@ def rss_bytes(process: psutil.Process) -> int:
             with suppress(psutil.Error):
                 total += int(one.memory_info().rss)
     return total
+
+
+def used_device_bytes(device: torch.device) -> int | None:
+    """Return the bytes that all processes together take on the device; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free

@@ -1,0 +1,198 @@
+"""Turns the samples of a system's slices into figures. Pure arithmetic."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loraplex.bench.load import Load, Sample
+from loraplex.bench.work import Work
+from loraplex.measuring.samples import Spread, percentile
+
+PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+ENOUGH = 0.95  # of what was offered must be answered, or the system is saturated
+BY_CHANCE = 2  # conversations by which a slice's answers and arrivals differ all the same
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """A system under one load for a while: the load, and the samples of what has ended."""
+
+    load: Load
+    samples: tuple[Sample, ...]
+
+    @property
+    def measured(self) -> list[Sample]:
+        return [one for one in self.samples if one.job.phase == "measured"]
+
+    @property
+    def ends(self) -> list[tuple[float, bool]]:
+        """When each conversation ended, in order, and whether all its verdicts came."""
+        jobs = self._jobs()
+        return sorted(
+            (max(one.done_s for one in found), all(one.reply.status == "ok" for one in found))
+            for found in jobs.values()
+            if len(found) == found[0].job.num_calls
+        )
+
+    def _jobs(self) -> dict[int, list[Sample]]:
+        jobs: dict[int, list[Sample]] = defaultdict(list)
+        for one in self.samples:
+            jobs[one.job.index].append(one)
+        return jobs
+
+    @property
+    def window_s(self) -> tuple[float, float]:
+        """When rates are counted. Closed loop: from the end of the last conversation of the warm-up to the end of as
+        many more as are measured, so that all clients are at work at both. Open loop: when arrivals are measured."""
+        if self.load.window_s is not None:
+            return self.load.window_s
+        ends = [end for end, _ in self.ends]
+        num_warm = sum(job.phase == "warm-up" for job in self.load.jobs)
+        num = sum(job.phase == "measured" for job in self.load.jobs)
+        begin = ends[num_warm - 1] if 0 < num_warm <= len(ends) else 0.0
+        return begin, ends[min(num_warm + num, len(ends)) - 1] if ends else begin
+
+    def rate(self, amount: Callable[[Sample], float]) -> float | None:
+        """Return the amount a second of what was answered in the window."""
+        begin, end = self.window_s
+        within = (one for one in self.samples if begin < one.done_s <= end and one.reply.status == "ok")
+        return sum(map(amount, within)) / (end - begin) if end > begin else None
+
+    @property
+    def num_answered(self) -> int:
+        """Conversations whose verdicts all came within the window."""
+        begin, end = self.window_s
+        return sum(is_ok and begin < at_s <= end for at_s, is_ok in self.ends)
+
+    @property
+    def conversations_per_s(self) -> float | None:
+        begin, end = self.window_s
+        return self.num_answered / (end - begin) if end > begin else None
+
+    @property
+    def all_verdicts_s(self) -> list[float]:
+        """Seconds from a measured conversation's turn to all of its verdicts, for those that have all of them."""
+        turns: dict[tuple[int, int], list[Sample]] = defaultdict(list)
+        for one in self.measured:
+            turns[one.job.index, one.turn].append(one)
+        return [
+            max(one.done_s for one in found) - min(one.scheduled_s for one in found)
+            for found in turns.values()
+            if len(found) == len(found[0].job.turns[found[0].turn]) and all(one.reply.status == "ok" for one in found)
+        ]
+
+    def num_waiting(self, at_s: float) -> int:
+        """Conversations that had arrived and not ended."""
+        jobs = self._jobs()
+        arrived = sum(job.at_s <= at_s for job in self.load.jobs)
+        return arrived - sum(
+            max(one.done_s for one in found) <= at_s for found in jobs.values() if len(found) == found[0].job.num_calls
+        )
+
+
+def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
+    found = Spread.of(values)
+    return None if found is None else asdict(found)
+
+
+def latencies(slices: Iterable[Sequence[float]]) -> dict[str, Any]:
+    """Return the percentiles of each slice's seconds, in milliseconds, as spreads over the slices."""
+    found = [list(one) for one in slices]
+    return {
+        name: spread(None if (value := percentile(one, share)) is None else 1000 * value for one in found)
+        for name, share in PERCENTILES.items()
+    }
+
+
+def figures(slices: Sequence[Slice], work: Work, gemm_flops_per_s: float | None) -> dict[str, Any]:
+    """Return the figures of a load. See docs/bench.md for what each means."""
+    measured = [one for a_slice in slices for one in a_slice.measured]
+    others = [one for a_slice in slices for one in a_slice.samples if one.job.phase != "measured"]
+    answered = [[one for one in a_slice.measured if one.reply.status == "ok"] for a_slice in slices]
+    rates = [one.rate(work.of) for one in slices]
+    flops = spread(rates)
+    return {
+        "slices": len(slices),
+        "requests": _counts(measured),
+        "excluded": _counts(others),
+        "latency_ms": latencies([one.latency_s for one in found] for found in answered),
+        "all_verdicts_ms": latencies(one.all_verdicts_s for one in slices),
+        "requests_per_s": spread(one.rate(lambda _: 1) for one in slices),
+        "conversations_per_s": spread(one.conversations_per_s for one in slices),
+        "verdicts_per_s": spread(one.rate(lambda sample: len(sample.reply.verdicts)) for one in slices),
+        "tokens_asked_per_s": spread(one.rate(lambda sample: sample.reply.prompt_tokens) for one in slices),
+        "tokens_computed_per_s": spread(one.rate(lambda sample: sample.reply.computed_tokens) for one in slices),
+        "http_adds_ms": spread(percentile(_added_ms(found), 0.5) for found in answered),
+        "share_of_gemm_rate": flops["median"] / gemm_flops_per_s if flops and gemm_flops_per_s else None,
+    }
+
+
+def _added_ms(samples: Iterable[Sample]) -> list[float]:
+    """Milliseconds that requests took, beyond what the system says of them."""
+    return [
+        1000 * (one.done_s - one.sent_s) - one.reply.engine_ms for one in samples if one.reply.engine_ms is not None
+    ]
+
+
+def _counts(samples: Sequence[Sample]) -> dict[str, Any]:
+    statuses = Counter(one.reply.status for one in samples)
+    errors = Counter(one.reply.error or one.reply.status for one in samples if one.reply.status != "ok")
+    return {
+        **{status: statuses[status] for status in ("ok", "refused", "failed", "timeout")},
+        "errors": dict(sorted(errors.items())),
+    }
+
+
+def turns(slices: Sequence[Slice]) -> list[dict[str, Any]]:
+    """Return the figures of each turn: over all slices, of the requests that were answered."""
+    found: dict[int, list[list[Sample]]] = defaultdict(lambda: [[] for _ in slices])
+    for index, a_slice in enumerate(slices):
+        for one in a_slice.measured:
+            if one.reply.status == "ok":
+                found[one.turn][index].append(one)
+    return [
+        {
+            "turn": turn + 1,
+            "conversations": len({(index, one.job.index) for index, each in enumerate(by_slice) for one in each}),
+            "latency_ms": latencies([one.latency_s for one in each] for each in by_slice),
+            "tokens_asked": _mean([one.reply.prompt_tokens for each in by_slice for one in each]),
+            "tokens_computed": _mean([one.reply.computed_tokens for each in by_slice for one in each]),
+            "cached_share": _share([one for each in by_slice for one in each]),
+        }
+        for turn, by_slice in sorted(found.items())
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _share(samples: Sequence[Sample]) -> float | None:
+    """The part of the asked tokens that was not computed."""
+    asked = sum(one.reply.prompt_tokens for one in samples)
+    return sum(one.reply.cached_tokens for one in samples) / asked if asked else None
+
+
+def saturation(slices: Sequence[Slice]) -> str | None:
+    """Return why an open loop's slices were more than the system could answer; None where they were not."""
+    arrived = answered = grown = 0.0
+    for one in slices:
+        begin, end = one.load.window_s or (0.0, 0.0)
+        arrived += sum(begin < job.at_s <= end for job in one.load.jobs)
+        answered += one.num_answered
+        quarter = (end - begin) / 4
+        grown += _mean_waiting(one, end - quarter, end) - _mean_waiting(one, begin, begin + quarter)
+    refused = sum(sample.reply.status == "refused" for one in slices for sample in one.measured)
+    chance = BY_CHANCE * len(slices)
+    if refused:
+        return f"{refused} requests were refused"
+    if answered < min(ENOUGH * arrived, arrived - chance):
+        return f"{answered:.0f} of {arrived:.0f} conversations were answered in time"
+    if grown > max(chance, (1 - ENOUGH) * arrived):
+        return f"{grown / len(slices):.0f} more conversations waited at the end of a slice than at its beginning"
+    return None
+
+
+def _mean_waiting(a_slice: Slice, begin_s: float, end_s: float, num: int = 20) -> float:
+    return sum(a_slice.num_waiting(begin_s + (end_s - begin_s) * (i + 0.5) / num) for i in range(num)) / num

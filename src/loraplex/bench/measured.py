@@ -1,0 +1,98 @@
+"""What is known of one system while it is measured, and the loads that it is measured under."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loraplex.bench.call import Answer
+from loraplex.bench.figures import Slice
+from loraplex.bench.load import Job, Load, Phase, arrivals
+from loraplex.bench.supply import Supply
+from loraplex.bench.system import System
+
+FEWEST = 10  # conversations that a slice expects at least, where its length is a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One load. Closed loop: so many clients. Open loop: conversations a second, or a share of the capacity."""
+
+    kind: Literal["closed", "open"]
+    concurrency: int | None = None
+    rate: float | None = None
+    share: float | None = None
+
+    def __str__(self) -> str:
+        if self.kind == "closed":
+            return f"closed loop, {self.concurrency} client{'s' if self.concurrency != 1 else ''}"
+        return f"open loop, {self.share:g}x the capacity" if self.share else f"open loop, {self.rate:g} conversations/s"
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """One system, and its slices.
+
+    state:      "measured", or why it is not.
+    slices:     by plan; offered: conversations/s of each slice of an open loop.
+    answers:    (conversation, turn) -> classifier -> verdict, of the texts that were asked unchanged.
+    rate:       conversations/s of the last closed loop.
+    capacity:   conversations/s of the closed loops that look for it.
+    saturated:  under which plan, and why.
+    goodputs:   what was answered at twice the capacity, as a share of the capacity right before and after.
+    """
+
+    system: System
+    supply: Supply
+    state: str = "not measured"
+    slices: dict[Plan, list[Slice]] = field(default_factory=lambda: defaultdict(list))
+    offered: dict[Plan, list[float]] = field(default_factory=lambda: defaultdict(list))
+    answers: dict[tuple[int, int], dict[str, Answer]] = field(default_factory=lambda: defaultdict(dict))
+    rate: float = 1.0
+    capacity: list[float] = field(default_factory=list)
+    saturated: tuple[Plan, str] | None = None
+    goodputs: list[float] = field(default_factory=list)
+    loaded_rss_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    peak_device_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.system.name
+
+    @property
+    def is_well(self) -> bool:
+        return self.state == "measured"
+
+    def keep(self, plan: Plan, found: Slice, offered: float | None) -> None:
+        """Add a slice."""
+        self.slices[plan].append(found)
+        if offered is not None:
+            self.offered[plan].append(offered)
+        else:
+            self.rate = found.conversations_per_s or self.rate
+        for one in found.measured:
+            if not one.job.repeat:
+                self.answers[one.job.conversation, one.turn].update(one.reply.verdicts)
+
+
+def closed_load(supply: Supply, concurrency: int, num: int, timeout_s: float, *, counts: bool | None = None) -> Load:
+    """Return a closed loop of `num` measured conversations, between as many others as there are clients."""
+    phases: Sequence[tuple[Phase, int]] = (("warm-up", concurrency), ("measured", num), ("cool-down", concurrency))
+    planned = [phase for phase, count in phases for _ in range(count)]
+    jobs = tuple(
+        supply.take(phase, index, counts=counts if phase == "measured" else None) for index, phase in enumerate(planned)
+    )
+    return Load(jobs=jobs, concurrency=concurrency, timeout_s=timeout_s)
+
+
+def open_load(supply: Supply, rate: float, seconds: float, timeout_s: float, seed: str) -> Load:
+    """Return an open loop. Arrivals are measured for `seconds`, after a quarter of that as a warm-up, or for longer if
+    fewer than FEWEST would come. They go on for at most as long again, until the measured ones are answered."""
+    seconds = max(seconds, FEWEST / rate)
+    begin, end = seconds / 4, seconds / 4 + seconds
+    jobs: list[Job] = []
+    for at_s in arrivals(rate, end + seconds, seed):
+        phase: Phase = "warm-up" if at_s <= begin else "measured" if at_s <= end else "cool-down"
+        jobs.append(supply.take(phase, len(jobs), at_s))
+    return Load(jobs=tuple(jobs), window_s=(begin, end), timeout_s=timeout_s)

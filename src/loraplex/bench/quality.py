@@ -1,0 +1,84 @@
+"""How right a system's verdicts are, and how far two systems agree."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from loraplex.bench.call import Answer
+
+Answers = Mapping[tuple[int, int], Mapping[str, Answer]]  # (conversation, turn) -> classifier -> verdict
+Truth = Mapping[int, Mapping[str, str]]  # conversation -> classifier -> right label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """n: verdicts whose right label is known. f1: of the positive label; the mean over the labels where there are more
+    than two."""
+
+    n: int
+    accuracy: float
+    f1: float
+
+
+def qualities(answers: Answers, truth: Truth, labels: Mapping[str, Sequence[str]]) -> dict[str, Quality]:
+    """Return the quality of each classifier whose right label is known of some conversation. The last turn counts.
+
+    labels:  classifier -> its contract's labels, the positive one first."""
+    pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)  # classifier -> (right, said)
+    last = {conversation: turn for conversation, turn in sorted(answers)}
+    for conversation, turn in last.items():
+        said = answers[conversation, turn]
+        for name, right in truth.get(conversation, {}).items():
+            if name in said:
+                pairs[name].append((right, said[name].label))
+    return {name: _quality(found, labels[name]) for name, found in sorted(pairs.items())}
+
+
+def mean(of: Mapping[str, Quality]) -> dict[str, Any] | None:
+    """Return the mean over classifiers; None where there are none."""
+    if not of:
+        return None
+    return {
+        "n": sum(one.n for one in of.values()),
+        "accuracy": fmean(one.accuracy for one in of.values()),
+        "f1": fmean(one.f1 for one in of.values()),
+    }
+
+
+def _quality(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> Quality:
+    counted = labels if len(labels) > 2 else labels[:1]
+    return Quality(
+        n=len(pairs),
+        accuracy=fmean(right == said for right, said in pairs),
+        f1=fmean(_f1(pairs, label) for label in counted),
+    )
+
+
+def _f1(pairs: Sequence[tuple[str, str]], label: str) -> float:
+    both = sum(right == said == label for right, said in pairs)
+    either = sum((right == label) + (said == label) for right, said in pairs)
+    return 2 * both / either if either else 1.0
+
+
+def agreement(answers: Answers, others: Answers) -> dict[str, Any]:
+    """Return how the verdicts differ that both systems gave. A difference is the largest of a verdict's scores and its
+    label mass; verdicts without scores have none."""
+    num, num_equal, differences = 0, 0, []
+    for key in answers.keys() & others.keys():
+        for name in answers[key].keys() & others[key].keys():
+            one, other = answers[key][name], others[key][name]
+            num += 1
+            num_equal += one.label == other.label
+            if one.scores and other.scores:
+                apart = [abs(one.scores[label] - other.scores.get(label, 0.0)) for label in one.scores]
+                if one.label_mass is not None and other.label_mass is not None:
+                    apart.append(abs(one.label_mass - other.label_mass))
+                differences.append(max(apart))
+    return {
+        "verdicts": num,
+        "labels_equal": num_equal,
+        "difference_mean": fmean(differences) if differences else None,
+        "difference_max": max(differences, default=None),
+    }
