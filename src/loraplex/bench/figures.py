@@ -82,14 +82,6 @@ class Slice:
             if len(found) == len(found[0].job.turns[found[0].turn]) and all(one.reply.status == "ok" for one in found)
         ]
 
-    def num_waiting(self, at_s: float) -> int:
-        """Conversations that had arrived and not ended."""
-        jobs = self._jobs()
-        arrived = sum(job.at_s <= at_s for job in self.load.jobs)
-        return arrived - sum(
-            max(one.done_s for one in found) <= at_s for found in jobs.values() if len(found) == found[0].job.num_calls
-        )
-
 
 def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
     found = Spread.of(values)
@@ -175,24 +167,17 @@ def _share(samples: Sequence[Sample]) -> float | None:
 
 
 def saturation(slices: Sequence[Slice]) -> str | None:
-    """Return why an open loop's slices were more than the system could answer; None where they were not."""
-    arrived = answered = grown = 0.0
+    """Return why an open loop's slices were more than the system could answer; None where they were not.
+
+    What arrives in a slice and is not answered in it makes the queue longer."""
+    arrived = answered = 0
     for one in slices:
-        begin, end = one.load.window_s or (0.0, 0.0)
+        begin, end = one.window_s
         arrived += sum(begin < job.at_s <= end for job in one.load.jobs)
         answered += one.num_answered
-        quarter = (end - begin) / 4
-        grown += _mean_waiting(one, end - quarter, end) - _mean_waiting(one, begin, begin + quarter)
     refused = sum(sample.reply.status == "refused" for one in slices for sample in one.measured)
-    chance = BY_CHANCE * len(slices)
     if refused:
         return f"{refused} requests were refused"
-    if answered < min(ENOUGH * arrived, arrived - chance):
-        return f"{answered:.0f} of {arrived:.0f} conversations were answered in time"
-    if grown > max(chance, (1 - ENOUGH) * arrived):
-        return f"{grown / len(slices):.0f} more conversations waited at the end of a slice than at its beginning"
+    if answered < min(ENOUGH * arrived, arrived - BY_CHANCE * len(slices)):
+        return f"{answered} of {arrived} conversations were answered in time"
     return None
-
-
-def _mean_waiting(a_slice: Slice, begin_s: float, end_s: float, num: int = 20) -> float:
-    return sum(a_slice.num_waiting(begin_s + (end_s - begin_s) * (i + 0.5) / num) for i in range(num)) / num

@@ -8,7 +8,8 @@ GB, MIB = 1e9, 2**20
 ARTICLE = {
     "P50 latency": ("45 ms", "18 ms"),
     "P99 latency": ("120 ms", "42 ms"),
-    "Throughput": ("15 req/s", "45 req/s"),
+    "Requests": ("15/s", "45/s"),
+    "Verdicts": ("15/s", "45/s"),
     "Memory": ("18.2 GB", "15.8 GB"),
     "Accuracy": ("97.2 %", "97.2 %"),
 }
@@ -100,7 +101,8 @@ def _article(measured: Mapping[str, Any]) -> str:
     ours = {
         "P50 latency": per_load(lambda load: f"{spread(load['latency_ms']['p50'])} ms"),
         "P99 latency": per_load(lambda load: f"{spread(load['latency_ms']['p99'])} ms"),
-        "Throughput": per_load(lambda load: f"{spread(load['requests_per_s'])} req/s"),
+        "Requests": per_load(lambda load: f"{spread(load['requests_per_s'])}/s"),
+        "Verdicts": per_load(lambda load: f"{spread(load['verdicts_per_s'])}/s"),
         "Memory": _column(memory, measured),
         "Accuracy": _column(accuracy, measured),
     }

@@ -10,7 +10,6 @@ from loraplex.bench.figures import figures, spread, turns
 from loraplex.bench.measured import Measured, Plan
 from loraplex.bench.quality import agreement, mean, qualities
 from loraplex.bench.run import CAPACITY, Run
-from loraplex.measuring.about import about
 
 FORMAT = 1
 REFERENCES = ("peft", "peft-mixed", "native")  # the first of them that was measured is what others agree with
@@ -34,7 +33,7 @@ def report(run: Run, *, cut_short: bool = False) -> dict[str, Any]:
         "format": FORMAT,
         "kind": "bench",
         "cut_short": cut_short,
-        "about": {**about(run.device, run.dtype), "settings": settings.to_json(), "seed": settings.seed},
+        "about": {**run.about, "settings": settings.to_json(), "seed": settings.seed},
         "data": {
             "file": settings.data.name,
             "sha256": _sha256(settings.data),

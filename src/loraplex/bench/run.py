@@ -20,6 +20,7 @@ from loraplex.bench.work import work_of
 from loraplex.config import EngineConfig, resolve
 from loraplex.errors import ConfigurationError, LoraplexError
 from loraplex.machine import choose_threads
+from loraplex.measuring.about import about
 from loraplex.measuring.limits import bandwidth, gemm_rate
 from loraplex.measuring.memory import PeakMemory, used_device_bytes
 from loraplex.model.loader import resolve_device, resolve_dtype
@@ -54,6 +55,7 @@ def open_system(prepared: Prepared, name: str) -> System:
 class Run:
     """One run. What it has measured can be read at any time, also after `measure` was interrupted.
 
+    about:            where and with what it runs.
     gemm, bandwidth:  the machine's limits, one figure each time that they were measured: FLOP/s, bytes/s.
     """
 
@@ -68,6 +70,7 @@ class Run:
         engine = resolve(EngineConfig, prepared.bundle.settings.engine, dict(self._settings.engine))
         self.device = resolve_device(engine.device)
         self.dtype = resolve_dtype(engine.dtype, self.device)
+        self.about = about(self.device, self.dtype)
         self.work = work_of(prepared.bundle, prepared.classifiers)
         self.gemm: list[float] = []
         self.bandwidth: list[float] = []

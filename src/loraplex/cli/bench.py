@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -19,7 +20,7 @@ from loraplex.cli.options import (
     stderr,
     stdout,
 )
-from loraplex.errors import ConfigurationError
+from loraplex.errors import ConfigurationError, shortened
 from loraplex.service.preparation import is_installed
 
 INTERRUPTED = 130  # as a shell says of a command that Ctrl-C ended
@@ -202,7 +203,7 @@ def _print_summary(found: dict[str, Any]) -> None:
     table = Table(*head.split("|"), box=None)
     for name, one in found["systems"].items():
         if not one.get("loads"):
-            table.add_row(name, one["state"])
+            table.add_row(name, escape(shortened(one["state"])))
             continue
         load, memory, quality = main_load(one), one["memory"], one["quality"]["mean"]
         taken = memory["peak_device_bytes"] or memory["peak_rss_bytes"]
