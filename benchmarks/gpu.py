@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "examples" / "support_desk" / "bundle"
+CONVERSATIONS, NUM_CONVERSATIONS, NUM_TURNS = "conversations.jsonl", 200, 12
+WORDS = (
+    "I you we the a to for with my your order booking flight hotel room table account card payment refund "
+    "ticket doctor bus train seat date time please thanks can could would like need want find book change cancel"
+).split()
 REHEARSED = ("-k", "not mistral-window and not bfloat16")  # enough to show that the tests run
 TAIL = 4000  # characters of a part's output that the report keeps
 # What we want of an H100: ms, or a share of the rate of plain matrix products.
@@ -75,19 +82,31 @@ def parts(out: Path, device: str, shape: str, rounds: int, vllm: str | None) -> 
         Part(
             name="server",
             command=[
-                *(sys.executable, "-m", "benchmarks.server", "--rounds", "0", "--json", str(out / "server.json")),
-                *("--requests", "10" if is_rehearsal else "200", "--seconds", "1" if is_rehearsal else "5"),
-                *("--", "--device", device),
+                *(sys.executable, "-m", "loraplex.cli.main", "bench", str(DEMO), "--systems", "native"),
+                *("--data", str(out / CONVERSATIONS), "--out", str(out / "server"), "--device", device),
+                *("--concurrency", "1", "--conversations", "10" if is_rehearsal else "200", "--slices", "2"),
             ],
             limit_s=90,
-            json="server.json",
-            needs=["fastapi", "uvicorn"],
+            json="server/report.json",
+            needs=["fastapi", "uvicorn", "psutil"],
         ),
     ]
     if vllm:
         with_vllm = [*engine, "--no-peft", "--vllm", vllm, "--json", str(out / "vllm.json")]
         found.append(Part(name="vllm", command=with_vllm, limit_s=240, json="vllm.json"))
     return [*found, Part(name="nvidia-smi after", command=smi, limit_s=20)]
+
+
+def write_conversations(path: Path) -> None:
+    """Write conversations of words that are drawn at random: their length matters, and not their sense."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(NUM_CONVERSATIONS):
+            turns = [
+                f"{('Customer', 'Agent')[i % 2]}: {' '.join(draw.choices(WORDS, k=draw.randint(6, 18)))}"
+                for i in range(NUM_TURNS - 1)
+            ]
+            file.write(json.dumps({"text": "\n".join(turns)}) + "\n")
 
 
 def run(part: Part, limit_s: float) -> dict[str, Any]:
@@ -142,11 +161,9 @@ def table(report: Mapping[str, Any]) -> str:
             f"| {case['share_of_roofline']:.2f} | {wanted} |"
         )
     if server := report.get("server"):
-        adds = server["latency"]["http_adds_ms"]
-        lines += [
-            "",
-            f"HTTP adds {adds:.2f} ms to {server['classifiers']} classifiers (wanted: {WANTED_HTTP_MS:g} ms).",
-        ]
+        [load] = server["systems"]["native"]["loads"]
+        adds, num = load["http_adds_ms"]["median"], len(server["data"]["classifiers"])
+        lines += ["", f"HTTP adds {adds:.2f} ms to {num} classifiers (wanted: {WANTED_HTTP_MS:g} ms)."]
     ratios = {**(graphs.get("ratios") or {}), **(engine.get("ratios") or {})}
     lines += ["", *(f"* {name}: {ratio:.2f}x" for name, ratio in ratios.items())]
     lines += ["", *(f"* {name}: {part['state']}" for name, part in report["parts"].items())]
@@ -167,6 +184,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out.resolve()
+    write_conversations(out / CONVERSATIONS)
     chosen = parts(out, args.device, args.shape, args.rounds, args.vllm)
     if args.only:
         chosen = [part for part in chosen if part.name in args.only.split(",")]
@@ -178,7 +196,8 @@ def main() -> None:
         found = run(part, min(part.limit_s, left)) if left > 5 else {"state": "skipped: no time was left"}
         report["parts"][part.name] = found
         if part.json and (out / part.json).is_file():
-            report[part.name] = json.loads((out / part.json).read_text())
+            found_json = json.loads((out / part.json).read_text())
+            report[part.name] = {key: value for key, value in found_json.items() if key != "samples"}
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         (out / "table.md").write_text(table(report))
         print(f"{part.name}: {found['state']}, {found.get('seconds', 0)} s", flush=True)

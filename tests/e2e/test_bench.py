@@ -16,7 +16,8 @@ import serving
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = "Customer: hello number {}, I would like to book a table for two, is it done?\nAgent: at what time?\nCustomer: at seven, thanks"
+    asked = "Customer: hello number {}, I would like to book a table for two, is it done?"
+    text = asked + "\nAgent: at what time?\nCustomer: at seven, thanks"
     rows = [{"conversation": text.format(i), "labels": {"task0": i % 2 == 0, "task1": "no"}} for i in range(12)]
     path = tmp_path_factory.mktemp("bench") / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))

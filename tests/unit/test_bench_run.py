@@ -12,7 +12,7 @@ import virtual
 from loraplex.bench.call import Answer, Call, Reply
 from loraplex.bench.load import Load, Sample, generate
 from loraplex.bench.markdown import markdown
-from loraplex.bench.report import COLUMNS, report
+from loraplex.bench.report import COLUMNS, report, report_text
 from loraplex.bench.run import Run
 from loraplex.bench.settings import Prepared, Settings, prepare
 from loraplex.bench.system import SystemEnded, Tell, Transport
@@ -100,7 +100,7 @@ def measured(given: Settings, fakes: Mapping[str, Fake]) -> tuple[dict[str, Any]
     shown: list[tuple[float, float]] = []
     virtual.run(run.measure(lambda what, done, total: shown.append((done, total))))
     assert all(done <= total for done, total in shown) and shown
-    return json.loads(json.dumps(report(run), allow_nan=False)), run
+    return json.loads(report_text(report(run))), run
 
 
 def test_systems_take_turns_and_get_the_same_conversations(tiny_bundle: Path, data: Path) -> None:

@@ -1,7 +1,8 @@
 """report.json: everything that a run has measured, with every sample. The other files are made from it."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ def report(run: Run, *, cut_short: bool = False) -> dict[str, Any]:
         "systems": {name: systems[name] for name in settings.systems},
         "samples": {"columns": COLUMNS, "rows": [row for one in measured.values() for row in _samples(one)]},
     }
+
+
+def report_text(found: Mapping[str, Any]) -> str:
+    """Return the text of report.json, with each sample on a line of its own. A value that is no JSON raises."""
+    samples = found["samples"]
+    text = json.dumps({**found, "samples": {**samples, "rows": []}}, indent=1, allow_nan=False)
+    rows = ",\n   ".join(json.dumps(row, allow_nan=False) for row in samples["rows"])
+    before, _, after = text.rpartition('"rows": []')
+    return f'{before}"rows": [\n   {rows}\n  ]{after}\n'
 
 
 def _sha256(path: Path) -> str:

@@ -128,15 +128,15 @@ def bench(
             stderr.print(f"skipped {name}: {why}", markup=False)
         with stderr.status("reading the base …"):
             from loraplex.bench.markdown import markdown
-            from loraplex.bench.report import report
+            from loraplex.bench.report import report, report_text
             from loraplex.bench.run import Run
-            from loraplex.measuring.files import write_report, write_text
+            from loraplex.measuring.files import write_text
 
             quiet_libraries()
             run = Run(prepared)
         is_cut_short = not _measure(run)
         found = report(run, cut_short=is_cut_short)
-        write_report(out / OURS[0], found)
+        write_text(out / OURS[0], report_text(found))
         write_text(out / OURS[1], markdown(found))
     _print_summary(found)
     stdout.print(f"{out / OURS[1]}" + (" (interrupted: what was measured until then)" if is_cut_short else ""))
@@ -149,7 +149,7 @@ def bench(
 def _measure(run: Any) -> bool:
     """Measure, and show what runs and how long it will take. Returns False where Ctrl-C or SIGTERM ended it."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, speed_estimate_period=3600) as bar:
+    with Progress(*columns, console=stderr, speed_estimate_period=3600, refresh_per_second=2) as bar:
         task = bar.add_task("", total=None)
 
         def show(what: str, done: float, total: float) -> None:
