@@ -1,0 +1,348 @@
+"""llama.cpp's server as a system: the same prompts as ours, its prompt cache on, one question after the other."""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraplex.bench.call import Answer, Call, Reply
+from loraplex.bench.gguf import write_adapter
+from loraplex.bench.http import Http, post
+from loraplex.bench.llama_program import LlamaProgram
+from loraplex.bench.load import Load, Sample, generate
+from loraplex.bench.prompts import Prompts, Question
+from loraplex.bench.system import SystemEnded, Tell, Transport
+from loraplex.bundle import Bundle
+from loraplex.errors import ConfigurationError, LoraplexError, quoted
+from loraplex.service.proof import activated
+from loraplex.text.prompt import Prompt
+from loraplex.text.tokenizer import Conversations
+
+NUM_LIKELIEST = 20  # tokens whose probability is asked for; a label that is not among them is asked for by itself
+CERTAIN = 1e4  # added to the logit of the token to sample. The probabilities that are told are those without it
+PROBE = "Customer: It's 12,345.67 €…  naïve? 你好 😀\n\n\tAgent: I've *no* idea_at ALL! {\"a\": [1]}\r\nBye"
+
+
+class _Failed(Exception):
+    """The server's answer cannot be used. reply: what to make of the call."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.error)
+        self.reply = reply
+
+
+@dataclass(slots=True)
+class _Read:
+    """What one classifier's requests gave. log_probs: (tokens behind the prompt, next token) -> its log probability."""
+
+    log_probs: dict[tuple[tuple[int, ...], int], float] = field(default_factory=dict)
+    likeliest: int = 0
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    engine_ms: float = 0.0
+
+
+class LlamaCpp:
+    """llama.cpp's server, which is started here or runs already.
+
+    A question's label probabilities come from one request for one token, and one more for each label that is not among
+    the likeliest tokens, and for each further token of a label. None is estimated."""
+
+    name = "llamacpp"
+    transport: Transport = "http"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        url: str | None = None,
+        server: Path | None = None,
+        model: Path | None = None,
+        arguments: Sequence[str] = (),
+        slots: int = 4,
+        questions_at_once: int = 1,
+        with_adapters: bool = True,
+    ) -> None:
+        """url: of a server that runs; else `server` (the program) and `model` (a GGUF file of the bundle's base).
+
+        arguments:          more options of the program; they win over ours.
+        slots:              conversations whose K/V it keeps at once.
+        questions_at_once:  of one conversation. One after the other computes the least: each finds the K/V of the one
+                            before it.
+        with_adapters:      start the program with the classifiers' adapters, written as GGUF; else with the
+                            base only."""
+        if (url is None) == (server is None or model is None):
+            raise ConfigurationError(
+                "llamacpp",
+                "needs a server" if url is None else "is a URL and a program",
+                remedy="give --url llamacpp=http://HOST:PORT, or --llamacpp-server PROGRAM --llamacpp-model FILE.gguf",
+            )
+        self._bundle, self._url = bundle, url or ""
+        self._program = None if server is None or model is None else LlamaProgram(server, model)
+        self._arguments, self._slots, self._with_adapters = tuple(arguments), slots, with_adapters
+        self._questions_at_once = questions_at_once
+        self._http = Http(url or "http://127.0.0.1")
+        self._labels: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._sends_ids = True
+        self._adapters: dict[str, list[dict[str, float]]] | None = None  # classifier -> the request's `lora`
+        self._has_adapters = False
+        self._asked_again = 0
+        self.versions: dict[str, str] = {}
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Without adapters, and with activated ones, the prompt cache holds a conversation for all classifiers."""
+        questions = self._prompts.questions.values()
+        return not self._has_adapters or all(one.version.shares_prefix for one in questions)
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._program is None else self._program.pid
+
+    async def start(self, classifiers: Sequence[str]) -> None:
+        """Start the program, if it does not run, and find out how it is asked.
+
+        Raises ConfigurationError where it does not start, serves another base, or cannot answer for a classifier."""
+        self._prompts = await asyncio.to_thread(Prompts, self._bundle, classifiers)
+        for one in self._prompts.questions.values():
+            if one.version.has_score:
+                raise ConfigurationError(
+                    one.version.source.path,
+                    "answers with a score head, which llama.cpp's server does not have",
+                    remedy="leave out the classifier, or llamacpp",
+                )
+        if self._program is not None:
+            self._url = await self._launch(self._program)
+        self._http = Http(self._url)
+        properties = await self._get("/props")
+        [model, *_] = (await self._get("/v1/models"))["data"]
+        self._check_vocabulary(model.get("meta") or {})
+        self._choose_adapters(await self._get("/lora-adapters"))
+        await self._compare_tokens()
+        await self._check_activation()
+        self.versions = {"llama.cpp": str(properties.get("build_info"))}
+        self.facts |= {
+            "model": Path(str(properties.get("model_path", ""))).name,
+            "model_type": properties.get("model_ftype"),
+            "slots": properties.get("total_slots"),
+            "questions_at_once": self._questions_at_once,
+            "prompts_as": "token ids" if self._sends_ids else "text",
+            "adapters": self._has_adapters,
+        }
+
+    async def run(self, load: Load, tell: Tell) -> list[Sample]:
+        samples = await generate(self.ask, load, tell)
+        self.facts["labels_asked_again"] = self._asked_again
+        if any(one.reply.status == "failed" for one in samples):
+            await asyncio.sleep(0.2)  # a program that ended is known to have ended a moment later
+        if self._program is not None and (ended := self._program.ended):
+            raise SystemEnded(ended)
+        return samples
+
+    async def close(self) -> None:
+        self._http.close()
+        if self._program is not None:
+            await self._program.close()
+
+    async def ask(self, call: Call) -> Reply:
+        """Ask all questions of a call. Never raises for what the server answers."""
+        conversations, turn = Conversations(), asyncio.Semaphore(self._questions_at_once)
+
+        async def one(name: str) -> tuple[int, _Read, Answer]:
+            async with turn:
+                prompt = self._prompts.prompt(name, call.input, conversations)
+                sent = list(prompt.token_ids) if self._sends_ids else prompt.text
+                read, answer = await self._read(self._prompts.questions[name], sent)
+                return len(prompt.token_ids), read, answer
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {name: group.create_task(one(name)) for name in call.classifiers}
+        except ExceptionGroup as group_of:
+            first = group_of.exceptions[0]
+            if isinstance(first, _Failed):
+                return first.reply
+            if isinstance(first, LoraplexError):
+                return Reply(status="failed", error=first.code)
+            raise
+        found = {name: task.result() for name, task in tasks.items()}
+        reads = [read for _, read, _ in found.values()]
+        return Reply(
+            status="ok",
+            verdicts={name: answer for name, (_, _, answer) in found.items()},
+            prompt_tokens=sum(num_tokens for num_tokens, _, _ in found.values()),
+            computed_tokens=sum(read.computed_tokens for read in reads),
+            cached_tokens=sum(read.cached_tokens for read in reads),
+            engine_ms=sum(read.engine_ms for read in reads),
+        )
+
+    async def _read(self, question: Question, prompt: list[int] | str) -> tuple[_Read, Answer]:
+        """Ask for the log probability of each token of each label, or for the likeliest token."""
+        read, labels = _Read(), self._labels[question.name]
+        if not labels:
+            await self._request(question.name, prompt, (), self._harmless, read)
+            return read, Answer(label=question.version.tokenizer.decode(read.likeliest))
+        for ids in labels.values():
+            for end, token_id in enumerate(ids):
+                if (ids[:end], token_id) not in read.log_probs:
+                    self._asked_again += any(behind == ids[:end] for behind, _ in read.log_probs)
+                    await self._request(question.name, prompt, ids[:end], token_id, read)
+        log_probs = {
+            label: sum(read.log_probs[ids[:end], token_id] for end, token_id in enumerate(ids))
+            for label, ids in labels.items()
+        }
+        return read, question.answer(log_probs)
+
+    async def _request(
+        self, name: str, prompt: list[int] | str, behind: tuple[int, ...], token_id: int, read: _Read
+    ) -> None:
+        """Ask for one token behind the prompt, which is made to be `token_id`: llama.cpp tells that token's log
+        probability, however low, and tells none where half a character is sampled."""
+        body: dict[str, Any] = {
+            "prompt": [*prompt, *behind] if isinstance(prompt, list) else [prompt, *behind] if behind else prompt,
+            "n_predict": 1,
+            "n_probs": NUM_LIKELIEST,
+            "logit_bias": [[token_id, CERTAIN]],
+            "temperature": 0,
+            "cache_prompt": True,
+        }
+        if self._adapters is not None:
+            body["lora"] = self._adapters[name]
+        content, reply = await post(self._http, "/completion", body)
+        if reply is not None:
+            raise _Failed(reply)
+        try:
+            answer = json.loads(content)
+            [sampled] = answer["completion_probabilities"]
+            for one in (*sampled["top_logprobs"], sampled):
+                read.log_probs[behind, int(one["id"])] = float(one["logprob"])
+            told, timings = read.log_probs[behind, token_id], answer["timings"]
+            assert told <= 0.0
+            if not behind:
+                read.likeliest = sampled["top_logprobs"][0]["id"]
+            read.cached_tokens = read.cached_tokens or timings["cache_n"]
+            read.computed_tokens += timings["prompt_n"]
+            read.engine_ms += timings["prompt_ms"] + timings["predicted_ms"]
+        except (ValueError, KeyError, IndexError, TypeError) as exc:
+            raise _Failed(Reply(status="failed", error="no_probabilities")) from exc
+
+    # --------------------------------------------------------------------------------------------- start
+
+    async def _launch(self, program: LlamaProgram) -> str:
+        """Start the program with the adapters, and return its URL when it answers."""
+        adapters = await asyncio.to_thread(self._write_adapters, program.folder) if self._with_adapters else []
+        # From its cache in RAM it would give an activated adapter the K/V that a plain one computed.
+        kinds = {one.version.shares_prefix for one in self._prompts.questions.values()}
+        longest = min(4096, self._prompts.base.max_model_len)
+        arguments = [
+            *("--parallel", str(self._slots), "--kv-unified", "--ctx-size", str(self._slots * longest)),
+            *(("--lora", ",".join(map(str, adapters)), "--lora-init-without-apply") if adapters else ()),
+            *(("--cache-ram", "0") if adapters and len(kinds) > 1 else ()),
+            *self._arguments,
+        ]
+        self.facts["arguments"] = arguments
+        return await program.start(arguments)
+
+    def _write_adapters(self, folder: Path) -> list[Path]:
+        """Write the classifiers' adapters as GGUF. Returns none, and says why, where one cannot be written."""
+        paths = []
+        for name, one in self._prompts.questions.items():
+            try:
+                prompt = self._probe(name)
+                behind = prompt.token_ids[prompt.activation + 1 :] if one.version.template else ()
+                write_adapter(
+                    folder / f"{name}.gguf",
+                    one.weights,
+                    one.version.source.path,
+                    self._prompts.config,
+                    behind or (one.version.invocation_tokens or ())[1:],
+                )
+            except ConfigurationError as exc:
+                self.facts["no_adapters"] = exc.message
+                return []
+            paths.append(folder / f"{name}.gguf")
+        return paths
+
+    async def _get(self, path: str, body: Any = None) -> Any:
+        """Return what the server says of itself. Raises ConfigurationError where it is not llama.cpp's."""
+        try:
+            status, content = await self._http.request("GET" if body is None else "POST", path, body)
+            if status == 200:
+                return json.loads(content)
+            problem = f"answers {path} with {status}"
+        except (OSError, EOFError, ValueError) as exc:
+            problem = f"does not answer {path} ({type(exc).__name__})"
+        raise ConfigurationError(f"llamacpp {self._url}", problem, remedy="start llama.cpp's llama-server there")
+
+    def _check_vocabulary(self, meta: Mapping[str, Any]) -> None:
+        """Compare what is known of the two bases."""
+        for key, ours in (
+            ("n_vocab", len(self._prompts.base.tokenizer.vocabulary)),
+            ("n_embd", self._prompts.config.hidden_size),
+        ):
+            theirs = meta.get(key)
+            if theirs is not None and (theirs < ours if key == "n_vocab" else theirs != ours):
+                raise ConfigurationError(
+                    f"llamacpp {self._url}",
+                    f"is another base: its {key} is {quoted(theirs)}, the bundle's {ours}",
+                    remedy="give a GGUF file of the bundle's base",
+                )
+
+    def _choose_adapters(self, listed: Sequence[Mapping[str, Any]]) -> None:
+        """Find each classifier's adapter by its file's name. Where one lacks, the base answers for all."""
+        ids = {Path(str(one.get("path", ""))).stem: one["id"] for one in listed}
+        names = self._prompts.questions
+        missing = [name for name in names if name not in ids]
+        self._has_adapters = not missing
+        if listed:  # those that a request does not name have the scale 0
+            self._adapters = {
+                name: [{"id": ids[name], "scale": 1.0}]
+                if not missing
+                else [{"id": one["id"], "scale": 0.0} for one in listed]
+                for name in names
+            }
+        if missing:
+            self.facts.setdefault("no_adapters", f"the server has none for {', '.join(missing[:5])}")
+
+    async def _compare_tokens(self) -> None:
+        """Find out whether the server makes the same tokens of a text, and how it would write the labels."""
+        probes = {name: self._probe(name) for name in self._prompts.questions}
+        theirs = {name: await self._tokens(prompt.text) for name, prompt in probes.items()}
+        for name, prompt in probes.items():
+            bare = await self._tokens(prompt.text, add_special=False)
+            self._sends_ids &= prompt.token_ids in (theirs[name], bare)
+        self._labels = {name: one.label_ids for name, one in self._prompts.questions.items()}
+        self._harmless = probes[next(iter(probes))].token_ids[-1]
+        if self._sends_ids:
+            return
+        for name, labels in self._labels.items():
+            for label in labels:
+                ids = await self._tokens(probes[name].text + label)
+                if ids[: len(theirs[name])] != theirs[name] or len(ids) == len(theirs[name]):
+                    raise ConfigurationError(
+                        f"llamacpp {self._url}",
+                        f"its tokenizer joins the label {quoted(label)} of {name!r} to the prompt",
+                        remedy="give a GGUF file of the bundle's base",
+                    )
+                labels[label] = ids[len(theirs[name]) :]
+
+    async def _check_activation(self) -> None:
+        """Note it where an activated adapter begins at another token than PEFT's: the prompt cache ends before it."""
+        for name, one in self._prompts.questions.items():
+            if self._has_adapters and one.version.shares_prefix and self._sends_ids:
+                prompt = self._probe(name)
+                for _ in range(2):
+                    read, _ = await self._read(one, list(prompt.token_ids))
+                if read.cached_tokens != prompt.activation:
+                    self.facts["adapters_begin"] = read.cached_tokens - prompt.activation  # tokens later than PEFT's
+
+    def _probe(self, name: str) -> Prompt:
+        version = self._prompts.questions[name].version
+        return self._prompts.prompt(name, activated(version, PROBE), Conversations())
+
+    async def _tokens(self, text: str, *, add_special: bool = True) -> tuple[int, ...]:
+        body = {"content": text, "add_special": add_special, "parse_special": True}
+        return tuple((await self._get("/tokenize", body))["tokens"])
