@@ -1,283 +1,31 @@
-"""report.md: the figures of report.json in tables, for people."""
+"""report.md: the report's sentences and tables as Markdown."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-GB, MIB = 1e9, 2**20
-# The article's table: "Hot-Swappable LoRA: Serving 16 Fine-Tuned Models on a Single GPU".
-ARTICLE = {
-    "P50 latency": ("45 ms", "18 ms"),
-    "P99 latency": ("120 ms", "42 ms"),
-    "Requests": ("15/s", "45/s"),
-    "Verdicts": ("15/s", "45/s"),
-    "Memory": ("18.2 GB", "15.8 GB"),
-    "Accuracy": ("97.2 %", "97.2 %"),
-}
-NAMES = {
-    "native": "Loraplex",
-    "peft": "PEFT",
-    "peft-mixed": "PEFT, mixed batch",
-    "vllm": "vLLM",
-    "llamacpp": "llama.cpp",
-}
+from loraplex.bench.sections import Section, sections
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the text of report.md."""
-    measured = {name: one for name, one in report["systems"].items() if one.get("loads")}
-    parts = [_head(report)]
-    if measured:
-        parts += [_article(measured), _loads(measured), _saturation(measured), _turns(measured)]
-        parts += [_quality(measured), _memory(measured), _limit(report, measured)]
-    parts += [_left_out(report), _repeat(report)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(map(_section, sections(report))) + "\n"
 
 
-def main_load(system: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the load whose figures stand for the system: in a sweep the closed loop that found its capacity."""
-    loads: Sequence[Mapping[str, Any]] = system["loads"]
-    closed = [one for one in loads if one["kind"] == "closed"]
-    return max(closed, key=lambda one: one["concurrency"]) if closed else loads[0]
+def _section(one: Section) -> str:
+    parts = [f"## {one.title}" if one.title else "# Benchmark", *one.texts]
+    if one.table is not None:
+        parts.append(_table(*one.table))
+    if one.points:
+        parts.append("\n".join(f"* {point}" for point in one.points))
+    if one.code:
+        parts.append(f"```console\n$ {one.code}\n```")
+    return "\n\n".join(parts)
 
 
-def load_name(load: Mapping[str, Any]) -> str:
-    if load["kind"] == "closed":
-        return f"closed, {load['concurrency']} clients" if load["concurrency"] != 1 else "closed, 1 client"
-    share = load["share_of_capacity"]
-    return f"open, {load['offered_per_s']:.3g} conversations/s" + (f" ({share:g}x)" if share else "")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(map(_cell, one))} |" for one in (head, *rows)]
     return "\n".join([lines[0], "|---|" + "---:|" * (len(head) - 1), *lines[1:]])
 
 
 def _cell(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-
-
-def _head(report: Mapping[str, Any]) -> str:
-    about, data, settings = report["about"], report["data"], report["about"]["settings"]
-    way = "in process" if settings["transport"] == "in-process" else "over HTTP"
-    asked = "all in one request" if settings["asking"] == "together" else "a request for each"
-    lines = [
-        "# Benchmark",
-        "**The run was interrupted: these are the slices that it had measured.**" if report["cut_short"] else "",
-        f"{data['conversations']} conversations of `{data['file']}` and {len(data['classifiers'])} classifiers, "
-        f"{asked}, asked {way}. {about['device']}, {about['cores']} cores, {about['threads']} threads of PyTorch, "
-        f"{about['dtype']}; {about['started']}.",
-        "A figure is the median over slices, and in parentheses the lowest and the highest of them.",
-    ]
-    return "\n\n".join(line for line in lines if line)
-
-
-def spread(found: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """Return a median with its spread, as "12.3 (11.9-13.0)"; "-" where nothing was measured."""
-    if found is None:
-        return "-"
-    median, low, high = (_number(found[name], digits) for name in ("median", "low", "high"))
-    return median if found["rounds"] == 1 else f"{median} ({low}-{high})"
-
-
-def _number(value: float, digits: int = 3) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
-
-
-def _column(of: Callable[[Mapping[str, Any]], str], measured: Mapping[str, Any]) -> list[str]:
-    return [of(one) for one in measured.values()]
-
-
-def _article(measured: Mapping[str, Any]) -> str:
-    def accuracy(one: Mapping[str, Any]) -> str:
-        return "-" if one["quality"]["mean"] is None else f"{one['quality']['mean']['accuracy']:.1%}".replace("%", " %")
-
-    def memory(one: Mapping[str, Any]) -> str:
-        taken = one["memory"]["peak_device_bytes"] or one["memory"]["peak_rss_bytes"]
-        return "-" if taken is None else f"{taken / GB:.2f} GB"
-
-    def per_load(of: Callable[[Mapping[str, Any]], str]) -> list[str]:
-        return _column(lambda one: of(main_load(one)), measured)
-
-    ours = {
-        "P50 latency": per_load(lambda load: f"{spread(load['latency_ms']['p50'])} ms"),
-        "P99 latency": per_load(lambda load: f"{spread(load['latency_ms']['p99'])} ms"),
-        "Requests": per_load(lambda load: f"{spread(load['requests_per_s'])}/s"),
-        "Verdicts": per_load(lambda load: f"{spread(load['verdicts_per_s'])}/s"),
-        "Memory": _column(memory, measured),
-        "Accuracy": _column(accuracy, measured),
-    }
-    head = ["Metric", "the article: PEFT", "the article: vLLM", *(NAMES.get(name, name) for name in measured)]
-    first = main_load(next(iter(measured.values())))
-    return "\n\n".join(
-        [
-            "## The article's table",
-            "The article's figures are for a Mistral 7B on an A10G, where a request asks one classifier. Ours are for "
-            f"this machine and this bundle ({load_name(first)}), so compare columns of the same origin only.",
-            table(head, [[name, *ARTICLE[name], *values] for name, values in ours.items()]),
-        ]
-    )
-
-
-def _loads(measured: Mapping[str, Any]) -> str:
-    head = "system, load|ok|refused|failed|timeout|p50 ms|p90 ms|p99 ms|all verdicts p50 ms|requests/s|conversations/s"
-    head += "|verdicts/s|tokens/s asked|tokens/s computed|beside the engine ms"
-    rows = []
-    for name, one in measured.items():
-        for load in one["loads"]:
-            rates = "requests_per_s conversations_per_s verdicts_per_s tokens_asked_per_s tokens_computed_per_s".split()
-            rows.append(
-                [
-                    f"{NAMES.get(name, name)}, {load_name(load)}",
-                    *(f"{load['requests'][status]:,}" for status in ("ok", "refused", "failed", "timeout")),
-                    *(spread(load["latency_ms"][name]) for name in ("p50", "p90", "p99")),
-                    spread(load["all_verdicts_ms"]["p50"]),
-                    *(spread(load[rate]) for rate in rates),
-                    spread(load["http_adds_ms"]),
-                ]
-            )
-    errors = [
-        f"* {NAMES.get(name, name)}, {load_name(load)}: "
-        + ", ".join(f"{num} times `{code}`" for code, num in load["requests"]["errors"].items())
-        for name, one in measured.items()
-        for load in one["loads"]
-        if load["requests"]["errors"]
-    ]
-    return "\n\n".join(["## All loads", table(head.split("|"), rows), *(["\n".join(errors)] if errors else [])])
-
-
-def _saturation(measured: Mapping[str, Any]) -> str:
-    if not any(load.get("share_of_capacity") for one in measured.values() for load in one["loads"]):
-        return ""
-    rows = []
-    for name, one in measured.items():
-        found, goodput = one["saturation"], one["goodput_at_2x"]
-        rows.append(
-            [
-                NAMES.get(name, name),
-                spread(found["conversations_per_s"]),
-                f"{found['at']}: {found['why']}" if found["reached"] else "not reached",
-                "-" if goodput is None else f"{goodput['median']:.0%}".replace("%", " %"),
-            ]
-        )
-    head = ["system", "capacity, conversations/s", "saturated", "answered at twice the capacity"]
-    return "## Saturation\n\n" + table(head, rows)
-
-
-def _turns(measured: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            f"{NAMES.get(name, name)}, turn {turn['turn']}",
-            str(turn["conversations"]),
-            spread(turn["latency_ms"]["p50"]),
-            _number(turn["tokens_asked"], 4),
-            _number(turn["tokens_computed"], 4),
-            "-" if turn["cached_share"] is None else f"{turn['cached_share']:.0%}".replace("%", " %"),
-        ]
-        for name, one in measured.items()
-        for turn in one["turns"]
-    ]
-    if not rows:
-        return ""
-    head = ["system, turn", "conversations", "p50 ms", "tokens asked", "tokens computed", "cached"]
-    return "## Turn by turn\n\n" + table(head, rows)
-
-
-def _quality(measured: Mapping[str, Any]) -> str:
-    parts = []
-    if any(one["quality"]["mean"] for one in measured.values()):
-        names = sorted({name for one in measured.values() for name in one["quality"]["classifiers"]})
-        rows = []
-        for name in (*names, ""):
-            found = [
-                one["quality"]["classifiers"].get(name) if name else one["quality"]["mean"] for one in measured.values()
-            ]
-            cells = ["-" if one is None else f"{one['accuracy']:.3f}, {one['f1']:.3f}, {one['n']}" for one in found]
-            rows.append([name or "mean", *cells])
-        head = ["accuracy, F1, verdicts", *(NAMES.get(name, name) for name in measured)]
-        parts += ["## Right and wrong", table(head, rows)]
-    rows = [
-        [
-            NAMES.get(name, name),
-            NAMES.get(found["with"], found["with"]),
-            f"{found['labels_equal']:,} of {found['verdicts']:,}",
-            *("-" if found[key] is None else f"{found[key]:.1e}" for key in ("difference_mean", "difference_max")),
-        ]
-        for name, one in measured.items()
-        if (found := one["agreement"]) is not None
-    ]
-    if rows:
-        head = ["system", "against", "equal labels", "mean difference", "largest difference"]
-        parts += ["## Agreement", table(head, rows)]
-    return "\n\n".join(parts)
-
-
-def _memory(measured: Mapping[str, Any]) -> str:
-    def size(value: int | None) -> str:
-        return "-" if value is None else f"{value / MIB:,.0f}"
-
-    keys = ("loaded_rss_bytes", "peak_rss_bytes", "peak_device_bytes")
-    rows = [[NAMES.get(name, name), *(size(one["memory"][key]) for key in keys)] for name, one in measured.items()]
-    head = ["MiB", "until loaded, at most", "in the whole run, at most", "on the device, at most"]
-    return "## Memory\n\n" + table(head, rows)
-
-
-def _limit(report: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
-    limits = report["limits"]
-    if limits["gemm_flops_per_s"] is None:
-        return ""
-    gemm, bandwidth = limits["gemm_flops_per_s"]["median"], limits["bytes_per_s"]["median"]
-    rows = []
-    for name, one in measured.items():
-        load = main_load(one)
-        share, flop = load["share_of_gemm_rate"], load["floor"]["flop_per_conversation"]
-        rows.append(
-            [
-                NAMES.get(name, name),
-                "-" if flop is None else f"{flop / 1e9:,.2f}",
-                "-" if flop is None else f"{1000 * flop / gemm:,.1f}",
-                "-" if share is None else f"{share:.0%}".replace("%", " %"),
-            ]
-        )
-    weights = load["floor"]["weights_bytes"]
-    text = (
-        f"Measured between the slices: products of this base's layers run at {gemm / 1e9:,.0f} GFLOP/s, and copies in "
-        f"memory at {bandwidth / 1e9:,.1f} GB/s. Reading the base's {weights / 1e6:,.0f} MB of weights once takes "
-        f"{1000 * weights / bandwidth:.2f} ms. The work of the tokens that a system computed is counted without "
-        "attention, so the shares are lower bounds. A system that shares a conversation among classifiers computes "
-        "fewer tokens; that shows in the second column, not in the share."
-    )
-    head = ["system", "GFLOP a conversation", "the least ms for them", "share of the products' rate"]
-    return "\n\n".join(["## The machine's limit", text, table(head, rows)])
-
-
-def _left_out(report: Mapping[str, Any]) -> str:
-    lines = [
-        f"* {NAMES.get(name, name)}: {one['state']}"
-        for name, one in report["systems"].items()
-        if one["state"] != "measured"
-    ]
-    lines += [
-        f"* {NAMES.get(name, name)} ran already at {one['url']}: its memory, versions and settings are not known."
-        for name, one in report["systems"].items()
-        if one.get("url")
-    ]
-    excluded = sum(
-        sum(load["excluded"][status] for status in ("ok", "refused", "failed", "timeout"))
-        for one in report["systems"].values()
-        for load in one.get("loads", ())
-    )
-    lines.append(f"* {excluded:,} requests of warm-ups and cool-downs ran beside the others, and are in no figure.")
-    return "## What is not in the tables\n\n" + "\n".join(lines)
-
-
-def _repeat(report: Mapping[str, Any]) -> str:
-    about, data = report["about"], report["data"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return "\n\n".join(
-        [
-            "## To repeat it",
-            f"```console\n$ {about['command']}\n```",
-            f"{versions}; commit {about['commit'] or 'unknown'}; seed {about['seed']}; data SHA-256 "
-            f"`{data['sha256']}`. `report.json` has every option and every sample.",
-        ]
-    )

@@ -84,7 +84,7 @@ def bench(
     """Measure a bundle on this machine, beside PEFT and vLLM: latency, throughput, memory, accuracy.
 
     Every system is a process of its own, and gets the same conversations. A system that is not installed is skipped.
-    DIR gets report.json, which has every sample, report.md, and a log of each system.
+    DIR gets report.json, which has every sample, report.md, report.html with plots, and a log of each system.
 
     Example: [bold]loraplex bench examples/support_desk/bundle --data dev.jsonl.gz --out report[/]
 
@@ -127,6 +127,7 @@ def bench(
         for name, why in prepared.skipped.items():
             stderr.print(f"skipped {name}: {why}", markup=False)
         with stderr.status("reading the base …"):
+            from loraplex.bench.html import html
             from loraplex.bench.markdown import markdown
             from loraplex.bench.report import report, report_text
             from loraplex.bench.run import Run
@@ -138,6 +139,7 @@ def bench(
         found = report(run, cut_short=is_cut_short)
         write_text(out / OURS[0], report_text(found))
         write_text(out / OURS[1], markdown(found))
+        write_text(out / OURS[2], html(found))
     _print_summary(found)
     stdout.print(f"{out / OURS[1]}" + (" (interrupted: what was measured until then)" if is_cut_short else ""))
     if is_cut_short:
@@ -197,7 +199,7 @@ def _engine(given: list[str] | None) -> tuple[dict[str, Any], dict[str, dict[str
 
 
 def _print_summary(found: dict[str, Any]) -> None:
-    from loraplex.bench.markdown import main_load, spread
+    from loraplex.bench.sections import main_load, spread
 
     head = "system|p50 ms|p99 ms|conversations/s|verdicts/s|memory MiB|accuracy|not answered"
     table = Table(*head.split("|"), box=None)

@@ -1,0 +1,171 @@
+"""The report's plots as SVG, to be put into a page. Colours are the page's: CSS variables, for light and dark."""
+
+import io
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from loraplex.bench.sections import NAMES, main_load
+
+INK, FAINT = "#000101", "#000102"  # stand for the page's colours until the SVG is written
+COLOURS = tuple(f"#0002{index:02x}" for index in range(8))
+VARIABLES = {INK: "currentColor", FAINT: "var(--faint)"} | {
+    colour: f"var(--system{index})" for index, colour in enumerate(COLOURS)
+}
+WIDTH, HEIGHT, BAR = 7.2, 3.4, 0.42  # inches
+
+Measured = Mapping[str, Any]
+
+
+def latency(measured: Measured) -> str:
+    """p50 and p99 against what was offered, or against what was answered where only closed loops ran."""
+    figure, axes = _figure(HEIGHT)
+    for index, (name, one) in enumerate(measured.items()):
+        opened = [load for load in one["loads"] if load["kind"] == "open" and load["offered_per_s"]]
+        loads = opened or [load for load in one["loads"] if load["conversations_per_s"]]
+        points = (
+            sorted(
+                (load["offered_per_s"] if opened else load["conversations_per_s"]["median"], load["latency_ms"])
+                for load in loads
+                if load["latency_ms"]["p50"] is not None
+            )
+            if len(loads) > 0
+            else []
+        )
+        at = [rate for rate, _ in points]
+        for share, line in (("p50", "-"), ("p99", "--")):
+            values = [found[share]["median"] for _, found in points]
+            label = NAMES.get(name, name) if share == "p50" else None
+            axes.plot(at, values, line, marker="o", markersize=3.5, linewidth=1.4, color=COLOURS[index], label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    is_open = any(load["kind"] == "open" for one in measured.values() for load in one["loads"])
+    axes.set_xlabel(f"conversations a second, {'offered' if is_open else 'answered'}")
+    axes.set_ylabel("latency of a request, ms\np50: line, p99: dashes")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(_plain)
+        axis.set_minor_formatter(lambda value, _: "" if f"{value:.0e}"[0] not in "25" else _plain(value, _))
+    axes.grid(True, which="major", color=FAINT, linewidth=0.5)
+    figure.legend(loc="outside upper left", ncols=len(measured), frameon=False, labelcolor=INK)
+    return _svg(figure, "Latency against load")
+
+
+def throughput(measured: Measured) -> str:
+    """Conversations a second of each system, with the lowest and the highest slice."""
+    found = {name: one["saturation"]["conversations_per_s"] for name, one in measured.items()}
+    return _bars(found, "conversations a second, all verdicts of each", lambda value: f"{value:.3g}")
+
+
+def limit(measured: Measured) -> str:
+    """The share of the machine's own rate of matrix products that each system reached."""
+    shares = {name: main_load(one)["share_of_gemm_rate"] for name, one in measured.items()}
+    found = {
+        name: None if share is None else {"median": 100 * share, "low": 100 * share, "high": 100 * share}
+        for name, share in shares.items()
+    }
+    return _bars(found, "% of the rate of this base's matrix products", lambda value: f"{value:.0f} %", most=100.0)
+
+
+def turns(measured: Measured) -> str:
+    """The latency of each turn, and the share of its tokens that was not computed."""
+    figure, [left, right] = _figure(HEIGHT - 0.4, columns=2)
+    for index, (name, one) in enumerate(measured.items()):
+        style: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.4, "color": COLOURS[index]}
+        numbers = [turn["turn"] for turn in one["turns"]]
+        p50 = [turn["latency_ms"]["p50"]["median"] for turn in one["turns"]]
+        left.plot(numbers, p50, label=NAMES.get(name, name), **style)
+        right.plot(numbers, [100 * (turn["cached_share"] or 0.0) for turn in one["turns"]], **style)
+    left.set_ylim(bottom=0)
+    right.set_ylim(-2, 102)
+    left.set_ylabel("p50 of a turn, ms")
+    right.set_ylabel("tokens not computed, %")
+    for axes in (left, right):
+        axes.set_xlabel("turn")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(True, axis="y", color=FAINT, linewidth=0.5)
+    figure.legend(loc="outside upper left", ncols=len(measured), frameon=False, labelcolor=INK)
+    return _svg(figure, "Turn by turn")
+
+
+def bars(values: Mapping[str, float | None], label: str, text: Callable[[float], str]) -> str:
+    """One figure of each system."""
+    found = {
+        name: None if value is None else {"median": value, "low": value, "high": value}
+        for name, value in values.items()
+    }
+    return _bars(found, label, text)
+
+
+def _bars(
+    found: Mapping[str, Mapping[str, float] | None], label: str, text: Callable[[float], str], most: float | None = None
+) -> str:
+    known = {name: one for name, one in found.items() if one is not None}
+    figure, axes = _figure(0.75 + BAR * max(1, len(known)))
+    names, colours = list(found), dict(zip(found, COLOURS, strict=False))
+    top = most or 1.18 * max((one["high"] for one in known.values()), default=1.0)
+    for row, (name, one) in enumerate(known.items()):
+        axes.barh(row, one["median"], height=0.62, color=colours[name])
+        if one["high"] > one["low"]:
+            axes.hlines(row, one["low"], one["high"], color=INK, linewidth=1.0)
+            axes.vlines([one["low"], one["high"]], row - 0.12, row + 0.12, color=INK, linewidth=1.0)
+        end = max(one["high"], one["median"])
+        inside = end > 0.85 * top
+        axes.text(
+            end + (-0.012 if inside else 0.012) * top,
+            row,
+            text(one["median"]),
+            va="center",
+            ha="right" if inside else "left",
+            color="#ffffff" if inside else INK,
+            fontsize=9,
+        )
+    assert len(names) <= len(COLOURS), "a colour for each system"
+    axes.set_yticks(range(len(known)), [NAMES.get(name, name) for name in known])
+    axes.invert_yaxis()
+    axes.set_xlim(0, top)
+    axes.set_xlabel(label)
+    axes.grid(True, axis="x", color=FAINT, linewidth=0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["bottom"].set_visible(False)
+    return _svg(figure, label)
+
+
+def _figure(height: float, columns: int = 1) -> Any:
+    """Return a figure and its axes. Raises ImportError without matplotlib. No display is asked for."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in the page's font
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for one in axes:
+        one.patch.set_visible(False)
+        one.set_axisbelow(True)
+        one.tick_params(which="both", colors=INK, labelsize=9, width=0.5)
+        for text in (one.xaxis.label, one.yaxis.label):
+            text.set(color=INK, fontsize=9)
+        for side, spine in one.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set(color=FAINT, linewidth=0.8)
+    return figure, axes if columns > 1 else axes[0]
+
+
+def _plain(value: float, _: object = None) -> str:
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
+
+
+def _svg(figure: Any, title: str) -> str:
+    """Return the figure as an element of a page: no file's head, no ids that another plot has too, no fixed colours."""
+    import matplotlib
+
+    figure.patch.set_visible(False)
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": title}):
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = file.getvalue()[file.getvalue().index("<svg") :]
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" class="plot" ', 1).strip()
