@@ -198,6 +198,8 @@ def test_every_figure_of_the_page_is_the_jsons(report: dict[str, Any], page: Pag
     closed = [one["loads"][1] for one in measured.values()]
     assert article[1][3:] == [f"{spread(load['latency_ms']['p50'])} ms" for load in closed]
     assert article[3][3:] == [f"{spread(load['requests_per_s'])}/s" for load in closed]
+    dollars = [row[1] for row in page.tables["Cost of 1,000 conversations"][1:]]
+    assert dollars == ["$0.0132", "$0.0347", "$0.0375"]  # 1000 / 3600 / 21, 8, 7.4
     turns = page.tables["Turn by turn"]
     assert [row[2] for row in turns[1:6]] == [spread(one["latency_ms"]["p50"]) for one in measured["native"]["turns"]]
     assert [row[5] for row in turns[1:6]] == [
@@ -207,6 +209,26 @@ def test_every_figure_of_the_page_is_the_jsons(report: dict[str, Any], page: Pag
     settings = {row[0]: row[1] for row in page.tables["Machine and settings"]}
     assert (settings["cores"], settings["sha256"], settings["torch"]) == ("2", "00ff", "2.13.0")
     assert settings["bundle"] == HOSTILE
+
+
+def test_the_summary_compares_and_tells_sharing_from_speed(page: Page) -> None:
+    assert "Loraplex answers 21 (19.1-23.1) conversations a second here" in page.text
+    assert "PEFT answers 8 (7.27-8.8): Loraplex answers 2.62 times as many (2.62 times" in page.text
+
+
+def test_a_device_for_rent_has_its_price(report: dict[str, Any]) -> None:
+    rented = {**report, "about": report["about"] | {"device": "NVIDIA L4"}}
+    head, ours, *_ = Page(html(rented)).tables["Cost of 1,000 conversations"]
+    assert head[2] == "g6.xlarge, $0.8048 an hour" and head[3].startswith("ml.g6.")
+    assert ours[1:3] == ["$0.0132", "$0.0106"]
+
+
+def test_llama_cpp_without_adapters_is_told(report: dict[str, Any]) -> None:
+    facts = {"adapters": False, "no_adapters": HOSTILE, "labels_asked_again": 7, "prompts_as": "text"}
+    llamacpp = a_system(2.0) | {"quality": {"classifiers": {}, "mean": None}, "agreement": None, "facts": facts}
+    found = a_report(native=a_system(3.0), llamacpp=llamacpp)
+    assert f"llama.cpp has no adapters ({HOSTILE})" in Page(html(found)).text
+    assert "llama.cpp was asked 7 times more" in markdown(found)
 
 
 def test_the_bars_are_labelled_with_their_figures(page: Page) -> None:
@@ -219,7 +241,7 @@ def test_what_came_from_outside_is_text(page: Page) -> None:
 
 
 def test_the_page_needs_no_network_and_no_script(report: dict[str, Any], page: Page) -> None:
-    assert page.tags.count("svg") == 4 and not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert page.tags.count("svg") == 5 and not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     for name, value in page.attributes:
         if name in ("src", "href", "xlink:href") or "url(" in (value or ""):
             assert value is not None and (value.startswith("#") or "url(#" in value), (name, value)

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ class Fake:
 
     transport: Transport = "http"
     shares_prefix = False
+    facts: Mapping[str, Any] = MappingProxyType({})
     pid = None
 
     def __init__(

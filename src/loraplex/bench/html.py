@@ -47,12 +47,23 @@ figure { margin: 1rem 0; }
 PLOTS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "latency": ("Latency against load", plots.latency),
     "throughput": ("Throughput", plots.throughput),
+    "costs": ("Cost of 1,000 conversations", plots.costs),
     "turns": ("Turn by turn", plots.turns),
     "limit": ("The machine's limit", plots.limit),
 }
 # The order of the page: plots by their keys, and sections by their titles.
 ORDER = (
-    *("The article's table", "latency", "throughput", "Saturation", "turns", "limit", "Right and wrong", "Agreement"),
+    *(
+        "The article's table",
+        "latency",
+        "throughput",
+        "Saturation",
+        "costs",
+        "turns",
+        "limit",
+        "Right and wrong",
+        "Agreement",
+    ),
     *("Memory", "All loads", "What is not in the tables"),
 )
 DENSE = 8  # columns; a table with more of them is set in small type
@@ -69,7 +80,7 @@ def html(report: Mapping[str, Any]) -> str:
     for name in ORDER:
         title, draw = PLOTS.get(name, (name, None))
         plot = ""
-        if draw is not None and measured and has_plots and (name != "turns" or title in found):
+        if draw is not None and measured and has_plots and (name not in ("turns", "costs") or title in found):
             plot = f"<figure>{draw(measured)}</figure>"
         if plot or title in found:
             parts.append(_section(found.pop(title, Section(title=title)), plot))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from loraplex.bench.load import Load, Sample
@@ -14,6 +15,7 @@ from loraplex.bench.system import SystemEnded, Tell, Transport
 class InProcess:
     """`Loraplex.load(bundle, **engine)` in a worker."""
 
+    facts: Mapping[str, Any] = MappingProxyType({})
     transport: Transport = "in-process"
 
     def __init__(

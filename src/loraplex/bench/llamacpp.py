@@ -2,17 +2,21 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from loraplex.bench.call import Answer, Call, Reply
 from loraplex.bench.gguf import write_adapter
 from loraplex.bench.http import Http, post
-from loraplex.bench.llama_program import LlamaProgram
 from loraplex.bench.load import Load, Sample, generate
+from loraplex.bench.process import Process
 from loraplex.bench.prompts import Prompts, Question
+from loraplex.bench.served import cannot_start, opened
 from loraplex.bench.system import SystemEnded, Tell, Transport
 from loraplex.bundle import Bundle
 from loraplex.errors import ConfigurationError, LoraplexError, quoted
@@ -22,6 +26,8 @@ from loraplex.text.tokenizer import Conversations
 
 NUM_LIKELIEST = 20  # tokens whose probability is asked for; a label that is not among them is asked for by itself
 CERTAIN = 1e4  # added to the logit of the token to sample. The probabilities that are told are those without it
+START_S = 600.0
+LONGEST = 4096  # tokens of a prompt; the program would make room for as many as the base takes
 PROBE = "Customer: It's 12,345.67 €…  naïve? 你好 😀\n\n\tAgent: I've *no* idea_at ALL! {\"a\": [1]}\r\nBye"
 
 
@@ -57,6 +63,7 @@ class LlamaCpp:
         self,
         bundle: Bundle,
         *,
+        log: Path,
         url: str | None = None,
         server: Path | None = None,
         model: Path | None = None,
@@ -67,40 +74,33 @@ class LlamaCpp:
     ) -> None:
         """url: of a server that runs; else `server` (the program) and `model` (a GGUF file of the bundle's base).
 
+        log:                for what the program prints.
         arguments:          more options of the program; they win over ours.
         slots:              conversations whose K/V it keeps at once.
         questions_at_once:  of one conversation. One after the other computes the least: each finds the K/V of the one
                             before it.
         with_adapters:      start the program with the classifiers' adapters, written as GGUF; else with the
                             base only."""
-        if (url is None) == (server is None or model is None):
-            raise ConfigurationError(
-                "llamacpp",
-                "needs a server" if url is None else "is a URL and a program",
-                remedy="give --url llamacpp=http://HOST:PORT, or --llamacpp-server PROGRAM --llamacpp-model FILE.gguf",
-            )
-        self._bundle, self._url = bundle, url or ""
-        self._program = None if server is None or model is None else LlamaProgram(server, model)
+        assert url is not None or (server is not None and model is not None), "there is a server, or a program"
+        self._bundle, self._url, self._log = bundle, url, log
+        self._command = [str(server), "--model", str(model)]
+        self._process: Process | None = None
+        self._folder: TemporaryDirectory[str] | None = None
         self._arguments, self._slots, self._with_adapters = tuple(arguments), slots, with_adapters
         self._questions_at_once = questions_at_once
-        self._http = Http(url or "http://127.0.0.1")
+        self._http = opened(self.name, "http://127.0.0.1" if url is None else url)
         self._labels: dict[str, dict[str, tuple[int, ...]]] = {}
         self._sends_ids = True
         self._adapters: dict[str, list[dict[str, float]]] | None = None  # classifier -> the request's `lora`
         self._has_adapters = False
         self._asked_again = 0
+        self.shares_prefix = False
         self.versions: dict[str, str] = {}
         self.facts: dict[str, Any] = {}
 
     @property
-    def shares_prefix(self) -> bool:
-        """Without adapters, and with activated ones, the prompt cache holds a conversation for all classifiers."""
-        questions = self._prompts.questions.values()
-        return not self._has_adapters or all(one.version.shares_prefix for one in questions)
-
-    @property
     def pid(self) -> int | None:
-        return None if self._program is None else self._program.pid
+        return None if self._process is None else self._process.pid
 
     async def start(self, classifiers: Sequence[str]) -> None:
         """Start the program, if it does not run, and find out how it is asked.
@@ -114,9 +114,8 @@ class LlamaCpp:
                     "answers with a score head, which llama.cpp's server does not have",
                     remedy="leave out the classifier, or llamacpp",
                 )
-        if self._program is not None:
-            self._url = await self._launch(self._program)
-        self._http = Http(self._url)
+        if self._url is None:
+            await self._launch()
         properties = await self._get("/props")
         [model, *_] = (await self._get("/v1/models"))["data"]
         self._check_vocabulary(model.get("meta") or {})
@@ -134,18 +133,17 @@ class LlamaCpp:
         }
 
     async def run(self, load: Load, tell: Tell) -> list[Sample]:
-        samples = await generate(self.ask, load, tell)
+        running = generate(self.ask, load, tell)
+        samples = await (running if self._process is None else self._process.while_alive(running))
         self.facts["labels_asked_again"] = self._asked_again
-        if any(one.reply.status == "failed" for one in samples):
-            await asyncio.sleep(0.2)  # a program that ended is known to have ended a moment later
-        if self._program is not None and (ended := self._program.ended):
-            raise SystemEnded(ended)
         return samples
 
     async def close(self) -> None:
         self._http.close()
-        if self._program is not None:
-            await self._program.close()
+        if self._process is not None:
+            await self._process.close()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     async def ask(self, call: Call) -> Reply:
         """Ask all questions of a call. Never raises for what the server answers."""
@@ -231,12 +229,13 @@ class LlamaCpp:
 
     # --------------------------------------------------------------------------------------------- start
 
-    async def _launch(self, program: LlamaProgram) -> str:
-        """Start the program with the adapters, and return its URL when it answers."""
-        adapters = await asyncio.to_thread(self._write_adapters, program.folder) if self._with_adapters else []
+    async def _launch(self) -> None:
+        """Start the program with the adapters, and wait until it answers."""
+        self._folder = TemporaryDirectory(prefix="loraplex-llamacpp-")
+        adapters = await asyncio.to_thread(self._write_adapters, Path(self._folder.name)) if self._with_adapters else []
         # From its cache in RAM it would give an activated adapter the K/V that a plain one computed.
         kinds = {one.version.shares_prefix for one in self._prompts.questions.values()}
-        longest = min(4096, self._prompts.base.max_model_len)
+        longest = min(LONGEST, self._prompts.base.max_model_len)
         arguments = [
             *("--parallel", str(self._slots), "--kv-unified", "--ctx-size", str(self._slots * longest)),
             *(("--lora", ",".join(map(str, adapters)), "--lora-init-without-apply") if adapters else ()),
@@ -244,7 +243,25 @@ class LlamaCpp:
             *self._arguments,
         ]
         self.facts["arguments"] = arguments
-        return await program.start(arguments)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self._process = Process([*self._command, "--host", "127.0.0.1", "--port", port, *arguments], self._log)
+        self._http = Http(f"http://127.0.0.1:{port}")
+        try:
+            await self._process.start()
+            async with asyncio.timeout(START_S):
+                await self._process.while_alive(self._healthy())
+        except (OSError, SystemEnded) as exc:  # TimeoutError is an OSError
+            raise cannot_start(self.name, str(exc) or f"it does not answer; see {self._log}") from None
+
+    async def _healthy(self) -> None:
+        """Return when the server answers."""
+        while True:
+            with suppress(ConnectionError, EOFError):
+                if (await self._http.request("GET", "/health"))[0] == 200:
+                    return
+            await asyncio.sleep(0.1)
 
     def _write_adapters(self, folder: Path) -> list[Path]:
         """Write the classifiers' adapters as GGUF. Returns none, and says why, where one cannot be written."""
@@ -275,7 +292,7 @@ class LlamaCpp:
             problem = f"answers {path} with {status}"
         except (OSError, EOFError, ValueError) as exc:
             problem = f"does not answer {path} ({type(exc).__name__})"
-        raise ConfigurationError(f"llamacpp {self._url}", problem, remedy="start llama.cpp's llama-server there")
+        raise ConfigurationError(f"system {self.name}", problem, remedy="start llama.cpp's llama-server there")
 
     def _check_vocabulary(self, meta: Mapping[str, Any]) -> None:
         """Compare what is known of the two bases."""
@@ -286,7 +303,7 @@ class LlamaCpp:
             theirs = meta.get(key)
             if theirs is not None and (theirs < ours if key == "n_vocab" else theirs != ours):
                 raise ConfigurationError(
-                    f"llamacpp {self._url}",
+                    f"system {self.name}",
                     f"is another base: its {key} is {quoted(theirs)}, the bundle's {ours}",
                     remedy="give a GGUF file of the bundle's base",
                 )
@@ -297,6 +314,8 @@ class LlamaCpp:
         names = self._prompts.questions
         missing = [name for name in names if name not in ids]
         self._has_adapters = not missing
+        # Without adapters, and with activated ones, the prompt cache holds a conversation for all classifiers.
+        self.shares_prefix = bool(missing) or all(one.version.shares_prefix for one in names.values())
         if listed:  # those that a request does not name have the scale 0
             self._adapters = {
                 name: [{"id": ids[name], "scale": 1.0}]
@@ -323,7 +342,7 @@ class LlamaCpp:
                 ids = await self._tokens(probes[name].text + label)
                 if ids[: len(theirs[name])] != theirs[name] or len(ids) == len(theirs[name]):
                     raise ConfigurationError(
-                        f"llamacpp {self._url}",
+                        f"system {self.name}",
                         f"its tokenizer joins the label {quoted(label)} of {name!r} to the prompt",
                         remedy="give a GGUF file of the bundle's base",
                     )

@@ -3,9 +3,12 @@
 import io
 import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
-from loraplex.bench.sections import NAMES, main_load
+from loraplex.bench.sections import NAMES, main_load, number
+from loraplex.bench.thousand import costs_of
+from loraplex.costs.report import usd
 
 INK, FAINT = "#000101", "#000102"  # stand for the page's colours until the SVG is written
 COLOURS = tuple(f"#0002{index:02x}" for index in range(8))
@@ -23,14 +26,10 @@ def latency(measured: Measured) -> str:
     for index, (name, one) in enumerate(measured.items()):
         opened = [load for load in one["loads"] if load["kind"] == "open" and load["offered_per_s"]]
         loads = opened or [load for load in one["loads"] if load["conversations_per_s"]]
-        points = (
-            sorted(
-                (load["offered_per_s"] if opened else load["conversations_per_s"]["median"], load["latency_ms"])
-                for load in loads
-                if load["latency_ms"]["p50"] is not None
-            )
-            if len(loads) > 0
-            else []
+        points = sorted(
+            (load["offered_per_s"] if opened else load["conversations_per_s"]["median"], load["latency_ms"])
+            for load in loads
+            if load["latency_ms"]["p50"] is not None
         )
         at = [rate for rate, _ in points]
         for share, line in (("p50", "-"), ("p99", "--")):
@@ -53,17 +52,16 @@ def latency(measured: Measured) -> str:
 def throughput(measured: Measured) -> str:
     """Conversations a second of each system, with the lowest and the highest slice."""
     found = {name: one["saturation"]["conversations_per_s"] for name, one in measured.items()}
-    return _bars(found, "conversations a second, all verdicts of each", lambda value: f"{value:.3g}")
+    return _bars(found, "conversations a second, all verdicts of each", number)
 
 
 def limit(measured: Measured) -> str:
     """The share of the machine's own rate of matrix products that each system reached."""
     shares = {name: main_load(one)["share_of_gemm_rate"] for name, one in measured.items()}
-    found = {
-        name: None if share is None else {"median": 100 * share, "low": 100 * share, "high": 100 * share}
-        for name, share in shares.items()
-    }
-    return _bars(found, "% of the rate of this base's matrix products", lambda value: f"{value:.0f} %", most=100.0)
+    found = {name: None if share is None else 100 * share for name, share in shares.items()}
+    return _bars(
+        _exact(found), "% of the rate of this base's matrix products", lambda value: f"{value:.0f} %", most=100.0
+    )
 
 
 def turns(measured: Measured) -> str:
@@ -87,13 +85,15 @@ def turns(measured: Measured) -> str:
     return _svg(figure, "Turn by turn")
 
 
-def bars(values: Mapping[str, float | None], label: str, text: Callable[[float], str]) -> str:
-    """One figure of each system."""
-    found = {
-        name: None if value is None else {"median": value, "low": value, "high": value}
-        for name, value in values.items()
-    }
-    return _bars(found, label, text)
+def costs(measured: Measured) -> str:
+    """What 1,000 conversations cost at a dollar an hour."""
+    known = costs_of(measured)
+    found = {name: float(known[name]) if name in known else None for name in measured}
+    return _bars(_exact(found), "USD for 1,000 conversations, at $1 an hour", lambda value: usd(Decimal(str(value))))
+
+
+def _exact(values: Mapping[str, float | None]) -> dict[str, Mapping[str, float] | None]:
+    return {name: None if one is None else {"median": one, "low": one, "high": one} for name, one in values.items()}
 
 
 def _bars(

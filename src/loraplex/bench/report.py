@@ -74,6 +74,7 @@ def _system(run: Run, one: Measured, gemm: float | None, reference: Measured | N
         "url": prepared.settings.urls.get(one.name),
         "engine": prepared.engine.get(one.name),
         "shares_prefix": one.system.shares_prefix,
+        "facts": dict(one.system.facts),
         "memory": {
             "peak_rss_bytes": one.peak_rss_bytes,
             "loaded_rss_bytes": one.loaded_rss_bytes,
@@ -82,8 +83,9 @@ def _system(run: Run, one: Measured, gemm: float | None, reference: Measured | N
     }
     if not one.slices:
         return found
-    quality = qualities(one.answers, prepared.truth, prepared.labels)
-    same = reference is None or reference is one
+    is_base = one.system.facts.get("adapters") is False
+    quality = qualities({} if is_base else one.answers, prepared.truth, prepared.labels)
+    same = reference is None or reference is one or is_base
     return found | {
         "loads": [_load(run, one, plan, gemm) for plan in one.slices],
         "saturation": _saturation(one),

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 
 from loraplex.bench.figures import Slice, saturation
 from loraplex.bench.in_process import InProcess
+from loraplex.bench.llamacpp import LlamaCpp
 from loraplex.bench.load import Load
 from loraplex.bench.measured import FEWEST, Measured, Plan, closed_load, open_load
 from loraplex.bench.served import Served
-from loraplex.bench.settings import Prepared
+from loraplex.bench.settings import LLAMACPP, Prepared
 from loraplex.bench.supply import Supply
 from loraplex.bench.system import System, SystemEnded
 from loraplex.bench.work import work_of
@@ -39,6 +40,16 @@ def open_system(prepared: Prepared, name: str) -> System:
     settings = prepared.settings
     python, versions = settings.python.get(name, sys.executable), prepared.versions.get(name, {})
     log = settings.out / f"{name}.log"
+    if name == LLAMACPP:
+        return LlamaCpp(
+            prepared.bundle,
+            log=log,
+            url=settings.urls.get(name),
+            server=settings.llamacpp_server,
+            model=settings.llamacpp_model,
+            arguments=settings.llamacpp_arguments,
+            slots=settings.concurrency or CAPACITY.concurrency or 1,
+        )
     if settings.transport == "in-process":
         return InProcess(name, settings.bundle, prepared.engine[name], python=python, versions=versions, log=log)
     return Served(

@@ -1,8 +1,11 @@
 """What a report says, in sentences and tables, from report.json: what report.md and report.html show."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from loraplex.bench.thousand import costs_of, rents
+from loraplex.costs.report import usd
 
 GB, MIB = 1e9, 2**20
 # The article's table: "Hot-Swappable LoRA: Serving 16 Fine-Tuned Models on a Single GPU".
@@ -43,9 +46,10 @@ class Section:
 def sections(report: Mapping[str, Any]) -> list[Section]:
     """Return the parts of a report that it has figures for, in their order."""
     measured = measured_of(report)
-    found = [_head(report)]
+    found = [_head(report, measured)]
     if measured:
-        found += [_article(measured), _loads(measured), *_saturation(measured), *_turns(measured)]
+        found += [_article(measured), _loads(measured), *_saturation(measured), *_costs(report, measured)]
+        found += [*_turns(measured)]
         found += [*_quality(measured), *_agreement(measured), _memory(measured), *_limit(report, measured)]
     return [*found, _left_out(report), _repeat(report)]
 
@@ -69,11 +73,12 @@ def load_name(load: Mapping[str, Any]) -> str:
     return f"open, {load['offered_per_s']:.3g} conversations/s" + (f" ({share:g}x)" if share else "")
 
 
-def _head(report: Mapping[str, Any]) -> Section:
+def _head(report: Mapping[str, Any], measured: Mapping[str, Any]) -> Section:
     about, data, settings = report["about"], report["data"], report["about"]["settings"]
     way = "in process" if settings["transport"] == "in-process" else "over HTTP"
     asked = "all in one request" if settings["asking"] == "together" else "a request for each"
     texts = [
+        " ".join(_summary(measured)),
         "The run was interrupted: these are the slices that it had measured." if report["cut_short"] else "",
         f"{data['conversations']} conversations of `{data['file']}` and {len(data['classifiers'])} classifiers, "
         f"{asked}, asked {way}. {about['device']}, {about['cores']} cores, {about['threads']} threads of PyTorch, "
@@ -83,15 +88,36 @@ def _head(report: Mapping[str, Any]) -> Section:
     return Section(title="", texts=[text for text in texts if text])
 
 
+def _summary(measured: Mapping[str, Any]) -> list[str]:
+    """Say how the other systems compare with ours, and how much of that is sharing: tokens that it need not compute."""
+    ours = main_load(measured["native"]) if "native" in measured else {}
+    rate, computed = ours.get("conversations_per_s"), ours.get("tokens_computed_per_s")
+    if not rate or not rate["median"]:
+        return []
+    found = [f"Loraplex answers {spread(rate)} conversations a second here, with all verdicts of each."]
+    for name, one in measured.items():
+        theirs = main_load(one)
+        other, tokens = theirs["conversations_per_s"], theirs["tokens_computed_per_s"]
+        if name == "native" or not other or not other["median"]:
+            continue
+        times = rate["median"] / other["median"]
+        text = f"{NAMES.get(name, name)} answers {spread(other)}: Loraplex answers {times:.3g} times as many"
+        if computed and tokens and computed["median"] and tokens["median"]:
+            speed = computed["median"] / tokens["median"]
+            text += f" ({speed:.3g} times as many tokens computed a second, {speed / times:.3g} times as many for each)"
+        found.append(f"{text}.")
+    return found
+
+
 def spread(found: Mapping[str, Any] | None, digits: int = 3) -> str:
     """Return a median with its spread, as "12.3 (11.9-13.0)"; "-" where nothing was measured."""
     if found is None:
         return "-"
-    median, low, high = (_number(found[name], digits) for name in ("median", "low", "high"))
+    median, low, high = (number(found[name], digits) for name in ("median", "low", "high"))
     return median if found["rounds"] == 1 else f"{median} ({low}-{high})"
 
 
-def _number(value: float, digits: int = 3) -> str:
+def number(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
@@ -175,14 +201,31 @@ def _saturation(measured: Mapping[str, Any]) -> list[Section]:
     return [Section(title="Saturation", table=(head, rows))]
 
 
+def _costs(report: Mapping[str, Any], measured: Mapping[str, Any]) -> list[Section]:
+    at_one = costs_of(measured)
+    if not at_one:
+        return []
+    text = (
+        "At a dollar an hour: multiply by your machine's price. Each system is kept as busy as the run kept it, so a "
+        "system that was not saturated may cost less than this."
+    )
+    head = ["system", "$1 an hour"]
+    columns = [at_one]
+    for name, price in rents(report["about"]["device"]):
+        head.append(f"{name}, {usd(price)} an hour")
+        columns.append(costs_of(measured, price))
+    rows = [[NAMES.get(name, name), *(usd(column[name]) for column in columns)] for name in at_one]
+    return [Section(title="Cost of 1,000 conversations", texts=[text], table=(head, rows))]
+
+
 def _turns(measured: Mapping[str, Any]) -> list[Section]:
     rows = [
         [
             f"{NAMES.get(name, name)}, turn {turn['turn']}",
             str(turn["conversations"]),
             spread(turn["latency_ms"]["p50"]),
-            _number(turn["tokens_asked"], 4),
-            _number(turn["tokens_computed"], 4),
+            number(turn["tokens_asked"], 4),
+            number(turn["tokens_computed"], 4),
             "-" if turn["cached_share"] is None else f"{turn['cached_share']:.0%}".replace("%", " %"),
         ]
         for name, one in measured.items()
@@ -273,6 +316,8 @@ def _left_out(report: Mapping[str, Any]) -> Section:
         for name, one in report["systems"].items()
         if one.get("url")
     ]
+    for name, one in report["systems"].items():
+        lines += [f"{NAMES.get(name, name)} {what}" for what in _facts(one.get("facts") or {})]
     excluded = sum(
         sum(load["excluded"][status] for status in ("ok", "refused", "failed", "timeout"))
         for one in report["systems"].values()
@@ -280,6 +325,20 @@ def _left_out(report: Mapping[str, Any]) -> Section:
     )
     lines.append(f"{excluded:,} requests of warm-ups and cool-downs ran beside the others, and are in no figure.")
     return Section(title="What is not in the tables", points=lines)
+
+
+def _facts(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a reader must know of llama.cpp's figures, without its name in front."""
+    if facts.get("adapters") is False:
+        why = facts.get("no_adapters")
+        yield f"has no adapters ({why}): its verdicts are the base's, and are not compared with anything."
+    if facts.get("prompts_as") == "text":
+        yield "is asked with texts, because its tokenizer makes other tokens than the base's."
+    if facts.get("adapters_begin"):
+        yield f"begins to adapt {facts['adapters_begin']} tokens later than PEFT, so its verdicts differ."
+    if facts.get("labels_asked_again"):
+        again = facts["labels_asked_again"]
+        yield f"was asked {again:,} times more, for labels that were not among the likeliest tokens."
 
 
 def _repeat(report: Mapping[str, Any]) -> Section:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from loraplex.bench.http import Http, classify
@@ -27,6 +28,7 @@ SHARING = ("native",)
 class Served:
     """A Loraplex server. engine: options of EngineConfig. url: a server that already runs; nothing is started."""
 
+    facts: Mapping[str, Any] = MappingProxyType({})
     transport: Transport = "http"
 
     def __init__(
@@ -42,7 +44,7 @@ class Served:
     ) -> None:
         self.name, self.shares_prefix = name, name in SHARING
         self.versions = dict(versions) if url is None else {}
-        self._http = None if url is None else _http(name, url, os.environ.get("LORAPLEX_API_KEY"))
+        self._http = None if url is None else opened(name, url, os.environ.get("LORAPLEX_API_KEY"))
         address = ["--host", "127.0.0.1", "--port", "0", "--log-level", "warning"]
         command = [python, "-m", "loraplex.cli.main", "serve", bundle, *address, *arguments(engine)]
         self._process = Process(command, log) if url is None else None
@@ -110,7 +112,8 @@ def check_served(name: str, states: Mapping[str, str], classifiers: Sequence[str
         )
 
 
-def _http(name: str, url: str, key: str | None) -> Http:
+def opened(name: str, url: str, key: str | None = None) -> Http:
+    """Return connections to a server that runs. Raises ConfigurationError where `url` is no URL."""
     try:
         return Http(url, {"Authorization": f"Bearer {key}"} if key else None)
     except ValueError:

@@ -22,7 +22,8 @@ from loraplex.labelled import Labelled, hard_label, read_labelled
 from loraplex.service.preparation import EFFECTS
 
 MOST_CONVERSATIONS = 3000  # as in the article
-SYSTEMS = tuple(BACKENDS)
+LLAMACPP = "llamacpp"
+SYSTEMS = (*BACKENDS, LLAMACPP)
 VERSIONS = ("loraplex", "torch", "transformers", "peft", "vllm")
 OURS = ("report.json", "report.md", "report.html")
 
@@ -36,6 +37,8 @@ class Settings:
     only:    system -> further options, for this system alone.
     python:  system -> the interpreter that runs it.
     urls:    system -> a server that already runs.
+    llamacpp_server, llamacpp_model, llamacpp_arguments:
+             llama.cpp's program, a GGUF file of the bundle's base, and more options of the program.
     """
 
     bundle: str
@@ -58,6 +61,9 @@ class Settings:
     only: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     python: Mapping[str, str] = field(default_factory=dict)
     urls: Mapping[str, str] = field(default_factory=dict)
+    llamacpp_server: Path | None = None
+    llamacpp_model: Path | None = None
+    llamacpp_arguments: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
@@ -162,8 +168,36 @@ def _check_systems(settings: Settings) -> None:
             raise ConfigurationError(
                 f"--python {name}={program}", "is no program", remedy="give the path of an interpreter"
             )
+    _check_llamacpp(settings)
     if settings.transport == "in-process" and settings.urls:
         raise ConfigurationError("--url", "a running server is asked over HTTP", remedy="leave out --in-process")
+
+
+def _check_llamacpp(settings: Settings) -> None:
+    """Raise ConfigurationError for options that llama.cpp's server does not take, and for files that are not there."""
+    files = {"--llamacpp-server": settings.llamacpp_server, "--llamacpp-model": settings.llamacpp_model}
+    given = {option: file for option, file in files.items() if file is not None}
+    for option, file in given.items():
+        if not file.is_file():
+            raise ConfigurationError(f"{option} {file}", "is no file", remedy="correct the path")
+    if given and (LLAMACPP not in settings.systems or LLAMACPP in settings.urls):
+        is_asked = LLAMACPP in settings.urls
+        raise ConfigurationError(
+            next(iter(given)),
+            "is for a server that is started here" if is_asked else "is for a system that is not measured",
+            remedy=f"leave out --url {LLAMACPP}" if is_asked else f"name {LLAMACPP} in --systems, too",
+        )
+    if len(given) == 1:
+        missing = next(option for option in files if option not in given)
+        raise ConfigurationError(next(iter(given)), f"needs {missing}", remedy="give both")
+    for option, names in (("--python", settings.python), ("--engine", settings.only)):
+        if LLAMACPP in names:
+            remedy = "give options of its own with --llamacpp-arg"
+            raise ConfigurationError(f"{option} {LLAMACPP}", "has no effect on llama.cpp's server", remedy=remedy)
+    if LLAMACPP in settings.systems and settings.transport == "in-process":
+        raise ConfigurationError(
+            "--in-process", "llama.cpp's server is asked over HTTP", remedy=f"leave it out, or {LLAMACPP}"
+        )
 
 
 def _check_out(out: Path) -> None:
@@ -223,6 +257,8 @@ def _interpreters(settings: Settings) -> tuple[Mapping[str, Mapping[str, str]], 
     versions: dict[str, Mapping[str, str]] = {}
     skipped: dict[str, str] = {}
     found: dict[str, Mapping[str, str]] = {}
+    if LLAMACPP in settings.systems and LLAMACPP not in settings.urls and settings.llamacpp_server is None:
+        skipped[LLAMACPP] = "no server is given (--llamacpp-server and --llamacpp-model, or --url llamacpp=URL)"
     for name in settings.systems:
         if name not in BACKENDS or name in settings.urls:
             continue

@@ -1,7 +1,7 @@
 """The seam between the benchmark and what it measures."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 from loraplex.bench.load import Load, Sample
 
@@ -34,6 +34,11 @@ class System(Protocol):
     @property
     def versions(self) -> dict[str, str]:
         """Distribution -> version, as the system's own interpreter has them. Known after `start`."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What else a reader of its figures must know. `adapters: false`: its verdicts are the base's."""
         ...
 
     @property

@@ -78,6 +78,15 @@ def bench(
         list[str] | None,
         typer.Option(metavar="SYSTEM=URL", help="Ask a server that runs already. Repeatable."),
     ] = None,
+    llamacpp_server: Annotated[
+        Path | None, typer.Option(metavar="PROGRAM", help="llama.cpp's llama-server, for the system llamacpp.")
+    ] = None,
+    llamacpp_model: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The bundle's base as a GGUF file, for --llamacpp-server.")
+    ] = None,
+    llamacpp_arg: Annotated[
+        list[str] | None, typer.Option(metavar="ARG", help="An argument for --llamacpp-server. Repeatable.")
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -118,6 +127,9 @@ def bench(
         only=for_one,
         python=_pairs(python, "--python"),
         urls=_pairs(url, "--url"),
+        llamacpp_server=llamacpp_server,
+        llamacpp_model=llamacpp_model,
+        llamacpp_arguments=tuple(llamacpp_arg or ()),
     )
     with errors_to_exit():
         if not is_installed("psutil"):
