@@ -173,6 +173,7 @@ def test_a_system_that_fails_is_named_and_the_others_go_on(tiny_bundle: Path, da
     systems = found["systems"]
     assert systems["native"]["loads"][0]["requests"]["ok"] == 60
     assert systems["peft"]["state"] == "failed: base: no such base (none)" and "loads" not in systems["peft"]
+    assert fakes["peft"].log == ["start peft", "close peft", "close peft"], "it is stopped at once"
     assert systems["peft-mixed"]["state"] == "failed: it ended with status -9"
     assert systems["peft-mixed"]["loads"][0]["slices"] < 3, "what it had answered is kept"
     assert systems["native"]["agreement"]["with"] == "peft-mixed"

@@ -40,6 +40,8 @@ def given(tmp_path: Path, tiny_bundle: Path) -> dict[str, Any]:
         ({"rate": 1.0}, "--rate and --concurrency: exactly one load"),
         ({"concurrency": 0}, "--concurrency 0"),
         ({"concurrency": None, "rate": float("nan")}, "--rate nan"),
+        ({"concurrency": None, "rate": 90000.0}, "1,800,000 conversations in a slice"),
+        ({"concurrency": 20_000}, "--concurrency 20000: is not above 0 and at most 10,000"),
         ({"slices": 0}, "--slices 0"),
         ({"slices": 21}, "there are 20 conversations"),
         ({"seconds": -1.0}, "--seconds -1"),

@@ -82,7 +82,7 @@ def _system(run: Run, one: Measured, gemm: float | None, reference: Measured | N
         },
     }
     if not one.slices:
-        return found
+        return found | ({"state": "not measured: the run was interrupted"} if one.is_well else {})
     is_base = one.system.facts.get("adapters") is False
     quality = qualities({} if is_base else one.answers, prepared.truth, prepared.labels)
     same = reference is None or reference is one or is_base

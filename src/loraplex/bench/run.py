@@ -159,6 +159,7 @@ class Run:
             one.state = "measured"
         except (LoraplexError, SystemEnded) as exc:
             one.state = f"failed: {exc}"
+            await one.system.close()
         finally:
             starting.cancel()
         if used is not None and one.system.pid is not None:

@@ -22,6 +22,7 @@ from loraplex.labelled import Labelled, hard_label, read_labelled
 from loraplex.service.preparation import EFFECTS
 
 MOST_CONVERSATIONS = 3000  # as in the article
+MOST_ARRIVALS = 200_000  # in a slice: they are kept in memory
 LLAMACPP = "llamacpp"
 SYSTEMS = (*BACKENDS, LLAMACPP)
 VERSIONS = ("loraplex", "torch", "transformers", "peft", "vllm")
@@ -134,19 +135,25 @@ def _check_numbers(settings: Settings) -> None:
         raise ConfigurationError(
             " and ".join(given) or "the load", "exactly one load is measured", remedy=f"give one of {', '.join(loads)}"
         )
-    least = {
-        "--rate": (settings.rate, 0.0),
-        "--concurrency": (settings.concurrency, 0),
-        "--conversations": (settings.conversations, 0),
-        "--slices": (settings.slices, 0),
-        "--seconds": (settings.seconds, 0.0),
-        "--timeout": (settings.timeout_s, 0.0),
+    bounds: Mapping[str, tuple[float | None, int]] = {
+        "--rate": (settings.rate, 10**5),
+        "--concurrency": (settings.concurrency, 10**4),
+        "--conversations": (settings.conversations, 10**6),
+        "--slices": (settings.slices, 10**3),
+        "--seconds": (settings.seconds, 10**5),
+        "--timeout": (settings.timeout_s, 10**5),
     }
-    for name, (value, bound) in least.items():
-        if value is not None and not bound < value < 10**6:
+    for name, (value, most) in bounds.items():
+        if value is not None and not 0 < value <= most:
             raise ConfigurationError(
-                f"{name} {value:g}", "is not above 0 and below a million", remedy="give another number"
+                f"{name} {value:g}", f"is not above 0 and at most {most:,}", remedy="give another number"
             )
+    if settings.rate is not None and settings.rate * settings.seconds > MOST_ARRIVALS:
+        raise ConfigurationError(
+            f"--rate {settings.rate:g}",
+            f"is {settings.rate * settings.seconds:,.0f} conversations in a slice of {settings.seconds:g} s",
+            remedy=f"give a lower --rate or fewer --seconds; a slice takes {MOST_ARRIVALS:,} at most",
+        )
     for name, chosen, kind in (("--ask", settings.asking, Asking), ("transport", settings.transport, Transport)):
         if chosen not in get_args(kind):
             raise ConfigurationError(f"{name} {chosen}", "is unknown", remedy=f"give one of {listed(get_args(kind))}")
