@@ -11,10 +11,11 @@ import pytest
 
 import virtual
 from loraplex.bench.call import Answer, Call, Reply
+from loraplex.bench.figures import Slice
 from loraplex.bench.load import Load, Sample, generate
 from loraplex.bench.markdown import markdown
 from loraplex.bench.report import COLUMNS, report, report_text
-from loraplex.bench.run import Run
+from loraplex.bench.run import ALONE, Run
 from loraplex.bench.settings import Prepared, Settings, prepare
 from loraplex.bench.system import SystemEnded, Tell, Transport
 from loraplex.errors import ConfigurationError
@@ -197,14 +198,22 @@ def test_with_one_slice_a_system_is_stopped_before_the_next_starts(tiny_bundle: 
 def test_an_interrupted_run_stops_its_systems_and_keeps_what_it_measured(tiny_bundle: Path, data: Path) -> None:
     class Interrupts(Fake):
         async def run(self, load: Load, tell: Tell) -> list[Sample]:
-            if self.log.count(self.name) == 3:
+            if self.log.count(self.name) == 3:  # the first one is before the slices
                 raise KeyboardInterrupt
             return await super().run(load, tell)
 
-    fake = Interrupts("native", 0.5)
-    run = Run(prepare(settings(tiny_bundle, data, systems=("native",), concurrency=2)), lambda *_: fake)
+    # Interrupted in its third slice, when peft may have had three.
+    fakes = {"native": Interrupts("native", 0.5), "peft": Fake("peft", 0.5)}
+    given = settings(tiny_bundle, data, systems=("native", "peft"), concurrency=2)
+    run = Run(prepare(given), lambda _, name: fakes[name])
+    run.measured["peft"].slices[ALONE].append(Slice(load=Load(jobs=()), samples=()))
     with pytest.raises(KeyboardInterrupt):
         virtual.run(run.measure())
-    assert fake.log[-1] == "close native"
+    assert [fake.log[-1] for fake in fakes.values()] == ["close native", "close peft"]
+    run.drop_unfinished()
+    one, other = (run.measured[name] for name in fakes)
+    [plan] = one.slices
+    assert len(one.slices[plan]) == len(other.slices[plan]) == 2 and one.answers.keys() == other.answers.keys()
+    assert other.slices.pop(ALONE), "what only one has finished stays"
     found = report(run, cut_short=True)
     assert found["systems"]["native"]["loads"][0]["slices"] == 2 and "was interrupted" in markdown(found)

@@ -8,6 +8,7 @@ from typing import Literal
 from loraplex.bench.call import Answer
 from loraplex.bench.figures import Slice
 from loraplex.bench.load import Job, Load, Phase, arrivals
+from loraplex.bench.quality import Answers
 from loraplex.bench.supply import Supply
 from loraplex.bench.system import System
 
@@ -35,7 +36,6 @@ class Measured:
 
     state:      "measured", or why it is not.
     slices:     by plan; offered: conversations/s of each slice of an open loop.
-    answers:    (conversation, turn) -> classifier -> verdict, of the texts that were asked unchanged.
     rate:       conversations/s of the last closed loop.
     capacity:   conversations/s of the closed loops that look for it.
     saturated:  under which plan, and why.
@@ -47,7 +47,6 @@ class Measured:
     state: str = "not measured"
     slices: dict[Plan, list[Slice]] = field(default_factory=lambda: defaultdict(list))
     offered: dict[Plan, list[float]] = field(default_factory=lambda: defaultdict(list))
-    answers: dict[tuple[int, int], dict[str, Answer]] = field(default_factory=lambda: defaultdict(dict))
     rate: float = 1.0
     capacity: list[float] = field(default_factory=list)
     saturated: tuple[Plan, str] | None = None
@@ -64,6 +63,15 @@ class Measured:
     def is_well(self) -> bool:
         return self.state == "measured"
 
+    @property
+    def answers(self) -> Answers:
+        """The verdicts on texts that were asked unchanged."""
+        found: dict[tuple[int, int], dict[str, Answer]] = defaultdict(dict)
+        for slices in self.slices.values():
+            for one in (sample for each in slices for sample in each.measured if not sample.job.repeat):
+                found[one.job.conversation, one.turn].update(one.reply.verdicts)
+        return found
+
     def keep(self, plan: Plan, found: Slice, offered: float | None) -> None:
         """Add a slice."""
         self.slices[plan].append(found)
@@ -71,9 +79,6 @@ class Measured:
             self.offered[plan].append(offered)
         else:
             self.rate = found.conversations_per_s or self.rate
-        for one in found.measured:
-            if not one.job.repeat:
-                self.answers[one.job.conversation, one.turn].update(one.reply.verdicts)
 
 
 def closed_load(supply: Supply, concurrency: int, num: int, timeout_s: float, *, counts: bool | None = None) -> Load:

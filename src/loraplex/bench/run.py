@@ -118,6 +118,15 @@ class Run:
             finally:
                 await asyncio.gather(*(one.system.close() for one in group))
 
+    def drop_unfinished(self) -> None:
+        """Leave out the slices of a round that not all systems have finished, so that all systems are compared on the
+        same conversations. Where one has finished none, everything stays."""
+        well = [one for one in self.measured.values() if one.is_well]
+        for plan in {plan for one in well for plan in one.slices}:
+            if num := min(len(one.slices.get(plan, ())) for one in well):
+                for one in well:
+                    del one.slices[plan][num:], one.offered[plan][num:]
+
     def _only_plan(self) -> Plan:
         if self._settings.rate is not None:
             return Plan(kind="open", rate=self._settings.rate)

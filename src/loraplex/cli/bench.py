@@ -148,6 +148,8 @@ def bench(
             quiet_libraries()
             run = Run(prepared)
         is_cut_short = not _measure(run)
+        if is_cut_short:
+            run.drop_unfinished()
         found = report(run, cut_short=is_cut_short)
         write_text(out / OURS[0], report_text(found))
         write_text(out / OURS[1], markdown(found))
