@@ -30,8 +30,8 @@ SERVES = re.compile(r"^(make serve|(\S+=\S+ )*loraplex serve )")
 # These set up an environment, take long, or need vLLM or other projects. Other tests run them, in a small form where
 # they are long. No test runs what installs a service, or needs docker or a cluster: docs/deploy.md says what is tested.
 ELSEWHERE = re.compile(
-    r"^(make (dev|check|test|chaos)|python examples/|loraplex bench |lm_eval|guidellm|sudo |(BUNDLE=\S+ )?docker "
-    r"|kubectl )|--backend vllm"
+    r"^(make (dev|check|test|chaos)|python examples/|loraplex bench |pip install |lm_eval|guidellm|sudo "
+    r"|(BUNDLE=\S+ )?docker |kubectl )|--backend vllm"
 )
 
 
