@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from benchmarks.driver import NUM_ADAPTERS, RANK, Driver
-from benchmarks.shapes import SHAPES, Work, work
+from benchmarks.shapes import SHAPES, texts_work
 from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Sequence
+from loraplex.planning.work import Run, Work
 
 NUM_TEXTS, TEXT_TOKENS = 32, 256
 CONVERSATION, SUFFIX, NEW_TURN = 500, 12, 40
@@ -51,30 +52,15 @@ class Texts:
         return NUM_TEXTS * TEXT_TOKENS
 
     def mixed_work(self, num_adapters: int) -> Work:
-        num_tokens = self.num_mixed_tokens
-        return work(
-            self.shape,
-            num_tokens=num_tokens,
-            num_adapted=num_tokens if num_adapters else 0,
-            num_adapters=num_adapters,
-            rank=RANK,
-            num_visible_keys=num_tokens * (TEXT_TOKENS + 1) // 2,
-            num_logit_rows=NUM_TEXTS,
-        )
+        runs = [Run(TEXT_TOKENS, 0, num_adapters)] * NUM_TEXTS
+        return texts_work(self.shape, runs, num_adapters=num_adapters, rank=RANK, num_rows=NUM_TEXTS)
 
     def verdicts_work(self, num_old: int, num_new: int, shared: bool) -> Work:
         """16 verdicts on `num_old` cached tokens, `num_new` other ones, and the suffixes."""
-        n = num_old + num_new
-        own = NUM_ADAPTERS * (SUFFIX * n + SUFFIX * (SUFFIX + 1) // 2)
-        times = 1 if shared else NUM_ADAPTERS
-        return work(
-            self.shape,
-            num_tokens=times * num_new + NUM_ADAPTERS * SUFFIX,
-            num_adapted=NUM_ADAPTERS * (SUFFIX + (0 if shared else num_new)),
-            num_adapters=NUM_ADAPTERS,
-            rank=RANK,
-            num_visible_keys=own + times * (num_new * num_old + num_new * (num_new + 1) // 2),
-            num_logit_rows=NUM_ADAPTERS,
+        conversations = [Run(num_new, num_old)] if shared else [Run(num_new, num_old, 1)] * NUM_ADAPTERS
+        suffixes = [Run(SUFFIX, num_old + num_new, 1)] * NUM_ADAPTERS
+        return texts_work(
+            self.shape, [*conversations, *suffixes], num_adapters=NUM_ADAPTERS, rank=RANK, num_rows=NUM_ADAPTERS
         )
 
 

@@ -1,8 +1,8 @@
 """Bases of real shapes with random weights, random adapters for them, and the work of a forward pass."""
 
+import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from loraplex.adapters.weights import AdapterWeights, BaseLayers, LoRAWeights
 from loraplex.model.decoder import weight_shapes
+from loraplex.planning.base_shape import BaseShape, shape_of
+from loraplex.planning.work import Run, Work, num_lora_weights, work
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "tiny": dict(
@@ -46,25 +48,6 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         vocab_size=32000,
     ),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """Holds what one forward pass computes and reads: every layer on every token, the head on the wanted rows.
-
-    linear, lora, attention:  FLOPs.
-    num_weights:              weights of the base and of the adapters; each is read at least once.
-    """
-
-    linear: int
-    lora: int
-    attention: int
-    num_weights: int
-
-    @property
-    def total(self) -> int:
-        """FLOPs of all parts."""
-        return self.linear + self.lora + self.attention
 
 
 def base_config(shape: str) -> MistralConfig:
@@ -121,27 +104,15 @@ def random_adapter(layers: BaseLayers, rank: int, seed: int) -> AdapterWeights:
     return AdapterWeights(modules=modules, kv_id=bytes([seed]).hex() * 32)
 
 
-def work(
-    shape: str,
-    *,
-    num_tokens: int,
-    num_adapted: int,
-    num_adapters: int,
-    rank: int,
-    num_visible_keys: int,
-    num_logit_rows: int,
-) -> Work:
-    """num_adapted: tokens that an adapter changes. num_visible_keys: summed over all query tokens."""
-    s = SHAPES[shape]
-    head_dim = s["hidden_size"] // s["num_attention_heads"]
-    kv = s["num_key_value_heads"] * head_dim
-    h, i = s["hidden_size"], s["intermediate_size"]
-    sizes = [(h, h), (h, kv), (h, kv), (h, h), (h, i), (h, i), (i, h)]
-    layers, head = s["num_hidden_layers"], h * s["vocab_size"]
-    linear, lora = layers * sum(n * out for n, out in sizes), layers * rank * sum(n + out for n, out in sizes)
-    return Work(
-        linear=2 * num_tokens * linear + 2 * num_logit_rows * head,
-        lora=2 * num_adapted * lora,
-        attention=4 * layers * num_visible_keys * h,
-        num_weights=linear + head + num_adapters * lora,
-    )
+def texts_work(shape: str, runs: Iterable[Run], *, num_adapters: int, rank: int, num_rows: int) -> Work:
+    """Return the work of one forward pass with adapters of one rank on all linear layers. runs: their `num_lora` is
+    whether an adapter changes their tokens."""
+    base = base_shape(shape)
+    lora = num_lora_weights(base.layers, rank)
+    adapted = [run._replace(num_lora=lora if run.num_lora else 0) for run in runs]
+    return work(base, adapted, num_rows=num_rows, num_adapter_weights=num_adapters * lora)
+
+
+@functools.cache
+def base_shape(shape: str) -> BaseShape:
+    return shape_of(base_config(shape), Path(shape))

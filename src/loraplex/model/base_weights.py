@@ -1,5 +1,7 @@
 """Reads the tensors of a base's safetensors files, one by one."""
 
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +49,10 @@ class BaseWeights:
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self._shards)
+
+    def num_parameters(self, without: Collection[str] = ()) -> int:
+        """Return how many numbers all tensors hold together. without: names that do not count."""
+        return sum(math.prod(shard.entries[name].shape) for name, shard in self._shards.items() if name not in without)
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return a copy, because the file may change. Otherwise as `Weights.read`."""
