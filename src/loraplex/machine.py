@@ -9,13 +9,19 @@ from pathlib import Path
 import torch
 from threadpoolctl import ThreadpoolController
 
+KERNELS_KEPT = 64
 CGROUP = Path("/sys/fs/cgroup")  # version 2's limits of a container, as it sees them from inside
 
 
 def budget_bytes(budget: str, device: torch.device) -> int:
     """Return a budget in bytes: a share ("20%") of the memory that is free now, or a size ("2GiB")."""
+    return budget_of(budget, free_bytes(device) if budget.endswith("%") else 0)
+
+
+def budget_of(budget: str, free: int) -> int:
+    """Return a budget in bytes where `free` bytes are free."""
     if budget.endswith("%"):
-        return int(float(budget[:-1]) / 100 * free_bytes(device))
+        return int(float(budget[:-1]) / 100 * free)
     unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(budget[-3:-2], 1)
     return int(float(budget.removesuffix("iB").rstrip("KMG")) * unit)
 
@@ -50,6 +56,16 @@ def give_back(device: torch.device) -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
+
+
+def bound_kernel_caches() -> None:
+    """Let PyTorch keep fewer of oneDNN's compiled products, unless the environment says how many. Call it before the
+    first product: PyTorch and oneDNN read their variables then.
+
+    Each number of tokens gets a product of its own, and in bfloat16 on a CPU each keeps up to some MB of workspace. By
+    default 1024 of them are kept in each of two caches, which takes more than a GB once lengths have varied."""
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
 def choose_threads() -> None:

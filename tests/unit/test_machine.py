@@ -15,7 +15,7 @@ from loraplex import Loraplex, machine
 from loraplex.errors import ConfigurationError
 from loraplex.executors import native
 from loraplex.executors.native import NativeExecutor
-from loraplex.machine import budget_bytes, choose_threads, compute_alone
+from loraplex.machine import bound_kernel_caches, budget_bytes, choose_threads, compute_alone
 from loraplex.service.classifiers import ClassifierReader
 
 CPU = torch.device("cpu")
@@ -121,3 +121,11 @@ def test_beside_the_engine_adapters_are_read_and_placed_on_threads_that_compute_
         loraplex.load_adapter("again", bundle / "plain")
         assert seen == {"read": {1}, "set_slot": {1}, "load": {torch.get_num_threads()}}
         assert not [one for one in threading.enumerate() if one.name.startswith("loraplex-load")]
+
+
+def test_kernel_caches_are_bounded_unless_the_environment_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    bound_kernel_caches()
+    assert (os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("64", "7")
+    monkeypatch.delenv("LRU_CACHE_CAPACITY")

@@ -16,7 +16,7 @@ from loraplex.config import EngineConfig, resolve
 from loraplex.discovery import lines_of
 from loraplex.errors import ConfigurationError
 from loraplex.executors.executor import Computation, Executor
-from loraplex.machine import budget_bytes, choose_threads, compute_alone
+from loraplex.machine import bound_kernel_caches, budget_bytes, choose_threads, compute_alone
 from loraplex.model.loader import read_config, read_layers, resolve_device
 from loraplex.service.base import Base
 from loraplex.service.classifiers import CheckedClassifier, ClassifierChecker, ClassifierReader, ClassifierVersion
@@ -108,6 +108,7 @@ class _Loaded:
 def _load(bundle: Bundle, config: EngineConfig, executor: Executor, preparation: Preparation) -> _Loaded:
     """Check the adapters, then load the base. Runs on a thread of its own."""
     choose_threads()
+    bound_kernel_caches()
     packs = not executor.capabilities.other_bases
     model_config = read_config(bundle.base, packs=packs)
     layers, num_embeddings = read_layers(model_config, bundle.base, packs=packs)
