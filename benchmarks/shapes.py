@@ -31,6 +31,14 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         num_key_value_heads=2,
         vocab_size=4096,
     ),
+    "30M": dict(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=8192,
+    ),
     "116M": dict(
         hidden_size=768,
         intermediate_size=2304,
@@ -38,6 +46,14 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         num_attention_heads=12,
         num_key_value_heads=4,
         vocab_size=8192,
+    ),
+    "350M": dict(
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=32000,
     ),
     "7B": dict(
         hidden_size=4096,

@@ -10,6 +10,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 KERNELS_KEPT = 64
+MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")  # version 2's limits of a container, as it sees them from inside
 
 
@@ -30,9 +31,19 @@ def free_bytes(device: torch.device) -> int:
     """Return the bytes of memory that are free on the device now; 0 where the machine does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return min(int(line.split()[1]) * 1024, container_bytes())
+    return min(_meminfo("MemAvailable"), container_bytes())
+
+
+def swap_bytes() -> int:
+    """Return the bytes that the machine can still swap out."""
+    return _meminfo("SwapFree")
+
+
+def _meminfo(key: str) -> int:
+    """Return a figure of the machine's memory in bytes; 0 where the machine does not say."""
+    for line in MEMINFO.read_text().splitlines() if MEMINFO.exists() else ():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
     return 0
 
 

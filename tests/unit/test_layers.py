@@ -68,7 +68,7 @@ ONLY_IN = {
         "executors/native",
         "executors/peft",
         "executors/vllm",
-        "planning/base_shape",
+        "planning",
     },
     "safetensors": {"adapters/checkpoint"},
     "threadpoolctl": {"machine"},

@@ -14,7 +14,7 @@ from loraplex.adapters.kinds import kinds_of
 from loraplex.adapters.mistakes import check_experts, check_gathered, check_head, check_name, check_task, warn_of_task
 from loraplex.adapters.peft_config import PeftConfig, read_peft_config
 from loraplex.adapters.plan import SAVE_AGAIN, TRAIN_PLAINER, WRONG_BASE, Plan, assemble, explain, make_plan
-from loraplex.adapters.tensor_file import TensorFile
+from loraplex.adapters.tensor_file import Entry, TensorFile
 from loraplex.adapters.tensor_names import PREFIX, pefts_name, read_name
 from loraplex.adapters.weights import AdapterWeights, BaseLayers
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -54,6 +54,23 @@ def read_unidentified(folder: Path, base: BaseLayers) -> Unidentified:
     file and the tensor or key. Names and shapes are checked on the header, before any tensor is read. The tensors
     are in memory of their own, so they do not change with the file.
     """
+    plan, file, names = _plan(folder, base)
+    wanted = {key: name for name, key in names.items() if name not in plan.unused}
+    tensors = {wanted[key]: tensor for key, tensor in file.read(wanted).items()}
+    _check_finite(plan, tensors, folder / ADAPTER_WEIGHTS)
+    warnings = (*warn_of_task(plan.config), *_warn_of_fan_in_fan_out(plan), *_warn_of_vision(plan))
+    return Unidentified(plan.config, assemble(plan, tensors), warnings)
+
+
+def read_entries(folder: Path, base: BaseLayers) -> tuple[Plan, dict[str, Entry]]:
+    """Return what `read_unidentified` would read of the adapter: its plan, and the tensors by their names without
+    PEFT's prefix. Reads the header only. Raises AdapterError."""
+    plan, file, names = _plan(folder, base)
+    return plan, {name: file.entries[key] for name, key in names.items() if name not in plan.unused}
+
+
+def _plan(folder: Path, base: BaseLayers) -> tuple[Plan, TensorFile, dict[str, str]]:
+    """Return the checked plan of an adapter, its file, and name without PEFT's prefix -> name in the file."""
     config = read_peft_config(folder)
     path = folder / ADAPTER_WEIGHTS
     file = TensorFile(path, AdapterError, max_header_bytes=MAX_HEADER_BYTES)
@@ -64,11 +81,7 @@ def read_unidentified(folder: Path, base: BaseLayers) -> Unidentified:
     check_task(folder, config, found)
     plan = make_plan(folder, config, base, found)
     _check_shapes(plan, found, path)
-    wanted = {key: name for name, key in names.items() if name not in plan.unused}
-    tensors = {wanted[key]: tensor for key, tensor in file.read(wanted).items()}
-    _check_finite(plan, tensors, path)
-    warnings = (*warn_of_task(config), *_warn_of_fan_in_fan_out(plan), *_warn_of_vision(plan))
-    return Unidentified(config, assemble(plan, tensors), warnings)
+    return plan, file, names
 
 
 def _read_names(file: TensorFile, path: Path, base: BaseLayers) -> dict[str, str]:

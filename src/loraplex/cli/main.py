@@ -3,7 +3,7 @@
 import typer
 
 import loraplex
-from loraplex.cli import adapters, bench, classify, cost, keys, routes, sagemaker, serve
+from loraplex.cli import adapters, bench, classify, cost, keys, plan, routes, sagemaker, serve
 
 app = typer.Typer(
     help="Serve many fine-tuned LoRA classifiers from one base model.",
@@ -15,6 +15,7 @@ app.command("serve", cls=serve.ServeCommand)(serve.serve)
 app.command("classify")(classify.classify)
 app.command("bench")(bench.bench)
 app.command("cost")(cost.cost)
+app.command("plan")(plan.plan)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(routes.app, name="routes")
 app.add_typer(keys.app, name="keys")

@@ -33,6 +33,7 @@ from loraplex.errors import LoraplexError
 from loraplex.exhaustion import exhaustion
 
 if TYPE_CHECKING:
+    from loraplex.planning.start_plan import StartPlan
     from loraplex.service.service import Service
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
     url = process.url_of(server_config, sock)
 
     async def open_router() -> Router:
-        service = await start(bundle, engine_config, executor, preparation)
+        service = await start(bundle, engine_config, executor, preparation, lambda plan: _tell_plan(plan, as_json))
         return await start_router(service, bundle.settings.routes, *stores)
 
     def announce(router: Router) -> None:
@@ -170,6 +171,13 @@ def _say(message: str, as_json: bool) -> None:
     else:
         with suppress(OSError):  # output that cannot be written, as on a full disk, must not end the server
             stderr.print(message, markup=False)
+
+
+def _tell_plan(plan: "StartPlan", as_json: bool) -> None:
+    if as_json:
+        logger.info("%s", plan.lines()[0], extra={"fields": plan.fields()})
+    else:
+        _say("\n".join(plan.lines()), as_json)
 
 
 def _of(model: type[BaseModel], settings: dict[str, Any]) -> dict[str, Any]:

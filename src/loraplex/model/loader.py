@@ -74,13 +74,28 @@ def default_step_tokens(device: torch.device, dtype: torch.dtype, config: PreTra
     More tokens only cost memory. On a CPU they also overflow its caches, and the operations between the products then
     take several times longer per token. On CUDA a step's activations take at most a tenth of the free memory.
     """
-    if device.type != "cuda":
-        return 4096 // dtype.itemsize
-    config = config.get_text_config()
-    hidden = int(config.hidden_size)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    bytes_per_token = dtype.itemsize * (8 * hidden + 3 * inner)  # tensors alive at once within a layer
-    num_tokens = max(256, min(16384 // dtype.itemsize, free_bytes(device) // 10 // bytes_per_token))
+    text = config.get_text_config()
+    per_token = step_token_bytes(int(text.hidden_size), inner_size(text), dtype.itemsize)
+    free = free_bytes(device) if device.type == "cuda" else None
+    return step_tokens(dtype.itemsize, per_token, free)
+
+
+def inner_size(text: Any) -> int:
+    """Return the widest layer of the gated MLP. text: the base's text config."""
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return max(inner) if isinstance(inner, list | tuple) else int(inner)
+
+
+def step_token_bytes(hidden_size: int, inner_size: int, item_bytes: int) -> int:
+    """Return the bytes of one token's activations: of the tensors that are alive at once within a layer."""
+    return item_bytes * (8 * hidden_size + 3 * inner_size)
+
+
+def step_tokens(item_bytes: int, bytes_per_token: int, free: int | None) -> int:
+    """Return the tokens of one forward pass. free: bytes that are free on a CUDA device; None for a CPU."""
+    if free is None:
+        return 4096 // item_bytes
+    num_tokens = max(256, min(16384 // item_bytes, free // 10 // bytes_per_token))
     return 1 << num_tokens.bit_length() - 1  # the power of two below it
 
 

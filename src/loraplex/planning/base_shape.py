@@ -14,7 +14,7 @@ from loraplex.adapters.weights import BaseLayers
 from loraplex.model.base_weights import BaseWeights
 from loraplex.model.decoder import FAMILIES, LAYER, OUTPUT, decoder_layers, decodes, weight_shapes
 from loraplex.model.kv_cache import Shape, head_dim
-from loraplex.model.loader import base_layers, build_skeleton, max_positions
+from loraplex.model.loader import base_layers, build_skeleton, inner_size, max_positions
 
 EXPERT = re.compile(r"\.experts?\.\d+\.")
 # How configs name the number of experts that each token passes through.
@@ -150,14 +150,12 @@ def _tied(config: PreTrainedConfig) -> tuple[str, ...]:
 
 def _sizes(config: PreTrainedConfig, num_weights: int, has_own_decoder: bool) -> BaseSizes:
     text: Any = config.get_text_config()
-    hidden = int(text.hidden_size)
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
     return BaseSizes(
         model_type=str(config.model_type),
         num_weights=num_weights,
         attention=attention_shapes(text),
-        hidden_size=hidden,
-        inner_size=max(inner) if isinstance(inner, list | tuple) else int(inner),
+        hidden_size=int(text.hidden_size),
+        inner_size=inner_size(text),
         vocab_size=int(text.vocab_size),
         max_positions=max_positions(config),
         has_own_decoder=has_own_decoder,

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from loraplex.errors import ConfigurationError
 from loraplex.executors.executor import Computation, Executor
 from loraplex.machine import bound_kernel_caches, budget_bytes, choose_threads, compute_alone
 from loraplex.model.loader import read_config, read_layers, resolve_device
+from loraplex.planning.adapter_size import adapter_in_memory
+from loraplex.planning.start_plan import StartPlan, plan_start
 from loraplex.service.base import Base
 from loraplex.service.classifiers import CheckedClassifier, ClassifierChecker, ClassifierReader, ClassifierVersion
 from loraplex.service.computing import Computing
@@ -38,10 +41,12 @@ async def start(
     config: EngineConfig | None = None,
     executor: Executor | None = None,
     preparation: Preparation | None = None,
+    on_plan: Callable[[StartPlan], None] | None = None,
 ) -> Service:
     """Load the base and the adapters, and return the service. config: by default the bundle's own. executor: by default
-    the one that `config` names. preparation: what `prepare` returned; by default it is called here. Raises
-    ConfigurationError where a file or a setting is wrong, or the backend's library is not installed."""
+    the one that `config` names. preparation: what `prepare` returned; by default it is called here. on_plan: called on
+    another thread with the memory that the start will take, before the base is read. Raises ConfigurationError where a
+    file or a setting is wrong, the base does not fit into memory, or the backend's library is not installed."""
     config = config or resolve(EngineConfig, bundle.settings.engine, {})
     preparation = preparation or prepare(bundle, config)
     state = preparation.state
@@ -53,7 +58,7 @@ async def start(
         thread = ThreadPoolExecutor(1, "loraplex-load")
         try:
             loaded = await asyncio.get_running_loop().run_in_executor(
-                thread, _load, bundle, config, executor, preparation
+                thread, _load, bundle, config, executor, preparation, on_plan
             )
         finally:
             thread.shutdown(wait=False)  # ends the thread and its OpenMP threads, see `compute_alone`
@@ -105,7 +110,13 @@ class _Loaded:
     computation: Computation
 
 
-def _load(bundle: Bundle, config: EngineConfig, executor: Executor, preparation: Preparation) -> _Loaded:
+def _load(
+    bundle: Bundle,
+    config: EngineConfig,
+    executor: Executor,
+    preparation: Preparation,
+    on_plan: Callable[[StartPlan], None] | None,
+) -> _Loaded:
     """Check the adapters, then load the base. Runs on a thread of its own."""
     choose_threads()
     bound_kernel_caches()
@@ -128,6 +139,10 @@ def _load(bundle: Bundle, config: EngineConfig, executor: Executor, preparation:
             room -= one.adapter.weights.num_bytes
             if room >= 0:
                 checked[source.name] = one
+    sizes = [adapter_in_memory(one.adapter.weights) for one in checked.values()]
+    plan = plan_start(bundle.base, model_config, config, sizes, packs=packs)
+    if on_plan is not None:
+        on_plan(plan)
     computation = executor.load(bundle.base, model_config, bundle.adapters)
     base = Base(
         names=preparation.base_names,
