@@ -12,7 +12,7 @@ from loraplex.bench.quality import agreement, mean, qualities
 from loraplex.bench.work import Work
 
 NAMES = ("done", "calm")
-WORK = Work(layers=((4, 10, 2),), head=100, lora={"done": 20, "calm": 0})
+WORK = Work(layers=((4, 10, 2),), per_token=80, per_row=100, lora={"done": 20, "calm": 0})
 
 
 def job(index: int, phase: Phase = "measured", at_s: float = 0.0, turns: int = 1, classifiers: Any = (NAMES,)) -> Job:

@@ -1,19 +1,14 @@
-"""What a conversation costs at least: the FLOPs of a model's products, and the bytes of its weights."""
+"""What a conversation costs at least: the FLOPs of a model's products."""
 
-# TODO(planning): `planning/work.py` says the same of a base's layers; one of the two stays.
-
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loraplex.adapters.peft_config import read_peft_config
-from loraplex.adapters.tensor_file import TensorFile
 from loraplex.bench.load import Sample
-from loraplex.bundle import ADAPTER_WEIGHTS, AdapterSource, Bundle
-from loraplex.errors import AdapterError
-from loraplex.model.loader import read_config, read_layers
-
-LORA = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+from loraplex.bundle import Bundle
+from loraplex.model.loader import read_config
+from loraplex.planning.adapter_size import read_adapter_size
+from loraplex.planning.base_shape import is_decoded, shape_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,25 +16,26 @@ class Work:
     """The sizes of a base and its adapters, in weights. Attention's products of keys and values are left out, and so is
     LoRA that acts on an activation's tokens only: what is counted is a lower bound.
 
-    layers:   (outputs, inputs, how many of this size).
-    head:     the output head, which each verdict computes for one row.
-    lora:     adapter -> weights that act on each of its tokens.
+    layers:     (outputs, inputs, how many of this size).
+    per_token:  weights that each computed token is multiplied with.
+    per_row:    weights that only the rows of a verdict need: the output head, and most of the last layer.
+    lora:       adapter -> weights that act on each of its tokens.
     """
 
     layers: tuple[tuple[int, int, int], ...]
-    head: int
+    per_token: int
+    per_row: int
     lora: Mapping[str, int]
 
     @property
     def num_weights(self) -> int:
-        """Weights of the base's products, each of which a pass reads at least once."""
-        return sum(out * n * count for out, n, count in self.layers) + self.head
+        """Weights of the base's products that a pass reads at least once: of experts, those of one token."""
+        return self.per_token + self.per_row
 
     def flops(self, num_tokens: int, classifiers: Sequence[str]) -> float:
         """Return the FLOPs of `num_tokens` computed tokens, which the classifiers' prompts share equally."""
-        linear = sum(out * n * count for out, n, count in self.layers)
         lora = sum(self.lora.get(name, 0) for name in classifiers) / len(classifiers)
-        return 2 * num_tokens * (linear + lora) + 2 * len(classifiers) * self.head
+        return 2 * num_tokens * (self.per_token + lora) + 2 * len(classifiers) * self.per_row
 
     def of(self, sample: Sample) -> float:
         """Return the FLOPs that a request's computed tokens need at least."""
@@ -48,20 +44,13 @@ class Work:
 
 def work_of(bundle: Bundle, classifiers: Sequence[str]) -> Work:
     """Return the work of a bundle. Reads the headers of its files. Raises ConfigurationError where one cannot be."""
-    layers, _ = read_layers(read_config(bundle.base, packs=False), bundle.base, packs=False)
-    sizes: dict[tuple[int, int], int] = {}
-    for path, shape in layers.linear.items():
-        if path not in layers.beside_text:
-            sizes[shape] = sizes.get(shape, 0) + 1
+    config = read_config(bundle.base, packs=False)
+    base = shape_of(config, bundle.base, packs=is_decoded(config))
+    sizes = Counter(shape for path, shape in base.layers.linear.items() if path not in base.layers.beside_text)
+    adapters = {one.name: read_adapter_size(one, base.layers) for one in bundle.adapters if one.name in classifiers}
     return Work(
         layers=tuple((out, n, count) for (out, n), count in sizes.items()),
-        head=math.prod(layers.output_shape),
-        lora={one.name: _num_lora(one) for one in bundle.adapters if one.name in classifiers},
+        per_token=base.num_dense + round(base.active * base.num_experts) - base.num_last,
+        per_row=base.num_head + base.num_last,
+        lora={name: 0 if one.shares_prefix else one.num_lora for name, one in adapters.items()},
     )
-
-
-def _num_lora(source: AdapterSource) -> int:
-    if read_peft_config(source.path).alora_invocation_tokens:
-        return 0
-    entries = TensorFile(source.path / ADAPTER_WEIGHTS, AdapterError).entries
-    return sum(math.prod(one.shape) for name, one in entries.items() if any(part in name for part in LORA))
