@@ -22,6 +22,9 @@ SHELL = bash
 SHOW = sed -un -e 's/^ *Downloading /  downloading /p' -e 's/^ *Using cached /  from the cache: /p' \
 	-e 's/^Installing collected packages.*/  writing the files …/p'
 
+# One worker more than cores: tests that start servers often wait.
+IN_PARALLEL = -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --dist loadfile
+
 .PHONY: setup dev serve test chaos-short test-clients test-vllm test-deploy check rehearse-image format lock lock-clients \
 	lock-vllm clean
 
@@ -47,13 +50,13 @@ serve: setup
 	$(BIN)/loraplex serve $(BUNDLE) --port $(PORT)
 
 test: dev
-	$(BIN)/pytest -n logical --dist loadfile -m 'not chaos and not clients and not deploy'
+	$(BIN)/pytest $(IN_PARALLEL) -m 'not chaos and not clients and not deploy'
 
 chaos-short: dev
-	$(BIN)/pytest -n logical --dist loadfile -m chaos
+	$(BIN)/pytest $(IN_PARALLEL) -m chaos tests/chaos
 
 test-clients: dev .venv-clients/.installed
-	$(BIN)/pytest -n logical --dist loadfile -m clients tests/clients
+	$(BIN)/pytest $(IN_PARALLEL) -m clients tests/clients
 
 # It holds what the clients need beyond $(VENV), whose packages a .pth file adds behind its own.
 .venv-clients/.installed: requirements-clients.lock requirements.lock requirements-dev.lock
@@ -75,7 +78,7 @@ test-vllm: .venv-vllm/.installed
 	@touch $@
 
 test-deploy: dev .deploy-tools/.fetched
-	$(BIN)/pytest -n logical --dist loadfile -m deploy tests/deploy
+	$(BIN)/pytest $(IN_PARALLEL) -m deploy tests/deploy
 
 # Debian's Prometheus and nginx are unpacked, not installed; programs on PATH win. Of the two wheels, which are zip files,
 # the tests read the schemas of Kubernetes and compose.

@@ -1,26 +1,38 @@
 """A real server in a process of its own, as users start it."""
 
+import atexit
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import httpx
+
+import forked
 
 ROOT = Path(__file__).parent.parent
 
 
+# Started when the first process is, so that a worker without servers pays nothing.
+_starter: forked.Starter | None = None
+_is_forked = find_spec("vllm") is None  # vLLM's processes import the main module again
+
+
 @dataclass
 class Server:
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | forked.Process
     url: str
     curl: str
+    stdout: IO[str]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """The exit code."""
@@ -30,41 +42,69 @@ class Server:
 
 def loraplex(*arguments: object, stdin: bytes | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end."""
-    run = subprocess.run(_command(*arguments), input=stdin, capture_output=True, timeout=120)
-    return subprocess.CompletedProcess(run.args, run.returncode, run.stdout.decode(), run.stderr.decode())
+    with TemporaryFile() as given, TemporaryFile() as output, TemporaryFile() as error:
+        given.write(stdin or b"")
+        given.seek(0)
+        process = _start([*map(str, arguments)], os.environ, [one.fileno() for one in (given, output, error)])
+        try:
+            code = process.wait(120)
+        finally:
+            process.kill()
+        output.seek(0)
+        error.seek(0)
+        return subprocess.CompletedProcess([*map(str, arguments)], code, output.read().decode(), error.read().decode())
 
 
-def _command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "loraplex.cli.main", *map(str, arguments)]
+@contextmanager
+def imported_anew() -> Iterator[None]:
+    """Start processes as users do, from nothing."""
+    global _is_forked
+    before, _is_forked = _is_forked, False
+    try:
+        yield
+    finally:
+        _is_forked = before
+
+
+def _start(
+    arguments: list[str], environment: Mapping[str, str], files: list[int], max_files: str = ""
+) -> subprocess.Popen[str] | forked.Process:
+    global _starter
+    if _is_forked and not max_files:
+        if _starter is None:
+            _starter = forked.Starter()
+            atexit.register(_starter.stop)
+        if _starter.can_start(environment):
+            return _starter.start(arguments, environment, files)
+    command = [sys.executable, "-m", "loraplex.cli.main", *arguments]
+    if max_files:
+        command = ["sh", "-c", f'ulimit -n {max_files} && exec "$@"', "sh", *command]
+    stdin, stdout, stderr = files
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, text=True, env=dict(environment))
 
 
 @contextmanager
 def serve(*arguments: object, log: str = "", max_files: str = "", **environment: str) -> Iterator[Server]:
     """`loraplex serve …` on a free port, from the line that it prints when ready. log: where standard error goes.
     max_files: as after `ulimit -n`."""
-    command = _command("serve", *arguments, "--port", 0)
-    if max_files:
-        command = ["sh", "-c", f'ulimit -n {max_files} && exec "$@"', "sh", *command]
-    with open(log, "w") if log else nullcontext() as stderr:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=os.environ | environment,
-        )
-    try:
-        assert process.stdout is not None
-        curl = process.stdout.readline().strip()
-        url = re.search(r"http://[^/ ]+", curl)
-        assert url, f"the server did not start: {curl!r}, exit code {process.poll()}"
-        yield Server(process, url[0], curl)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(30)
-        if process.stdout is not None:
-            process.stdout.close()
+    command = ["serve", *map(str, arguments), "--port", "0"]
+    reader, writer = os.pipe()
+    with open(reader) as output, open(log or os.devnull, "w") as stderr:
+        try:
+            process = _start(
+                command, os.environ | environment, [0, writer, stderr.fileno() if log else 2], max_files=max_files
+            )
+        finally:
+            os.close(writer)
+        try:
+            curl = output.readline().strip()
+            url = re.search(r"http://[^/ ]+", curl)
+            assert url, f"the server did not start: {curl!r}, exit code {process.poll()}"
+            yield Server(process, url[0], curl, output)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(30)
 
 
 def client(server: Server) -> httpx.Client:

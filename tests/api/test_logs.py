@@ -38,7 +38,7 @@ def http(tiny_bundle: Path, log: Path) -> Iterator[httpx.Client]:
             client.headers["X-API-Key"] = KEY
             yield client
         assert server.stop() == 0
-        assert server.process.stdout is not None and server.process.stdout.read() == ""
+        assert server.stdout.read() == ""
     assert lines_of(log)[-1]["message"] == "stopped"
 
 

@@ -57,7 +57,7 @@ CONVERSATIONS = [
 
 @pytest.fixture(scope="module")
 def server(demo_bundle: Path) -> Iterator[serving.Server]:
-    with serving.serve(demo_bundle) as server:
+    with serving.imported_anew(), serving.serve(demo_bundle) as server:
         yield server
 
 
