@@ -40,12 +40,14 @@ class Server:
         return self.process.wait(30)
 
 
-def loraplex(*arguments: object, stdin: bytes | None = None) -> subprocess.CompletedProcess[str]:
+def loraplex(*arguments: object, stdin: bytes | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end."""
     with TemporaryFile() as given, TemporaryFile() as output, TemporaryFile() as error:
         given.write(stdin or b"")
         given.seek(0)
-        process = _start([*map(str, arguments)], os.environ, [one.fileno() for one in (given, output, error)])
+        process = _start(
+            [*map(str, arguments)], os.environ | environment, [one.fileno() for one in (given, output, error)]
+        )
         try:
             code = process.wait(120)
         finally:

@@ -27,6 +27,7 @@ PAGES = [
     *ROOT.glob("examples/*/*.md"),
 ]
 SERVES = re.compile(r"^(make serve|(\S+=\S+ )*loraplex serve )")
+OURS = re.compile(r"loraplex [^|<>&;$`*]*")  # no shell is needed
 # These set up an environment, take long, or need vLLM or other projects. Other tests run them, in a small form where
 # they are long. No test runs what installs a service, or needs docker or a cluster: docs/deploy.md says what is tested.
 ELSEWHERE = re.compile(
@@ -66,15 +67,21 @@ class Shell:
         if "VERDICT_ID" in command:
             answer = httpx.post(f"{self.url}/v1/classify", json={"input": "Customer: Bye!", "classifiers": "done"})
             command = command.replace("VERDICT_ID", answer.raise_for_status().json()["verdicts"][0]["id"])
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        run = subprocess.run(
-            ["bash", "-c", command.replace("http://127.0.0.1:8000", self.url or "http://127.0.0.1:8000")],
-            cwd=self.folder,
-            env=os.environ | {"PATH": path} | ({"LORAPLEX_URL": self.url} if self.url else {}),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        environment = {"LORAPLEX_URL": self.url} if self.url else {}
+        command = command.replace("http://127.0.0.1:8000", self.url or "http://127.0.0.1:8000")
+        if OURS.fullmatch(command):
+            with contextlib.chdir(self.folder):
+                run = serving.loraplex(*shlex.split(command.replace("\\\n", ""))[1:], **environment)
+        else:
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            run = subprocess.run(
+                ["bash", "-c", command],
+                cwd=self.folder,
+                env=os.environ | {"PATH": path} | environment,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
         assert run.returncode == 0, f"{command}: {run.stderr}"
         return run.stdout
 
