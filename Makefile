@@ -68,8 +68,9 @@ test-clients: dev .venv-clients/.installed
 
 # vLLM on the CPU, whose processes inherit no warnings filter and leave sockets to be collected.
 test-vllm: .venv-vllm/.installed
-	$(VLLM_BIN)/pytest -n logical --dist loadfile -p no:unraisableexception \
-		tests/contract/test_backends.py tests/contract/test_http.py tests/contract/test_vllm.py tests/e2e/test_article.py
+	$(VLLM_BIN)/pytest $(IN_PARALLEL) -p no:unraisableexception tests/contract/test_backends.py \
+		tests/contract/test_http.py tests/contract/test_vllm.py tests/contract/test_vllm_processes.py \
+		tests/e2e/test_article.py
 
 .venv-vllm/.installed: requirements-vllm.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv-vllm

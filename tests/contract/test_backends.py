@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=BACKENDS)
 def shared(request: pytest.FixtureRequest, shared_bundle: Path) -> Iterator[Loraplex]:
     with load(shared_bundle, request.param) as loraplex:
+        yield loraplex
+
+
+@pytest.fixture(scope="module")
+def ranked_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of its own, because adapters come into it."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("ranked") / "bundle"))
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def ranked(request: pytest.FixtureRequest, ranked_bundle: Path) -> Iterator[Loraplex]:
+    """Plain adapters of several ranks. What a test loads here, it must take away again."""
+    with load(ranked_bundle, request.param) as loraplex:
         yield loraplex
 
 
@@ -118,11 +132,11 @@ def test_the_log_probabilities_of_a_prompts_tokens_are_natives(
             assert next(tops) == pytest.approx(next(tops), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("backend", OTHERS)
-def test_plain_adapters_of_several_ranks_answer_as_native(tiny_bundle: Path, backend: str) -> None:
-    with load(tiny_bundle, backend) as loraplex, load(tiny_bundle, "native") as native:
+@pytest.mark.parametrize("ranked", OTHERS, indirect=True)
+def test_plain_adapters_of_several_ranks_answer_as_native(ranked: Loraplex, ranked_bundle: Path) -> None:
+    with load(ranked_bundle, "native") as native:
         for text in TEXTS:
-            check_verdicts(loraplex.classify(text).verdicts, native.classify(text).verdicts)
+            check_verdicts(ranked.classify(text).verdicts, native.classify(text).verdicts)
 
 
 @pytest.mark.parametrize("backend", OTHERS)
@@ -317,24 +331,22 @@ def test_more_adapters_than_places(tiny_bundle: Path, backend: str) -> None:
         assert loraplex.service.stats().num_slots <= 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_broken_replacement_replaces_nothing(tiny_bundle: Path, tmp_path: Path, backend: str) -> None:
-    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    with load(bundle, backend) as loraplex:
-        before = loraplex.classify(TEXTS[0], "task0").verdicts
-        wrong = shutil.copytree(bundle / "task1", bundle / "wrong")
-        (wrong / "adapter_model.safetensors").write_bytes(b"nothing")
-        untrue = shutil.copytree(bundle / "task1", bundle / "untrue")
-        label = loraplex.classify("Customer: hi", "task1").verdicts[0].label
-        contract = {
-            **tiny.CONTRACT,
-            "golden": [{"text": "Customer: hi", "label": {"yes": "no", "no": "yes"}[str(label)]}],
-        }
-        (untrue / "classifier.yaml").write_text(str(contract).replace("'", '"'))
-        for folder in (wrong, untrue):
-            with pytest.raises(Exception, match=r"adapter_model|golden"):
-                loraplex.load_adapter("task0", str(folder))
-            check_verdicts(loraplex.classify(TEXTS[0], "task0").verdicts, before)
+def test_a_broken_replacement_replaces_nothing(ranked: Loraplex, ranked_bundle: Path, tmp_path: Path) -> None:
+    before = ranked.classify(TEXTS[0], "task0").verdicts
+    label = ranked.classify("Customer: hi", "task1").verdicts[0].label
+    contract = {
+        **tiny.CONTRACT,
+        "golden": [{"text": "Customer: hi", "label": {"yes": "no", "no": "yes"}[str(label)]}],
+    }
+    wrong = shutil.copytree(ranked_bundle / "task1", tmp_path / "wrong")
+    (wrong / "adapter_model.safetensors").write_bytes(b"nothing")
+    untrue = shutil.copytree(ranked_bundle / "task1", tmp_path / "untrue")
+    (untrue / "classifier.yaml").write_text(str(contract).replace("'", '"'))
+    for folder in (wrong, untrue):
+        with pytest.raises(Exception, match=r"adapter_model|golden"):
+            ranked.load_adapter("task0", _below(ranked_bundle, folder))
+        shutil.rmtree(ranked_bundle / f"copy-of-{folder.name}")
+        check_verdicts(ranked.classify(TEXTS[0], "task0").verdicts, before)
 
 
 @pytest.mark.skipif(tiny.HAS_VLLM, reason="it is given what was read, and looks into no folder again")
@@ -355,11 +367,11 @@ def test_files_that_changed_under_an_adapter_are_never_served(tiny_bundle: Path,
 # --------------------------------------------------------------------------------------------- deadlines, failures
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_deadline_leaves_the_verdicts_that_were_reached(
-    shared_bundle: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+    shared: Loraplex, shared_bundle: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with load(shared_bundle, backend, max_step_sequences=1) as loraplex:
+    backend: str = request.node.callspec.params["shared"]
+    with nullcontext(shared) if backend == "vllm" else load(shared_bundle, backend, max_step_sequences=1) as loraplex:
         engine: Any = loraplex.service.computing.computation
         if backend == "vllm":
             compute, one_by_one = engine.compute, asyncio.Lock()
@@ -385,7 +397,7 @@ def test_a_deadline_leaves_the_verdicts_that_were_reached(
             loraplex.classify(TEXTS[1], "plain", deadline_ms=0.001)
 
 
-@pytest.mark.skipif(tiny.HAS_VLLM, reason="in test_vllm.py: it ends vLLM's process")
+@pytest.mark.skipif(tiny.HAS_VLLM, reason="in test_vllm_processes.py: it ends vLLM's process")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_failed_forward_pass_leaves_nothing_behind(
     shared_bundle: Path, backend: str, monkeypatch: pytest.MonkeyPatch

@@ -71,7 +71,7 @@ class Shell:
         command = command.replace("http://127.0.0.1:8000", self.url or "http://127.0.0.1:8000")
         if OURS.fullmatch(command):
             with contextlib.chdir(self.folder):
-                run = serving.loraplex(*shlex.split(command.replace("\\\n", ""))[1:], **environment)
+                run = serving.loraplex(*shlex.split(command.replace("\\\n", ""))[1:], stdin=None, **environment)
         else:
             path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
             run = subprocess.run(

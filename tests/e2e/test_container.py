@@ -40,7 +40,8 @@ def container(folder: Path, log: Path, **environment: str) -> Iterator[serving.S
             [*COMMAND, "serve"], text=True, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | variables
         )
     try:
-        yield serving.Server(process, f"http://127.0.0.1:{port}", "")
+        assert process.stdout is not None
+        yield serving.Server(process, f"http://127.0.0.1:{port}", "", process.stdout)
     finally:
         process.kill()
         process.communicate()
