@@ -13,8 +13,10 @@ from families import DENSE, MIXTURES, config_of
 from loraplex import Loraplex
 from loraplex.engine.runner import ModelRunner
 from loraplex.errors import AdapterError
+from loraplex.executors.native import NativeExecutor
 from loraplex.executors.peft import PeftOracle
 from loraplex.model.loader import load_model, read_config, read_layers
+from loraplex.planning.base_shape import shape_of, stored_sizes
 from loraplex.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of names that it converts
@@ -59,6 +61,9 @@ def test_a_base_of_the_family_equals_peft(family: str, tmp_path: Path) -> None:
         Loraplex.load(tmp_path, dtype="float32", device="cpu", kv_cache="0") as whole,
         Loraplex.load(tmp_path, dtype="float32", device="cpu", kv_cache="4MiB", max_step_tokens=CHUNK) as chunked,
     ):
+        sizes, executor = shape_of(read_config(tmp_path), tmp_path).sizes, whole.service.executor
+        assert isinstance(executor, NativeExecutor) and executor.model.kv_bytes == 4 * sizes.num_kv
+        assert sizes == stored_sizes(read_config(tmp_path), tmp_path)
         for text, prompt in prompts.items():
             expected = {name: oracle.label_log_probs(prompt, labels) for name, oracle in oracles.items()}
             for loraplex, names in [

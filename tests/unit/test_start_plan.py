@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import tiny
 from loraplex import Loraplex
@@ -38,7 +40,7 @@ def test_weights_beyond_the_free_memory_are_refused(base: Path, monkeypatch: pyt
     plan = planned(base, monkeypatch, 100 * weights)
     assert (plan.weights, plan.adapters, plan.host) == (weights, 3 * 40_000, 3 * 40_000)
     assert plan.kv == 99 * weights // 5 and len(plan.lines()) == 5
-    message = r"does not fit on cpu: weights of 193.4 kB \(48,352 x 4 bytes\) need 193.4 kB"
+    message = r"does not fit on cpu: weights of 193.4 kB \(48,352 parameters in float32\) need 193.4 kB"
     with pytest.raises(ConfigurationError, match=message) as refused:
         planned(base, monkeypatch, weights - 1)
     assert "--dtype bfloat16" in refused.value.remedy
@@ -82,6 +84,14 @@ def test_a_start_refuses_before_it_reads_weights(
     monkeypatch.setattr(native, "load_model", lambda *_: pytest.fail("the base was read"))
     with pytest.raises(ConfigurationError, match="does not fit on cpu"):
         Loraplex.load(tiny_bundle, device="cpu", backend=backend)
+
+
+def test_vllm_computes_with_quantized_weights_as_they_are_stored(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text((base / "config.json").read_text())
+    save_file({"weight": torch.zeros(1000, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    assert planned(tmp_path, monkeypatch, 10**9, backend="vllm").weights == 1000
 
 
 def test_the_plan_takes_milliseconds(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ from loraplex.errors import EngineError
 
 KV_CACHE = "64MiB"  # enough to see, and soon full
 TIMEOUT_S = 900
-MOST_TOGETHER, MOST_CALLS = 16, 60
+MOST_TOGETHER = 16
+NUM_FIRST, NUM_KEPT = 10, 16  # conversations, each of two turns
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -88,11 +89,11 @@ def _measure(path: str, dtype: str, kv_cache: str) -> dict[str, int]:
 
 
 def _ask(loraplex: Any, names: list[str], conversation: str | None) -> None:
-    """Ask about conversations of many lengths in two turns each. With ids, until the K/V cache was filled."""
+    """Ask about conversations of many lengths. With an id their K/V is kept, which fills the cache."""
     if not names:
         return
     draw = random.Random(0)
-    for index in range(MOST_CALLS if conversation else MOST_CALLS // 3):
+    for index in range(NUM_KEPT if conversation else NUM_FIRST):
         text = "Customer: " + " ".join(f"w{draw.randrange(100)}" for _ in range(draw.randrange(10, 120)))
         id = None if conversation is None else f"{conversation}{index}"
         loraplex.classify(text, names, conversation_id=id)

@@ -54,6 +54,12 @@ class BaseWeights:
         """Return how many numbers all tensors hold together. without: names that do not count."""
         return sum(math.prod(shard.entries[name].shape) for name, shard in self._shards.items() if name not in without)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        entries = [shard.entries[name] for name, shard in self._shards.items()]
+        return sum(entry.end - entry.begin for entry in entries)
+
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return a copy, because the file may change. Otherwise as `Weights.read`."""
         self.check(name, shape)

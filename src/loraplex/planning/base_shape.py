@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ class BaseSizes:
     num_weights:      parameters in memory. A tied head counts once; all experts count, and so does a vision part.
     attention:        one for each layer.
     has_own_decoder:  whether Loraplex's own decoder computes the base, and not transformers' model.
+    stored_bytes:     of the tensors in the base's files; None where there are none.
     """
 
     model_type: str
@@ -55,6 +56,7 @@ class BaseSizes:
     vocab_size: int
     max_positions: int
     has_own_decoder: bool
+    stored_bytes: int | None = field(default=None, compare=False)
 
     @property
     def num_kv(self) -> int:
@@ -98,7 +100,8 @@ def stored_sizes(config: PreTrainedConfig, folder: Path, *, packs: bool = True) 
     """Return the sizes of the base in a folder. Its parameters are counted in the headers of its files, which takes
     milliseconds. Raises UnsupportedModelError."""
     weights = BaseWeights(folder)
-    return _sizes(config, weights.num_parameters(_tied(config)), packs and decodes(config, weights))
+    sizes = _sizes(config, weights.num_parameters(_tied(config)), packs and decodes(config, weights))
+    return replace(sizes, stored_bytes=weights.num_bytes)
 
 
 def is_decoded(config: PreTrainedConfig) -> bool:

@@ -98,6 +98,8 @@ def plan_start(
     is_vllm, is_cuda = config.backend == "vllm", device.type == "cuda"
     sizes = stored_sizes(model_config, base, packs=packs)
     weights = sizes.num_weights * dtype.itemsize
+    if is_vllm and sizes.stored_bytes is not None:  # it computes with quantized weights as they are stored
+        weights = min(weights, sizes.stored_bytes)
     # Asking CUDA would start it in this process, and vLLM computes in others.
     free = None if is_vllm and is_cuda else free_bytes(device) or None
     left = max(0, (free or 0) - weights)
@@ -139,7 +141,7 @@ def _check_fits(plan: StartPlan, device: torch.device, dtype: torch.dtype, confi
     if plan.free is None:
         return
     room = plan.free + (swap_bytes() if device.type == "cpu" else 0)
-    parts = [(plan.weights, f"weights of {size(plan.weights)} ({plan.sizes.num_weights:,} x {dtype.itemsize} bytes)")]
+    parts = [(plan.weights, f"weights of {size(plan.weights)} ({plan.sizes.num_weights:,} parameters in {plan.dtype})")]
     if (
         device.type == "cpu" and config.backend != "vllm"
     ):  # on CUDA an adapter without room is told, and the rest serves
