@@ -213,7 +213,7 @@ def test_every_figure_of_the_page_is_the_jsons(report: dict[str, Any], page: Pag
 
 def test_the_summary_compares_and_tells_sharing_from_speed(page: Page) -> None:
     assert "Loraplex answers 21 (19.1-23.1) conversations a second here" in page.text
-    assert "PEFT answers 8 (7.27-8.8): Loraplex answers 2.62 times as many (2.62 times" in page.text
+    assert "PEFT answers 8 (7.27-8.8): Loraplex answers 2.62 times as many (speed 2.62, sharing 1)." in page.text
 
 
 def test_a_device_for_rent_has_its_price(report: dict[str, Any]) -> None:

@@ -24,7 +24,6 @@ body { margin: 0 auto; max-width: 64rem; padding: 2rem 1.25rem 4rem; background:
 h1 { font-size: 1.7rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--faint); }
 p, li { max-width: 46rem; }
-.lead { font-size: 1.1rem; }
 .notice { border-left: 4px solid var(--system1); padding-left: .75rem; }
 code, pre { font-family: ui-monospace, monospace; font-size: .875em; overflow-wrap: anywhere; }
 pre { background: var(--band); padding: .75rem; white-space: pre-wrap; }
@@ -34,12 +33,14 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--faint); text-align
 th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 tbody th { font-weight: 400; }
+td span { white-space: nowrap; }
 .dense { font-size: .75rem; }
 .words th, .words td { text-align: left; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; }
 .plot { width: 100%; max-width: 46rem; height: auto; display: block; }
 @media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --faint: #bbb; }
-  body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; } .dense { font-size: 6.5pt; }
+  body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; } td span { white-space: nowrap; }
+.dense { font-size: 6.5pt; }
   .dense th, .dense td { padding: .15rem .25rem; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
 """
 
@@ -53,18 +54,8 @@ PLOTS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
 }
 # The order of the page: plots by their keys, and sections by their titles.
 ORDER = (
-    *(
-        "The article's table",
-        "latency",
-        "throughput",
-        "Saturation",
-        "costs",
-        "turns",
-        "limit",
-        "Right and wrong",
-        "Agreement",
-    ),
-    *("Memory", "All loads", "What is not in the tables"),
+    *("In short", "The article's table", "latency", "throughput", "Saturation", "costs", "turns", "limit"),
+    *("Right and wrong", "Agreement", "Memory", "All loads", "What is not in the tables"),
 )
 DENSE = 8  # columns; a table with more of them is set in small type
 
@@ -115,12 +106,15 @@ def _inline(text: str) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
     kind = kind or ("dense" if len(head) > DENSE else "")
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>\n'
-        for row in rows
-    )
+    body = "".join(f'<tr><th scope="row">{escape(row[0])}</th>{"".join(map(_cell, row[1:]))}</tr>\n' for row in rows)
     thead = f"<thead><tr>{top}</tr></thead>" if top else ""
     return f'<div class="wide"><table class="{kind}">{thead}<tbody>\n{body}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """Return a cell, whose spread stays on one line."""
+    marked = re.sub(r"([(][0-9.,e+-]+[)])", r"<span>\1</span>", escape(text))
+    return f"<td>{marked}</td>"
 
 
 def _settings(report: Mapping[str, Any]) -> str:

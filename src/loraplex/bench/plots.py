@@ -141,7 +141,7 @@ def _figure(height: float, columns: int = 1) -> Any:
     for one in axes:
         one.patch.set_visible(False)
         one.set_axisbelow(True)
-        one.tick_params(which="both", colors=INK, labelsize=9, width=0.5)
+        one.tick_params(which="both", colors=INK, labelsize=9, width=0.5, length=3, pad=3)
         for text in (one.xaxis.label, one.yaxis.label):
             text.set(color=INK, fontsize=9)
         for side, spine in one.spines.items():

@@ -46,7 +46,7 @@ class Section:
 def sections(report: Mapping[str, Any]) -> list[Section]:
     """Return the parts of a report that it has figures for, in their order."""
     measured = measured_of(report)
-    found = [_head(report, measured)]
+    found = [_head(report), *_summary(measured)]
     if measured:
         found += [_article(measured), _loads(measured), *_saturation(measured), *_costs(report, measured)]
         found += [*_turns(measured)]
@@ -73,12 +73,11 @@ def load_name(load: Mapping[str, Any]) -> str:
     return f"open, {load['offered_per_s']:.3g} conversations/s" + (f" ({share:g}x)" if share else "")
 
 
-def _head(report: Mapping[str, Any], measured: Mapping[str, Any]) -> Section:
+def _head(report: Mapping[str, Any]) -> Section:
     about, data, settings = report["about"], report["data"], report["about"]["settings"]
     way = "in process" if settings["transport"] == "in-process" else "over HTTP"
     asked = "all in one request" if settings["asking"] == "together" else "a request for each"
     texts = [
-        " ".join(_summary(measured)),
         "The run was interrupted: these are the slices that it had measured." if report["cut_short"] else "",
         f"{data['conversations']} conversations of `{data['file']}` and {len(data['classifiers'])} classifiers, "
         f"{asked}, asked {way}. {about['device']}, {about['cores']} cores, {about['threads']} threads of PyTorch, "
@@ -88,13 +87,13 @@ def _head(report: Mapping[str, Any], measured: Mapping[str, Any]) -> Section:
     return Section(title="", texts=[text for text in texts if text])
 
 
-def _summary(measured: Mapping[str, Any]) -> list[str]:
-    """Say how the other systems compare with ours, and how much of that is sharing: tokens that it need not compute."""
+def _summary(measured: Mapping[str, Any]) -> list[Section]:
+    """Say how the other systems compare with ours, and how much of that is sharing."""
     ours = main_load(measured["native"]) if "native" in measured else {}
     rate, computed = ours.get("conversations_per_s"), ours.get("tokens_computed_per_s")
     if not rate or not rate["median"]:
         return []
-    found = [f"Loraplex answers {spread(rate)} conversations a second here, with all verdicts of each."]
+    points = [f"Loraplex answers {spread(rate)} conversations a second here, with all verdicts of each."]
     for name, one in measured.items():
         theirs = main_load(one)
         other, tokens = theirs["conversations_per_s"], theirs["tokens_computed_per_s"]
@@ -104,9 +103,10 @@ def _summary(measured: Mapping[str, Any]) -> list[str]:
         text = f"{NAMES.get(name, name)} answers {spread(other)}: Loraplex answers {times:.3g} times as many"
         if computed and tokens and computed["median"] and tokens["median"]:
             speed = computed["median"] / tokens["median"]
-            text += f" ({speed:.3g} times as many tokens computed a second, {speed / times:.3g} times as many for each)"
-        found.append(f"{text}.")
-    return found
+            text += f" (speed {speed:.3g}, sharing {times / speed:.3g})"
+        points.append(f"{text}.")
+    told = "Speed is tokens computed a second. Sharing is how many fewer tokens are computed for a conversation."
+    return [Section(title="In short", texts=[told] if len(points) > 1 else [], points=points)]
 
 
 def spread(found: Mapping[str, Any] | None, digits: int = 3) -> str:
