@@ -32,9 +32,10 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; vertical-align: top; }
 th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
-tbody th { font-weight: 400; }
+tbody th { font-weight: 400; vertical-align: top; white-space: nowrap; }
 td span { white-space: nowrap; }
 .dense { font-size: .75rem; }
+.dense tbody th { white-space: normal; }
 .words th, .words td { text-align: left; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; }
 .plot { width: 100%; max-width: 46rem; height: auto; display: block; }
