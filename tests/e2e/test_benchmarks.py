@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import gpu
+from benchmarks import gpu, other_tools
 
 import serving
 from loraplex import Loraplex
+from loraplex.measuring.samples import Spread
 
 
 def test_the_gpu_run_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
@@ -52,6 +53,28 @@ def test_the_adapter_benchmark_runs(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["many"]["requests_per_s_all"] > 0 and report["cold"]["disk_ms"] > 0 and report["swaps"]["swaps"] > 0
+
+
+def test_our_load_generator_beside_other_peoples_tools(tmp_path: Path, tiny_bundle: Path) -> None:
+    """The others are in environments of their own: `make test-clients` runs one of them."""
+    command = [sys.executable, "-m", "benchmarks.other_tools", str(tiny_bundle), "--adapters", "task0,task1"]
+    run = subprocess.run(
+        [*command, "--requests", "3", "--tokens", "20", "--rounds", "2", "--json", str(tmp_path / "report.json")],
+        cwd=serving.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    ours = json.loads((tmp_path / "report.json").read_text())["tools"]["ours"]
+    assert ours["p50_ms"]["rounds"] == 2 and ours["requests_per_s"]["low"] > 0 and ours["agrees"]
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [((9, 11), (10, 14), True), ((9, 11), (12, 14), False)])
+def test_tools_agree_where_their_spreads_overlap(
+    one: tuple[float, float], other: tuple[float, float], same: bool
+) -> None:
+    spreads = [Spread(median=low, low=low, high=high, rounds=3) for low, high in (one, other)]
+    assert other_tools.agree(*spreads) == other_tools.agree(*reversed(spreads)) == same
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ OURS = re.compile(r"loraplex [^|<>&;$`*]*")  # no shell is needed
 # they are long. No test runs what installs a service, or needs docker or a cluster: docs/deploy.md says what is tested.
 ELSEWHERE = re.compile(
     r"^(make (dev|check|test|chaos)|python examples/|loraplex bench |pip install |lm_eval|guidellm|sudo "
-    r"|(BUNDLE=\S+ )?docker |kubectl )|--backend vllm"
+    r"|python -m benchmarks.other_tools |(BUNDLE=\S+ )?docker |kubectl )|--backend vllm"
 )
 
 

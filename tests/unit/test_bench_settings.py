@@ -13,6 +13,7 @@ from loraplex.bench.settings import Settings, prepare
 from loraplex.cli.main import app
 from loraplex.errors import LoraplexError
 
+LLAMACPP = ("native", "llamacpp")
 NO_VLLM = "loraplex.bench.settings.probe"
 
 
@@ -50,6 +51,16 @@ def given(tmp_path: Path, tiny_bundle: Path) -> dict[str, Any]:
         ({"python": {"vllm": sys.executable}}, "--python vllm: is for a system that is not measured"),
         ({"python": {"peft": "/no/such/python"}}, "is no program"),
         ({"urls": {"peft": "http://x"}, "transport": "in-process"}, "over HTTP"),
+        ({"llamacpp_server": Path(__file__)}, "--llamacpp-server: is for a system that is not measured"),
+        ({"systems": LLAMACPP, "llamacpp_model": Path("/no/such/model.gguf")}, "model.gguf: is no file"),
+        ({"systems": LLAMACPP, "llamacpp_model": Path(__file__)}, "--llamacpp-model: needs --llamacpp-server"),
+        (
+            {"systems": LLAMACPP, "llamacpp_server": Path(__file__), "urls": {"llamacpp": "http://x"}},
+            "--llamacpp-server: is for a server that is started here",
+        ),
+        ({"systems": LLAMACPP, "python": {"llamacpp": sys.executable}}, "--python llamacpp: has no effect"),
+        ({"systems": LLAMACPP, "only": {"llamacpp": {"dtype": "float32"}}}, "--engine llamacpp: has no effect"),
+        ({"systems": LLAMACPP, "transport": "in-process"}, "llama.cpp's server is asked over HTTP"),
         ({"engine": {"dtype": "float8"}}, "float8"),
         ({"engine": {"no_such": "1"}}, "no_such"),
         ({"only": {"native": {"kv_cache": "lots"}}}, "lots"),
@@ -121,3 +132,8 @@ def test_the_command_says_so(given: dict[str, Any], more: list[str], code: int, 
     known = [given["bundle"], "--data", str(given["data"]), "--out", str(given["out"])]
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bench", *known, *more])
     assert result.exit_code == code and told in result.output and not given["out"].exists()
+
+
+def test_llamacpp_without_a_server_is_skipped(given: dict[str, Any]) -> None:
+    prepared = prepare(Settings(**{**given, "systems": LLAMACPP}))
+    assert prepared.systems == ("native",) and "--llamacpp-server" in prepared.skipped["llamacpp"]
