@@ -35,14 +35,15 @@ th:first-child, td:first-child { text-align: left; }
 tbody th { font-weight: 400; vertical-align: top; white-space: nowrap; }
 td span { white-space: nowrap; }
 .dense { font-size: .75rem; }
-.dense tbody th { white-space: normal; }
+.dense tbody th { white-space: normal; min-width: 11rem; }
 .words th, .words td { text-align: left; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; }
 .plot { width: 100%; max-width: 46rem; height: auto; display: block; }
+@page { size: A4 landscape; margin: 12mm; }
 @media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --faint: #bbb; }
-  body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; } td span { white-space: nowrap; }
-.dense { font-size: 6.5pt; }
-  .dense th, .dense td { padding: .15rem .25rem; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
+  body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; } .dense { font-size: 6.5pt; }
+  .dense th, .dense td { padding: .1rem .2rem; }
+  .dense tbody th { min-width: 0; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
 """
 
 
