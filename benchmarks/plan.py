@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.shapes import SHAPES, base_shape, random_adapter, save_base
-from loraplex.cli.plan_measure import KV_CACHE, measure_apart
+from loraplex.cli.plan_measure import KV_CACHE, mean_text, measure_apart
 from loraplex.measuring.about import about
 from loraplex.measuring.files import write_report
 from loraplex.planning.asked import read_asked
@@ -49,7 +49,8 @@ def save_bundle(folder: Path, shape: str, rank: int, num_adapters: int) -> None:
 
 def compare(bundle: Path, dtype: str) -> dict[str, Any]:
     """Return planned and measured bytes of each part."""
-    asked = read_asked(bundle=str(bundle), dtype=dtype, kv_cache=KV_CACHE)
+    text = Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(mean_text())
+    asked = read_asked(bundle=str(bundle), dtype=dtype, kv_cache=KV_CACHE, conversation_tokens=len(text.ids))
     planned = {line.name: line.expected for line in asked.plan.lines}
     planned["total"] = asked.plan.total(None)
     measured = measure_apart(str(bundle), dtype)

@@ -20,6 +20,7 @@ KV_CACHE = "64MiB"  # enough to see, and soon full
 TIMEOUT_S = 900
 MOST_TOGETHER = 16
 NUM_FIRST, NUM_KEPT = 10, 16  # conversations, each of two turns
+NUM_WORDS = 10, 120
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -88,13 +89,22 @@ def _measure(path: str, dtype: str, kv_cache: str) -> dict[str, int]:
     }
 
 
+def mean_text() -> str:
+    """Return a text of the mean length of those that are asked."""
+    return _text(random.Random(0), sum(NUM_WORDS) // 2)
+
+
+def _text(draw: random.Random, num_words: int) -> str:
+    return "Customer: " + " ".join(f"w{draw.randrange(100)}" for _ in range(num_words))
+
+
 def _ask(loraplex: Any, names: list[str], conversation: str | None) -> None:
     """Ask about conversations of many lengths. With an id their K/V is kept, which fills the cache."""
     if not names:
         return
     draw = random.Random(0)
     for index in range(NUM_KEPT if conversation else NUM_FIRST):
-        text = "Customer: " + " ".join(f"w{draw.randrange(100)}" for _ in range(draw.randrange(10, 120)))
+        text = _text(draw, draw.randrange(*NUM_WORDS))
         id = None if conversation is None else f"{conversation}{index}"
         loraplex.classify(text, names, conversation_id=id)
         loraplex.classify(f"{text} w1 w2 w3 w4 w5 w6", names, conversation_id=id)

@@ -13,6 +13,9 @@ from loraplex.planning.base_shape import BaseSizes
 
 DEVICE, HOST = "device", "host"
 FLOAT32_BYTES = 4
+# Stacks of all adapters that are kept, with the holes that they leave in malloc's heap: where a call takes several
+# small steps, and where most of its steps are too large to be kept. Measured by benchmarks.plan.
+SPLIT_KINDS, LARGE_KINDS = MAX_MEMOS - 1, 2
 MEMO_SHARE = float(MEMO_MEMORY.removesuffix("%")) / 100
 
 
@@ -40,6 +43,7 @@ class Use:
     item_bytes:       of the base's number format.
     num_classifiers:  asked together about a conversation.
     max_step_tokens:  tokens of one forward pass.
+    call_tokens:      tokens to compute for a call about a new conversation.
     free_bytes:       memory that is free before the base is loaded; None where nobody says.
     tokenizer_bytes:  size of tokenizer.json; None where it is not known.
     """
@@ -48,6 +52,7 @@ class Use:
     is_cuda: bool
     num_classifiers: int
     max_step_tokens: int
+    call_tokens: int = 0
     free_bytes: int | None = None
     tokenizer_bytes: int | None = None
 
@@ -100,19 +105,20 @@ def step_line(base: BaseSizes, use: Use) -> Line:
 
 
 def memo_line(adapters: Sequence[AdapterSize], use: Use) -> Line:
-    """Return the stacked copies of adapters that are asked together, as `model/step_memo.py` keeps them."""
+    """Return the stacked copies of adapters that are asked together, as `model/step_memo.py` keeps them.
+
+    A call that one small step computes always needs the same stack. A call that takes several steps is divided in many
+    ways, and each has a stack of its own; larger steps keep none. malloc's heap holds more than what is kept then."""
     asked = sorted((one.num_lora for one in adapters), reverse=True)[: use.num_classifiers]
     one_stack = sum(asked) * use.item_bytes if len(asked) > 1 else 0
-    most = (MAX_MEMOS - 1) * one_stack  # the last set is that of the wanted rows, which one layer has
+    num_kinds = 1
+    if use.call_tokens > min(SMALL_STEP, use.max_step_tokens):
+        num_kinds = SPLIT_KINDS if use.max_step_tokens <= SMALL_STEP else LARGE_KINDS
+    expected = num_kinds * one_stack
     if use.free_bytes is not None:
-        most = max(one_stack, min(most, int(MEMO_SHARE * use.free_bytes)))
-    return Line(
-        name="stacked adapters",
-        where=DEVICE,
-        limit=0,
-        expected=most,
-        note=f"copies for steps of at most {SMALL_STEP:,} tokens; at most {MEMO_MEMORY} of the free memory",
-    )
+        expected = max(one_stack, min(expected, int(MEMO_SHARE * use.free_bytes)))
+    note = f"copies for steps of at most {SMALL_STEP:,} tokens; at most {MEMO_MEMORY} of the free memory"
+    return Line(name="stacked adapters", where=DEVICE, limit=0, expected=expected, note=note)
 
 
 def overhead_lines(use: Use) -> tuple[Line, ...]:

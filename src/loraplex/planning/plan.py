@@ -81,11 +81,6 @@ class Plan:
         """Which lines the target's memory holds: all of them where it is a CPU's."""
         return DEVICE if self.target.is_cuda else None
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether the adapters themselves let the base compute the conversation."""
-        return bool(self.adapters) and all(one.shares_prefix for one in self.adapters)
-
 
 def make_plan(
     base: BaseShape,
@@ -105,6 +100,7 @@ def make_plan(
         is_cuda=target.is_cuda,
         num_classifiers=traffic.num_classifiers,
         max_step_tokens=1,
+        call_tokens=_call_tokens(adapters, traffic),
         free_bytes=target.memory_bytes,
         tokenizer_bytes=tokenizer_bytes,
     )
@@ -147,6 +143,12 @@ def make_plan(
         cases=cases(base, adapters, traffic, target, item_bytes),
         chosen=chosen,
     )
+
+
+def _call_tokens(adapters: Sequence[AdapterSize], traffic: Traffic) -> int:
+    is_shared = bool(adapters) and all(one.shares_prefix for one in adapters)
+    copies = 1 if is_shared else traffic.num_classifiers
+    return copies * traffic.conversation_tokens + traffic.num_classifiers * traffic.suffix_tokens
 
 
 def _chosen(config: EngineConfig, adapters: Sequence[AdapterSize], use: Use, left: int | None) -> Chosen:
