@@ -114,6 +114,10 @@ def test_a_queue_that_grows_is_saturation() -> None:
     assert saturation([late, late]) == "40 of 78 conversations were answered in time"
 
 
+def test_a_short_slice_saturates_nothing_by_chance() -> None:
+    assert saturation([opened({i / 2: i / 2 + (0.5 if i < 15 else 9.0) for i in range(1, 19)})]) is None
+
+
 def test_one_refusal_is_saturation() -> None:
     found = opened({i / 4: i / 4 + 0.1 for i in range(1, 40)}, {5.0: "refused"})
     assert saturation([found]) == "1 requests were refused"

@@ -25,6 +25,7 @@ def a_load(kind: str, rate: float, p50: float, **more: Any) -> dict[str, Any]:
     return {
         "kind": kind,
         "slices": 5,
+        "conversations": 1236,
         "requests": {"ok": 1234, "refused": 0, "failed": 2, "timeout": 0, "errors": errors},
         "excluded": {"ok": 7, "refused": 0, "failed": 0, "timeout": 0, "errors": {}},
         "latency_ms": latency,

@@ -1,5 +1,6 @@
 """Turns the samples of a system's slices into figures. Pure arithmetic."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from loraplex.measuring.samples import Spread, percentile
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 ENOUGH = 0.95  # of what was offered must be answered, or the system is saturated
 BY_CHANCE = 2  # conversations by which a slice's answers and arrivals differ all the same
+DEVIATIONS = 2  # of the number of arrivals, which chance makes too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +180,7 @@ def saturation(slices: Sequence[Slice]) -> str | None:
     refused = sum(sample.reply.status == "refused" for one in slices for sample in one.measured)
     if refused:
         return f"{refused} requests were refused"
-    if answered < min(ENOUGH * arrived, arrived - BY_CHANCE * len(slices)):
+    chance = max(BY_CHANCE * len(slices), DEVIATIONS * math.sqrt(arrived))
+    if answered < min(ENOUGH * arrived, arrived - chance):
         return f"{answered} of {arrived} conversations were answered in time"
     return None

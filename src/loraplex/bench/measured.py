@@ -16,7 +16,7 @@ FEWEST = 10  # conversations that a slice expects at least, where its length is 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class LoadPlan:
     """One load. Closed loop: so many clients. Open loop: conversations a second, or a share of the capacity."""
 
     kind: Literal["closed", "open"]
@@ -37,7 +37,7 @@ class Measured:
     state:      "measured", or why it is not.
     slices:     by plan; offered: conversations/s of each slice of an open loop.
     rate:       conversations/s of the last closed loop.
-    capacity:   conversations/s of the closed loops that look for it.
+    clients:    the closed loop that finds its capacity; capacity: conversations/s of each of that loop's slices.
     saturated:  under which plan, and why.
     goodputs:   what was answered at twice the capacity, as a share of the capacity right before and after.
     """
@@ -45,11 +45,12 @@ class Measured:
     system: System
     supply: Supply
     state: str = "not measured"
-    slices: dict[Plan, list[Slice]] = field(default_factory=lambda: defaultdict(list))
-    offered: dict[Plan, list[float]] = field(default_factory=lambda: defaultdict(list))
+    slices: dict[LoadPlan, list[Slice]] = field(default_factory=lambda: defaultdict(list))
+    offered: dict[LoadPlan, list[float]] = field(default_factory=lambda: defaultdict(list))
     rate: float = 1.0
+    clients: LoadPlan | None = None
     capacity: list[float] = field(default_factory=list)
-    saturated: tuple[Plan, str] | None = None
+    saturated: tuple[LoadPlan, str] | None = None
     goodputs: list[float] = field(default_factory=list)
     loaded_rss_bytes: int | None = None
     peak_rss_bytes: int | None = None
@@ -72,7 +73,7 @@ class Measured:
                 found[one.job.conversation, one.turn].update(one.reply.verdicts)
         return found
 
-    def keep(self, plan: Plan, found: Slice, offered: float | None) -> None:
+    def keep(self, plan: LoadPlan, found: Slice, offered: float | None) -> None:
         """Add a slice."""
         self.slices[plan].append(found)
         if offered is not None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.bench.figures import figures, spread, turns
-from loraplex.bench.measured import Measured, Plan
+from loraplex.bench.measured import LoadPlan, Measured
 from loraplex.bench.quality import agreement, mean, qualities
-from loraplex.bench.run import CAPACITY, Run
+from loraplex.bench.run import Run
 
 FORMAT = 1
 REFERENCES = ("peft", "peft-mixed", "native")  # the first of them that was measured is what others agree with
@@ -98,7 +98,7 @@ def _system(run: Run, one: Measured, gemm: float | None, reference: Measured | N
     }
 
 
-def _load(run: Run, one: Measured, plan: Plan, gemm: float | None) -> dict[str, Any]:
+def _load(run: Run, one: Measured, plan: LoadPlan, gemm: float | None) -> dict[str, Any]:
     slices, work = one.slices[plan], run.work
     tokens = [sample.reply.computed_tokens for each in slices for sample in each.measured]
     num = len({(index, sample.job.index) for index, each in enumerate(slices) for sample in each.measured})
@@ -108,6 +108,7 @@ def _load(run: Run, one: Measured, plan: Plan, gemm: float | None) -> dict[str, 
         "kind": plan.kind,
         **({"concurrency": plan.concurrency} if plan.kind == "closed" else {}),
         **({"offered_per_s": offered and offered["median"], "share_of_capacity": plan.share} if offered else {}),
+        "conversations": num,
         **figures(slices, work, gemm),
         "floor": {
             "flop_per_conversation": flops if sum(tokens) else None,
@@ -117,17 +118,22 @@ def _load(run: Run, one: Measured, plan: Plan, gemm: float | None) -> dict[str, 
 
 
 def _saturation(one: Measured) -> dict[str, Any]:
-    """Return the conversations/s that the system answers at most: of the closed loops that look for it, or else of the
-    only load."""
-    plan = CAPACITY if one.slices.get(CAPACITY) and one.capacity else next(iter(one.slices))
-    rates: list[float | None] = [*one.capacity] or [each.conversations_per_s for each in one.slices[plan]]
+    """Return the conversations/s that the system answers at most: in the closed loop that looks for it, or under the
+    load that saturated it, where that is more; or else under the only load."""
+    found = spread(one.capacity or [each.conversations_per_s for each in next(iter(one.slices.values()))])
     at = None
     if one.saturated is not None:
-        offered = spread(one.offered[one.saturated[0]]) or {"median": 0.0}
-        at = f"open, {offered['median']:.3g} conversations/s offered ({one.saturated[0].share:g}x the capacity)"
+        plan = one.saturated[0]
+        offered = spread(one.offered[plan]) or {"median": 0.0}
+        times = f" ({plan.share:g}x the capacity)" if plan.share else ""
+        at = f"open, {offered['median']:.3g} conversations/s offered{times}"
+        answered = spread(each.conversations_per_s for each in one.slices[plan])
+        if answered and (not found or answered["median"] > found["median"]):
+            found = answered
     return {
         "reached": one.saturated is not None,
-        "conversations_per_s": spread(rates),
+        "conversations_per_s": found,
+        "clients": one.clients and one.clients.concurrency,
         "at": at,
         "why": one.saturated and one.saturated[1],
     }

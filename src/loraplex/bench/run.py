@@ -12,7 +12,7 @@ from loraplex.bench.figures import Slice, saturation
 from loraplex.bench.in_process import InProcess
 from loraplex.bench.llamacpp import LlamaCpp
 from loraplex.bench.load import Load
-from loraplex.bench.measured import FEWEST, Measured, Plan, closed_load, open_load
+from loraplex.bench.measured import FEWEST, LoadPlan, Measured, closed_load, open_load
 from loraplex.bench.served import Served
 from loraplex.bench.settings import LLAMACPP, Prepared
 from loraplex.bench.supply import Supply
@@ -26,10 +26,11 @@ from loraplex.measuring.limits import bandwidth, gemm_rate
 from loraplex.measuring.memory import PeakMemory, used_device_bytes
 from loraplex.model.loader import resolve_device, resolve_dtype
 
-ALONE = Plan(kind="closed", concurrency=1)
-CAPACITY = Plan(kind="closed", concurrency=8)  # the closed loop that finds a system's capacity
-SHARES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5)  # of the capacity, until the system is saturated
-OVERLOAD = Plan(kind="open", share=2.0)
+ALONE = LoadPlan(kind="closed", concurrency=1)
+FEWEST_CLIENTS, MOST_CLIENTS = 8, 1024  # of the closed loops that look for a system's capacity
+GROWTH = 1.05  # twice the clients must be answered so many times faster, or there is no more to find
+SHARES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 3.0, 6.0)  # of the capacity, until the system is saturated
+OVERLOAD = LoadPlan(kind="open", share=2.0)
 FEW = 4  # conversations that a system is asked first
 
 Progress = Callable[[str, float, float], None]  # what runs; slices that are done, and slices in all
@@ -48,7 +49,7 @@ def open_system(prepared: Prepared, name: str) -> System:
             server=settings.llamacpp_server,
             model=settings.llamacpp_model,
             arguments=settings.llamacpp_arguments,
-            slots=settings.concurrency or CAPACITY.concurrency or 1,
+            slots=settings.concurrency or FEWEST_CLIENTS,
         )
     if settings.transport == "in-process":
         return InProcess(name, settings.bundle, prepared.engine[name], python=python, versions=versions, log=log)
@@ -127,10 +128,10 @@ class Run:
                 for one in well:
                     del one.slices[plan][num:], one.offered[plan][num:]
 
-    def _only_plan(self) -> Plan:
+    def _only_plan(self) -> LoadPlan:
         if self._settings.rate is not None:
-            return Plan(kind="open", rate=self._settings.rate)
-        return Plan(kind="closed", concurrency=self._settings.concurrency)
+            return LoadPlan(kind="open", rate=self._settings.rate)
+        return LoadPlan(kind="closed", concurrency=self._settings.concurrency)
 
     def _measure_limits(self) -> None:
         """Measure the machine while no system computes. On a device without room for that, leave it out."""
@@ -199,15 +200,18 @@ class Run:
 
     # ------------------------------------------------------------------------------------------- slices
 
-    async def _rounds(self, group: Sequence[Measured], plan: Plan) -> None:
+    async def _rounds(self, group: Sequence[Measured], plan: LoadPlan) -> None:
         """Give each system its slices of a plan, in turn."""
         for index in range(self._settings.slices):
             if index and plan.kind == "closed" and len(self.gemm) < self._settings.slices:
                 self._measure_limits()
             for one in self._draw.sample(group, len(group)):
                 await self._slice(one, plan, index)
+        if plan.kind == "open":
+            for one in group:
+                self._judge(one, plan)
 
-    async def _slice(self, one: Measured, plan: Plan, index: int) -> Slice | None:
+    async def _slice(self, one: Measured, plan: LoadPlan, index: int) -> Slice | None:
         """Measure a slice. None where the system has failed, now or before."""
         settings, found = self._settings, None
         if one.is_well:
@@ -227,28 +231,28 @@ class Run:
         self._num_done += 1
         return found
 
-    def _num(self, one: Measured, plan: Plan, index: int) -> int:
+    def _num(self, one: Measured, plan: LoadPlan, index: int) -> int:
         """Return the conversations of a closed loop's slice: an equal part of all, or in a sweep as many as take about
         the seconds of a slice."""
         settings = self._settings
         if not settings.sweep:
             num = len(self.prepared.rows)
             return num * (index + 1) // settings.slices - num * index // settings.slices
-        return max(FEWEST, math.ceil(one.rate * settings.seconds))
+        return max(FEWEST, plan.concurrency or 0, math.ceil(one.rate * settings.seconds))
 
     async def _sweep(self, group: Sequence[Measured]) -> None:
         """Find each system's capacity, then offer more and more of it, up to its saturation. At last offer twice as
         much, to see what is still answered."""
         await self._rounds(group, ALONE)
-        for index in range(self._settings.slices):
+        await self._find_clients(group)
+        for index in range(1, self._settings.slices):
             for one in self._draw.sample(group, len(group)):
                 await self._capacity(one, index)
         for step, share in enumerate(SHARES):
-            plan = Plan(kind="open", share=share)
+            plan = LoadPlan(kind="open", share=share)
             unsaturated = [one for one in group if one.is_well and one.saturated is None]
             await self._rounds(unsaturated, plan)
             for one in unsaturated:
-                self._judge(one, plan)
                 self._num_slices -= self._settings.slices * (len(SHARES) - 1 - step) if one.saturated else 0
         for index in range(self._settings.slices):
             for one in self._draw.sample(group, len(group)):
@@ -256,8 +260,27 @@ class Run:
         for one in group:
             self._judge(one, OVERLOAD)
 
+    async def _find_clients(self, group: Sequence[Measured]) -> None:
+        """Double the clients of each system's closed loop until it answers no more conversations a second. That slice
+        is the first of those that measure its capacity."""
+        growing, num = [*group], FEWEST_CLIENTS
+        while growing:
+            plan = LoadPlan(kind="closed", concurrency=num)
+            for one in self._draw.sample(growing, len(growing)):
+                found = await self._slice(one, plan, 0)
+                rate = (found and found.conversations_per_s) or 0.0
+                if rate > GROWTH * max(one.capacity, default=0.0):
+                    one.clients, one.capacity = plan, [rate]
+                else:
+                    one.clients = one.clients or plan
+                    growing.remove(one)
+            num *= 2
+            growing = growing if num <= MOST_CLIENTS else []
+            self._num_slices += len(growing)
+
     async def _capacity(self, one: Measured, index: int) -> float:
-        found = await self._slice(one, CAPACITY, index)
+        assert one.clients is not None, "its clients were found"
+        found = await self._slice(one, one.clients, index)
         rate = (found and found.conversations_per_s) or 0.0
         if rate:
             one.capacity.append(rate)
@@ -271,7 +294,7 @@ class Run:
         if found is not None and before and after:
             one.goodputs.append((found.conversations_per_s or 0.0) / statistics.mean((before, after)))
 
-    def _judge(self, one: Measured, plan: Plan) -> None:
+    def _judge(self, one: Measured, plan: LoadPlan) -> None:
         why = saturation(one.slices.get(plan, ()))
         if one.saturated is None and why is not None:
             one.saturated = plan, why
