@@ -62,7 +62,7 @@ def test_a_closed_loop_is_counted_while_all_clients_are_at_work() -> None:
     assert told["conversations_per_s"] == {"median": 2.0, "low": 2.0, "high": 2.0, "rounds": 1}
     assert told["verdicts_per_s"]["median"] == 4.0 and told["tokens_asked_per_s"]["median"] == 200.0
     assert told["tokens_computed_per_s"]["median"] == 80.0
-    assert told["latency_ms"]["p99"]["median"] == 1000.0 and told["http_adds_ms"]["median"] == 500.0
+    assert told["latency_ms"]["p50"]["median"] == 1000.0 and told["http_adds_ms"]["median"] == 500.0
     assert told["requests"] == {"ok": 6, "refused": 0, "failed": 0, "timeout": 0, "errors": {}}
     assert told["excluded"]["ok"] == 3
     # 40 tokens x 80 weights and the mean of both adapters' 20, and the head's row for each classifier.
@@ -76,14 +76,30 @@ def test_figures_are_medians_over_slices() -> None:
     assert told["conversations_per_s"]["high"] == 1.0 and told["share_of_gemm_rate"] is None
 
 
-def test_what_was_not_answered_is_counted_apart_and_has_no_latency() -> None:
+def test_a_percentile_is_of_all_slices_together() -> None:
+    """The slowest of 10 requests is no p99, and the largest of 3 slices' is no p99 of theirs."""
+    slices = []
+    for first in (0, 1):
+        times: list[tuple[Phase, float, float]] = [("measured", 1, 1 + ms / 1000) for ms in range(first, 120, 2)]
+        slices.append(closed([("warm-up", 0, 1), *times]))
+    told = figures(slices, WORK, None)["latency_ms"]
+    assert told["n"] == 120 and told["p99"]["median"] == pytest.approx(118)
+    assert told["p90"]["median"] == pytest.approx(107) and told["p50"]["rounds"] == 2
+    assert told["p90"]["low"] == pytest.approx(106) and told["p90"]["high"] == pytest.approx(107)
+    few = figures(slices[:1], WORK, None)["latency_ms"]
+    assert few["p99"] is None and few["n"] == 60 and few["max"] == pytest.approx(118) and few["p90"] is not None
+
+
+def test_what_was_given_up_is_counted_apart_and_took_at_least_as_long() -> None:
     found = opened({1.0: 2.0, 2.0: 2.5, 3.0: 9.0, 4.0: 5.0}, {2.0: "refused", 3.0: "timeout", 4.0: "failed"})
     told = figures([found], WORK, None)
     assert told["requests"] == {
         **{"ok": 1, "refused": 1, "failed": 1, "timeout": 1},
         "errors": {"failed": 1, "refused": 1, "timeout": 1},
     }
-    assert told["latency_ms"]["p99"]["median"] == 1000.0 and told["requests_per_s"]["median"] == pytest.approx(0.1)
+    latency = told["latency_ms"]
+    assert (latency["n"], latency["p50"]["median"], latency["max"], latency["at_least"]) == (2, 1000.0, 6000.0, 6000.0)
+    assert told["all_verdicts_ms"]["max"] == 6000.0 and told["requests_per_s"]["median"] == pytest.approx(0.1)
 
 
 def test_a_conversation_counts_when_all_its_verdicts_are_there() -> None:
@@ -91,7 +107,7 @@ def test_a_conversation_counts_when_all_its_verdicts_are_there() -> None:
     other = job(1, classifiers=(("done",), ("calm",)))
     samples = (sample(each, 0, 2), sample(each, 2, 3), sample(other, 1, 4), sample(other, 4, 5, "failed"))
     found = Slice(load=Load(jobs=(each, other), window_s=(0.0, 10.0)), samples=samples)
-    assert found.num_answered == 1 and found.all_verdicts_s == [3.0]
+    assert found.num_answered == 1 and found.all_verdicts_s == [(3.0, False)]
     assert figures([found], WORK, None)["requests_per_s"]["median"] == pytest.approx(0.3)
 
 

@@ -9,10 +9,13 @@ import pytest
 
 from loraplex.bench.html import html
 from loraplex.bench.markdown import markdown
-from loraplex.bench.sections import load_name, spread
+from loraplex.bench.sections import latency, load_name, spread
 
 HOSTILE = "<script>alert('x')</script>\"&|`$^$"
 VOID = {"meta", "br", "img", "hr", "link", "input"}
+
+
+MANY = {"n": 1234, "max": 1e5, "at_least": None}
 
 
 def about(value: float, more: float = 1.1) -> dict[str, Any]:
@@ -20,7 +23,7 @@ def about(value: float, more: float = 1.1) -> dict[str, Any]:
 
 
 def a_load(kind: str, rate: float, p50: float, **more: Any) -> dict[str, Any]:
-    latency = {"p50": about(p50), "p90": about(2 * p50), "p99": about(3.3 * p50)}
+    latency = {"p50": about(p50), "p90": about(2 * p50), "p99": about(3.3 * p50), **MANY}
     errors = {HOSTILE: 2} if kind == "open" else {}
     return {
         "kind": kind,
@@ -86,7 +89,8 @@ def a_system(rate: float, *, turns: bool = True) -> dict[str, Any]:
                 "conversations": 40,
                 "latency_ms": {
                     name: about(share * turn * 300 / rate) for name, share in (("p50", 1), ("p90", 2), ("p99", 3))
-                },
+                }
+                | MANY,
                 "tokens_asked": 4000.0 + turn,
                 "tokens_computed": 1500.0 + turn,
                 "cached_share": 0.15 * (turn - 1),
@@ -232,6 +236,15 @@ def test_llama_cpp_without_adapters_is_told(report: dict[str, Any]) -> None:
     assert "llama.cpp was asked 7 times more" in markdown(found)
 
 
+def test_a_percentile_of_few_is_their_largest_and_what_was_given_up_is_a_bound() -> None:
+    found = {"p50": about(40.0), "p90": about(900.0), "p99": None, "n": 48, "max": 1234.5, "at_least": 900.0}
+    told = [latency(found, name) for name in ("p50", "p90", "p99")]
+    assert told == ["40 (36.4-44)", "≥ 900 (818-990)", "≥ 1,234, max of 48"]
+    load = a_load("closed", 3.0, 100.0, concurrency=4) | {"latency_ms": found}
+    page = Page(html(a_report(native={**a_system(3.0, turns=False), "loads": [load]})))
+    assert page.tables["The article's table"][2][3] == "≥ 1,234 ms, max of 48"
+
+
 def test_the_bars_are_labelled_with_their_figures(page: Page) -> None:
     assert {"21", "8", "7.4", "21 %", "8 %", "7 %"} <= set(re.split(r"\s*\n\s*", page.text))
 
@@ -292,7 +305,7 @@ def test_a_page_of_little(systems: dict[str, Any]) -> None:
 
 
 def test_an_open_loop_that_answered_nothing_has_a_page() -> None:
-    none = dict.fromkeys(("p50", "p90", "p99"))
+    none = {**dict.fromkeys(("p50", "p90", "p99", "max", "at_least")), "n": 0}
     load = a_load("open", 3.0, 100.0, offered_per_s=3.0, share_of_capacity=None) | {
         "latency_ms": none,
         "share_of_gemm_rate": None,

@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from loraplex.bench.call import Reply
 from loraplex.bench.load import Load, Sample
 from loraplex.bench.work import Work
 from loraplex.measuring.samples import Spread, percentile
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+FEWEST_SAMPLES = {"p50": 1, "p90": 10, "p99": 100}  # with fewer, the percentile is the largest of them
+WAITED = ("ok", "timeout")  # a request that was given up took at least as long as it was waited for
+Latency = tuple[float, bool]  # seconds, and whether the request was given up then
 ENOUGH = 0.95  # of what was offered must be answered, or the system is saturated
 BY_CHANCE = 2  # conversations by which a slice's answers and arrivals differ all the same
 DEVIATIONS = 2  # of the number of arrivals, which chance makes too
@@ -73,15 +77,19 @@ class Slice:
         return self.num_answered / (end - begin) if end > begin else None
 
     @property
-    def all_verdicts_s(self) -> list[float]:
-        """Seconds from a measured conversation's turn to all of its verdicts, for those that have all of them."""
+    def all_verdicts_s(self) -> list[Latency]:
+        """Seconds from a measured conversation's turn to all of its verdicts, for those that have all of them or waited
+        for them until they were given up."""
         turns: dict[tuple[int, int], list[Sample]] = defaultdict(list)
         for one in self.measured:
             turns[one.job.index, one.turn].append(one)
         return [
-            max(one.done_s for one in found) - min(one.scheduled_s for one in found)
+            (
+                max(one.done_s for one in found) - min(one.scheduled_s for one in found),
+                any(one.reply.status == "timeout" for one in found),
+            )
             for found in turns.values()
-            if len(found) == len(found[0].job.turns[found[0].turn]) and all(one.reply.status == "ok" for one in found)
+            if len(found) == len(found[0].job.turns[found[0].turn]) and all(one.reply.status in WAITED for one in found)
         ]
 
 
@@ -90,13 +98,24 @@ def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
     return None if found is None else asdict(found)
 
 
-def latencies(slices: Iterable[Sequence[float]]) -> dict[str, Any]:
-    """Return the percentiles of each slice's seconds, in milliseconds, as spreads over the slices."""
-    found = [list(one) for one in slices]
-    return {
-        name: spread(None if (value := percentile(one, share)) is None else 1000 * value for one in found)
-        for name, share in PERCENTILES.items()
-    }
+def latencies(slices: Iterable[Sequence[Latency]]) -> dict[str, Any]:
+    """Return the percentiles of the seconds in milliseconds. `median` is that of all slices together, and `low` and
+    `high` are those of single slices. Where too few latencies are known for a percentile, it is None: 100 for p99.
+
+    n:         how many latencies; max: the largest of them.
+    at_least:  the least of those that were given up; percentiles that are not below it are lower bounds."""
+    kept = [list(one) for one in slices]
+    by_slice = [[1000 * seconds for seconds, _ in one] for one in kept]
+    together = [value for one in by_slice for value in one]
+    found: dict[str, Any] = {}
+    for name, share in PERCENTILES.items():
+        found[name] = spread(percentile(one, share) for one in by_slice)
+        if len(together) < FEWEST_SAMPLES[name]:
+            found[name] = None
+        elif found[name] is not None:
+            found[name]["median"] = percentile(together, share)
+    late = [1000 * seconds for one in kept for seconds, is_late in one if is_late]
+    return {**found, "n": len(together), "max": max(together, default=None), "at_least": min(late, default=None)}
 
 
 def figures(slices: Sequence[Slice], work: Work, gemm_flops_per_s: float | None) -> dict[str, Any]:
@@ -110,7 +129,7 @@ def figures(slices: Sequence[Slice], work: Work, gemm_flops_per_s: float | None)
         "slices": len(slices),
         "requests": _counts(measured),
         "excluded": _counts(others),
-        "latency_ms": latencies([one.latency_s for one in found] for found in answered),
+        "latency_ms": latencies(_waits(one.measured) for one in slices),
         "all_verdicts_ms": latencies(one.all_verdicts_s for one in slices),
         "requests_per_s": spread(one.rate(lambda _: 1) for one in slices),
         "conversations_per_s": spread(one.conversations_per_s for one in slices),
@@ -120,6 +139,10 @@ def figures(slices: Sequence[Slice], work: Work, gemm_flops_per_s: float | None)
         "http_adds_ms": spread(percentile(_added_ms(found), 0.5) for found in answered),
         "share_of_gemm_rate": flops["median"] / gemm_flops_per_s if flops and gemm_flops_per_s else None,
     }
+
+
+def _waits(samples: Iterable[Sample]) -> list[Latency]:
+    return [(one.latency_s, one.reply.status == "timeout") for one in samples if one.reply.status in WAITED]
 
 
 def _added_ms(samples: Iterable[Sample]) -> list[float]:
@@ -143,29 +166,31 @@ def turns(slices: Sequence[Slice]) -> list[dict[str, Any]]:
     found: dict[int, list[list[Sample]]] = defaultdict(lambda: [[] for _ in slices])
     for index, a_slice in enumerate(slices):
         for one in a_slice.measured:
-            if one.reply.status == "ok":
+            if one.reply.status in WAITED:
                 found[one.turn][index].append(one)
-    return [
-        {
-            "turn": turn + 1,
-            "conversations": len({(index, one.job.index) for index, each in enumerate(by_slice) for one in each}),
-            "latency_ms": latencies([one.latency_s for one in each] for each in by_slice),
-            "tokens_asked": _mean([one.reply.prompt_tokens for each in by_slice for one in each]),
-            "tokens_computed": _mean([one.reply.computed_tokens for each in by_slice for one in each]),
-            "cached_share": _share([one for each in by_slice for one in each]),
-        }
-        for turn, by_slice in sorted(found.items())
-    ]
+    return [_turn(turn, by_slice) for turn, by_slice in sorted(found.items())]
+
+
+def _turn(turn: int, by_slice: Sequence[Sequence[Sample]]) -> dict[str, Any]:
+    answered = [one.reply for each in by_slice for one in each if one.reply.status == "ok"]
+    return {
+        "turn": turn + 1,
+        "conversations": len({(index, one.job.index) for index, each in enumerate(by_slice) for one in each}),
+        "latency_ms": latencies(map(_waits, by_slice)),
+        "tokens_asked": _mean([one.prompt_tokens for one in answered]),
+        "tokens_computed": _mean([one.computed_tokens for one in answered]),
+        "cached_share": _share(answered),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else 0.0
 
 
-def _share(samples: Sequence[Sample]) -> float | None:
+def _share(replies: Sequence[Reply]) -> float | None:
     """The part of the asked tokens that was not computed."""
-    asked = sum(one.reply.prompt_tokens for one in samples)
-    return sum(one.reply.cached_tokens for one in samples) / asked if asked else None
+    asked = sum(one.prompt_tokens for one in replies)
+    return sum(one.cached_tokens for one in replies) / asked if asked else None
 
 
 def saturation(slices: Sequence[Slice]) -> str | None:

@@ -1,6 +1,7 @@
 """The report's plots as SVG, to be put into a page. Colours are the page's: CSS variables, for light and dark."""
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -33,7 +34,7 @@ def latency(measured: Measured) -> str:
         )
         at = [rate for rate, _ in points]
         for share, line in (("p50", "-"), ("p99", "--")):
-            values = [found[share]["median"] for _, found in points]
+            values = [(found[share] or {}).get("median", math.nan) for _, found in points]
             label = NAMES.get(name, name) if share == "p50" else None
             axes.plot(at, values, line, marker="o", markersize=3.5, linewidth=1.4, color=COLOURS[index], label=label)
     axes.set_xscale("log")

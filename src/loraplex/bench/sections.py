@@ -85,7 +85,8 @@ def _head(report: Mapping[str, Any]) -> Section:
         f"{data['conversations']} conversations of `{data['file']}` and {len(data['classifiers'])} classifiers, "
         f"{asked}, asked {way}. {about['device']}, {about['cores']} cores, {about['threads']} threads of PyTorch, "
         f"{about['dtype']}; {about['started']}.",
-        "A figure is the median over slices, and in parentheses the lowest and the highest of them.",
+        "A figure is the median over slices, and in parentheses the lowest and the highest of them. A percentile is of "
+        'all slices\' requests together. "≥" marks a bound: requests that were given up took at least so long.',
     ]
     return Section(title="", texts=[text for text in texts if text])
 
@@ -120,6 +121,20 @@ def spread(found: Mapping[str, Any] | None, digits: int = 3) -> str:
     return median if found["rounds"] == 1 else f"{median} ({low}-{high})"
 
 
+def latency(found: Mapping[str, Any], name: str, unit: str = "") -> str:
+    """Return a percentile of latencies in milliseconds, as spread() does; of too few, the largest of them. A bound of
+    requests that were given up begins with "≥"."""
+    value = found[name] and found[name]["median"]
+    if value is None:
+        return "-" if found["max"] is None else f"{_bound(found, found['max'])}{unit}, max of {found['n']}"
+    return _bound(found, value, spread(found[name])) + unit
+
+
+def _bound(found: Mapping[str, Any], value: float, text: str = "") -> str:
+    is_bound = found["at_least"] is not None and value >= found["at_least"]
+    return ("≥ " if is_bound else "") + (text or number(value))
+
+
 def number(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
@@ -140,8 +155,8 @@ def _article(measured: Mapping[str, Any]) -> Section:
         return _column(lambda one: of(main_load(one)), measured)
 
     ours = {
-        "P50 latency": per_load(lambda load: f"{spread(load['latency_ms']['p50'])} ms"),
-        "P99 latency": per_load(lambda load: f"{spread(load['latency_ms']['p99'])} ms"),
+        "P50 latency": per_load(lambda load: latency(load["latency_ms"], "p50", " ms")),
+        "P99 latency": per_load(lambda load: latency(load["latency_ms"], "p99", " ms")),
         "Requests": per_load(lambda load: f"{spread(load['requests_per_s'])}/s"),
         "Verdicts": per_load(lambda load: f"{spread(load['verdicts_per_s'])}/s"),
         "Memory": _column(memory, measured),
@@ -170,8 +185,8 @@ def _loads(measured: Mapping[str, Any]) -> Section:
                 [
                     f"{NAMES.get(name, name)}, {load_name(load)}",
                     *(f"{load['requests'][status]:,}" for status in ("ok", "refused", "failed", "timeout")),
-                    *(spread(load["latency_ms"][name]) for name in ("p50", "p90", "p99")),
-                    spread(load["all_verdicts_ms"]["p50"]),
+                    *(latency(load["latency_ms"], name) for name in ("p50", "p90", "p99")),
+                    latency(load["all_verdicts_ms"], "p50"),
                     *(spread(load[rate]) for rate in rates),
                     spread(load["http_adds_ms"]),
                 ]
@@ -233,7 +248,7 @@ def _turns(measured: Mapping[str, Any]) -> list[Section]:
         [
             f"{NAMES.get(name, name)}, turn {turn['turn']}",
             str(turn["conversations"]),
-            spread(turn["latency_ms"]["p50"]),
+            latency(turn["latency_ms"], "p50"),
             number(turn["tokens_asked"], 4),
             number(turn["tokens_computed"], 4),
             "-" if turn["cached_share"] is None else f"{turn['cached_share']:.0%}".replace("%", " %"),

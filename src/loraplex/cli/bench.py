@@ -213,7 +213,7 @@ def _engine(given: list[str] | None) -> tuple[dict[str, Any], dict[str, dict[str
 
 
 def _print_summary(found: dict[str, Any]) -> None:
-    from loraplex.bench.sections import main_load, spread
+    from loraplex.bench.sections import latency, main_load, spread
 
     head = "system|p50 ms|p99 ms|conversations/s|verdicts/s|memory MiB|accuracy|not answered"
     table = Table(*head.split("|"), box=None)
@@ -226,7 +226,7 @@ def _print_summary(found: dict[str, Any]) -> None:
         requests = load["requests"]
         table.add_row(
             name,
-            *(spread(load["latency_ms"][key]) for key in ("p50", "p99")),
+            *(latency(load["latency_ms"], key) for key in ("p50", "p99")),
             spread(load["conversations_per_s"]),
             spread(load["verdicts_per_s"]),
             "-" if taken is None else f"{taken / 2**20:,.0f}",
