@@ -152,8 +152,19 @@ def test_accuracy_and_f1() -> None:
     found = qualities(said, truth, {"done": ("yes", "no")})["done"]
     assert found.n == 3 and found.accuracy == pytest.approx(2 / 3) == found.f1
     several = qualities(said, truth, {"done": ("yes", "no", "maybe")})["done"]
-    assert several.f1 == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
-    assert mean({}) is None and mean({"done": found}) == {"n": 3, "accuracy": found.accuracy, "f1": found.f1}
+    assert several.f1 == pytest.approx(2 / 3), "nothing is maybe"
+    assert mean({}) is None and mean({"done": found}) == {
+        **{"n": 3, "positives": 1, "accuracy": found.accuracy, "f1": found.f1}
+    }
+
+
+@pytest.mark.parametrize("label", ["yes", "no"])
+def test_a_label_that_is_right_nowhere_has_no_f1(label: str) -> None:
+    truth = {0: {"done": "no", "calm": "yes"}, 1: {"done": "no", "calm": "no"}}
+    said = {key: {"done": one["done"], "calm": one["done"]} for key, one in answers({0: label, 1: "no"}).items()}
+    found = qualities(said, truth, dict.fromkeys(NAMES, ("yes", "no")))
+    assert found["done"].f1 is None and found["done"].positives == 0 and found["calm"].f1 == float(label == "yes")
+    assert (mean(found) or {})["f1"] == found["calm"].f1 and (mean({"done": found["done"]}) or {})["f1"] is None
 
 
 def test_the_last_turn_is_what_a_label_is_about() -> None:

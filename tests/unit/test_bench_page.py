@@ -73,8 +73,8 @@ def a_system(rate: float, *, turns: bool = True) -> dict[str, Any]:
         },
         "goodput_at_2x": about(0.97),
         "quality": {
-            "classifiers": {HOSTILE: {"n": 300, "accuracy": 0.913, "f1": 0.871}},
-            "mean": {"n": 300, "accuracy": 0.913, "f1": 0.871},
+            "classifiers": {HOSTILE: {"n": 300, "positives": 0, "accuracy": 0.913, "f1": None}},
+            "mean": {"n": 300, "positives": 120, "accuracy": 0.913, "f1": 0.871},
         },
         "agreement": {
             "with": "peft",
@@ -211,6 +211,8 @@ def test_every_figure_of_the_page_is_the_jsons(report: dict[str, Any], page: Pag
         f"{one['cached_share']:.0%}"[:-1] + " %" for one in measured["native"]["turns"]
     ]
     assert [row[3] for row in page.tables["The machine's limit"][1:]] == ["21 %", "8 %", "7 %"]
+    quality = [row[1] for row in page.tables["Right and wrong"][1:]]
+    assert quality == ["0.913, -, 300 (0)", "0.913, 0.871, 300 (120)"]
     settings = {row[0]: row[1] for row in page.tables["Machine and settings"]}
     assert (settings["cores"], settings["sha256"], settings["torch"]) == ("2", "00ff", "2.13.0")
     assert settings["bundle"] == HOSTILE

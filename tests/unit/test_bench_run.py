@@ -128,7 +128,9 @@ def test_systems_take_turns_and_get_the_same_conversations(tiny_bundle: Path, da
     assert peft["loads"][0]["conversations_per_s"]["median"] == pytest.approx(0.5)
     assert load["verdicts_per_s"]["median"] == pytest.approx(6.0), "three classifiers have contracts"
     assert load["latency_ms"]["p50"]["median"] == pytest.approx(2000), "four clients wait for each other"
-    assert native["quality"]["classifiers"]["task0"] == {"n": 60, "accuracy": 0.75, "f1": pytest.approx(6 / 7)}
+    assert native["quality"]["classifiers"]["task0"] == {
+        **{"n": 60, "positives": 45, "accuracy": 0.75, "f1": pytest.approx(6 / 7)}
+    }
     assert native["agreement"]["with"] == "peft" and native["agreement"]["labels_equal"] == 180
     assert peft["agreement"] is None and not native["saturation"]["reached"]
     assert len(run.gemm) == 3 and found["limits"]["gemm_flops_per_s"]["rounds"] == 3

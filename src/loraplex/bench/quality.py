@@ -1,7 +1,7 @@
-"""How right a system's verdicts are, and how far two systems agree."""
+"""Compares a system's verdicts with the right labels, and with another system's verdicts."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -14,12 +14,15 @@ Truth = Mapping[int, Mapping[str, str]]  # conversation -> classifier -> right l
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """n: verdicts whose right label is known. f1: of the positive label; the mean over the labels where there are more
-    than two."""
+    """n: verdicts whose right label is known; positives: those whose right label is the positive one.
+
+    f1: of the positive label, or the mean over the labels where there are more than two. A label that is right nowhere
+    has no F1, and None is where no label has one."""
 
     n: int
+    positives: int
     accuracy: float
-    f1: float
+    f1: float | None
 
 
 def qualities(answers: Answers, truth: Truth, labels: Mapping[str, Sequence[str]]) -> dict[str, Quality]:
@@ -37,14 +40,20 @@ def qualities(answers: Answers, truth: Truth, labels: Mapping[str, Sequence[str]
 
 
 def mean(of: Mapping[str, Quality]) -> dict[str, Any] | None:
-    """Return the mean over classifiers; None where there are none."""
+    """Return the mean over classifiers; None where there are none. F1 is the mean over those that have one."""
     if not of:
         return None
     return {
         "n": sum(one.n for one in of.values()),
         "accuracy": fmean(one.accuracy for one in of.values()),
-        "f1": fmean(one.f1 for one in of.values()),
+        "positives": sum(one.positives for one in of.values()),
+        "f1": _mean(one.f1 for one in of.values()),
     }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return fmean(found) if found else None
 
 
 def _quality(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> Quality:
@@ -52,14 +61,17 @@ def _quality(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> Quality
     return Quality(
         n=len(pairs),
         accuracy=fmean(right == said for right, said in pairs),
-        f1=fmean(_f1(pairs, label) for label in counted),
+        positives=sum(right == labels[0] for right, _ in pairs),
+        f1=_mean(_f1(pairs, label) for label in counted),
     )
 
 
-def _f1(pairs: Sequence[tuple[str, str]], label: str) -> float:
+def _f1(pairs: Sequence[tuple[str, str]], label: str) -> float | None:
+    if not any(right == label for right, _ in pairs):
+        return None
     both = sum(right == said == label for right, said in pairs)
     either = sum((right == label) + (said == label) for right, said in pairs)
-    return 2 * both / either if either else 1.0
+    return 2 * both / either
 
 
 def agreement(answers: Answers, others: Answers) -> dict[str, Any]:

@@ -270,10 +270,15 @@ def _quality(measured: Mapping[str, Any]) -> list[Section]:
         found = [
             one["quality"]["classifiers"].get(name) if name else one["quality"]["mean"] for one in measured.values()
         ]
-        cells = ["-" if one is None else f"{one['accuracy']:.3f}, {one['f1']:.3f}, {one['n']}" for one in found]
+        cells = ["-" if one is None else _right(one) for one in found]
         rows.append([name or "mean", *cells])
-    head = ["accuracy, F1, verdicts", *(NAMES.get(name, name) for name in measured)]
+    head = ["accuracy, F1, verdicts (positive)", *(NAMES.get(name, name) for name in measured)]
     return [Section(title="Right and wrong", table=(head, rows))]
+
+
+def _right(one: Mapping[str, Any]) -> str:
+    f1 = "-" if one["f1"] is None else f"{one['f1']:.3f}"
+    return f"{one['accuracy']:.3f}, {f1}, {one['n']} ({one['positives']})"
 
 
 def _agreement(measured: Mapping[str, Any]) -> list[Section]:
