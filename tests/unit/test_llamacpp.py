@@ -58,6 +58,7 @@ class Recorded(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.tokenizer, self.adapters, self.num_tokens = tokenizer, adapters, num_tokens
         self.bodies: list[dict[str, Any]] = []
+        self.cached: Iterator[int] = iter(())
         self.refusal: tuple[int, dict[str, Any]] | None = None
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -102,7 +103,7 @@ class Recorded(ThreadingHTTPServer):
             "tokens_evaluated": num_tokens,
             "stop_type": "limit",
             "timings": {
-                "cache_n": num_tokens - 4,
+                "cache_n": next(self.cached, num_tokens - 4),
                 "prompt_n": 4,
                 "prompt_ms": 2.0,
                 "predicted_n": 1,
@@ -189,6 +190,20 @@ def test_labels_beyond_the_likeliest_tokens_are_counted(bundle: Path, server: Re
         return system.facts
 
     assert asyncio.run(run())["labels_asked_again"] == len(server.bodies) - 1 == 1
+
+
+def test_a_log_probability_that_rounds_above_0_is_0(
+    bundle: Path, server: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "log_prob", lambda _: 1e-8)
+    [reply], _, _ = ask(bundle, ("active0",), TEXT, url=server.url)
+    assert reply.status == "ok" and set((reply.verdicts["active0"].scores or {}).values()) == {0.5}
+
+
+def test_tokens_are_cached_where_the_first_request_finds_them(bundle: Path, server: Recorded) -> None:
+    server.cached = iter([0, 50])
+    [reply], _, _ = ask(bundle, ("active0",), TEXT, url=server.url)
+    assert len(server.bodies) == 2 and reply.cached_tokens == 0
 
 
 def test_a_classifier_without_labels_answers_with_the_likeliest_token(bundle: Path, server: Recorded) -> None:

@@ -46,7 +46,7 @@ class _Read:
     log_probs: dict[tuple[tuple[int, ...], int], float] = field(default_factory=dict)
     likeliest: int = 0
     computed_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
     engine_ms: float = 0.0
 
 
@@ -173,7 +173,7 @@ class LlamaCpp:
             verdicts={name: answer for name, (_, _, answer) in found.items()},
             prompt_tokens=sum(num_tokens for num_tokens, _, _ in found.values()),
             computed_tokens=sum(read.computed_tokens for read in reads),
-            cached_tokens=sum(read.cached_tokens for read in reads),
+            cached_tokens=sum(read.cached_tokens or 0 for read in reads),
             engine_ms=sum(read.engine_ms for read in reads),
         )
 
@@ -216,12 +216,14 @@ class LlamaCpp:
             answer = json.loads(content)
             [sampled] = answer["completion_probabilities"]
             for one in (*sampled["top_logprobs"], sampled):
-                read.log_probs[behind, int(one["id"])] = float(one["logprob"])
-            told, timings = read.log_probs[behind, token_id], answer["timings"]
-            assert told <= 0.0
+                read.log_probs[behind, int(one["id"])] = min(float(one["logprob"]), 0.0)  # it may round above 0
+            if (behind, token_id) not in read.log_probs:
+                raise KeyError(token_id)
+            timings = answer["timings"]
             if not behind:
                 read.likeliest = sampled["top_logprobs"][0]["id"]
-            read.cached_tokens = read.cached_tokens or timings["cache_n"]
+            if read.cached_tokens is None:  # a later request finds what the first one computed
+                read.cached_tokens = timings["cache_n"]
             read.computed_tokens += timings["prompt_n"]
             read.engine_ms += timings["prompt_ms"] + timings["predicted_ms"]
         except (ValueError, KeyError, IndexError, TypeError) as exc:
