@@ -58,6 +58,17 @@ def loraplex(*arguments: object, stdin: bytes | None = None, **environment: str)
 
 
 @contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str] | forked.Process]:
+    """Run the command line, and end it if it still runs. What it prints is dropped."""
+    with open(os.devnull, "r+") as nothing:
+        process = _start([*map(str, arguments)], os.environ, [nothing.fileno()] * 3)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
 def imported_anew() -> Iterator[None]:
     """Start processes as users do, from nothing."""
     global _is_forked

@@ -186,8 +186,20 @@ def report() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def page(report: dict[str, Any]) -> Page:
-    return Page(html(report))
+def text(report: dict[str, Any]) -> str:
+    return html(report)
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of a page's time."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
 
 
 def test_every_figure_of_the_page_is_the_jsons(report: dict[str, Any], page: Page) -> None:
@@ -223,6 +235,7 @@ def test_the_summary_compares_and_tells_sharing_from_speed(page: Page) -> None:
     assert "PEFT answers 8 (7.27-8.8): Loraplex answers 2.62 times as many (speed 2.62, sharing 1)." in page.text
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_device_for_rent_has_its_price(report: dict[str, Any]) -> None:
     rented = {**report, "about": report["about"] | {"device": "NVIDIA L4"}}
     head, ours, *_ = Page(html(rented)).tables["Cost of 1,000 conversations"]
@@ -230,6 +243,7 @@ def test_a_device_for_rent_has_its_price(report: dict[str, Any]) -> None:
     assert ours[1:3] == ["$0.0132", "$0.0106"]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_llama_cpp_without_adapters_is_told(report: dict[str, Any]) -> None:
     facts = {"adapters": False, "no_adapters": HOSTILE, "labels_asked_again": 7, "prompts_as": "text"}
     llamacpp = a_system(2.0) | {"quality": {"classifiers": {}, "mean": None}, "agreement": None, "facts": facts}
@@ -238,6 +252,7 @@ def test_llama_cpp_without_adapters_is_told(report: dict[str, Any]) -> None:
     assert "llama.cpp was asked 7 times more" in markdown(found)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_percentile_of_few_is_their_largest_and_what_was_given_up_is_a_bound() -> None:
     found = {"p50": about(40.0), "p90": about(900.0), "p99": None, "n": 48, "max": 1234.5, "at_least": 900.0}
     told = [latency(found, name) for name in ("p50", "p90", "p99")]
@@ -256,12 +271,12 @@ def test_what_came_from_outside_is_text(page: Page) -> None:
     assert not [name for name, _ in page.attributes if name.startswith("on")]
 
 
-def test_the_page_needs_no_network_and_no_script(report: dict[str, Any], page: Page) -> None:
+def test_the_page_needs_no_network_and_no_script(text: str, page: Page) -> None:
     assert page.tags.count("svg") == 5 and not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     for name, value in page.attributes:
         if name in ("src", "href", "xlink:href") or "url(" in (value or ""):
             assert value is not None and (value.startswith("#") or "url(#" in value), (name, value)
-    assert "@import" not in html(report) and "url(" not in html(report).split("</style>")[0]
+    assert "@import" not in text and "url(" not in text.split("</style>")[0]
 
 
 def test_ids_are_used_once_and_references_lead_to_one(page: Page) -> None:
@@ -271,23 +286,20 @@ def test_ids_are_used_once_and_references_lead_to_one(page: Page) -> None:
     assert len(ids) == len(set(ids)) and set(used) <= set(ids)
 
 
-def test_colours_are_the_pages(report: dict[str, Any]) -> None:
-    svgs = re.findall("<svg.*?</svg>", html(report), re.DOTALL)
+def test_colours_are_the_pages(text: str) -> None:
+    svgs = re.findall("<svg.*?</svg>", text, re.DOTALL)
     assert set(re.findall("#[0-9a-f]{6}", " ".join(svgs))) <= {"#ffffff"}  # on a bar
 
 
-def test_the_same_report_makes_the_same_page(report: dict[str, Any]) -> None:
-    assert html(report) == html(report)
+def test_the_same_report_makes_the_same_page(report: dict[str, Any], text: str) -> None:
+    assert html(report) == text
 
 
-def test_without_matplotlib_the_page_says_how_to_get_the_plots(
-    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    page = Page(html(report))
-    assert "svg" not in page.tags and "pip install 'loraplex[bench]'" in page.text
-    assert page.tables["All loads"] == Page(html(report)).tables["All loads"]
+@pytest.mark.usefixtures("no_plots")
+def test_without_matplotlib_the_page_says_how_to_get_the_plots(report: dict[str, Any], page: Page) -> None:
+    plain = Page(html(report))
+    assert "svg" not in plain.tags and "pip install 'loraplex[bench]'" in plain.text
+    assert plain.tables["All loads"] == page.tables["All loads"]
 
 
 @pytest.mark.parametrize(

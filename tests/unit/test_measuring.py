@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -41,16 +43,26 @@ def test_about_names_the_machine_and_is_json() -> None:
     assert found["dtype"] == "bfloat16" and found["cores"] >= 1 and found["memory_bytes"] > 2**30
 
 
-def test_limits_are_rates() -> None:
-    assert gemm_rate([(64, 32, 2), (32, 64, 1)], CPU, torch.float32, num_rows=64) > 1e6
-    assert bandwidth(CPU) > 1e8
+def test_limits_are_what_was_computed_or_moved_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_a_second(function: Callable[[], object], device: torch.device) -> float:
+        function()
+        return 0.5
+
+    monkeypatch.setattr("loraplex.measuring.limits._seconds", half_a_second)
+    layers = [(64, 32, 2), (16, 32, 1)]
+    assert gemm_rate(layers, CPU, torch.float32, num_rows=64) == 2 * 64 * 32 * (2 * 64 + 16) / (3 * 0.5)
+    assert bandwidth(CPU) == 2 * 2**27 / 0.5
 
 
 def test_peak_memory_sees_what_a_child_took_and_gave_back() -> None:
-    script = "import time; taken = bytearray(2 * 10**8); time.sleep(0.5); del taken; print(flush=True); input()"
+    script = "taken = bytearray(2 * 10**8); input(); del taken; print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdin is not None
         with PeakMemory(process.pid) as peak:
+            while peak.rss_bytes < 2e8:
+                time.sleep(0.01)
+            process.stdin.write(b"\n")
+            process.stdin.flush()
             process.stdout.readline()
             assert rss_bytes(psutil.Process(process.pid)) < 1.5e8
         assert 2e8 < peak.rss_bytes < 3e8
