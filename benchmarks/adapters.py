@@ -1,16 +1,15 @@
 """What adapters that come and go cost: cold loads, swaps under traffic, and thousands of them on few places.
 
-    python -m benchmarks.adapters --json FILE
+    python -m benchmarks.adapters --out DIR     writes DIR/report.json
 
 A 6 M-parameter Mistral shape with random adapters, r=8 on all linear layers, asked through the native backend in this
-process. Both sides of a comparison run in turn in the same run; the figures are medians over the rounds.
+process. Both sides of a comparison run in turn in the same run; the figures are medians over the rounds, and the report
+has their spread.
 """
 
 import argparse
 import asyncio
-import json
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence as Seq
@@ -21,43 +20,22 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from benchmarks.shapes import SHAPES, save_base
+from benchmarks.bundles import save_adapters, save_words_base
+from benchmarks.rounds import over_rounds
+from benchmarks.shapes import SHAPES
 from loraplex.bundle import open_bundle
 from loraplex.config import EngineConfig
-from loraplex.model.loader import base_layers, build_skeleton, read_config
+from loraplex.measuring.about import about
+from loraplex.measuring.files import write_report
+from loraplex.measuring.memory import rss_bytes
+from loraplex.measuring.samples import percentile
+from loraplex.model.loader import read_config
 from loraplex.service.service import Service
 from loraplex.service.start import start
 from loraplex.types import ClassifyRequest
 
 RANK, NUM_WORDS, ZIPF = 8, 96, 1.1
-
-
-def save_bundle(folder: Path, shape: str, num_adapters: int) -> None:
-    save_base(shape, folder, torch.float32)
-    vocabulary = {f"w{i}": i for i in range(SHAPES[shape]["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
-    layers = base_layers(build_skeleton(read_config(folder), folder)).linear
-    for index in range(num_adapters):
-        save_adapter(folder / f"a{index:04}", layers, index)
-
-
-def save_adapter(folder: Path, layers: Any, seed: int) -> None:
-    """As PEFT writes it."""
-    folder.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for path, (out, n) in layers.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(RANK, n, generator=generator) / n**0.5
-        tensors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) / 30
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 class Traffic:
@@ -88,16 +66,8 @@ class Traffic:
         return latencies
 
 
-def quantiles(latencies: Seq[float]) -> dict[str, float]:
-    ordered = sorted(latencies)
-    return {
-        f"p{percent}_ms": round(ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] * 1000, 1)
-        for percent in (50, 99)
-    }
-
-
-def rss_mib() -> float:
-    return float(psutil.Process().memory_info().rss) / 2**20
+def percentiles(latencies: Seq[float]) -> dict[str, float | None]:
+    return {name: percentile([1000 * one for one in latencies], share) for name, share in (("p50", 0.5), ("p99", 0.99))}
 
 
 async def cold_loads(folder: Path, rounds: int) -> dict[str, Any]:
@@ -117,7 +87,7 @@ async def cold_loads(folder: Path, rounds: int) -> dict[str, Any]:
     finally:
         await service.close()
     return {
-        f"{tier}_ms": round(statistics.median(found) * 1000, 1)
+        f"{tier}_ms": over_rounds(1000 * one for one in found)
         for tier, found in (("disk", disk), ("host", host), ("device", device))
     }
 
@@ -149,7 +119,7 @@ async def swaps(folder: Path, num_requests: int) -> dict[str, Any]:
             is_over = True
             if task is not None:
                 await task
-            found[phase] = quantiles(latencies) | {"requests_per_s": round(num_requests / seconds, 1)}
+            found[phase] = {"latency_ms": percentiles(latencies), "requests_per_s": num_requests / seconds}
     finally:
         await service.close()
     return found | {"swaps": num_swaps}
@@ -166,25 +136,26 @@ async def many(folder: Path, num_requests: int, rounds: int, num_places: int) ->
         for name in names:  # into host memory
             await service.version_of(name)
         rates: dict[str, list[float]] = {"16": [], "all": []}
-        before = rss_mib()
+        process = psutil.Process()
+        loaded = rss_bytes(process)
         for _ in range(rounds):
             for key, some, weights in (("16", names[:16], zipf[:16]), ("all", names, zipf)):
                 started = time.perf_counter()
                 await traffic.run(some, weights, num_requests, 16)
                 rates[key].append(num_requests / (time.perf_counter() - started))
-        after = rss_mib()
+        after = rss_bytes(process)
         for name in names:
             await service.unload_adapter(name)
-        unloaded = rss_mib()
+        unloaded = rss_bytes(process)
     finally:
         await service.close()
     return {
         "adapters": len(names),
         "places": num_places,
-        "requests_per_s_16": round(statistics.median(rates["16"]), 1),
-        "requests_per_s_all": round(statistics.median(rates["all"]), 1),
-        "ratio": round(statistics.median(b / a for a, b in zip(rates["16"], rates["all"], strict=True)), 3),
-        "rss_mib": {"loaded": round(before), "after_traffic": round(after), "all_unloaded": round(unloaded)},
+        "requests_per_s_16": over_rounds(rates["16"]),
+        "requests_per_s_all": over_rounds(rates["all"]),
+        "ratio": over_rounds(b / a for a, b in zip(rates["16"], rates["all"], strict=True)),
+        "memory": {"loaded_rss_bytes": loaded, "after_traffic_rss_bytes": after, "all_unloaded_rss_bytes": unloaded},
     }
 
 
@@ -195,20 +166,23 @@ def _vocab_size(folder: Path) -> int:
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        save_bundle(folder, args.shape, args.adapters)
+        layers = save_words_base(args.shape, folder)
+        save_adapters(folder, layers, [f"a{index:04}" for index in range(args.adapters)], rank=RANK)
+        settings = {name: value for name, value in vars(args).items() if name != "out"}
         return {
+            "format": 1,
+            "kind": "adapters",
+            "about": about(torch.device("cpu"), torch.float32) | {"settings": settings | {"rank": RANK, "zipf": ZIPF}},
+            "adapter_bytes": (folder / "a0000" / "adapter_model.safetensors").stat().st_size,
             "many": await many(folder, args.requests, args.rounds, args.places),
             "cold": await cold_loads(folder, min(20, args.adapters - 1)),
             "swaps": await swaps(folder, args.requests),
-            "adapter_mib": round((folder / "a0000" / "adapter_model.safetensors").stat().st_size / 2**20, 2),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
         }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the report there, too")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/report.json")
     parser.add_argument("--shape", choices=list(SHAPES), default="6M")
     parser.add_argument("--adapters", type=int, default=2000)
     parser.add_argument("--places", type=int, default=64)
@@ -217,23 +191,26 @@ def main() -> None:
     args = parser.parse_args()
     report = asyncio.run(measure(args))
     _print(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1))
+    if args.out:
+        write_report(args.out / "report.json", report)
 
 
 def _print(report: dict[str, Any]) -> None:
     console = Console()
     many, cold, swaps = report["many"], report["cold"], report["swaps"]
+    all_s, some_s, ratio = (many[key]["median"] for key in ("requests_per_s_all", "requests_per_s_16", "ratio"))
     console.print(
-        f"{many['adapters']} adapters of {report['adapter_mib']} MiB on {many['places']} places, Zipf {ZIPF}: "
-        f"{many['requests_per_s_all']} requests/s, 16 adapters: {many['requests_per_s_16']} ({many['ratio']}x)"
+        f"{many['adapters']} adapters of {report['adapter_bytes'] / 2**20:.2f} MiB on {many['places']} places, "
+        f"Zipf {ZIPF}: {all_s:.1f} requests/s, 16 adapters: {some_s:.1f} ({ratio:.2f}x)"
     )
-    console.print("resident MiB: " + ", ".join(f"{key} {value}" for key, value in many["rss_mib"].items()))
-    console.print("first verdict from " + ", ".join(f"{key[:-3]} {value} ms" for key, value in cold.items()))
+    memory = (f"{key.removesuffix('_rss_bytes')} {value / 2**20:.0f}" for key, value in many["memory"].items())
+    console.print("resident MiB: " + ", ".join(memory))
+    tiers = (f"{key.removesuffix('_ms')} {value['median']:.1f} ms" for key, value in cold.items())
+    console.print("first verdict from " + ", ".join(tiers))
     table = Table("others' latency", "p50 ms", "p99 ms", "requests/s")
     for phase in ("before", "during", "after"):
         row = swaps[phase]
-        table.add_row(phase, str(row["p50_ms"]), str(row["p99_ms"]), str(row["requests_per_s"]))
+        table.add_row(phase, *(f"{one:.1f}" for one in (*row["latency_ms"].values(), row["requests_per_s"])))
     console.print(table)
     console.print(f"{swaps['swaps']} swaps during")
 

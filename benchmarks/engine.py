@@ -1,23 +1,22 @@
 """How fast the engine is, beside PEFT and beside what the machine can do, all in one run.
 
-    python -m benchmarks.engine --json FILE
+    python -m benchmarks.engine --out DIR     writes DIR/report.json
 
     python -m benchmarks.engine --vllm .venv-vllm/bin/python     beside vLLM, too
 
 A 116 M-parameter Mistral shape with 16 random adapters, r=16 on all linear layers. Every case runs once a round, in
-turn, so that what disturbs the machine disturbs all of them; the figures are medians over the rounds. Tokens/s count
-the prompt tokens in the requests, the same for every system.
+turn, so that what disturbs the machine disturbs all of them; the figures are medians over the rounds, and the report
+has their spread and every round. Tokens/s count the prompt tokens in the requests, the same for every system.
 
 The floor of a case is the time that its FLOPs take at the rate of plain matrix products of the same shapes, or that
-reading its weights once takes at the bandwidth of a copy, whichever is longer. Both are measured in the same rounds, in
-the same dtype. The share of roofline is the floor over the time. vLLM's processes would disturb the others' turns, so
-its rounds come after theirs.
+reading its weights, keys and values once takes at the bandwidth of a copy, whichever is longer. Both are measured in
+the same rounds, in the same dtype. The share of roofline is the floor over the time. vLLM's processes would disturb the
+others' turns, so its rounds come after theirs.
 """
 
 import argparse
 import json
-import platform
-import statistics
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,13 +33,18 @@ from rich.table import Table
 
 from benchmarks.cases import MIXED, NUM_TEXTS, Case, Texts, engine_cases, peft_cases, shared_cases
 from benchmarks.driver import NUM_ADAPTERS, Driver
-from benchmarks.limits import bandwidth, gemm_rate, wait
-from benchmarks.shapes import SHAPES, base_config, num_parameters, random_model
+from benchmarks.rounds import over_rounds
+from benchmarks.shapes import SHAPES, base_config, layer_sizes, num_parameters, random_model
 from loraplex.adapters.checkpoint import write_lora
+from loraplex.measuring.about import about
+from loraplex.measuring.files import write_report
+from loraplex.measuring.limits import bandwidth, gemm_rate, wait
+from loraplex.measuring.memory import peak_rss_bytes
 from loraplex.model.graphs import Capture, CUDACapture
 from loraplex.model.loader import resolve_device, resolve_dtype
 from loraplex.model.step_memo import CAPTURED_AT
 
+ROOT = Path(__file__).parent.parent
 GRAPHS = ", CUDA graphs"  # ends the names of the cases that replay graphs
 
 
@@ -79,28 +83,37 @@ class Measurements:
                 timed(case, self.device)
 
     def round(self) -> None:
-        self.rates.append(gemm_rate(self.shape, self.device, self.dtype))
+        self.rates.append(gemm_rate(layer_sizes(self.shape), self.device, self.dtype))
         self.bandwidths.append(bandwidth(self.device))
         for case in self.cases:
             self.seconds[case.name].append(timed(case, self.device))
 
     def report(self) -> dict[str, Any]:
-        rate, bytes_per_s = statistics.median(self.rates), statistics.median(self.bandwidths)
+        rate, copied = over_rounds(self.rates), over_rounds(self.bandwidths)
         cases: dict[str, dict[str, Any]] = {}
         for case in self.cases:
-            seconds = self.seconds[case.name]
-            median = statistics.median(seconds)
-            floor = max(case.work.total / rate, case.work.num_weights * self.dtype.itemsize / bytes_per_s)
+            found = over_rounds(1000 * one for one in self.seconds[case.name])
+            seconds = found["median"] / 1000
+            floor = case.work.seconds(rate["median"], copied["median"], self.dtype.itemsize)
             cases[case.name] = {
-                "ms": median * 1000,
+                "ms": found,
                 "floor_ms": floor * 1000,
-                "tokens_per_s": case.num_prompt_tokens / median,
-                "gflop": case.work.total / 1e9,
-                "share_of_roofline": floor / median,
-                "rounds_ms": [round(one * 1000, 2) for one in seconds],
+                "tokens_per_s": case.num_prompt_tokens / seconds,
+                "flop": case.work.total,
+                "share_of_roofline": floor / seconds,
+                "rounds_ms": [1000 * one for one in self.seconds[case.name]],
             }
-        found = {"gemm_gflops": rate / 1e9, "copied_gbytes_per_s": bytes_per_s / 1e9, "cases": cases}
-        return found | {"ratios": ratios({name: one["ms"] for name, one in cases.items()})}
+        return {
+            "limits": {"gemm_flops_per_s": rate, "bytes_per_s": copied},
+            "cases": cases,
+            "ratios": ratios({name: one["ms"]["median"] for name, one in cases.items()}),
+            "memory": {
+                "peak_rss_bytes": peak_rss_bytes(),
+                "peak_device_bytes": torch.cuda.max_memory_allocated(self.device)
+                if self.device.type == "cuda"
+                else None,
+            },
+        }
 
 
 def ratios(ms: dict[str, float]) -> dict[str, float]:
@@ -117,8 +130,9 @@ def ratios(ms: dict[str, float]) -> dict[str, float]:
     return {name: ms[slow] / ms[fast] for name, (slow, fast) in pairs.items() if slow in ms and fast in ms}
 
 
-def measure_vllm(python: str, texts: Texts, driver: Driver, rounds: int) -> list[float]:
-    """Return the seconds of each round of the case "16 adapters mixed". vLLM makes random weights of its own."""
+def measure_vllm(python: str, texts: Texts, driver: Driver, rounds: int) -> dict[str, Any]:
+    """Return the seconds of each round of the case "16 adapters mixed", and vLLM's version. vLLM makes random weights
+    of its own."""
     names = [f"a{i}" for i in range(NUM_ADAPTERS)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -132,10 +146,12 @@ def measure_vllm(python: str, texts: Texts, driver: Driver, rounds: int) -> list
             "dtype": str(driver.model.dtype).removeprefix("torch."),
             "rounds": rounds,
         }
-        folder.joinpath("job.json").write_text(json.dumps(job))
-        subprocess.run([python, "-m", "benchmarks.vllm_peer", str(folder)], stdout=sys.stderr, check=True)
-        seconds: list[float] = json.loads((folder / "seconds.json").read_text())
-    return seconds
+        write_report(folder / "job.json", job)
+        path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+        command = [python, "-m", "benchmarks.vllm_peer", str(folder)]
+        subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, stdout=sys.stderr, check=True)
+        found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
 
 
 def profile(case: Case) -> list[tuple[str, float]]:
@@ -159,7 +175,7 @@ def is_profiled(case: Case) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the report there, too, after every round")
+    parser.add_argument("--out", type=Path, help="write DIR/report.json, anew after every round", metavar="DIR")
     parser.add_argument("--shape", choices=list(SHAPES), default="116M")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="auto")
@@ -183,13 +199,15 @@ def main() -> None:
     if not args.no_peft:
         cases += peft_cases(texts, base)
     del base
-    about = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype),
-        "torch": torch.__version__,
-        "parameters_m": round(num_parameters(args.shape) / 1e6),
-        "config": base_config(args.shape).to_diff_dict(),
+    head = about(device, dtype) | {
+        "settings": {
+            "shape": args.shape,
+            "parameters": num_parameters(args.shape),
+            "config": base_config(args.shape).to_diff_dict(),
+            "rounds": args.rounds,
+            "cuda_graphs": args.cuda_graphs,
+            "peft": not args.no_peft,
+        }
     }
     measurements = Measurements(args.shape, cases, device, dtype)
     measurements.warm_up()
@@ -197,44 +215,39 @@ def main() -> None:
 
     def write(**more: Any) -> None:
         nonlocal report
-        report = report | measurements.report() | about | more
+        report = {"format": 1, "kind": "engine", "about": head} | report | measurements.report() | more
         if captured is not None:
             report["graphs_replayed"] = captured.model.max_captured_tokens > 0  # False: a capture failed
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1))
+        if args.out:
+            write_report(args.out / "report.json", report)
 
     for _ in track(range(args.rounds), description="rounds", console=Console(stderr=True)):
         measurements.round()
         write()
-    if device.type == "cuda":
-        write(peak_gib=torch.cuda.max_memory_allocated(device) / 2**30)
     write(profile={case.name: profile(case) for case in cases if is_profiled(case)})
     if args.vllm:
         [mixed] = [case for case in cases if case.name == MIXED]
         vllm = Case(name="vLLM, 16 adapters mixed", num_prompt_tokens=mixed.num_prompt_tokens, work=mixed.work, run=str)
         measurements.cases = [*cases, vllm]
-        measurements.seconds[vllm.name] = measure_vllm(args.vllm, texts, driver, args.rounds)
-        write()
+        found = measure_vllm(args.vllm, texts, driver, args.rounds)
+        measurements.seconds[vllm.name] = found["seconds"]
+        write(vllm=found["version"])
     _print(report)
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def _print(report: dict[str, Any]) -> None:
     console = Console()
-    console.print(f"{report['device']}, {report['threads']} threads, {report['dtype']}, torch {report['torch']}")
+    head, limits = report["about"], report["limits"]
+    console.print(f"{head['device']}, {head['threads']} threads, {head['dtype']}, torch {head['versions']['torch']}")
     console.print(
-        f"Products of these shapes: {report['gemm_gflops']:.0f} GFLOP/s. "
-        f"Copies: {report['copied_gbytes_per_s']:.0f} GB/s."
+        f"Products of these shapes: {limits['gemm_flops_per_s']['median'] / 1e9:.0f} GFLOP/s. "
+        f"Copies: {limits['bytes_per_s']['median'] / 1e9:.0f} GB/s. "
+        f"Most memory: {report['memory']['peak_rss_bytes'] / 1e9:.1f} GB."
     )
-    table = Table("case", "ms", "floor, ms", "tokens/s", "share of roofline")
+    table = Table("case", "ms", "lowest to highest", "floor, ms", "tokens/s", "share of roofline")
     for name, case in report["cases"].items():
-        numbers = (f"{case[key]:.{digits}f}" for key, digits in (("ms", 1), ("floor_ms", 1)))
+        ms = case["ms"]
+        numbers = f"{ms['median']:.1f}", f"{ms['low']:.1f} to {ms['high']:.1f}", f"{case['floor_ms']:.1f}"
         table.add_row(name, *numbers, f"{case['tokens_per_s']:,.0f}", f"{case['share_of_roofline']:.2f}")
     console.print(table)
     for name, ratio in report["ratios"].items():

@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -21,9 +20,13 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from loraplex.measuring.about import about
+from loraplex.measuring.files import write_report, write_text
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "support_desk" / "bundle"
@@ -68,16 +71,16 @@ def parts(out: Path, device: str, shape: str, rounds: int, vllm: str | None) -> 
         ),
         Part(
             name="engine",
-            command=[*engine, "--json", str(out / "engine.json")],
+            command=[*engine, "--out", str(out / "engine")],
             limit_s=180,
-            json="engine.json",
+            json="engine/report.json",
             needs=["peft"],
         ),
         Part(
             name="graphs",
-            command=[*engine, "--no-peft", "--cuda-graphs", "--json", str(out / "graphs.json")],
+            command=[*engine, "--no-peft", "--cuda-graphs", "--out", str(out / "graphs")],
             limit_s=100,
-            json="graphs.json",
+            json="graphs/report.json",
         ),
         Part(
             name="server",
@@ -92,8 +95,8 @@ def parts(out: Path, device: str, shape: str, rounds: int, vllm: str | None) -> 
         ),
     ]
     if vllm:
-        with_vllm = [*engine, "--no-peft", "--vllm", vllm, "--json", str(out / "vllm.json")]
-        found.append(Part(name="vllm", command=with_vllm, limit_s=240, json="vllm.json"))
+        with_vllm = [*engine, "--no-peft", "--vllm", vllm, "--out", str(out / "vllm")]
+        found.append(Part(name="vllm", command=with_vllm, limit_s=240, json="vllm/report.json"))
     return [*found, Part(name="nvidia-smi after", command=smi, limit_s=20)]
 
 
@@ -136,17 +139,6 @@ def run(part: Part, limit_s: float) -> dict[str, Any]:
     return {"state": state, "seconds": round(time.monotonic() - started, 1), "output": output[-TAIL:]}
 
 
-def about(device: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"python": platform.python_version(), "device": device}
-    for package in ("torch", "transformers", "peft", "vllm"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return found | {"commit": commit.stdout.strip() or None}
-
-
 def table(report: Mapping[str, Any]) -> str:
     """Return the figures as Markdown."""
     engine, graphs = report.get("engine") or {}, report.get("graphs") or {}
@@ -157,7 +149,7 @@ def table(report: Mapping[str, Any]) -> str:
         short = name.removesuffix(", CUDA graphs")
         wanted = f"{WANTED_MS[short]:g} ms" if short in WANTED_MS else f"{WANTED_SHARE.get(name, '')}"
         lines.append(
-            f"| {name} | {case['ms']:.1f} | {case['floor_ms']:.1f} | {case['tokens_per_s']:,.0f} "
+            f"| {name} | {case['ms']['median']:.1f} | {case['floor_ms']:.1f} | {case['tokens_per_s']:,.0f} "
             f"| {case['share_of_roofline']:.2f} | {wanted} |"
         )
     if server := report.get("server"):
@@ -188,7 +180,9 @@ def main() -> None:
     chosen = parts(out, args.device, args.shape, args.rounds, args.vllm)
     if args.only:
         chosen = [part for part in chosen if part.name in args.only.split(",")]
-    report: dict[str, Any] = {"about": about(args.device), "parts": {}}
+    # Nothing is asked of the GPU here: this process would take memory there while the parts run. They name it.
+    head = about(torch.device("cpu")) | {"settings": {"device": args.device, "shape": args.shape}}
+    report: dict[str, Any] = {"format": 1, "kind": "gpu", "about": head, "parts": {}}
     end = time.monotonic() + args.seconds
     for part in chosen:
         left = end - time.monotonic()
@@ -198,8 +192,8 @@ def main() -> None:
         if part.json and (out / part.json).is_file():
             found_json = json.loads((out / part.json).read_text())
             report[part.name] = {key: value for key, value in found_json.items() if key != "samples"}
-        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        (out / "table.md").write_text(table(report))
+        write_report(out / "report.json", report)
+        write_text(out / "table.md", table(report))
         print(f"{part.name}: {found['state']}, {found.get('seconds', 0)} s", flush=True)
         if found["state"] != "ok":
             print(found.get("output", ""), flush=True)

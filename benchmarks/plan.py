@@ -7,7 +7,6 @@ bases of 30 M, 116 M and 350 M parameters with adapters of rank 8, 16 and 64 on 
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
-from benchmarks.shapes import SHAPES, base_shape, random_adapter, save_base
+from benchmarks.bundles import save_adapters, save_words_base
 from loraplex.cli.plan_measure import KV_CACHE, mean_text, measure_apart
 from loraplex.measuring.about import about
 from loraplex.measuring.files import write_report
@@ -27,24 +24,6 @@ from loraplex.planning.asked import read_asked
 from loraplex.planning.report import MEASURED
 
 MADE = (("30M", 8, 16), ("116M", 16, 16), ("350M", 64, 4))  # shape, rank, adapters
-PREFIX = "base_model.model."
-
-
-def save_bundle(folder: Path, shape: str, rank: int, num_adapters: int) -> None:
-    """Save a random base of a shape, a tokenizer of whole words, and adapters as PEFT writes them."""
-    save_base(shape, folder, torch.float32)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SHAPES[shape]["vocab_size"])}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    for index in range(num_adapters):
-        adapter = folder / f"a{index:02}"
-        adapter.mkdir()
-        modules = random_adapter(base_shape(shape).layers, rank, index + 1).modules.items()
-        tensors = {f"{PREFIX}{path}.lora_A.weight": lora.lora_A for path, lora in modules}
-        tensors |= {f"{PREFIX}{path}.lora_B.weight": lora.lora_B for path, lora in modules}
-        save_file(tensors, adapter / "adapter_model.safetensors")
-        (adapter / "adapter_config.json").write_text(json.dumps(config))
 
 
 def compare(bundle: Path, dtype: str) -> dict[str, Any]:
@@ -83,7 +62,8 @@ def main() -> None:
         for shape, rank, num_adapters in MADE:
             if shape in args.made:
                 bundles.append(Path(root) / shape)
-                save_bundle(bundles[-1], shape, rank, num_adapters)
+                layers = save_words_base(shape, bundles[-1])
+                save_adapters(bundles[-1], layers, [f"a{index:02}" for index in range(num_adapters)], rank=rank)
         for bundle in bundles:
             for dtype in args.dtype:
                 rows.append(compare(bundle, dtype))

@@ -1,8 +1,10 @@
 """Bases of real shapes with random weights, random adapters for them, and the work of a forward pass."""
 
 import functools
+import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +108,8 @@ def num_parameters(shape: str) -> int:
     return sum(math.prod(size) for name, size in shapes.items() if name != "lm_head.weight")
 
 
-def random_adapter(layers: BaseLayers, rank: int, seed: int) -> AdapterWeights:
-    """LoRA on all linear layers."""
+def random_adapter(layers: BaseLayers, rank: int, seed: int, targets: Collection[str] = ()) -> AdapterWeights:
+    """Return LoRA on the linear layers whose paths end in one of `targets`; on all of them where it is empty."""
     generator = torch.Generator().manual_seed(seed)
     modules = {
         path: LoRAWeights(
@@ -116,8 +118,9 @@ def random_adapter(layers: BaseLayers, rank: int, seed: int) -> AdapterWeights:
             scaling=2.0,
         )
         for path, (out, n) in layers.linear.items()
+        if not targets or path.rpartition(".")[2] in targets
     }
-    return AdapterWeights(modules=modules, kv_id=bytes([seed]).hex() * 32)
+    return AdapterWeights(modules=modules, kv_id=hashlib.sha256(b"%d" % seed).hexdigest())
 
 
 def texts_work(shape: str, runs: Iterable[Run], *, num_adapters: int, rank: int, num_rows: int) -> Work:
@@ -132,3 +135,8 @@ def texts_work(shape: str, runs: Iterable[Run], *, num_adapters: int, rank: int,
 @functools.cache
 def base_shape(shape: str) -> BaseShape:
     return shape_of(base_config(shape), Path(shape))
+
+
+def layer_sizes(shape: str) -> list[tuple[int, int, int]]:
+    """Return (outputs, inputs, how many layers have this size), as `gemm_rate` takes them."""
+    return [(out, n, count) for (out, n), count in Counter(base_shape(shape).layers.linear.values()).items()]

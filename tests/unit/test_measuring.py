@@ -5,16 +5,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
 import torch
 
-from loraplex.measuring.about import about
+from loraplex.measuring.about import about, command
 from loraplex.measuring.files import write_report
 from loraplex.measuring.limits import bandwidth, gemm_rate
-from loraplex.measuring.memory import PeakMemory, rss_bytes
+from loraplex.measuring.memory import PeakMemory, peak_rss_bytes, rss_bytes
 from loraplex.measuring.samples import Spread, percentile
 
 CPU = torch.device("cpu")
@@ -76,3 +78,31 @@ def test_a_report_holds_figures_only_and_is_whole(tmp_path: Path) -> None:
         write_report(path, {"ms": float("nan")})
     assert json.loads(path.read_text()) == {"ms": 1.5}
     assert [one.name for one in path.parent.iterdir()] == ["report.json"]
+
+
+def test_a_processes_own_peak_stays_when_the_memory_is_given_back() -> None:
+    script = (
+        "from loraplex.measuring.memory import peak_rss_bytes; before = peak_rss_bytes(); "
+        "taken = bytearray(2 * 10**8); del taken; print(peak_rss_bytes() - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 1.5e8 < int(run.stdout) < 2.5e8
+    assert peak_rss_bytes() > 1e8  # bytes, and not kB
+
+
+@pytest.mark.parametrize(
+    ("spec", "path", "expected"),
+    [
+        (None, "/any/bin/loraplex", "loraplex 'a b'"),
+        (ModuleSpec("benchmarks.engine", None), "/any/benchmarks/engine.py", "python -m benchmarks.engine 'a b'"),
+        (ModuleSpec("loraplex.__main__", None), "/any/__main__.py", "python -m loraplex 'a b'"),
+    ],
+)
+def test_the_command_is_as_it_is_typed(
+    spec: ModuleSpec | None, path: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = ModuleType("__main__")
+    main.__spec__ = spec
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", [path, "a b"])
+    assert command() == expected

@@ -3,13 +3,13 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from loraplex.bench.call import Reply
 from loraplex.bench.load import Load, Sample
 from loraplex.bench.work import Work
-from loraplex.measuring.samples import Spread, percentile
+from loraplex.measuring.samples import percentile, spread
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 FEWEST_SAMPLES = {"p50": 1, "p90": 10, "p99": 100}  # with fewer, the percentile is the largest of them
@@ -91,11 +91,6 @@ class Slice:
             for found in turns.values()
             if len(found) == len(found[0].job.turns[found[0].turn]) and all(one.reply.status in WAITED for one in found)
         ]
-
-
-def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
-    found = Spread.of(values)
-    return None if found is None else asdict(found)
 
 
 def latencies(slices: Iterable[Sequence[Latency]]) -> dict[str, Any]:

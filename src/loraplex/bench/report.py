@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loraplex.bench.figures import figures, spread, turns
+from loraplex.bench.figures import figures, turns
 from loraplex.bench.measured import LoadPlan, Measured
 from loraplex.bench.quality import agreement, mean, qualities
 from loraplex.bench.run import Run
+from loraplex.measuring.samples import spread
 
 FORMAT = 1
 REFERENCES = ("peft", "peft-mixed", "native")  # the first of them that was measured is what others agree with

@@ -24,7 +24,7 @@ def about(device: torch.device, dtype: torch.dtype | None = None, packages: Iter
     is_cuda = device.type == "cuda"
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "device": torch.cuda.get_device_name(device) if is_cuda else processor(),
         "device_memory_bytes": torch.cuda.mem_get_info(device)[1] if is_cuda else memory_bytes(),
         "processor": processor(),
@@ -36,6 +36,13 @@ def about(device: torch.device, dtype: torch.dtype | None = None, packages: Iter
         "versions": {name: found for name in packages if (found := version(name)) is not None},
         "commit": commit(),
     }
+
+
+def command() -> str:
+    """Return the command line of this process, as it is typed again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def version(package: str) -> str | None:

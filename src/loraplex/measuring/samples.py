@@ -3,7 +3,8 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -32,3 +33,9 @@ class Spread:
         if not found:
             return None
         return cls(median=statistics.median(found), low=min(found), high=max(found), rounds=len(found))
+
+
+def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
+    """Return `Spread.of` the values as a report holds it; None where no round has a value."""
+    found = Spread.of(values)
+    return None if found is None else asdict(found)
