@@ -59,7 +59,7 @@ def a_system(rate: float, *, turns: bool = True) -> dict[str, Any]:
         "url": None,
         "engine": {"dtype": "float32"},
         "shares_prefix": False,
-        "memory": {"peak_rss_bytes": 900_000_000, "loaded_rss_bytes": 800_000_000, "peak_device_bytes": None},
+        "memory": {"peak_rss_bytes": 900_000_000, "starting_rss_bytes": 800_000_000, "peak_device_bytes": None},
         "loads": [
             a_load("closed", 0.8 * rate, 700 / rate, concurrency=1),
             a_load("closed", rate, 2500 / rate, concurrency=8),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from loraplex.bench.call import Answer, Call, Reply
 from loraplex.bench.figures import Slice
 from loraplex.bench.load import Load, Sample, generate
 from loraplex.bench.markdown import markdown
+from loraplex.bench.measured import closed_load
 from loraplex.bench.report import COLUMNS, report, report_text
 from loraplex.bench.run import ALONE, Run
 from loraplex.bench.sections import main_load
@@ -196,6 +198,38 @@ def test_an_open_loop_at_a_rate(tiny_bundle: Path, data: Path) -> None:
     assert load["kind"] == "open" and load["offered_per_s"] == 1.0
     assert 60 < load["requests"]["ok"] < 180, "40 s in each of three slices"
     assert not found["systems"]["native"]["saturation"]["reached"]
+
+
+@pytest.mark.parametrize("systems", [("native",), ("native", "peft")])
+def test_device_memory_is_at_most_what_a_system_had_at_once(
+    systems: tuple[str, ...], tiny_bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system alone gives its cache back between slices, and takes it again in each. Two keep theirs."""
+    taken = {"before": 1000}
+
+    class Caches(Fake):
+        pid = os.getpid()  # type: ignore[assignment]
+
+        async def start(self, classifiers: Sequence[str]) -> None:
+            await super().start(classifiers)
+            taken[self.name] = 100
+
+        async def run(self, load: Load, tell: Tell) -> list[Sample]:
+            found = await super().run(load, tell)
+            taken[self.name] = 500
+            return found
+
+    def load_after_a_pause(*arguments: Any, **more: Any) -> Load:
+        if len(systems) == 1:
+            taken["native"] = 100
+        return closed_load(*arguments, **more)
+
+    monkeypatch.setattr("loraplex.bench.run.closed_load", load_after_a_pause)
+    for module in ("bench.run", "measuring.memory"):
+        monkeypatch.setattr(f"loraplex.{module}.used_device_bytes", lambda _: sum(taken.values()))
+    fakes = {name: Caches(name, 0.1) for name in systems}
+    found, _ = measured(settings(tiny_bundle, data, systems=systems, concurrency=1, slices=6), fakes)
+    assert [one["memory"]["peak_device_bytes"] for one in found["systems"].values()] == [500] * len(systems)
 
 
 def test_a_system_that_fails_is_named_and_the_others_go_on(tiny_bundle: Path, data: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from loraplex.measuring.about import about, command
 from loraplex.measuring.files import write_report
 from loraplex.measuring.limits import bandwidth, gemm_rate
-from loraplex.measuring.memory import PeakMemory, peak_rss_bytes, rss_bytes
+from loraplex.measuring.memory import PeakMemory, peak_rss_bytes, rss_bytes, tree
 from loraplex.measuring.samples import Spread, percentile
 
 CPU = torch.device("cpu")
@@ -66,9 +66,28 @@ def test_peak_memory_sees_what_a_child_took_and_gave_back() -> None:
             process.stdin.write(b"\n")
             process.stdin.flush()
             process.stdout.readline()
-            assert rss_bytes(psutil.Process(process.pid)) < 1.5e8
+            assert rss_bytes([psutil.Process(process.pid)]) < 1.5e8
         assert 2e8 < peak.rss_bytes < 3e8
         process.stdin.write(b"\n")
+
+
+def test_pages_that_processes_share_count_once() -> None:
+    script = """
+import os, sys
+taken = os.urandom(10**8)
+if os.fork():
+    os.wait()
+else:
+    print(flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdin is not None
+        process.stdout.readline()
+        with PeakMemory(process.pid) as peak:
+            assert rss_bytes(tree(psutil.Process(process.pid))) > 2e8
+        assert 1e8 < peak.rss_bytes < 1.6e8
+        process.stdin.close()
 
 
 def test_a_report_holds_figures_only_and_is_whole(tmp_path: Path) -> None:

@@ -357,8 +357,9 @@ class LlamaCpp:
                 prompt = self._probe(name)
                 for _ in range(2):
                     read, _ = await self._read(one, list(prompt.token_ids))
-                if read.cached_tokens != prompt.activation:
-                    self.facts["adapters_begin"] = read.cached_tokens - prompt.activation  # tokens later than PEFT's
+                later = (read.cached_tokens or 0) - prompt.activation  # tokens later than PEFT's
+                if later:
+                    self.facts["adapters_begin"] = later
 
     def _probe(self, name: str) -> Prompt:
         version = self._prompts.questions[name].version

@@ -40,6 +40,12 @@ class Measured:
     clients:    the closed loop that finds its capacity; capacity: conversations/s of each of that loop's slices.
     saturated:  under which plan, and why.
     goodputs:   what was answered at twice the capacity, as a share of the capacity right before and after.
+    starting_rss_bytes, peak_rss_bytes, peak_device_bytes:
+                the most memory until it answered, and in the whole run.
+    loaded_device_bytes:
+                what it took on the device when it had answered its first requests; 0 once it is closed.
+    device_before:
+                what was taken on the device before it started, without the other systems.
     """
 
     system: System
@@ -52,9 +58,11 @@ class Measured:
     capacity: list[float] = field(default_factory=list)
     saturated: tuple[LoadPlan, str] | None = None
     goodputs: list[float] = field(default_factory=list)
-    loaded_rss_bytes: int | None = None
+    starting_rss_bytes: int | None = None
     peak_rss_bytes: int | None = None
     peak_device_bytes: int | None = None
+    loaded_device_bytes: int = 0
+    device_before: int | None = None
 
     @property
     def name(self) -> str:

@@ -78,7 +78,7 @@ def _system(run: Run, one: Measured, gemm: float | None, reference: Measured | N
         "facts": dict(one.system.facts),
         "memory": {
             "peak_rss_bytes": one.peak_rss_bytes,
-            "loaded_rss_bytes": one.loaded_rss_bytes,
+            "starting_rss_bytes": one.starting_rss_bytes,
             "peak_device_bytes": one.peak_device_bytes,
         },
     }

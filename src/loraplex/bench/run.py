@@ -20,7 +20,7 @@ from loraplex.bench.system import System, SystemEnded
 from loraplex.bench.work import work_of
 from loraplex.config import EngineConfig, resolve
 from loraplex.errors import ConfigurationError, LoraplexError
-from loraplex.machine import choose_threads
+from loraplex.machine import choose_threads, give_back
 from loraplex.measuring.about import about
 from loraplex.measuring.limits import bandwidth, gemm_rate
 from loraplex.measuring.memory import PeakMemory, used_device_bytes
@@ -118,6 +118,8 @@ class Run:
                     await self._rounds(group, self._only_plan())
             finally:
                 await asyncio.gather(*(one.system.close() for one in group))
+                for one in group:
+                    one.loaded_device_bytes = 0
 
     def drop_unfinished(self) -> None:
         """Leave out the slices of a round that not all systems have finished, so that all systems are compared on the
@@ -141,6 +143,7 @@ class Run:
             self.bandwidth.append(bandwidth(self.device))
         except RuntimeError:  # out of memory, beside the systems
             pass
+        give_back(self.device)  # what was multiplied and copied is not the systems'
 
     def _tell(self, what: str, share: float = 0.0) -> None:
         self._progress(what, self._num_done + share, self._num_slices)
@@ -149,14 +152,15 @@ class Run:
 
     async def _start(self, one: Measured) -> None:
         """Start a system, and ask it a few conversations that do not count: the first ones take longer."""
-        starting = asyncio.ensure_future(one.system.start(self.prepared.classifiers))
         used = used_device_bytes(self.device)
+        one.device_before = None if used is None else used - self._loaded_beside(one)
+        starting = asyncio.ensure_future(one.system.start(self.prepared.classifiers))
         try:
             while one.system.pid is None and not starting.done() and one.name not in self._settings.urls:
                 await asyncio.sleep(0.01)
             with self._memory(one):
                 await starting
-            one.loaded_rss_bytes = one.peak_rss_bytes
+            one.starting_rss_bytes = one.peak_rss_bytes
             num = self._settings.concurrency or FEW
             with self._memory(one):
                 found = await self._ask(one, closed_load(one.supply, 1, num, self._settings.timeout_s, counts=False))
@@ -166,14 +170,13 @@ class Run:
                     f"system {one.name}", f"answers none of its first requests: {errors[0]}", remedy="see its log"
                 )
             one.rate = found.conversations_per_s or one.rate
+            one.loaded_device_bytes = (used_device_bytes(self.device) or 0) - (used or 0)
             one.state = "measured"
         except (LoraplexError, SystemEnded) as exc:
             one.state = f"failed: {exc}"
             await one.system.close()
         finally:
             starting.cancel()
-        if used is not None and one.system.pid is not None:
-            one.peak_device_bytes = (used_device_bytes(self.device) or 0) - used
 
     @contextmanager
     def _memory(self, one: Measured) -> Iterator[None]:
@@ -181,12 +184,16 @@ class Run:
         if one.system.pid is None:
             yield
             return
-        used = used_device_bytes(self.device)
-        with PeakMemory(one.system.pid) as peak:
+        with PeakMemory(one.system.pid, self.device) as peak:
             yield
         one.peak_rss_bytes = max(one.peak_rss_bytes or 0, peak.rss_bytes)
-        if used is not None and one.peak_device_bytes is not None:
-            one.peak_device_bytes += max(0, (used_device_bytes(self.device) or 0) - used)
+        if peak.device_bytes is not None and one.device_before is not None:
+            own = peak.device_bytes - one.device_before - self._loaded_beside(one)
+            one.peak_device_bytes = max(one.peak_device_bytes or 0, own)
+
+    def _loaded_beside(self, one: Measured) -> int:
+        """Return the bytes on the device that the other systems took when they started."""
+        return sum(other.loaded_device_bytes for other in self.measured.values() if other is not one)
 
     async def _ask(self, one: Measured, load: Load, what: str = "") -> Slice:
         num_ended, num = 0, sum(job.phase != "cool-down" for job in load.jobs)

@@ -300,9 +300,9 @@ def _memory(measured: Mapping[str, Any]) -> Section:
     def size(value: int | None) -> str:
         return "-" if value is None else f"{value / MIB:,.0f}"
 
-    keys = ("loaded_rss_bytes", "peak_rss_bytes", "peak_device_bytes")
+    keys = ("starting_rss_bytes", "peak_rss_bytes", "peak_device_bytes")
     rows = [[NAMES.get(name, name), *(size(one["memory"][key]) for key in keys)] for name, one in measured.items()]
-    head = ["MiB", "until loaded, at most", "in the whole run, at most", "on the device, at most"]
+    head = ["MiB", "while it started, at most", "in the whole run, at most", "on the device, at most"]
     return Section(title="Memory", table=(head, rows))
 
 

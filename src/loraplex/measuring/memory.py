@@ -2,6 +2,8 @@
 
 import re
 import threading
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -12,22 +14,29 @@ import torch
 
 INTERVAL_S = 0.1
 STATUS = Path("/proc/self/status")
+CHILDREN_S = 1.0  # how often it looks for new children, which takes longer than to look at known ones
 
 
 class PeakMemory:
     """Watches a process and its children while a `with` block runs, and keeps the most memory that they had.
 
-    rss_bytes:  resident memory of all of them together, at its highest. Pages that they share count for each of them.
+    rss_bytes:     resident memory of all of them together, at its highest. Pages that several of them share count once:
+                   what is shared is measured at the end.
+    device_bytes:  what all processes of the machine took on the device, at its highest; None for a CPU.
     """
 
-    def __init__(self, pid: int | None = None) -> None:
+    def __init__(self, pid: int | None = None, device: torch.device | None = None) -> None:
         """pid: None watches this process. One that has ended already has no memory."""
         self._process: psutil.Process | None = None
         with suppress(psutil.NoSuchProcess):
             self._process = psutil.Process(pid)
+        self._device = device
+        self._known: list[psutil.Process] = []
+        self._looked_s = -CHILDREN_S
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
         self.rss_bytes = 0
+        self.device_bytes: int | None = None
 
     def __enter__(self) -> Self:
         self._look()
@@ -39,7 +48,9 @@ class PeakMemory:
     ) -> None:
         self._over.set()
         self._thread.join()
+        self._looked_s = -CHILDREN_S
         self._look()
+        self.rss_bytes -= shared_bytes(self._known)
 
     def _watch(self) -> None:
         while not self._over.wait(INTERVAL_S):
@@ -47,16 +58,40 @@ class PeakMemory:
 
     def _look(self) -> None:
         if self._process is not None:
-            self.rss_bytes = max(self.rss_bytes, rss_bytes(self._process))
+            if time.monotonic() - self._looked_s >= CHILDREN_S:
+                self._looked_s = time.monotonic()
+                self._known = tree(self._process)
+            self.rss_bytes = max(self.rss_bytes, rss_bytes(self._known))
+        if self._device is not None and (used := used_device_bytes(self._device)) is not None:
+            self.device_bytes = max(self.device_bytes or 0, used)
 
 
-def rss_bytes(process: psutil.Process) -> int:
-    """Return the resident memory of a process and its children in bytes; 0 once it has ended."""
+def tree(process: psutil.Process) -> list[psutil.Process]:
+    """Return a process and its children, and theirs; of one that has ended, itself."""
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return [process]
+
+
+def rss_bytes(processes: Iterable[psutil.Process]) -> int:
+    """Return the resident memory of processes in bytes. One that has ended has none. Shared pages count for each."""
     total = 0
-    with suppress(psutil.Error):
-        for one in (process, *process.children(recursive=True)):
-            with suppress(psutil.Error):
-                total += int(one.memory_info().rss)
+    for one in processes:
+        with suppress(psutil.Error):
+            total += int(one.memory_info().rss)
+    return total
+
+
+def shared_bytes(processes: Sequence[psutil.Process]) -> int:
+    """Return by how much the processes' resident memory is less than their sum, because they share pages. 0 where the
+    system does not say."""
+    total = 0
+    if len(processes) > 1:
+        for one in processes:
+            with suppress(psutil.Error, AttributeError):  # `pss` is Linux's
+                found = one.memory_full_info()
+                total += max(0, int(found.rss) - int(found.pss))
     return total
 
 
