@@ -1,7 +1,7 @@
 """Other people's load generators beside ours, unchanged, on `/v1/completions` with adapters as models.
 
     python -m benchmarks.other_tools examples/support_desk/bundle --adapters issueResolved,isRejecting \
-        --guidellm .venv-clients/bin/guidellm --inference-perf ENVIRONMENT/bin/inference-perf --json FILE
+        --guidellm .venv-clients/bin/guidellm --inference-perf ENVIRONMENT/bin/inference-perf --out DIR
 
 One server, and one token for each request, as a classifier answers. The tools take turns; a figure is the median over
 the rounds, beside the lowest and the highest. inference-perf needs Python 3.12 and an older transformers: give it an
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="of a prompt")
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/report.json")
     options = parser.parse_args()
     tools: dict[str, Callable[[Asked], Figures]] = {"ours": ours}
     if options.guidellm:
@@ -211,9 +211,10 @@ def main() -> None:
         cells = [f"{one[key]['median']:.3g} ({one[key]['low']:.3g}-{one[key]['high']:.3g})" for key in Figures._fields]
         table.add_row(name, *cells, "yes" if one["agrees"] else "no")
     Console().print(table)
-    if options.json:
-        settings = {name: str(value) for name, value in vars(options).items()}
-        write_report(options.json, {"about": about(torch.device("cpu")), "settings": settings, "tools": found})
+    if options.out:
+        settings = {name: str(value) for name, value in vars(options).items() if name != "out"}
+        head = about(torch.device("cpu")) | {"settings": settings}
+        write_report(options.out / "report.json", {"format": 1, "kind": "other tools", "about": head, "tools": found})
 
 
 @contextmanager

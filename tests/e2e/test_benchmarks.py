@@ -96,7 +96,7 @@ def test_our_load_generator_beside_other_peoples_tools(tmp_path: Path, tiny_bund
     """The others are in environments of their own: `make test-clients` runs one of them."""
     command = [sys.executable, "-m", "benchmarks.other_tools", str(tiny_bundle), "--adapters", "task0,task1"]
     run = subprocess.run(
-        [*command, "--requests", "3", "--tokens", "20", "--rounds", "2", "--json", str(tmp_path / "report.json")],
+        [*command, "--requests", "3", "--tokens", "20", "--rounds", "2", "--out", str(tmp_path)],
         cwd=serving.ROOT,
         capture_output=True,
         text=True,
