@@ -34,6 +34,19 @@ def free_bytes(device: torch.device) -> int:
     return min(_meminfo("MemAvailable"), container_bytes())
 
 
+def total_bytes(device: torch.device) -> int:
+    """Return the most bytes that could ever be free on the device, with the swap of a CPU's machine; 0 where nobody
+    says. What other processes and the kernel's caches hold now counts, because they may give it back."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    machines = _meminfo("MemTotal")
+    try:
+        machines = min(machines, int((CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        pass
+    return machines and machines + _meminfo("SwapTotal")
+
+
 def swap_bytes() -> int:
     """Return the bytes that the machine can still swap out."""
     return _meminfo("SwapFree")
@@ -55,7 +68,8 @@ def container_bytes() -> int:
         limit = int((CGROUP / "memory.max").read_text())
         used = int((CGROUP / "memory.current").read_text())
         stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        return max(1, limit - used + int(stat["inactive_file"]))  # 0 would mean that nobody says
+        cached = int(stat["inactive_file"]) + int(stat["active_file"])
+        return max(1, limit - used + cached)  # 0 would mean that nobody says
     except (OSError, ValueError, KeyError):  # no such file, or "max"
         return sys.maxsize
 

@@ -16,6 +16,7 @@ LAYERS = [
         "types",
         "generation",
         "errors",
+        "amounts",
         "problems",
         "config",
         "metrics",

@@ -36,7 +36,7 @@ def test_kv_that_does_not_fit_is_told_with_what_is_free(
     """Late: the machine does not say what is free, or another process took it meanwhile."""
     if is_refused_late:
         monkeypatch.setattr(native, "free_bytes", lambda device: 0)
-    with pytest.raises(ConfigurationError, match=r"--kv-cache 900000GiB: does not fit: [\d.]+ GiB are free on cpu"):
+    with pytest.raises(ConfigurationError, match=r"--kv-cache 900000GiB: does not fit: .* are free on cpu"):
         Loraplex.load(tiny_bundle, dtype="float32", device="cpu", kv_cache="900000GiB")
 
 
@@ -68,7 +68,9 @@ def test_memory_is_the_containers(
     assert machines > 10_000
     (tmp_path / "memory.max").write_text(limit)
     (tmp_path / "memory.current").write_text(f"{used}\n")
-    (tmp_path / "memory.stat").write_text(f"anon {used - cached}\nactive_file 0\ninactive_file {cached}\n")
+    (tmp_path / "memory.stat").write_text(
+        f"anon {used - cached}\nactive_file {cached // 3}\ninactive_file {cached - cached // 3}\n"
+    )
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
     free = machine.free_bytes(CPU)
     assert free == left if left is not None else free > 10_000

@@ -1,5 +1,6 @@
 """Sizes and work against transformers' own models: parameters, files, FLOPs as PyTorch counts them, keys one by one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 import tiny
+from loraplex.config import EngineConfig
 from loraplex.model.decoder import decoder_layers
 from loraplex.model.loader import build_skeleton, load_model, read_config
+from loraplex.planning.adapter_size import AdapterSize
 from loraplex.planning.base_shape import shape_of, stored_sizes
+from loraplex.planning.memory import Use, adapter_lines, budgets, memo_line
 from loraplex.planning.work import Run, num_lora_weights, visible_keys, work
 
 
@@ -77,3 +81,34 @@ def test_a_tied_head_is_kept_once(is_tied: bool, tmp_path: Path) -> None:
     model = load_model(read, tmp_path, torch.float32, torch.device("cpu"))
     assert model.kv_bytes == 4 * stored_sizes(read, tmp_path).num_kv
     assert decoder_layers(read) == shape_of(read, tmp_path).layers
+
+
+def test_stacked_adapters_are_one_steps_beside_those_that_are_kept() -> None:
+    """Only adapters with a place are stacked, and what exceeds the budget goes once its step is over."""
+    adapters = [AdapterSize(num_placed=1000, host_bytes=4000, num_lora=1000, rank=4)] * 16
+    use = Use(item_bytes=2, is_cuda=True, num_classifiers=16, max_step_tokens=1024, call_tokens=2000)
+    one = 16 * 1000 * 2
+    assert memo_line(adapters, 16, use).expected == 7 * one
+    assert memo_line(adapters, 8, use).expected == 7 * one // 2
+    assert memo_line(adapters, 1, use).expected == 0
+    tight = memo_line(adapters, 16, replace(use, free_bytes=20 * one // 2))
+    assert tight.expected == one + one // 2 and "each step makes them again" in tight.note
+    assert memo_line(adapters, 16, replace(use, free_bytes=40 * one)).expected == one + 2 * one
+    assert "each step" not in memo_line(adapters, 16, replace(use, free_bytes=40 * one)).note
+
+
+def test_shares_count_from_what_is_left_and_sizes_are_as_given() -> None:
+    config = EngineConfig(kv_cache="50%", adapter_memory="50%", host_memory="10%")
+    assert budgets(config, 1000, 1000, is_cuda=False) == (500, 500, 100)
+    assert budgets(config, 1000, None, is_cuda=True) == (500, 250, None)  # the K/V is there first
+    assert budgets(config, None, None, is_cuda=True) == (None, None, None)
+    fixed = EngineConfig(kv_cache="1KiB", adapter_memory="2KiB", host_memory="3KiB")
+    assert budgets(fixed, None, None, is_cuda=True) == (1024, 2048, 3072)
+
+
+def test_host_memory_bounds_the_copies_of_adapters() -> None:
+    adapters = [AdapterSize(num_placed=1000, host_bytes=4000, num_lora=1000, rank=4)] * 16
+    use = Use(item_bytes=2, is_cuda=True, num_classifiers=16, max_step_tokens=1024)
+    assert adapter_lines(adapters, 16, use)[1].expected == 64_000
+    found = adapter_lines(adapters, 16, use, 8_000)[1]
+    assert found.expected == 8_000 and "as much of 64.0 kB" in found.note

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from loraplex.adapters.weights import AdapterWeights
+from loraplex.amounts import size
 from loraplex.bundle import AdapterSource
 from loraplex.config import EngineConfig
 from loraplex.engine.block_pool import BLOCK_SIZE, BlockPool
@@ -101,6 +102,6 @@ def _allocate(model: Model, num_blocks: int, budget: str, device: torch.device) 
             free = free_bytes(device)
     raise ConfigurationError(
         f"--kv-cache {budget}",
-        f"does not fit: {free / 2**30:.1f} GiB are free on {device}",
+        f"does not fit: {size(free)} are free on {device}",
         remedy="give less, such as 20%",
     )

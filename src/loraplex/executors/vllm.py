@@ -3,7 +3,6 @@
 vLLM schedules and computes in its own processes. `vllm_engine.py` sends the requests.
 """
 
-import contextlib
 import sys
 import tempfile
 from collections.abc import Sequence as Seq
@@ -15,7 +14,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from loraplex.adapters.checkpoint import write_lora
-from loraplex.adapters.peft_config import read_peft_config
 from loraplex.adapters.weights import AdapterWeights
 from loraplex.bundle import AdapterSource
 from loraplex.config import EngineConfig
@@ -24,13 +22,11 @@ from loraplex.executors.capabilities import VLLM
 from loraplex.executors.vllm_arguments import read_arguments
 from loraplex.executors.vllm_client import DEVICE_TYPE, reason
 from loraplex.executors.vllm_engine import VllmEngine
+from loraplex.executors.vllm_room import allowed_rank, num_loras, rank_for
 from loraplex.generation import MAX_TOP
 from loraplex.machine import budget_bytes
 from loraplex.model.base_weights import BaseWeights
 from loraplex.model.loader import max_positions, read_stop_ids, resolve_device, resolve_dtype
-
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM takes for max_lora_rank
-MOST_LORAS = 32  # adapters that vLLM keeps room for on the device by default
 
 
 class VllmExecutor:
@@ -68,9 +64,9 @@ class VllmExecutor:
             self.check_device(device)
         dtype = resolve_dtype(options.dtype, device)
         arguments: dict[str, Any] = {
-            "max_loras": min(options.max_adapters, max(len(adapters), 1), MOST_LORAS),
+            "max_loras": num_loras(adapters, options.max_adapters),
             "max_cpu_loras": min(options.max_adapters, max(2 * len(adapters), 64)),
-            "max_lora_rank": _rank_for(adapters),
+            "max_lora_rank": rank_for(adapters),
             "max_num_seqs": min(options.max_step_sequences, options.max_step_tokens or sys.maxsize),
             **({} if options.max_step_tokens is None else {"max_num_batched_tokens": options.max_step_tokens}),
             **(_on_cpu(budget_bytes(options.kv_cache, device)) if device.type == "cpu" else {}),
@@ -116,7 +112,7 @@ class VllmExecutor:
             raise AdapterError(
                 folder,
                 f"its rank {weights.rank} is above {self._max_rank}, which vLLM was started for",
-                remedy=f"start with --vllm-arg max_lora_rank={_allowed_rank(weights.rank)}, or --backend native",
+                remedy=f"start with --vllm-arg max_lora_rank={allowed_rank(weights.rank)}, or --backend native",
             )
         key = next(self._ids)
         # vLLM keeps the adapters of all slots in host memory, so it reads the files once.
@@ -150,21 +146,6 @@ class VllmExecutor:
     def _running(self) -> "VllmEngine":
         assert self._engine is not None, "the base is not loaded"
         return self._engine
-
-
-def _rank_for(adapters: Seq[AdapterSource]) -> int:
-    """Return the largest rank that vLLM must make room for. Unreadable adapters are skipped here; they are reported
-    when they are loaded."""
-    ranks = [16]
-    for source in adapters:
-        with contextlib.suppress(LoraplexError):
-            config = read_peft_config(source.path)
-            ranks += [config.r, *(config.rank_pattern or {}).values()]
-    return _allowed_rank(max(ranks))
-
-
-def _allowed_rank(rank: int) -> int:
-    return next((one for one in RANKS if one >= rank), RANKS[-1])
 
 
 def _on_cpu(kv_bytes: int) -> dict[str, Any]:

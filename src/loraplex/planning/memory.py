@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from loraplex.amounts import counted, size
+from loraplex.config import EngineConfig
 from loraplex.engine.block_pool import BLOCK_SIZE
+from loraplex.machine import budget_of
 from loraplex.model.decoder import MEMO_MEMORY
 from loraplex.model.loader import step_token_bytes
 from loraplex.model.step_memo import MAX_MEMOS, SMALL_STEP
@@ -57,17 +61,44 @@ class Use:
     tokenizer_bytes: int | None = None
 
 
+class Budgets(NamedTuple):
+    """What the settings allow, in bytes; None where a share of unknown memory is meant, which bounds nothing."""
+
+    kv: int | None
+    adapters: int | None
+    host: int | None
+
+
+def budgets(config: EngineConfig, left: int | None, host_left: int | None, *, is_cuda: bool) -> Budgets:
+    """Return the budgets as the server resolves them. left, host_left: bytes that are free on the device and in host
+    memory once the base is loaded; None where nobody says."""
+    kv = _budget(config.kv_cache, left)
+    # On a GPU the K/V is there when the adapters' share is counted. On a CPU no page of it has been touched.
+    rest = left if left is None or not is_cuda else max(0, left - (kv or 0))
+    return Budgets(kv=kv, adapters=_budget(config.adapter_memory, rest), host=_budget(config.host_memory, host_left))
+
+
+def _budget(budget: str, free: int | None) -> int | None:
+    return None if free is None and budget.endswith("%") else budget_of(budget, max(0, free or 0))
+
+
 def weights_line(base: BaseSizes, use: Use) -> Line:
     num_bytes = base.num_weights * use.item_bytes
     note = f"{base.num_weights:,} parameters of {use.item_bytes} bytes"
     return Line(name="weights", where=DEVICE, limit=num_bytes, expected=num_bytes, note=note)
 
 
-def adapter_lines(adapters: Sequence[AdapterSize], num_placed: int, use: Use) -> tuple[Line, Line]:
+def adapter_lines(
+    adapters: Sequence[AdapterSize], num_placed: int, use: Use, host_budget: int | None = None
+) -> tuple[Line, Line]:
     """Return the lines of the adapters on the device, and of those in host memory. num_placed: how many have a slot,
-    the largest first."""
+    the largest first. host_budget: the bytes of --host-memory; None bounds nothing."""
     placed = sorted((one.num_placed for one in adapters), reverse=True)[:num_placed]
     on_device, on_host = sum(placed) * use.item_bytes, sum(one.host_bytes for one in adapters)
+    kept = on_host if host_budget is None else min(on_host, host_budget)
+    note = f"{len(adapters)}, as their files hold them, to place them again without a read"
+    if kept < on_host:
+        note = f"--host-memory keeps as much of {size(on_host)}; the others are read again"
     each = f"{placed[0] * use.item_bytes / 1e6:,.1f} MB for the largest" if placed else "none"
     return (
         Line(name="adapters", where=DEVICE, limit=on_device, expected=on_device, note=f"{len(placed)}, {each}"),
@@ -75,8 +106,8 @@ def adapter_lines(adapters: Sequence[AdapterSize], num_placed: int, use: Use) ->
             name="adapters in host memory",
             where=HOST,
             limit=0,
-            expected=on_host,
-            note=f"{len(adapters)}, as their files hold them, to place them again without a read",
+            expected=kept,
+            note=note,
         ),
     )
 
@@ -100,25 +131,30 @@ def step_line(base: BaseSizes, use: Use) -> Line:
         where=DEVICE,
         limit=0,
         expected=activations + logits,
-        note=f"{use.max_step_tokens:,} tokens, {use.num_classifiers} rows of logits",
+        note=f"{counted(use.max_step_tokens, 'token')}, {counted(use.num_classifiers, 'row')} of logits",
     )
 
 
-def memo_line(adapters: Sequence[AdapterSize], use: Use) -> Line:
-    """Return the stacked copies of adapters that are asked together, as `model/step_memo.py` keeps them.
+def memo_line(adapters: Sequence[AdapterSize], num_placed: int, use: Use) -> Line:
+    """Return the stacked copies of adapters that are asked together, as `model/step_memo.py` keeps them: within their
+    budget between steps, and one step's copies beside them while it runs. num_placed: how many adapters have a slot.
 
     A call that one small step computes always needs the same stack. A call that takes several steps is divided in many
     ways, and each has a stack of its own; larger steps keep none. malloc's heap holds more than what is kept then."""
-    asked = sorted((one.num_lora for one in adapters), reverse=True)[: use.num_classifiers]
+    asked = sorted((one.num_lora for one in adapters), reverse=True)[: min(use.num_classifiers, num_placed)]
     one_stack = sum(asked) * use.item_bytes if len(asked) > 1 else 0
     num_kinds = 1
     if use.call_tokens > min(SMALL_STEP, use.max_step_tokens):
         num_kinds = SPLIT_KINDS if use.max_step_tokens <= SMALL_STEP else LARGE_KINDS
-    expected = num_kinds * one_stack
-    if use.free_bytes is not None:
-        expected = max(one_stack, min(expected, int(MEMO_SHARE * use.free_bytes)))
-    note = f"copies for steps of at most {SMALL_STEP:,} tokens; at most {MEMO_MEMORY} of the free memory"
-    return Line(name="stacked adapters", where=DEVICE, limit=0, expected=expected, note=note)
+    kept = (num_kinds - 1) * one_stack
+    note = f"copies for steps of at most {SMALL_STEP:,} tokens: {size(one_stack)} of one step"
+    if use.free_bytes is not None and one_stack:
+        budget = int(MEMO_SHARE * use.free_bytes)
+        kept = min(kept, budget)
+        note += f", and at most {MEMO_MEMORY} of the free memory between steps"
+        if one_stack > budget:
+            note += f"; they exceed these {size(budget)}, so each step makes them again"
+    return Line(name="stacked adapters", where=DEVICE, limit=0, expected=kept + one_stack, note=note)
 
 
 def overhead_lines(use: Use) -> tuple[Line, ...]:

@@ -1,18 +1,20 @@
 """A plan: the memory of a base with adapters on a target, what fits there, and how long calls take."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loraplex.config import EngineConfig
-from loraplex.machine import budget_of
 from loraplex.model.loader import step_token_bytes, step_tokens
 from loraplex.planning.adapter_size import AdapterSize
 from loraplex.planning.base_shape import BaseShape
 from loraplex.planning.memory import (
     DEVICE,
+    Budgets,
     Line,
     Use,
     adapter_lines,
+    budgets,
     kv_conversation_bytes,
     kv_token_bytes,
     memo_line,
@@ -34,6 +36,7 @@ class Chosen:
     max_adapters: int
     kv_cache_bytes: int
     adapter_memory_bytes: int
+    host_memory_bytes: int | None
     max_step_tokens: int
 
 
@@ -113,12 +116,12 @@ def make_plan(
     length = traffic.conversation_tokens + traffic.suffix_tokens
     one = kv_conversation_bytes(base.sizes, use, traffic.conversation_tokens)
     plain = kv_conversation_bytes(base.sizes, use, length, max(1, traffic.num_classifiers))
-    chosen = _chosen(config, adapters, use, left)
+    chosen = _chosen(budgets(config, left, None if target.is_cuda else left, is_cuda=target.is_cuda), config, use)
     if fits and left is not None:
         use, chosen = _fitted(base, adapters, use, left, one, config)
     num_placed = min(len(adapters), chosen.max_adapters, _num_within(adapters, use, chosen.adapter_memory_bytes))
-    lines = [fixed[0], *adapter_lines(adapters, num_placed, use)]
-    lines += [step_line(base.sizes, use), memo_line(adapters, use), *fixed[1:]]
+    lines = [fixed[0], *adapter_lines(adapters, num_placed, use, chosen.host_memory_bytes)]
+    lines += [step_line(base.sizes, use), memo_line(adapters, num_placed, use), *fixed[1:]]
     rest = None if target.memory_bytes is None else target.memory_bytes - _sum(lines, on_target)
     kv = Line(
         name="K/V cache",
@@ -151,15 +154,13 @@ def _call_tokens(adapters: Sequence[AdapterSize], traffic: Traffic) -> int:
     return copies * traffic.conversation_tokens + traffic.num_classifiers * traffic.suffix_tokens
 
 
-def _chosen(config: EngineConfig, adapters: Sequence[AdapterSize], use: Use, left: int | None) -> Chosen:
+def _chosen(allowed: Budgets, config: EngineConfig, use: Use) -> Chosen:
     """Return the settings as the server would resolve them on the target."""
-    free = max(0, left or 0)
-    kv = budget_of(config.kv_cache, free)
     return Chosen(
         max_adapters=config.max_adapters,
-        kv_cache_bytes=kv,
-        # On a GPU the K/V is there when the adapters' share is counted. On a CPU no page of it has been touched.
-        adapter_memory_bytes=budget_of(config.adapter_memory, free - kv if use.is_cuda else free),
+        kv_cache_bytes=allowed.kv or 0,
+        adapter_memory_bytes=sys.maxsize if allowed.adapters is None else allowed.adapters,
+        host_memory_bytes=allowed.host,
         max_step_tokens=use.max_step_tokens,
     )
 
@@ -170,7 +171,7 @@ def _fitted(
     """Choose settings: first room for the adapters and for the K/V of one conversation, with smaller steps where memory
     is tight. The rest is K/V."""
     left = round(left * (1 - SPARE))
-    memo = memo_line(adapters, use).expected
+    memo = memo_line(adapters, len(adapters), use).expected
     per_adapter = max((_adapter_bytes(one, use) for one in adapters), default=0)
     num_adapters = min(len(adapters), config.max_adapters)
     while True:
@@ -185,6 +186,7 @@ def _fitted(
         max_adapters=max(1, num_adapters),
         kv_cache_bytes=max(0, rest - num_adapters * per_adapter) // 2**20 * 2**20,
         adapter_memory_bytes=-(-placed // 2**20) * 2**20,
+        host_memory_bytes=None if use.is_cuda else num_adapters * max((one.host_bytes for one in adapters), default=0),
         max_step_tokens=use.max_step_tokens,
     )
 

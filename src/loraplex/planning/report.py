@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from loraplex.amounts import size
 from loraplex.hardware.prices import read_prices
 from loraplex.planning.asked import Asked
 from loraplex.planning.memory import DEVICE, HOST
 from loraplex.planning.target import Choice, choices
 from loraplex.planning.timing import efficiency
-from loraplex.planning.units import size
 
 Rows = list[tuple[str, ...]]
 
@@ -165,6 +165,7 @@ def settings(asked: Asked) -> dict[str, Any]:
         "max_adapters": chosen.max_adapters,
         "adapter_memory": f"{-(-chosen.adapter_memory_bytes // MIB)}MiB",
         "kv_cache": f"{chosen.kv_cache_bytes // MIB}MiB",
+        **({} if chosen.host_memory_bytes is None else {"host_memory": f"{-(-chosen.host_memory_bytes // MIB)}MiB"}),
         "max_step_tokens": chosen.max_step_tokens,
     }
 

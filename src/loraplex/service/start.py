@@ -140,9 +140,11 @@ def _load(
             if room >= 0:
                 checked[source.name] = one
     sizes = [adapter_in_memory(one.adapter.weights) for one in checked.values()]
-    plan = plan_start(bundle.base, model_config, config, sizes, packs=packs)
+    plan = plan_start(bundle.base, model_config, config, sizes, layers=layers, sources=bundle.adapters, packs=packs)
     if on_plan is not None:
         on_plan(plan)
+    if plan.warning is not None:
+        logger.warning("%s", plan.warning)
     computation = executor.load(bundle.base, model_config, bundle.adapters)
     base = Base(
         names=preparation.base_names,
