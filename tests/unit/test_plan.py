@@ -1,6 +1,7 @@
 """`loraplex plan`: sizes against real files and tensors, what fits by arithmetic, and the command's own mistakes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from loraplex.bundle import open_adapter, open_bundle
 from loraplex.cli.main import app
 from loraplex.config import EngineConfig
 from loraplex.errors import ConfigurationError
+from loraplex.hardware.instances import instance
 from loraplex.model.loader import load_model, read_config, read_layers
 from loraplex.planning import asked as asked_module
 from loraplex.planning.adapter_size import adapter_in_memory, adapter_of, read_adapter_size, target_paths
 from loraplex.planning.asked import Asked, read_asked
 from loraplex.planning.plan import Plan
 from loraplex.planning.plan_json import metrics
+from loraplex.planning.report import fitting
 
 GB = 10**9
 
@@ -89,6 +92,44 @@ def test_the_cache_takes_what_is_planned(tiny_bundle: Path) -> None:
     assert plan.kv_conversation_bytes[1] == sum(one.nbytes for index in range(3) for one in cache.layer(index))
 
 
+def test_float32_has_no_rates_on_a_gpu() -> None:
+    """PyTorch computes float32 products without tensor cores, and the data do not say how fast."""
+    assert [case.floor_s for case in mistral(dtype="float32", gpu="h100").plan.cases] == [None] * 4
+    ran = run("--model", "mistral-7b-v0.3", "--gpu", "h100", "--dtype", "float32")
+    assert ran.exit_code == 0 and "do not say how fast NVIDIA H100" in ran.stdout and "--dtype bfloat16" in ran.stdout
+
+
+def test_one_conversation_must_fit() -> None:
+    long = mistral(num_adapters=1, conversation_tokens=32_000).plan
+    assert long.chosen.kv_cache_bytes < long.kv_conversation_bytes[1] and not long.short_bytes
+    told = run("--model", "mistral-7b-v0.3", "--gpu", "a10g", "--adapters", "1", "--conversation-tokens", "32000")
+    assert "the K/V cache holds less than one conversation" in told.stdout and "--kv-cache 4000MiB" in told.stdout
+    short = read_asked(model="llama-3.1-8b", gpu="a10g", num_adapters=1, conversation_tokens=100_000).plan
+    assert short.short_bytes > 0
+    with pytest.raises(ConfigurationError, match=r"are 100,020; phi-3-mini-4k takes at most 4,096"):
+        read_asked(model="phi-3-mini-4k", gpu="l4", conversation_tokens=100_000)
+
+
+def test_settings_are_chosen_only_where_they_fit() -> None:
+    ran = run("--model", "llama-3.3-70b", "--gpu", "a10g", "--adapters", "1", "--fit")
+    assert ran.exit_code == 2 and "max_step_tokens:" not in ran.stdout
+
+
+def test_measured_rates_give_times(tiny_bundle: Path) -> None:
+    plan = read_asked(bundle=str(tiny_bundle), conversation_tokens=100, measure=lambda base, dtype: (1e9, 1e9)).plan
+    for case in plan.cases:
+        assert case.floor_s == case.work.seconds(1e9, 1e9, 4 if plan.use.item_bytes == 4 else 2)
+        assert case.expected is not None and case.floor_s <= case.expected[0] < case.expected[1]
+
+
+def test_a_bundles_other_backend_is_told(tiny_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "copy", symlinks=True)
+    with (tmp_path / "copy" / "loraplex.yaml").open("a") as file:
+        file.write("\nengine: {backend: peft}\n")
+    ran = run(str(tmp_path / "copy"), "--conversation-tokens", "100")
+    assert "the bundle names peft" in ran.stdout, ran.output
+
+
 def test_fit_gives_each_part_its_room() -> None:
     plan = mistral(num_adapters=16, conversation_tokens=4096, fits=True).plan
     whole = plan.target.memory_bytes
@@ -112,7 +153,12 @@ def test_instances_have_room_and_the_cheapest_is_first(monkeypatch: pytest.Monke
     prices = [one["usd_per_hour"] for one in found["instances"]]
     known = [price for price in prices if price is not None]
     assert known == sorted(known) and prices[: len(known)] == known
-    assert all("g" in one["name"] or "p" in one["name"] for one in found["instances"])
+    assert all(instance(one["name"]).device for one in found["instances"])
+    asked = mistral(rank=16, fits=True)
+    weights = asked.plan.base.sizes.num_weights * 2
+    for one in fitting(asked):
+        assert one.instance.device is not None and weights < one.instance.device.memory_bytes
+    assert {one["name"] for one in found["instances"]} == {one.instance.name for one in fitting(asked)}
     # The settings are valid ones.
     assert EngineConfig(**found["settings"]).max_adapters == 16
 
@@ -151,6 +197,8 @@ def test_a_config_is_enough(tmp_path: Path) -> None:
         (["--model", "mistral-7b-v0.3", "--dtype", "int8"], 2, "--dtype"),
         (["--model", "mistral-7b-v0.3", "--turns", "501"], 2, "--turns"),
         (["--model", "mistral-7b-v0.3", "--rank", "0"], 2, "--rank"),
+        (["--model", "mistral-7b-v0.3", "--rate", "inf"], 2, "--rate"),
+        (["--model", "mistral-7b-v0.3", "--rate", "0"], 2, "--rate"),
         (["--model", "mistral-7b-v0.33"], 1, "mistral-7b-v0.3"),
         (["--model", "mistral-7b-v0.3", "--gpu", "a10"], 1, "a10g"),
         (["--model", "mistral-7b-v0.3", "--targets", "query"], 1, "q_proj"),

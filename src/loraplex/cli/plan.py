@@ -10,6 +10,7 @@ from rich.table import Table
 
 from loraplex.cli.options import errors_to_exit, quiet_libraries, stdout, tell
 from loraplex.cli.remote import JsonOption
+from loraplex.config import MOST
 from loraplex.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -53,11 +54,13 @@ def plan(
     classifiers: Annotated[
         int | None, _number("How many judge a conversation together (default: all adapters, 16 at most).")
     ] = None,
-    conversation_tokens: Annotated[int, _number("Tokens of a conversation.")] = 500,
+    conversation_tokens: Annotated[
+        int | None, _number("Tokens of a conversation (default: 500, or what the base takes).")
+    ] = None,
     suffix_tokens: Annotated[int, _number("Tokens of a classifier's own question.")] = 20,
     turns: Annotated[int, _number("Turns in which the conversation arrives.")] = 10,
     rate: Annotated[
-        float | None, typer.Option(help="Conversations/s at the busiest time: how many devices that takes.", min=0)
+        float | None, typer.Option(help="Conversations/s at the busiest time: how many devices that takes.")
     ] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Choose max_adapters, kv_cache and max_step_tokens.")] = False,
     measure: Annotated[
@@ -76,8 +79,10 @@ def plan(
         raise typer.BadParameter("give one of BUNDLE, --config and --model", param_hint="BUNDLE")
     if dtype not in (None, "float32", "bfloat16"):
         raise typer.BadParameter(f"{dtype!r} is not float32 or bfloat16", param_hint="--dtype")
-    if turns > conversation_tokens:
+    if turns > (500 if conversation_tokens is None else conversation_tokens):
         raise typer.BadParameter("is more than --conversation-tokens", param_hint="--turns")
+    if rate is not None and not 0 < rate <= MOST:
+        raise typer.BadParameter(f"{rate} is not a number above 0, and at most {MOST}", param_hint="--rate")
     with errors_to_exit():
         if measure and (path is None or gpu.lower() != "cpu"):
             raise ConfigurationError(
@@ -88,8 +93,11 @@ def plan(
         from loraplex.cli.plan_measure import KV_CACHE, measure_apart
         from loraplex.planning.asked import read_asked
         from loraplex.planning.plan_json import as_json_report
+        from loraplex.planning.rates import measure_rates
 
         quiet_libraries()
+        if measure:
+            tell("measuring this machine's rates …")
         asked = read_asked(
             bundle=path,
             config=config,
@@ -106,6 +114,7 @@ def plan(
             turns=turns,
             kv_cache=KV_CACHE if measure else None,
             fits=fit,
+            measure=measure_rates if measure else None,
         )
         measured = None
         if measure and path is not None:
@@ -135,8 +144,8 @@ def _show(asked: "Asked", measured: dict[str, int] | None, rate: float | None, f
     rows = report.instance_rows(asked)
     if rows:
         stdout.print("")
-        _table(("has room, cheapest first", "device", "USD an hour", "read"), rows, 0)
-    if fit:
+        _table(("has room for this plan, cheapest first", "device", "USD an hour", "read"), rows, 0)
+    if fit and not asked.plan.short_bytes:
         stdout.print("")
         for line in report.settings_lines(asked):
             stdout.print(line, markup=False)

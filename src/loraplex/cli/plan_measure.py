@@ -32,6 +32,8 @@ def measure_apart(bundle: str, dtype: str, kv_cache: str = KV_CACHE) -> dict[str
     traffic:  workspace of steps, stacked adapters, and what the kernels keep.
     total:    the most while it was asked.
     """
+    if not CLEAR.exists():
+        raise EngineError("--measure reads /proc, which this machine lacks", remedy="measure on Linux")
     command = [sys.executable, "-m", "loraplex.cli.plan_measure", bundle, dtype, kv_cache]
     run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     if run.returncode:

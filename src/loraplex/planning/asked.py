@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from loraplex.bundle import Bundle, open_bundle
 from loraplex.config import EngineConfig, resolve
+from loraplex.errors import ConfigurationError
 from loraplex.hardware.bases import known_base
 from loraplex.machine import free_bytes
 from loraplex.model.loader import DTYPES, read_config, resolve_dtype
@@ -22,16 +23,18 @@ from loraplex.planning.target import gpu as gpus
 from loraplex.planning.timing import Traffic
 
 DEFAULT_ADAPTERS = MOST_TOGETHER = 16
+DEFAULT_TOKENS = 500  # of a conversation, or fewer where the base takes fewer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What was asked for, and its plan."""
+    """What was asked for, and its plan. backend: the one that the bundle names."""
 
     name: str
     dtype: str
     plan: Plan
     bundle: Bundle | None = None
+    backend: str = "native"
 
 
 def read_asked(
@@ -46,13 +49,15 @@ def read_asked(
     count: int = 1,
     dtype: str | None = None,
     num_classifiers: int | None = None,
-    conversation_tokens: int = 500,
+    conversation_tokens: int | None = None,
     suffix_tokens: int = 20,
     turns: int = 10,
     kv_cache: str | None = None,
     fits: bool = False,
+    measure: Callable[[BaseShape, str], tuple[float, float]] | None = None,
 ) -> Asked:
-    """Return the plan for one of a bundle, a config and a known model. Raises ConfigurationError."""
+    """Return the plan for one of a bundle, a config and a known model. measure: returns this machine's FLOP/s and
+    bytes/s for a base and a number format. Raises ConfigurationError."""
     opened = None if bundle is None else open_bundle(bundle, require_all=False)
     if opened is not None:
         name, base, tokenizer = opened.base_name, _shape(opened.base), opened.base / "tokenizer.json"
@@ -62,9 +67,21 @@ def read_asked(
         assert model is not None, "nothing is asked for"
         known = known_base(model)
         name, base, tokenizer = known.name, _known_shape(known.config), Path("tokenizer.json")
-    target = this_machine() if gpu.lower() == CPU else gpus(gpu, count)
-    number = "bfloat16" if target.is_cuda else str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
-    number = dtype or number
+    if conversation_tokens is None:
+        conversation_tokens = max(1, min(DEFAULT_TOKENS, base.sizes.max_positions - suffix_tokens))
+    longest = conversation_tokens + suffix_tokens
+    if longest > base.sizes.max_positions:
+        raise ConfigurationError(
+            f"--conversation-tokens {conversation_tokens}",
+            f"with {suffix_tokens} of a question are {longest:,}; {name} takes at most {base.sizes.max_positions:,}",
+            remedy="give fewer, or plan a base with a longer context",
+        )
+    is_here = gpu.lower() == CPU
+    number = dtype or (
+        str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.") if is_here else "bfloat16"
+    )
+    rates = None if measure is None else measure(base, number)
+    target = this_machine(rates) if is_here else gpus(gpu, count, number)
     adapters = _adapters(opened, base, num_adapters, rank, targets)
     traffic = Traffic(
         conversation_tokens=conversation_tokens,
@@ -83,13 +100,21 @@ def read_asked(
         tokenizer_bytes=tokenizer.stat().st_size if opened is not None and tokenizer.is_file() else None,
         fits=fits,
     )
-    return Asked(name=name, dtype=number, plan=plan, bundle=opened)
+    return Asked(name=name, dtype=number, plan=plan, bundle=opened, backend=settings.backend)
 
 
-def this_machine() -> Target:
-    """Return this machine's CPU and its free memory. Its rates are not known before they are measured."""
-    free = free_bytes(torch.device("cpu")) or None
-    return Target(name="this machine's CPU", is_cuda=False, memory_bytes=free, is_here=True)
+def this_machine(rates: tuple[float, float] | None = None) -> Target:
+    """Return this machine's CPU and its free memory. rates: FLOP/s and bytes/s, where they were measured."""
+    flops_per_s, bytes_per_s = rates or (None, None)
+    return Target(
+        name="this machine's CPU",
+        is_cuda=False,
+        memory_bytes=free_bytes(torch.device("cpu")) or None,
+        flops_per_s=flops_per_s,
+        bytes_per_s=bytes_per_s,
+        source="measured now",
+        is_here=True,
+    )
 
 
 def _shape(path: Path) -> BaseShape:

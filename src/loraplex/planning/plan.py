@@ -46,10 +46,12 @@ class Fits:
 
     adapters:       of the largest one's size, with the K/V of one conversation.
     conversations:  whose K/V is kept: (for plain adapters, a copy for each; for aLoRA, one copy).
+    cached:         the same, within the K/V cache as planned.
     """
 
     adapters: int
     conversations: tuple[int, int]
+    cached: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +128,7 @@ def make_plan(
     kv = Line(
         name="K/V cache",
         where=DEVICE,
-        limit=one,
+        limit=one if chosen.kv_cache_bytes else 0,
         expected=chosen.kv_cache_bytes,
         note=f"{kv_token_bytes(base.sizes, use):,} bytes a token; {one:,} for one conversation",
     )
@@ -141,8 +143,8 @@ def make_plan(
         num_placed=num_placed,
         kv_token_bytes=kv_token_bytes(base.sizes, use),
         kv_conversation_bytes=(plain, one),
-        fits=None if rest is None else _fits(adapters, use, rest, num_placed, (plain, one)),
-        short_bytes=0 if rest is None else max(0, kv.expected - rest),
+        fits=None if rest is None else _fits(adapters, use, rest, num_placed, (plain, one), kv.expected),
+        short_bytes=0 if rest is None else max(0, max(kv.limit, kv.expected) - rest),
         cases=cases(base, adapters, traffic, target, item_bytes),
         chosen=chosen,
     )
@@ -191,12 +193,16 @@ def _fitted(
     )
 
 
-def _fits(adapters: Sequence[AdapterSize], use: Use, rest: int, num_placed: int, kv: tuple[int, int]) -> Fits:
-    """rest: bytes that everything but the K/V leaves. kv: bytes of a conversation, plain and shared."""
+def _fits(
+    adapters: Sequence[AdapterSize], use: Use, rest: int, num_placed: int, kv: tuple[int, int], cache: int
+) -> Fits:
+    """rest: bytes that everything but the K/V leaves. kv: bytes of a conversation, plain and shared. cache: of the
+    planned K/V."""
     each = max((_adapter_bytes(one, use) for one in adapters), default=0)
     return Fits(
         adapters=max(0, num_placed + (rest - kv[1]) // each) if each else 0,
         conversations=(max(0, rest) // kv[0], max(0, rest) // kv[1]),
+        cached=(cache // kv[0], cache // kv[1]),
     )
 
 

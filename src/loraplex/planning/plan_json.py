@@ -35,6 +35,7 @@ def as_json_report(
         else {
             "adapters": plan.fits.adapters,
             "conversations": dict(zip(("plain", "shared"), plan.fits.conversations, strict=True)),
+            "conversations_in_the_cache": dict(zip(("plain", "shared"), plan.fits.cached, strict=True)),
         },
         "time": [
             {
@@ -55,7 +56,7 @@ def as_json_report(
         "rate": rate,
         "metrics": metrics(asked),
     }
-    return found | ({"settings": settings(asked)} if fits else {})
+    return found | ({"settings": settings(asked)} if fits and not plan.short_bytes else {})
 
 
 def metrics(asked: Asked) -> list[dict[str, str]]:

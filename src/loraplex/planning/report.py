@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from loraplex.amounts import size
+from loraplex.amounts import counted, milliseconds, size
 from loraplex.hardware.prices import read_prices
 from loraplex.planning.asked import Asked
 from loraplex.planning.memory import DEVICE, HOST
@@ -34,8 +34,13 @@ def title(asked: Asked) -> list[str]:
     ]
     if one is not None:
         found.append(
-            f"{len(plan.adapters)} adapters of at most {one.num_placed:,} parameters (rank {one.rank}): "
+            f"{counted(len(plan.adapters), 'adapter')} of at most {one.num_placed:,} parameters (rank {one.rank}): "
             f"{size(one.num_placed * plan.use.item_bytes)} each on the device"
+        )
+    if asked.backend != "native":
+        found.append(
+            f"memory and time are those of the native backend; the bundle names {asked.backend}, whose plan "
+            "`loraplex serve` prints at its start"
         )
     return found
 
@@ -74,12 +79,19 @@ def fit_sentences(asked: Asked, rate: float | None) -> list[str]:
     found.append(f"adapters of this size that fit on one device, beside one conversation's K/V: {plan.fits.adapters:,}")
     found.append(
         f"conversations of {plan.traffic.conversation_tokens:,} tokens whose K/V fits beside the planned adapters: "
-        f"{shared:,} shared (aLoRA), {plain:,} plain"
+        f"{shared:,} shared (aLoRA), {plain:,} plain; in the planned K/V cache {plan.fits.cached[1]:,} and "
+        f"{plan.fits.cached[0]:,}"
     )
+    [kv] = [line for line in plan.lines if line.name == "K/V cache"]
+    if kv.expected < kv.limit:
+        found.append(
+            f"the K/V cache holds less than one conversation, so its next turn is computed in full: give --kv-cache "
+            f"{-(-kv.limit // MIB)}MiB or more, or --fit"
+        )
     if plan.num_placed < len(plan.adapters):
         found.append(
             f"--adapter-memory leaves {plan.num_placed} of {len(plan.adapters)} adapters a place at a time; the others "
-            "wait in host memory"
+            "wait in host memory, or --fit makes room"
         )
     if rate is not None and (most := plan.cases[0].most_per_s) and (best := plan.cases[1].most_per_s):
         low = efficiency(plan.target).low
@@ -113,20 +125,30 @@ def time_rows(asked: Asked) -> Rows:
             rows.append((*row, "", "", ""))
             continue
         low, high = case.expected
-        rows.append((*row, ms(case.floor_s), f"{ms(low)} to {ms(high)}", f"{case.most_per_s:,.1f}"))
+        rows.append(
+            (
+                *row,
+                milliseconds(case.floor_s),
+                f"{milliseconds(low)} to {milliseconds(high)}",
+                f"{case.most_per_s:,.1f}",
+            )
+        )
     return rows
 
 
 def time_sentences(asked: Asked) -> list[str]:
     target = asked.plan.target
+    if target.flops_per_s is None and target.is_cuda:
+        return [f"the data do not say how fast {target.name} computes in {asked.dtype}: --dtype bfloat16 has rates"]
     if target.flops_per_s is None:
-        return [f"nobody has measured the rates of {target.name}: `loraplex bench` does"]
-    found = efficiency(target)
+        return [f"the rates of {target.name} are not measured: --measure does, for a bundle"]
+    found, digits = efficiency(target), 0 if target.is_cuda else 2
     how = f"measured {found.read} ({found.source})" if found.measured else f"{found.source}, not measured"
     return [
-        f"floor: {target.flops_per_s / 1e12:,.0f} TFLOP/s and {(target.bytes_per_s or 0) / 1e9:,.0f} GB/s; "
+        f"floor: {target.flops_per_s / 1e12:,.{digits}f} TFLOP/s and {(target.bytes_per_s or 0) / 1e9:,.0f} GB/s; "
         + target.source,
-        f"expected: {found.low:.0%} to {found.high:.0%} of the floor's speed; {how}",
+        f"expected: {found.low:.0%} to {found.high:.0%} of these rates, with the last layer computed for every token; "
+        f"{how}",
         "shared needs aLoRA adapters; plain adapters compute the conversation once for each classifier",
     ]
 
@@ -168,7 +190,3 @@ def settings(asked: Asked) -> dict[str, Any]:
         **({} if chosen.host_memory_bytes is None else {"host_memory": f"{-(-chosen.host_memory_bytes // MIB)}MiB"}),
         "max_step_tokens": chosen.max_step_tokens,
     }
-
-
-def ms(seconds: float) -> str:
-    return f"{seconds * 1000:,.1f}"

@@ -30,15 +30,16 @@ class Target:
     is_here: bool = False
 
 
-def gpu(name: str, count: int) -> Target:
-    """Return `count` GPUs of the device data. Raises ConfigurationError for an unknown name."""
+def gpu(name: str, count: int, dtype: str) -> Target:
+    """Return `count` GPUs of the device data. Its rates are for bfloat16: PyTorch computes float32 products without
+    tensor cores, and the data do not say how fast. Raises ConfigurationError for an unknown name."""
     found = device(name)
     return Target(
         name=found.title,
         is_cuda=True,
         memory_bytes=found.memory_bytes,
         count=count,
-        flops_per_s=found.flops_per_s,
+        flops_per_s=found.flops_per_s if dtype == "bfloat16" else None,
         bytes_per_s=found.bytes_per_s,
         source=f"its maker's sheet, read {found.read}; nobody has measured it",
     )

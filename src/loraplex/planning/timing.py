@@ -2,7 +2,7 @@
 reached elsewhere."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraplex.engine.block_pool import BLOCK_SIZE
 from loraplex.planning.adapter_size import AdapterSize
@@ -35,8 +35,10 @@ class Case:
     """One kind of call, each asking all classifiers once.
 
     shares:    whether the conversation is computed once for all classifiers, which needs aLoRA adapters.
-    floor_s:   no machine with the target's rates is faster; None where nobody says the rates.
-    expected:  (shortest, longest) seconds.
+    work:      the least work: our own decoder computes most of its last layer for the wanted rows only.
+    floor_s:   no machine with the target's rates is faster; None where the rates are not known.
+    expected:  (shortest, longest) seconds. The shares that were reached elsewhere count the last layer in full, and so
+               does this.
     """
 
     name: str
@@ -70,15 +72,19 @@ def cases(
         ]
     found = []
     for name, shares, runs, num_cached in asked:
-        done = work(
-            base,
-            runs,
-            num_rows=n,
-            num_adapter_weights=sum(loras),
-            num_cached=num_cached,
-            last_in_full=not base.sizes.has_own_decoder,
+        full, least = (
+            work(
+                base,
+                runs,
+                num_rows=n,
+                num_adapter_weights=sum(loras),
+                num_cached=num_cached,
+                last_in_full=last_in_full,
+            )
+            for last_in_full in (True, not base.sizes.has_own_decoder)
         )
-        found.append(_timed(name, shares, sum(run.num_tokens for run in runs), done, target, item_bytes))
+        case = Case(name=name, shares=shares, num_tokens=sum(run.num_tokens for run in runs), work=least)
+        found.append(_timed(case, full, target, item_bytes))
     return tuple(found)
 
 
@@ -86,19 +92,15 @@ def efficiency(target: Target) -> Efficiency:
     return allowances().efficiency["cuda" if target.is_cuda else "cpu"]
 
 
-def _timed(name: str, shares: bool, num_tokens: int, done: Work, target: Target, item_bytes: int) -> Case:
-    case = Case(name=name, shares=shares, num_tokens=num_tokens, work=done)
+def _timed(case: Case, full: Work, target: Target, item_bytes: int) -> Case:
     if target.flops_per_s is None or target.bytes_per_s is None:
         return case
-    floor = done.seconds(target.flops_per_s, target.bytes_per_s, item_bytes)
     reached = efficiency(target)
-    return Case(
-        name=name,
-        shares=shares,
-        num_tokens=num_tokens,
-        work=done,
+    floor, whole = (one.seconds(target.flops_per_s, target.bytes_per_s, item_bytes) for one in (case.work, full))
+    return replace(
+        case,
         floor_s=floor,
-        expected=(floor / reached.high, floor / reached.low),
+        expected=(max(floor, whole / reached.high), whole / reached.low),
         # Several conversations in one step read the weights once, so only the products count.
-        most_per_s=target.count * target.flops_per_s / done.total,
+        most_per_s=target.count * target.flops_per_s / case.work.total,
     )

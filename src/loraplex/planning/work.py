@@ -77,7 +77,7 @@ def work(
         attended[-1] = round(attended[-1] * min(1.0, num_rows / max(num_tokens, 1)))
         # The adapters' part of the last layer, by its share of the base's weights.
         lora = round(lora * (1 - base.num_last / base.num_dense * max(0, num_tokens - num_rows) / max(num_tokens, 1)))
-    experts = round(min(1.0, base.active * num_tokens) * base.num_experts)
+    experts = round(base.active * base.num_experts) if num_tokens else 0  # all tokens may choose the same ones
     return Work(
         linear=2 * linear,
         lora=2 * lora,
