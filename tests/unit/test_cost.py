@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from loraplex.amounts import usd
 from loraplex.cli.main import app
 from loraplex.costs.cost import Cost, Demand, per_thousand_conversations
 from loraplex.hardware.prices import read_prices
@@ -101,6 +102,28 @@ def test_a_hosted_api_by_both_ways_to_count() -> None:
     assert once.is_reachable is None
 
 
+def test_a_rate_without_a_capacity_leads_to_no_conclusion() -> None:
+    output = run("--rate", "1000000")
+    assert "How many instances this rate takes is not known" in output and "than one endpoint for all" not in output
+    assert [line.split()[-3:] for line in output.splitlines() if "endpoint for" in line][:2] == [["?"] * 3] * 2
+    found = json.loads(run("--rate", "1000000", "--json"))
+    assert found["together"]["instances"] is found["saved"]["usd_per_month"] is None
+
+
+def test_an_endpoint_of_one_classifier_may_be_less_fast() -> None:
+    """With activated LoRA one classifier's endpoint computes the whole conversation."""
+    assert cost(rate=Decimal(200), capacity=Decimal(7)).num_separate == 48
+    output = run("--rate", "200", "--capacity", "7", "--separate-capacity", "10")
+    assert cost(rate=Decimal(200), capacity=Decimal(7), separate_capacity=Decimal(10)).num_separate == 16 * 29
+    assert " 464 " in output and "used for 7.00 calls/s, by --separate-capacity" in output
+    assert "counted as 16 times as fast" in run("--rate", "200", "--capacity", "7")
+
+
+def test_one_classifier_and_small_amounts() -> None:
+    assert run("--classifiers", "1").startswith("1 classifier on")
+    assert [usd(Decimal(one)) for one in ("0", "0.0000042", "1.4e-26")] == ["$0.00", "$0.0000042", "below $0.000001"]
+
+
 def test_where_a_hosted_api_costs_less_it_is_said() -> None:
     unknown = run()
     assert "costs less than an instance that answers fewer than 8.42 calls/s on average" in unknown
@@ -134,6 +157,10 @@ def test_the_capacity_of_a_report(report: dict[str, Any], tmp_path: Path) -> Non
     output = run("--rate", "20", "--bench", written(report, tmp_path))
     assert "One instance answers 7.00 calls/s (6.80 to 7.10): native did, on a CPU, 2 cores, bfloat16" in output
     assert "true of that machine only. If it was no ml.g5.2xlarge, measure there." in output
+    assert "as if it answered as much as another machine (a CPU)" in output.splitlines()[0]
+    own = run("--rate", "20", "--instance", "ml.m5.xlarge", "--bench", written(report, tmp_path))
+    assert "another machine" not in own and "interrupted" not in own
+    assert "was interrupted" in run("--bench", written(report | {"cut_short": True}, tmp_path))
     found = json.loads(run("--rate", "20", "--bench", written(report, tmp_path), "--json"))
     assert found["together"]["instances"] == 5 and found["capacity"]["machine"] == "a CPU, 2 cores, bfloat16"
 
@@ -158,6 +185,11 @@ def test_a_report_that_does_not_know_is_refused(
 ) -> None:
     output = run("--bench", written(report, tmp_path), "--system", system, code=1)
     assert message in output and remedy in output
+
+
+def test_a_report_whose_figures_are_in_no_order_is_refused(report: dict[str, Any], tmp_path: Path) -> None:
+    report["systems"]["native"]["saturation"]["conversations_per_s"]["low"] = 9.0
+    assert '"low": 9.0' in run("--bench", written(report, tmp_path), code=1)
 
 
 def test_a_report_of_turns_is_refused(report: dict[str, Any], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from loraplex.errors import ConfigurationError
 from loraplex.hardware.bases import known_base, known_bases
-from loraplex.hardware.devices import device, devices
+from loraplex.hardware.devices import device, devices, find_device
 from loraplex.hardware.instances import instance, instances
 from loraplex.hardware.prices import read_prices
 
@@ -62,6 +62,12 @@ def test_the_rates_are_dense() -> None:
     assert (device("A10G").bytes_per_s, device("a10g").flops_per_s) == (600e9, 70e12)
     for one in devices().values():
         assert DATE.fullmatch(one.read) and one.sheet.startswith("https://") and one.read_at
+
+
+def test_a_device_is_found_by_its_drivers_name() -> None:
+    assert find_device("NVIDIA A100-SXM4-80GB") is device("a100-80gb")
+    assert find_device("NVIDIA L4") is device("l4") and find_device("NVIDIA L40S") is device("l40s")
+    assert find_device("NVIDIA L40") is None and find_device("AMD EPYC") is None
 
 
 def test_instances_are_those_of_sagemaker_and_ec2() -> None:

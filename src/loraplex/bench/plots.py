@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
+from loraplex.amounts import usd
 from loraplex.bench.sections import NAMES, main_load, number
 from loraplex.bench.thousand import costs_of
-from loraplex.costs.report import usd
 
 INK, FAINT = "#000101", "#000102"  # stand for the page's colours until the SVG is written
 COLOURS = tuple(f"#0002{index:02x}" for index in range(8))

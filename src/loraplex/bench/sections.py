@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loraplex.amounts import usd
 from loraplex.bench.thousand import costs_of, rents
-from loraplex.costs.report import usd
 
 GB, MIB = 1e9, 2**20
 FEW_ARRIVALS = 100  # of an open loop, over all its slices: their number varies by a fifth

@@ -5,6 +5,7 @@ from decimal import Decimal
 from typing import Any
 
 from loraplex.costs.cost import per_thousand_conversations
+from loraplex.hardware.devices import find_device
 from loraplex.hardware.instances import instances
 from loraplex.hardware.prices import read_prices
 
@@ -21,13 +22,13 @@ def costs_of(measured: Mapping[str, Any], usd_per_hour: Decimal = Decimal(1)) ->
 
 def rents(device: str) -> list[tuple[str, Decimal]]:
     """Return the cheapest of Amazon's instances with one such device, in EC2 and in SageMaker, with their prices."""
-    prices, found = read_prices(), []
+    prices, known_device, found = read_prices(), find_device(device), []
     for is_sagemaker in (False, True):
         known = [
             (price.usd_per_hour, one.name)
             for one in instances().values()
-            if one.is_sagemaker == is_sagemaker and one.num_devices == 1 and one.device is not None
-            if f"{device} ".startswith(f"{' '.join(one.device.title.split()[:2])} ") and (price := prices.of(one.name))
+            if one.is_sagemaker == is_sagemaker and one.num_devices == 1 and one.device is known_device
+            if (price := prices.of(one.name))
         ]
         found += [(name, price) for price, name in sorted(known)[:1]]
     return found

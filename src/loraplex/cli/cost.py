@@ -41,6 +41,10 @@ def cost(
     capacity: Annotated[
         str | None, _number("Calls/s that one instance answers at most, where there is no --bench.")
     ] = None,
+    separate_capacity: Annotated[
+        str | None,
+        _number("Calls/s that an endpoint with one classifier answers (default: --capacity times the classifiers)."),
+    ] = None,
     headroom: Annotated[str | None, _number("Percent of an instance's capacity that stay free (default: 30).")] = None,
     hours: Annotated[
         str | None, _number("Hours of a month (default: 720, which are 30 days; 730 are a twelfth of a year).")
@@ -62,6 +66,8 @@ def cost(
         raise typer.BadParameter("is a share of --rate; give it, too", param_hint="--utilisation")
     if headroom is not None and bench is None and capacity is None:
         raise typer.BadParameter("is a share of --bench's rate or of --capacity; give one", param_hint="--headroom")
+    if separate_capacity is not None and bench is None and capacity is None:
+        raise typer.BadParameter("needs --bench or --capacity beside it", param_hint="--separate-capacity")
     with errors_to_exit():
         from loraplex.costs.capacity import read_capacity
         from loraplex.costs.cost import Cost, Demand
@@ -78,7 +84,7 @@ def cost(
             )
         given = {
             "classifiers": classifiers, "rate": rate, "utilisation": utilisation, "tokens": tokens,
-            "capacity": capacity, "headroom": headroom, "hours": hours,
+            "capacity": capacity, "separate_capacity": separate_capacity, "headroom": headroom, "hours": hours,
         }  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         found = None if bench is None else read_capacity(bench, system)

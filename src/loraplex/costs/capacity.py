@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraplex.config import validate
 from loraplex.errors import ConfigurationError, listed, quoted
@@ -21,8 +21,10 @@ class Capacity:
     """What a system answered at saturation.
 
     median, low, high:  conversations/s, each judged by all classifiers.
-    machine:            where it was measured: device, cores and number format.
+    device:             where it was measured, as the driver calls it.
+    machine:            device, cores and number format.
     started:            when.
+    is_cut_short:       whether the run was interrupted.
     """
 
     source: Path
@@ -31,8 +33,10 @@ class Capacity:
     median: Decimal
     low: Decimal
     high: Decimal
+    device: str
     machine: str
     started: str
+    is_cut_short: bool
 
 
 class _Part(BaseModel):
@@ -43,6 +47,12 @@ class _Spread(_Part):
     median: Decimal = Field(gt=0)
     low: Decimal
     high: Decimal
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low <= self.median <= self.high:
+            raise ValueError(f"low {self.low}, median {self.median} and high {self.high} are in no order")
+        return self
 
 
 class _Saturation(_Part):
@@ -70,6 +80,7 @@ class _Data(_Part):
 class _Report(_Part):
     about: _About
     data: _Data
+    cut_short: bool = False
     systems: dict[str, _System]
 
 
@@ -101,7 +112,9 @@ def read_capacity(file: Path, system: str) -> Capacity:
         low=spread.low,
         high=spread.high,
         machine=", ".join(part for part in (about.device, cores, about.dtype) if part),
+        device=about.device,
         started=about.started,
+        is_cut_short=report.cut_short,
     )
 
 

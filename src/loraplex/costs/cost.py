@@ -33,6 +33,8 @@ class Demand(NumbersAreNoBooleans):
     utilisation:  the average rate, in percent of `rate`.
     headroom:     percent of an instance's capacity that stay free at the busiest time.
     capacity:     calls/s that one instance answers at most; None where it is not known.
+    separate_capacity:  calls/s that an instance with one classifier answers at most. None: each classifier does its
+                  share of the work, so `capacity` times the number of classifiers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,11 +46,22 @@ class Demand(NumbersAreNoBooleans):
     utilisation: Decimal = Field(Decimal(100), gt=0, le=100)
     headroom: Decimal = Field(Decimal(30), ge=0, lt=100)
     capacity: Rate | None = None
+    separate_capacity: Rate | None = None
 
     @property
     def usable(self) -> Decimal | None:
         """Calls/s for which one instance is used."""
-        return None if self.capacity is None else self.capacity * (100 - self.headroom) / 100
+        return self._without_headroom(self.capacity)
+
+    @property
+    def separate_usable(self) -> Decimal | None:
+        """Calls/s for which an instance with one classifier is used."""
+        if self.separate_capacity is None and self.capacity is not None:
+            return self._without_headroom(self.capacity * self.classifiers)
+        return self._without_headroom(self.separate_capacity)
+
+    def _without_headroom(self, capacity: Decimal | None) -> Decimal | None:
+        return None if capacity is None else capacity * (100 - self.headroom) / 100
 
     @property
     def average(self) -> Decimal | None:
@@ -85,34 +98,42 @@ class Cost:
     usd_per_hour: Decimal
 
     @property
-    def num_together(self) -> int:
-        """Instances that answer all classifiers. One, where rate or capacity is not known."""
-        return self._instances(1)
+    def num_together(self) -> int | None:
+        """Instances that answer all classifiers; None where the capacity for the given rate is not known."""
+        return self._instances(self.demand.usable)
 
     @property
-    def num_separate(self) -> int:
-        """Instances where each classifier has an endpoint, which does its share of the work."""
-        return self.demand.classifiers * self._instances(self.demand.classifiers)
+    def num_separate(self) -> int | None:
+        """Instances where each classifier has an endpoint; None where the capacity for the given rate is not known."""
+        each = self._instances(self.demand.separate_usable)
+        return None if each is None else self.demand.classifiers * each
 
-    def _instances(self, num_shares: int) -> int:
-        rate, usable = self.demand.rate, self.demand.usable
-        return 1 if rate is None or usable is None else math.ceil(rate / (usable * num_shares))
+    def _instances(self, usable: Decimal | None) -> int | None:
+        """One where no rate is given: the price of endpoints that carry what they can."""
+        rate = self.demand.rate
+        if rate is None:
+            return 1
+        return None if usable is None else math.ceil(rate / usable)
 
-    def per_month(self, num_instances: int) -> Decimal:
-        return num_instances * self.usd_per_hour * self.demand.hours
+    def per_month(self, num_instances: int | None) -> Decimal | None:
+        return None if num_instances is None else num_instances * self.usd_per_hour * self.demand.hours
 
-    def per_thousand(self, num_instances: int) -> Decimal | None:
+    def per_thousand(self, num_instances: int | None) -> Decimal | None:
         """Return what 1,000 conversations cost at the average rate; None where it is not known."""
         average = self.demand.average
-        return None if average is None else per_thousand_conversations(num_instances * self.usd_per_hour, average)
+        if average is None or num_instances is None:
+            return None
+        return per_thousand_conversations(num_instances * self.usd_per_hour, average)
 
     @property
-    def saved(self) -> Decimal:
-        return self.per_month(self.num_separate) - self.per_month(self.num_together)
+    def saved(self) -> Decimal | None:
+        separate, together = self.per_month(self.num_separate), self.per_month(self.num_together)
+        return None if separate is None or together is None else separate - together
 
     @property
-    def saved_share(self) -> Decimal:
-        return self.saved / self.per_month(self.num_separate)
+    def saved_share(self) -> Decimal | None:
+        separate, saved = self.per_month(self.num_separate), self.saved
+        return None if separate is None or saved is None else saved / separate
 
     @property
     def separate_break_even(self) -> Decimal | None:

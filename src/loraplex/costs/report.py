@@ -1,12 +1,15 @@
-"""Says what a cost is: in words for people, as JSON for programs."""
+"""Writes a cost in words for people, and as JSON for programs."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from loraplex.amounts import counted, per_second, percent, usd
 from loraplex.costs.capacity import Capacity
 from loraplex.costs.cost import Cost, Offer
+from loraplex.hardware.devices import find_device
+from loraplex.hardware.instances import instances
 from loraplex.hardware.prices import HostedPrice, InstancePrice
 
 COUNTED = {"once": "tokens counted once", "each": "tokens counted for each question"}
@@ -30,7 +33,18 @@ class Report:
 
     def title(self) -> str:
         demand = self.cost.demand
-        return f"{demand.classifiers} classifiers on {self.instance}, {demand.hours} hours a month"
+        title = f"{counted(demand.classifiers, 'classifier')} on {self.instance}, {demand.hours} hours a month"
+        if self.is_of_another_machine and self.capacity is not None:
+            title += f", as if it answered as much as another machine ({self.capacity.device})"
+        return title
+
+    @property
+    def is_of_another_machine(self) -> bool:
+        """Whether the capacity was measured on a device that the instance does not have."""
+        known = instances().get(self.instance.lower())
+        if self.capacity is None or known is None:
+            return False
+        return find_device(self.capacity.device) is not known.device
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
         """Yield what is paid for, its instances, its price a month, and its price for 1,000 conversations."""
@@ -39,8 +53,14 @@ class Report:
             ("an endpoint for each classifier", cost.num_separate),
             ("one endpoint for all", cost.num_together),
         ):
-            yield what, f"{number:,}", usd(cost.per_month(number)), usd(cost.per_thousand(number))
-        yield "saved", "", f"{usd(cost.saved)} ({percent(cost.saved_share)})", ""
+            yield (
+                what,
+                "?" if number is None else f"{number:,}",
+                usd(cost.per_month(number)),
+                usd(cost.per_thousand(number)),
+            )
+        share = cost.saved_share
+        yield "saved", "", usd(cost.saved) if share is None else f"{usd(cost.saved)} ({percent(share)})", ""
         for one in self.offers():
             yield f"{title(one)}, {COUNTED[one.counts]}", "", usd(one.usd_per_month), usd(one.usd_each * 1000)
 
@@ -61,40 +81,59 @@ class Report:
     def _about_the_capacity(self) -> Iterator[str]:
         demand = self.cost.demand
         if demand.rate is not None and demand.utilisation != 100:
-            yield f"{demand.rate} calls/s at the busiest time are {rate(demand.average)} on average."
+            yield f"{demand.rate} calls/s at the busiest time are {per_second(demand.average)} on average."
         if (found := self.capacity) is not None:
             yield (
-                f"One instance answers {rate(found.median)} calls/s ({rate(found.low)} to {rate(found.high)}): "
-                f"{found.system} did, on {found.machine}, on {found.started[:10]} ({found.source}). This is true of "
-                f"that machine only. If it was no {self.instance}, measure there."
+                f"One instance answers {per_second(found.median)} calls/s ({per_second(found.low)} to "
+                f"{per_second(found.high)}): {found.system} did, on {found.machine}, on "
+                f"{found.started[:10]} ({found.source}). This is true of that machine only. "
+                f"If it was no {self.instance}, measure there."
             )
+            if found.is_cut_short:
+                yield "The run of this report was interrupted, so its figures rest on fewer slices."
         elif demand.capacity is not None:
             yield f"One instance answers {demand.capacity} calls/s, as given with --capacity."
+        elif demand.rate is not None:
+            yield (
+                "How many instances this rate takes is not known, because nobody has said how many calls/s one "
+                "answers. Measure there with `loraplex bench`, and give its report with --bench, or give --capacity."
+            )
         else:
             yield (
                 "One instance is counted for each endpoint, because nobody has said how many calls/s it answers. "
                 "Measure there with `loraplex bench`, and give its report with --bench."
             )
         if demand.usable is not None:
-            yield f"{demand.headroom} % of this stay free, so an instance is used for {rate(demand.usable)} calls/s."
+            usable = per_second(demand.usable)
+            yield f"{demand.headroom} % of this stay free, so an instance is used for {usable} calls/s."
 
     def _about_separate_endpoints(self) -> str:
         break_even = self.cost.separate_break_even
         what = "Separate endpoints never cost less than one for all, because each has an instance of its own."
-        return f"{what} Above {rate(break_even)} calls/s they may cost the same." if break_even else what
+        if not break_even:
+            return what
+        demand = self.cost.demand
+        what += f" Above {per_second(break_even)} calls/s they may cost the same."
+        if demand.separate_capacity is not None:
+            return f"{what} One is used for {per_second(demand.separate_usable)} calls/s, by --separate-capacity."
+        return (
+            f"{what} One with one classifier is counted as {demand.classifiers} times as fast, as plain adapters are. "
+            "With activated LoRA it computes the whole conversation, too, and is less fast: give --separate-capacity."
+        )
 
     def _where_cheaper(self, offer: Offer) -> str:
-        demand, break_even = self.cost.demand, f"{rate(offer.break_even)} calls/s on average"
+        demand, break_even = self.cost.demand, f"{per_second(offer.break_even)} calls/s on average"
         if offer.is_reachable is None or demand.usable is None:
             found = f"costs less than an instance that answers fewer than {break_even}, and more than a busier one."
         elif offer.is_reachable:
             found = f"costs less than an instance below {break_even}, and more above."
         else:
-            most = rate(demand.usable * demand.utilisation / 100)
+            most = per_second(demand.usable * demand.utilisation / 100)
             found = f"costs less at any rate. An instance would need {break_even}, and is used for {most} at most."
-        if offer.usd_per_month is None:
+        together = self.cost.per_month(self.cost.num_together)
+        if offer.usd_per_month is None or together is None:
             return found
-        is_less = offer.usd_per_month < self.cost.per_month(self.cost.num_together)
+        is_less = offer.usd_per_month < together
         return f"{found} At the given rate it costs {'less' if is_less else 'no less'} than one endpoint for all."
 
     def as_json(self) -> dict[str, Any]:
@@ -142,7 +181,7 @@ class Report:
             "notes": list(self.sentences()),
         }
 
-    def _way(self, num_instances: int) -> dict[str, Any]:
+    def _way(self, num_instances: int | None) -> dict[str, Any]:
         return {
             "instances": num_instances,
             "usd_per_month": number(self.cost.per_month(num_instances)),
@@ -158,26 +197,6 @@ def sourced(price: InstancePrice | HostedPrice) -> str:
 
 def title(offer: Offer) -> str:
     return offer.price.title or offer.name
-
-
-def usd(value: Decimal | None) -> str:
-    """Return an amount to the cent, and below a dollar to a hundredth of a cent; "?" where it is not known."""
-    if value is None:
-        return "?"
-    if value >= 1:
-        return f"${value:,.2f}"
-    return f"${value:.4f}".removesuffix("00") if value >= Decimal("0.01") else f"${value:.2g}"
-
-
-def rate(value: Decimal | None) -> str:
-    """Return a number for each second with two digits behind the point, or two that count."""
-    if value is None:
-        return "?"
-    return f"{value:,.2f}" if value >= Decimal("0.1") else f"{value:.2g}"
-
-
-def percent(share: Decimal) -> str:
-    return f"{(100 * share).quantize(Decimal('0.01')).normalize():f} %"
 
 
 def number(value: Decimal | int | None) -> float | int | None:
