@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from loraplex.bench.cells import latency, spread_text
 from loraplex.bench.html import html
 from loraplex.bench.markdown import markdown
-from loraplex.bench.sections import latency, load_name, spread
+from loraplex.bench.sections import _busy, load_name
 
 HOSTILE = "<script>alert('x')</script>\"&|`$^$"
 VOID = {"meta", "br", "img", "hr", "link", "input"}
@@ -39,6 +40,7 @@ def a_load(kind: str, rate: float, p50: float, **more: Any) -> dict[str, Any]:
         "tokens_asked_per_s": about(4000 * rate),
         "tokens_computed_per_s": about(1500 * rate),
         "http_adds_ms": about(1.6),
+        "busy_cores": {"client": about(0.9), "system": about(1.5), "others": about(0.05)},
         "share_of_gemm_rate": min(0.01 * rate, 1.0),
         "floor": {"flop_per_conversation": 4.2e9, "weights_bytes": 1.1e7},
         **more,
@@ -53,7 +55,6 @@ def a_system(rate: float, *, turns: bool = True) -> dict[str, Any]:
     ]
     return {
         "state": "measured",
-        "version": "0.1.0",
         "versions": {"loraplex": "0.1.0", HOSTILE: HOSTILE},
         "transport": "http",
         "url": None,
@@ -122,7 +123,7 @@ def a_report(**systems: dict[str, Any]) -> dict[str, Any]:
             "settings": {"transport": "http", "asking": "together", "bundle": HOSTILE},
             "seed": 0,
         },
-        "data": {"file": HOSTILE, "sha256": "00ff", "conversations": 300, "skipped": 0, "turns": False}
+        "data": {"file": HOSTILE, "sha256": "00ff", "conversations": 300, "turns": False}
         | {"classifiers": [HOSTILE], "labelled": {HOSTILE: 300}},
         "limits": {"gemm_flops_per_s": about(9e10), "bytes_per_s": about(1.4e10)},
         "systems": systems
@@ -209,16 +210,20 @@ def test_every_figure_of_the_page_is_the_jsons(report: dict[str, Any], page: Pag
         for load in one["loads"]:
             row = loads[f"{title}, {load_name(load)}"]
             assert row[:4] == ["1,234", "0", "2", "0"]
-            assert row[4:7] == [spread(load["latency_ms"][name]) for name in ("p50", "p90", "p99")]
-            assert row[8:11] == [spread(load[f"{name}_per_s"]) for name in ("requests", "conversations", "verdicts")]
+            assert row[4:7] == [spread_text(load["latency_ms"][name]) for name in ("p50", "p90", "p99")]
+            assert row[8:11] == [
+                spread_text(load[f"{name}_per_s"]) for name in ("requests", "conversations", "verdicts")
+            ]
     article = page.tables["The article's table"]
     closed = [one["loads"][1] for one in measured.values()]
-    assert article[1][3:] == [f"{spread(load['latency_ms']['p50'])} ms" for load in closed]
-    assert article[3][3:] == [f"{spread(load['requests_per_s'])}/s" for load in closed]
+    assert article[1][3:] == [f"{spread_text(load['latency_ms']['p50'])} ms" for load in closed]
+    assert article[3][3:] == [f"{spread_text(load['requests_per_s'])}/s" for load in closed]
     dollars = [row[1] for row in page.tables["Cost of 1,000 conversations"][1:]]
     assert dollars == ["$0.0132", "$0.0347", "$0.0375"]  # 1000 / 3600 / 21, 8, 7.4
     turns = page.tables["Turn by turn"]
-    assert [row[2] for row in turns[1:6]] == [spread(one["latency_ms"]["p50"]) for one in measured["native"]["turns"]]
+    assert [row[2] for row in turns[1:6]] == [
+        spread_text(one["latency_ms"]["p50"]) for one in measured["native"]["turns"]
+    ]
     assert [row[5] for row in turns[1:6]] == [
         f"{one['cached_share']:.0%}"[:-1] + " %" for one in measured["native"]["turns"]
     ]
@@ -228,6 +233,12 @@ def test_every_figure_of_the_page_is_the_jsons(report: dict[str, Any], page: Pag
     settings = {row[0]: row[1] for row in page.tables["Machine and settings"]}
     assert (settings["cores"], settings["sha256"], settings["torch"]) == ("2", "00ff", "2.13.0")
     assert settings["bundle"] == HOSTILE
+
+
+def test_a_busy_client_is_told(page: Page) -> None:
+    assert "PEFT, closed, 8 clients: the client was busy with 0.90 of its one core" in page.text
+    assert "other processes were busy" not in page.text
+    assert "with 0.11 of the machine's cores" in "".join(_busy({"client": None, "others": about(0.11)}, 2))
 
 
 def test_the_summary_compares_and_tells_sharing_from_speed(page: Page) -> None:

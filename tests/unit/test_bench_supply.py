@@ -17,13 +17,14 @@ def test_a_text_is_asked_once_as_it_is_and_then_with_a_number_that_is_new() -> N
     supply = Supply(ROWS, ("a", "b"))
     warm = supply.take("warm-up", 0)
     jobs = [supply.take("measured", index) for index in range(1, 5)]
-    assert texts(warm) == ["#1 Customer: hello 0"]
+    assert texts(warm) == ["#1 Customer: hello 2"]
     assert [texts(one) for one in jobs] == [
         *(["Customer: hello 0"], ["Customer: hello 1"], ["Customer: hello 2"]),
         ["#2 Customer: hello 0"],
     ]
     assert [one.repeat for one in jobs] == [0, 0, 0, 1]
     assert texts(supply.take("measured", 5, counts=False)) == ["#3 Customer: hello 1"]
+    assert texts(supply.take("cool-down", 6)) == ["#4 Customer: hello 0"], "each is another one"
 
 
 def test_all_classifiers_together_or_each() -> None:

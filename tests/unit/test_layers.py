@@ -73,7 +73,7 @@ ONLY_IN = {
     },
     "safetensors": {"adapters/checkpoint"},
     "threadpoolctl": {"machine"},
-    "psutil": {"measuring/memory"},
+    "psutil": {"measuring/cores", "measuring/memory"},
     "vllm": {"executors/vllm_client"},
     "fastapi": {"server"},
     "starlette": {"server"},

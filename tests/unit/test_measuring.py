@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from loraplex.measuring.about import about, command
+from loraplex.measuring.cores import BusyCores
 from loraplex.measuring.files import write_report
 from loraplex.measuring.limits import bandwidth, gemm_rate
 from loraplex.measuring.memory import PeakMemory, peak_rss_bytes, rss_bytes, tree
@@ -43,6 +44,15 @@ def test_about_names_the_machine_and_is_json() -> None:
     found = json.loads(json.dumps(about(CPU, torch.bfloat16)))
     assert found["versions"]["torch"] == torch.__version__
     assert found["dtype"] == "bfloat16" and found["cores"] >= 1 and found["memory_bytes"] > 2**30
+
+
+def test_cores_are_busy_with_what_computes() -> None:
+    script = "import sys\nwhile not sys.stdin.closed: pass"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
+        with BusyCores(process.pid) as watched:
+            time.sleep(0.3)
+        process.kill()
+    assert watched.busy.system > 10 * watched.busy.client and watched.busy.system > 0.05
 
 
 def test_limits_are_what_was_computed_or_moved_a_second(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 from loraplex.bench.call import Reply
 from loraplex.bench.load import Load, Sample
 from loraplex.bench.work import Work
+from loraplex.measuring.cores import Busy
 from loraplex.measuring.samples import percentile, spread
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+BUSY = ("client", "system", "others")
 FEWEST_SAMPLES = {"p50": 1, "p90": 10, "p99": 100}  # with fewer, the percentile is the largest of them
 WAITED = ("ok", "timeout")  # a request that was given up took at least as long as it was waited for
 Latency = tuple[float, bool]  # seconds, and whether the request was given up then
@@ -22,10 +24,11 @@ DEVIATIONS = 2  # of the number of arrivals, which chance makes too
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """A system under one load for a while: the load, and the samples of what has ended."""
+    """A system under one load for a while: the load, the samples of what has ended, and how busy the cores were."""
 
     load: Load
     samples: tuple[Sample, ...]
+    busy: Busy | None = None
 
     @property
     def measured(self) -> list[Sample]:
@@ -132,6 +135,9 @@ def figures(slices: Sequence[Slice], work: Work, gemm_flops_per_s: float | None)
         "tokens_asked_per_s": spread(one.rate(lambda sample: sample.reply.prompt_tokens) for one in slices),
         "tokens_computed_per_s": spread(one.rate(lambda sample: sample.reply.computed_tokens) for one in slices),
         "http_adds_ms": spread(percentile(_added_ms(found), 0.5) for found in answered),
+        "busy_cores": {
+            name: spread(None if one.busy is None else getattr(one.busy, name) for one in slices) for name in BUSY
+        },
         "share_of_gemm_rate": flops["median"] / gemm_flops_per_s if flops and gemm_flops_per_s else None,
     }
 

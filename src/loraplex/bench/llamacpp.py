@@ -69,25 +69,18 @@ class LlamaCpp:
         model: Path | None = None,
         arguments: Sequence[str] = (),
         slots: int = 4,
-        questions_at_once: int = 1,
-        with_adapters: bool = True,
     ) -> None:
         """url: of a server that runs; else `server` (the program) and `model` (a GGUF file of the bundle's base).
 
-        log:                for what the program prints.
-        arguments:          more options of the program; they win over ours.
-        slots:              conversations whose K/V it keeps at once.
-        questions_at_once:  of one conversation. One after the other computes the least: each finds the K/V of the one
-                            before it.
-        with_adapters:      start the program with the classifiers' adapters, written as GGUF; else with the
-                            base only."""
+        log:        for what the program prints.
+        arguments:  more options of the program; they win over ours.
+        slots:      conversations whose K/V it keeps at once."""
         assert url is not None or (server is not None and model is not None), "there is a server, or a program"
         self._bundle, self._url, self._log = bundle, url, log
         self._command = [str(server), "--model", str(model)]
         self._process: Process | None = None
         self._folder: TemporaryDirectory[str] | None = None
-        self._arguments, self._slots, self._with_adapters = tuple(arguments), slots, with_adapters
-        self._questions_at_once = questions_at_once
+        self._arguments, self._slots = tuple(arguments), slots
         self._http = opened(self.name, "http://127.0.0.1" if url is None else url)
         self._labels: dict[str, dict[str, tuple[int, ...]]] = {}
         self._sends_ids = True
@@ -127,7 +120,6 @@ class LlamaCpp:
             "model": Path(str(properties.get("model_path", ""))).name,
             "model_type": properties.get("model_ftype"),
             "slots": properties.get("total_slots"),
-            "questions_at_once": self._questions_at_once,
             "prompts_as": "token ids" if self._sends_ids else "text",
             "adapters": self._has_adapters,
         }
@@ -147,7 +139,8 @@ class LlamaCpp:
 
     async def ask(self, call: Call) -> Reply:
         """Ask all questions of a call. Never raises for what the server answers."""
-        conversations, turn = Conversations(), asyncio.Semaphore(self._questions_at_once)
+        # One question after the other computes the least: each finds the K/V of the one before it.
+        conversations, turn = Conversations(), asyncio.Lock()
 
         async def one(name: str) -> tuple[int, _Read, Answer]:
             async with turn:
@@ -234,7 +227,7 @@ class LlamaCpp:
     async def _launch(self) -> None:
         """Start the program with the adapters, and wait until it answers."""
         self._folder = TemporaryDirectory(prefix="loraplex-llamacpp-")
-        adapters = await asyncio.to_thread(self._write_adapters, Path(self._folder.name)) if self._with_adapters else []
+        adapters = await asyncio.to_thread(self._write_adapters, Path(self._folder.name))
         # From its cache in RAM it would give an activated adapter the K/V that a plain one computed.
         kinds = {one.version.shares_prefix for one in self._prompts.questions.values()}
         longest = min(LONGEST, self._prompts.base.max_model_len)

@@ -8,7 +8,8 @@ from decimal import Decimal
 from typing import Any
 
 from loraplex.amounts import usd
-from loraplex.bench.sections import NAMES, main_load, number
+from loraplex.bench.cells import number
+from loraplex.bench.sections import NAMES, main_load
 from loraplex.bench.thousand import costs_of
 
 INK, FAINT = "#000101", "#000102"  # stand for the page's colours until the SVG is written

@@ -40,7 +40,6 @@ def report(run: Run, *, cut_short: bool = False) -> dict[str, Any]:
             "file": settings.data.name,
             "sha256": _sha256(settings.data),
             "conversations": len(prepared.rows),
-            "skipped": 0,
             "turns": settings.turns,
             "classifiers": list(prepared.classifiers),
             "labelled": {name: num for name, num in labelled.items() if num},
@@ -69,7 +68,6 @@ def _system(run: Run, one: Measured, gemm: float | None, reference: Measured | N
     prepared = run.prepared
     found: dict[str, Any] = {
         "state": one.state,
-        "version": one.system.versions.get("loraplex"),
         "versions": one.system.versions,
         "transport": one.system.transport,
         "url": prepared.settings.urls.get(one.name),

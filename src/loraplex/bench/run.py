@@ -22,6 +22,7 @@ from loraplex.config import EngineConfig, resolve
 from loraplex.errors import ConfigurationError, LoraplexError
 from loraplex.machine import choose_threads, give_back
 from loraplex.measuring.about import about
+from loraplex.measuring.cores import BusyCores
 from loraplex.measuring.limits import bandwidth, gemm_rate
 from loraplex.measuring.memory import PeakMemory, used_device_bytes
 from loraplex.model.loader import resolve_device, resolve_dtype
@@ -203,14 +204,16 @@ class Run:
             num_ended += 1
             self._tell(f"{one.name}: {what or 'first requests'}", min(num_ended / num, 1.0) if what else 0.0)
 
-        return Slice(load=load, samples=tuple(await one.system.run(load, tell)))
+        with BusyCores(one.system.pid) as cores:
+            samples = tuple(await one.system.run(load, tell))
+        return Slice(load=load, samples=samples, busy=cores.busy)
 
     # ------------------------------------------------------------------------------------------- slices
 
     async def _rounds(self, group: Sequence[Measured], plan: LoadPlan) -> None:
         """Give each system its slices of a plan, in turn."""
         for index in range(self._settings.slices):
-            if index and plan.kind == "closed" and len(self.gemm) < self._settings.slices:
+            if index and len(self.gemm) < self._settings.slices:
                 self._measure_limits()
             for one in self._draw.sample(group, len(group)):
                 await self._slice(one, plan, index)

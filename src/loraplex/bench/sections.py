@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.amounts import usd
+from loraplex.bench.cells import latency, number, spread_text
 from loraplex.bench.thousand import costs_of, rents
 
-GB, MIB = 1e9, 2**20
+GB = 1e9
+BUSY_CLIENT = 0.8  # of a core
+BUSY_OTHERS = 0.05  # of all cores
 FEW_ARRIVALS = 100  # of an open loop, over all its slices: their number varies by a fifth
 # The article's table: "Hot-Swappable LoRA: Serving 16 Fine-Tuned Models on a Single GPU".
 ARTICLE = {
@@ -49,7 +52,12 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
     measured = measured_of(report)
     found = [_head(report), *_summary(measured)]
     if measured:
-        found += [_article(measured), _loads(measured), *_saturation(measured), *_costs(report, measured)]
+        found += [
+            _article(measured),
+            _loads(measured, report["about"]["cores"]),
+            *_saturation(measured),
+            *_costs(report, measured),
+        ]
         found += [*_turns(measured)]
         found += [*_quality(measured), *_agreement(measured), _memory(measured), *_limit(report, measured)]
     return [*found, _left_out(report), _repeat(report)]
@@ -81,7 +89,7 @@ def _head(report: Mapping[str, Any]) -> Section:
     way = "in process" if settings["transport"] == "in-process" else "over HTTP"
     asked = "all in one request" if settings["asking"] == "together" else "a request for each"
     texts = [
-        "The run was interrupted: these are the slices that it had measured." if report["cut_short"] else "",
+        _interrupted(report) if report["cut_short"] else "",
         f"{data['conversations']} conversations of `{data['file']}` and {len(data['classifiers'])} classifiers, "
         f"{asked}, asked {way}. {about['device']}, {about['cores']} cores, {about['threads']} threads of PyTorch, "
         f"{about['dtype']}; {about['started']}.",
@@ -91,52 +99,32 @@ def _head(report: Mapping[str, Any]) -> Section:
     return Section(title="", texts=[text for text in texts if text])
 
 
+def _interrupted(report: Mapping[str, Any]) -> str:
+    if not measured_of(report):
+        return "The run was interrupted before a slice was measured."
+    return "The run was interrupted: these are the slices that it had measured."
+
+
 def _summary(measured: Mapping[str, Any]) -> list[Section]:
     """Say how the other systems compare with ours, and how much of that is sharing."""
     ours = main_load(measured["native"]) if "native" in measured else {}
     rate, computed = ours.get("conversations_per_s"), ours.get("tokens_computed_per_s")
     if not rate or not rate["median"]:
         return []
-    points = [f"Loraplex answers {spread(rate)} conversations a second here, with all verdicts of each."]
+    points = [f"Loraplex answers {spread_text(rate)} conversations a second here, with all verdicts of each."]
     for name, one in measured.items():
         theirs = main_load(one)
         other, tokens = theirs["conversations_per_s"], theirs["tokens_computed_per_s"]
         if name == "native" or not other or not other["median"]:
             continue
         times = rate["median"] / other["median"]
-        text = f"{NAMES.get(name, name)} answers {spread(other)}: Loraplex answers {times:.3g} times as many"
+        text = f"{NAMES.get(name, name)} answers {spread_text(other)}: Loraplex answers {times:.3g} times as many"
         if computed and tokens and computed["median"] and tokens["median"]:
             speed = computed["median"] / tokens["median"]
             text += f" (speed {speed:.3g}, sharing {times / speed:.3g})"
         points.append(f"{text}.")
     told = "Speed is tokens computed a second. Sharing is how many fewer tokens are computed for a conversation."
     return [Section(title="In short", texts=[told] if len(points) > 1 else [], points=points)]
-
-
-def spread(found: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """Return a median with its spread, as "12.3 (11.9-13.0)"; "-" where nothing was measured."""
-    if found is None:
-        return "-"
-    median, low, high = (number(found[name], digits) for name in ("median", "low", "high"))
-    return median if found["rounds"] == 1 else f"{median} ({low}-{high})"
-
-
-def latency(found: Mapping[str, Any], name: str, unit: str = "") -> str:
-    """Return a percentile of latencies in milliseconds, as spread() does; of too few, the largest of them. A bound of
-    requests that were given up begins with "≥"."""
-    value = found[name] and found[name]["median"]
-    if value is None:
-        return "-" if found["max"] is None else f"{_bound(found, found['max'])}{unit}, max of {found['n']}"
-    return _bound(found, value, spread(found[name])) + unit
-
-
-def _bound(found: Mapping[str, Any], value: float, text: str = "") -> str:
-    is_bound = found["at_least"] is not None and value >= found["at_least"]
-    return ("≥ " if is_bound else "") + (text or number(value))
-
-
-def number(value: float, digits: int = 3) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def _column(of: Callable[[Mapping[str, Any]], str], measured: Mapping[str, Any]) -> list[str]:
@@ -157,8 +145,8 @@ def _article(measured: Mapping[str, Any]) -> Section:
     ours = {
         "P50 latency": per_load(lambda load: latency(load["latency_ms"], "p50", " ms")),
         "P99 latency": per_load(lambda load: latency(load["latency_ms"], "p99", " ms")),
-        "Requests": per_load(lambda load: f"{spread(load['requests_per_s'])}/s"),
-        "Verdicts": per_load(lambda load: f"{spread(load['verdicts_per_s'])}/s"),
+        "Requests": per_load(lambda load: f"{spread_text(load['requests_per_s'])}/s"),
+        "Verdicts": per_load(lambda load: f"{spread_text(load['verdicts_per_s'])}/s"),
         "Memory": _column(memory, measured),
         "Accuracy": _column(accuracy, measured),
     }
@@ -174,7 +162,7 @@ def _article(measured: Mapping[str, Any]) -> Section:
     )
 
 
-def _loads(measured: Mapping[str, Any]) -> Section:
+def _loads(measured: Mapping[str, Any], cores: int) -> Section:
     head = "system, load|ok|refused|failed|timeout|p50 ms|p90 ms|p99 ms|all verdicts p50 ms|requests/s|conversations/s"
     head += "|verdicts/s|tokens/s asked|tokens/s computed|beside the engine ms"
     rows = []
@@ -187,8 +175,8 @@ def _loads(measured: Mapping[str, Any]) -> Section:
                     *(f"{load['requests'][status]:,}" for status in ("ok", "refused", "failed", "timeout")),
                     *(latency(load["latency_ms"], name) for name in ("p50", "p90", "p99")),
                     latency(load["all_verdicts_ms"], "p50"),
-                    *(spread(load[rate]) for rate in rates),
-                    spread(load["http_adds_ms"]),
+                    *(spread_text(load[rate]) for rate in rates),
+                    spread_text(load["http_adds_ms"]),
                 ]
             )
     errors = [
@@ -198,7 +186,22 @@ def _loads(measured: Mapping[str, Any]) -> Section:
         for load in one["loads"]
         if load["requests"]["errors"]
     ]
-    return Section(title="All loads", table=(head.split("|"), rows), points=errors)
+    busy = [
+        f"{NAMES.get(name, name)}, {load_name(load)}: {text}"
+        for name, one in measured.items()
+        for load in one["loads"]
+        for text in _busy(load["busy_cores"], cores)
+    ]
+    return Section(title="All loads", table=(head.split("|"), rows), points=[*errors, *busy])
+
+
+def _busy(found: Mapping[str, Any], cores: int) -> Iterator[str]:
+    """Yield why a load's figures may be worse than the system is."""
+    client, others = (found[name] and found[name]["median"] for name in ("client", "others"))
+    if client is not None and client > BUSY_CLIENT:
+        yield f"the client was busy with {client:.2f} of its one core, so the system may answer more."
+    if others is not None and others > BUSY_OTHERS * cores:
+        yield f"other processes were busy with {others:.2f} of the machine's cores."
 
 
 def _saturation(measured: Mapping[str, Any]) -> list[Section]:
@@ -210,7 +213,7 @@ def _saturation(measured: Mapping[str, Any]) -> list[Section]:
         rows.append(
             [
                 NAMES.get(name, name),
-                spread(found["conversations_per_s"]),
+                spread_text(found["conversations_per_s"]),
                 f"{found['at']}: {found['why']}" if found["reached"] else "not reached",
                 "-" if goodput is None else f"{goodput['median']:.0%}".replace("%", " %"),
             ]
@@ -298,11 +301,11 @@ def _agreement(measured: Mapping[str, Any]) -> list[Section]:
 
 def _memory(measured: Mapping[str, Any]) -> Section:
     def size(value: int | None) -> str:
-        return "-" if value is None else f"{value / MIB:,.0f}"
+        return "-" if value is None else f"{value / GB:.2f}"
 
     keys = ("starting_rss_bytes", "peak_rss_bytes", "peak_device_bytes")
     rows = [[NAMES.get(name, name), *(size(one["memory"][key]) for key in keys)] for name, one in measured.items()]
-    head = ["MiB", "while it started, at most", "in the whole run, at most", "on the device, at most"]
+    head = ["GB", "while it started, at most", "in the whole run, at most", "on the device, at most"]
     return Section(title="Memory", table=(head, rows))
 
 
@@ -323,13 +326,14 @@ def _limit(report: Mapping[str, Any], measured: Mapping[str, Any]) -> list[Secti
                 "-" if share is None else f"{share:.0%}".replace("%", " %"),
             ]
         )
-    weights = load["floor"]["weights_bytes"]
+    weights = main_load(next(iter(measured.values())))["floor"]["weights_bytes"]  # the base's, the same for all
     text = (
         f"Measured between the slices: products of this base's layers run at {gemm / 1e9:,.0f} GFLOP/s, and copies in "
         f"memory at {bandwidth / 1e9:,.1f} GB/s. Reading the base's {weights / 1e6:,.0f} MB of weights once takes "
         f"{1000 * weights / bandwidth:.2f} ms. The work of the tokens that a system computed is counted without "
         "attention, so the shares are lower bounds. A system that shares a conversation among classifiers computes "
-        "fewer tokens; that shows in the second column, not in the share."
+        "fewer tokens; that shows in the second column, not in the share. PEFT computes the last layer for all tokens, "
+        "of which only the last ones are counted, so its share is too low: by up to 15 % with few layers."
     )
     head = ["system", "GFLOP a conversation", "the least ms for them", "share of the products' rate"]
     return [Section(title="The machine's limit", texts=[text], table=(head, rows))]

@@ -1,4 +1,4 @@
-"""Gives out conversations as jobs, the same ones in the same order to every system."""
+"""Gives out conversations as jobs, in the same order to every system. One that is asked more gets further ones."""
 
 import re
 from collections.abc import Sequence
@@ -31,17 +31,18 @@ class Supply:
         """asking: all classifiers in one request, or a request for each. turns: a conversation arrives turn by turn."""
         self._rows, self._classifiers = rows, classifiers
         self._is_together, self._by_turns = asking == "together", turns
-        self._num_taken = self._num_repeats = 0
+        self._num_taken = self._num_aside = self._num_repeats = 0
 
     def take(self, phase: Phase, index: int, at_s: float = 0.0, *, counts: bool | None = None) -> Job:
-        """Return the next conversation. counts: False returns it as a repeated one, and again the next time; by default
-        what is measured counts."""
-        conversation = self._num_taken % len(self._rows)
-        repeat = self._num_taken // len(self._rows)
+        """Return the next conversation. counts: False returns one from the data's end, as a repeated one; by default
+        what is measured counts. Those of a warm-up are others than those that are measured next, where the data
+        suffices: a system may keep a part of what it has computed."""
         if phase == "measured" if counts is None else counts:
+            repeat, conversation = divmod(self._num_taken, len(self._rows))
             self._num_taken += 1
         else:
-            repeat += 1
+            self._num_aside += 1
+            repeat, conversation = 1, -self._num_aside % len(self._rows)
         given: Conversation = self._rows[conversation].input
         if repeat:
             self._num_repeats += 1

@@ -151,6 +151,11 @@ def bench(
         if is_cut_short:
             run.drop_unfinished()
         found = report(run, cut_short=is_cut_short)
+        if is_cut_short and not any(one.slices for one in run.measured.values()):
+            had = (out / OURS[0]).exists()
+            stderr.print("interrupted before a slice was measured" + (": the earlier report stays" if had else ""))
+            if had:
+                raise typer.Exit(INTERRUPTED)
         write_text(out / OURS[0], report_text(found))
         write_text(out / OURS[1], markdown(found))
         write_text(out / OURS[2], html(found))
@@ -213,9 +218,10 @@ def _engine(given: list[str] | None) -> tuple[dict[str, Any], dict[str, dict[str
 
 
 def _print_summary(found: dict[str, Any]) -> None:
-    from loraplex.bench.sections import latency, main_load, spread
+    from loraplex.bench.cells import latency, spread_text
+    from loraplex.bench.sections import main_load
 
-    head = "system|p50 ms|p99 ms|conversations/s|verdicts/s|memory MiB|accuracy|not answered"
+    head = "system|p50 ms|p99 ms|conversations/s|verdicts/s|memory GB|accuracy|not answered"
     table = Table(*head.split("|"), box=None)
     for name, one in found["systems"].items():
         if not one.get("loads"):
@@ -227,9 +233,9 @@ def _print_summary(found: dict[str, Any]) -> None:
         table.add_row(
             name,
             *(latency(load["latency_ms"], key) for key in ("p50", "p99")),
-            spread(load["conversations_per_s"]),
-            spread(load["verdicts_per_s"]),
-            "-" if taken is None else f"{taken / 2**20:,.0f}",
+            spread_text(load["conversations_per_s"]),
+            spread_text(load["verdicts_per_s"]),
+            "-" if taken is None else f"{taken / 1e9:.2f}",
             "-" if quality is None else f"{quality['accuracy']:.1%}",
             str(requests["refused"] + requests["failed"] + requests["timeout"]),
         )

@@ -99,7 +99,7 @@ def peak_rss_bytes() -> int:
     """Return the most resident memory that this process ever had, as Linux keeps it: nothing watches, nothing is
     disturbed. Elsewhere what it has now."""
     if not STATUS.exists():
-        return rss_bytes(psutil.Process())
+        return rss_bytes([psutil.Process()])
     [peak] = re.findall(r"^VmHWM:\s*(\d+) kB$", STATUS.read_text(), re.M)
     return int(peak) * 1024
 
