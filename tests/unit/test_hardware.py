@@ -12,12 +12,27 @@ from loraplex.hardware.bases import known_base, known_bases
 from loraplex.hardware.devices import device, devices, find_device
 from loraplex.hardware.instances import instance, instances
 from loraplex.hardware.prices import read_prices
+from loraplex.model.loader import read_config
+from loraplex.planning.base_shape import shape_of
 
 DATE = re.compile(r"\d{4}-\d{2}(-\d{2})?")
 
 
+SMALLEST = {  # model type -> the smallest such base, which transformers builds fast
+    str(base.config["model_type"]): name
+    for name, base in sorted(known_bases().items(), key=lambda one: -one[1].parameters)
+}
+
+
 @pytest.mark.parametrize("name", known_bases())
 def test_a_shape_has_the_parameters_that_its_publisher_counts(name: str) -> None:
+    base = known_bases()[name]
+    config = read_config(Path(name), values=base.config)
+    assert shape_of(config, Path(name)).sizes.num_weights == base.parameters
+
+
+@pytest.mark.parametrize("name", SMALLEST.values())
+def test_a_shape_has_the_parameters_that_transformers_counts(name: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -190,6 +190,21 @@ def test_a_config_is_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"num_hidden_layers": None}, "key 'num_hidden_layers' is missing"),
+        ({"num_hidden_layers": 1_000_000}, "key 'num_hidden_layers' is 1000000"),
+        ({"hidden_size": 0}, "key 'hidden_size' is 0"),
+    ],
+)
+def test_a_config_must_hold_its_sizes(tmp_path: Path, values: dict[str, int | None], told: str) -> None:
+    config = tiny.FAMILIES["llama"].to_dict() | values
+    (tmp_path / "config.json").write_text(json.dumps({key: one for key, one in config.items() if one is not None}))
+    ran = run("--config", str(tmp_path))
+    assert ran.exit_code == 1 and told in ran.output, ran.output
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
         ([], 2, "give one of BUNDLE, --config and --model"),

@@ -4,6 +4,7 @@ transformers' modelling code takes seconds to import. Only bases that need it im
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,11 +100,16 @@ def step_tokens(item_bytes: int, bytes_per_token: int, free: int | None) -> int:
     return 1 << num_tokens.bit_length() - 1  # the power of two below it
 
 
-def read_config(path: Path, *, packs: bool = True) -> PreTrainedConfig:
+def read_config(path: Path, *, packs: bool = True, values: Mapping[str, Any] | None = None) -> PreTrainedConfig:
     """Return the base's config, checked. packs: whether the base must run on packed attention and its own weights.
-    Raises UnsupportedModelError, which names what cannot be served."""
+    values: what the config holds, where no file is to be read; `path` is then only what errors name. Raises
+    UnsupportedModelError, which names what cannot be served."""
+    config: PreTrainedConfig
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        if values is None:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        else:
+            config = AutoConfig.for_model(**values)
     except Exception as exc:  # each config class raises its own errors on unexpected values
         raise _refused(path, _reason(exc), "use a base that transformers knows; no remote code is run") from None
     if packs:

@@ -1,17 +1,14 @@
 """Reads what a plan is asked about: a bundle, a config or a known base, and adapters that exist or are imagined."""
 
-import json
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from loraplex.bundle import Bundle, open_bundle
+from loraplex.bundle import Bundle, open_bundle, read_json
 from loraplex.config import EngineConfig, resolve
-from loraplex.errors import ConfigurationError
+from loraplex.errors import ConfigurationError, quoted
 from loraplex.hardware.bases import known_base
 from loraplex.machine import free_bytes
 from loraplex.model.loader import DTYPES, read_config, resolve_dtype
@@ -23,6 +20,7 @@ from loraplex.planning.target import gpu as gpus
 from loraplex.planning.timing import Traffic
 
 DEFAULT_ADAPTERS = MOST_TOGETHER = 16
+MOST_OF = {"hidden_size": 1_000_000, "num_hidden_layers": 1_000}  # sizes that a config.json must hold itself
 DEFAULT_TOKENS = 500  # of a conversation, or fewer where the base takes fewer
 
 
@@ -62,11 +60,12 @@ def read_asked(
     if opened is not None:
         name, base, tokenizer = opened.base_name, _shape(opened.base), opened.base / "tokenizer.json"
     elif config is not None:
-        name, base, tokenizer = str(config), _shape(config), config / "tokenizer.json"
+        name, base, tokenizer = str(config), _given_shape(config), config / "tokenizer.json"
     else:
         assert model is not None, "nothing is asked for"
         known = known_base(model)
-        name, base, tokenizer = known.name, _known_shape(known.config), Path("tokenizer.json")
+        shape = shape_of(read_config(Path(known.name), values=known.config), Path(known.name))
+        name, base, tokenizer = known.name, shape, Path("tokenizer.json")
     if conversation_tokens is None:
         conversation_tokens = max(1, min(DEFAULT_TOKENS, base.sizes.max_positions - suffix_tokens))
     longest = conversation_tokens + suffix_tokens
@@ -121,10 +120,25 @@ def _shape(path: Path) -> BaseShape:
     return shape_of(read_config(path), path)
 
 
-def _known_shape(config: Mapping[str, Any]) -> BaseShape:
-    with tempfile.TemporaryDirectory(prefix="loraplex-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
-        return _shape(Path(folder))
+def _given_shape(path: Path) -> BaseShape:
+    """Return the shape by a user's config.json, or the one in a folder. Missing sizes are refused, because transformers
+    would take those of some base. Raises ConfigurationError."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigurationError(f"--config {path}", "is no file", remedy="give a config.json, or its folder")
+    values = read_json(file)
+    text = values.get("text_config", values)
+    config = read_config(file)
+    names = type(config.get_text_config()).attribute_map
+    for key, most in MOST_OF.items():
+        value = text.get(names.get(key, key), text.get(key))
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ConfigurationError(
+                file,
+                f"key {quoted(names.get(key, key))} is {'missing' if value is None else quoted(value)}",
+                remedy=f"give the base's own config.json; the key is a number from 1 to {most:,}",
+            )
+    return shape_of(config, file)
 
 
 def _adapters(
