@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import virtual
 from loraplex.bench.call import Answer, Call, Reply
@@ -21,6 +22,7 @@ from loraplex.bench.run import ALONE, Run
 from loraplex.bench.sections import main_load
 from loraplex.bench.settings import Prepared, Settings, prepare
 from loraplex.bench.system import SystemEnded, Tell, Transport
+from loraplex.cli.main import app
 from loraplex.errors import ConfigurationError
 
 SETTINGS = {"systems": ("native", "peft", "peft-mixed"), "seconds": 40.0, "slices": 3}
@@ -285,3 +287,18 @@ def test_an_interrupted_run_stops_its_systems_and_keeps_what_it_measured(tiny_bu
     assert other.slices.pop(ALONE), "what only one has finished stays"
     found = report(run, cut_short=True)
     assert found["systems"]["native"]["loads"][0]["slices"] == 2 and "was interrupted" in markdown(found)
+
+
+def test_an_interrupt_before_a_slice_keeps_an_earlier_report(
+    tiny_bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex.cli.bench._measure", lambda run: False)
+    file = data.parent / "out" / "report.json"
+    command = ["bench", tiny_bundle, "--data", data, "--out", file.parent, "--systems", "native"]
+    for earlier in ("", '{"kind": "bench"}'):
+        if earlier:
+            assert "before a slice was measured" in file.with_suffix(".md").read_text()
+            file.write_text(earlier)
+        found = CliRunner().invoke(app, list(map(str, command)))
+        assert found.exit_code == 130, found.output
+    assert file.read_text() == earlier
