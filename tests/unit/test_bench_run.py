@@ -178,6 +178,12 @@ def test_a_sweep_finds_the_capacity_of_a_system_that_batches(tiny_bundle: Path, 
     assert clients == [1, 8, 16, 32, 64, 128] and main_load(one)["concurrency"] == 64
 
 
+def test_a_sweep_doubles_its_clients_until_some_are_refused(tiny_bundle: Path, data: Path) -> None:
+    fake = Fake("native", 1.0, at_once=64, most=20)
+    given = settings(tiny_bundle, data, systems=("native",), sweep=True, seconds=5.0, slices=1)
+    assert measured(given, {"native": fake})[0]["systems"]["native"]["saturation"]["clients"] == 16
+
+
 def test_a_rate_above_the_capacity_is_saturation(tiny_bundle: Path, data: Path) -> None:
     found, _ = measured(settings(tiny_bundle, data, systems=("native",), rate=8.0), {"native": Fake("native", 0.25)})
     told = found["systems"]["native"]["saturation"]

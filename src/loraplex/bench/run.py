@@ -271,15 +271,16 @@ class Run:
             self._judge(one, OVERLOAD)
 
     async def _find_clients(self, group: Sequence[Measured]) -> None:
-        """Double the clients of each system's closed loop until it answers no more conversations a second. That slice
-        is the first of those that measure its capacity."""
+        """Double the clients of each system's closed loop until it answers no more conversations a second, or refuses
+        some. The best slice is the first of those that measure its capacity."""
         growing, num = [*group], FEWEST_CLIENTS
         while growing:
             plan = LoadPlan(kind="closed", concurrency=num)
             for one in self._draw.sample(growing, len(growing)):
                 found = await self._slice(one, plan, 0)
                 rate = (found and found.conversations_per_s) or 0.0
-                if rate > GROWTH * max(one.capacity, default=0.0):
+                refuses = found is not None and any(sample.reply.status == "refused" for sample in found.measured)
+                if rate > GROWTH * max(one.capacity, default=0.0) and not (refuses and one.clients):
                     one.clients, one.capacity = plan, [rate]
                 else:
                     one.clients = one.clients or plan
