@@ -71,7 +71,14 @@ class Fake:
             self._num_waiting -= 1
         tokens = len(call.classifiers) * 100
         verdicts = {name: Answer(label="yes", scores={"yes": 0.75, "no": 0.25}) for name in call.classifiers}
-        return Reply(status="ok", verdicts=verdicts, prompt_tokens=tokens, computed_tokens=tokens, engine_ms=1.0)
+        return Reply(
+            status="ok",
+            verdicts=verdicts,
+            prompt_tokens=tokens,
+            computed_tokens=tokens,
+            engine_ms=1.0,
+            is_cut="hello 7" in str(call.input),
+        )
 
     async def run(self, load: Load, tell: Tell) -> list[Sample]:
         self.log.append(self.name)
@@ -308,3 +315,17 @@ def test_an_interrupt_before_a_slice_keeps_an_earlier_report(
         found = CliRunner().invoke(app, list(map(str, command)))
         assert found.exit_code == 130, found.output
     assert file.read_text() == earlier
+
+
+def test_conversations_that_were_cut_and_labels_of_nobody_are_told(tiny_bundle: Path, data: Path) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[3]["labels"]["noSuch"] = rows[5]["labels"]["noSuch"] = True
+    data.write_text("\n".join(map(json.dumps, rows)))
+    found, _ = measured(
+        settings(tiny_bundle, data, concurrency=1, slices=1, systems=("native",)), {"native": Fake("native", 0.1)}
+    )
+    assert found["data"]["unknown_labels"] == {"noSuch": 2}
+    assert found["systems"]["native"]["cut_conversations"] == 1
+    page = markdown(found)
+    assert "Labels of `noSuch` (2 conversations) belong to no classifier" in page
+    assert "Loraplex cut old turns of 1 conversations" in page

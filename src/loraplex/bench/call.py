@@ -60,6 +60,7 @@ class Reply:
     prompt_tokens:    asked for: in the prompts of all classifiers.
     computed_tokens:  run through the model; the rest (`cached_tokens`) was computed before, or for another classifier.
     engine_ms:        what the system says that it took; None where it does not say.
+    is_cut:           a prompt was too long, and lost its oldest turns.
     """
 
     status: Status
@@ -69,6 +70,7 @@ class Reply:
     computed_tokens: int = 0
     cached_tokens: int = 0
     engine_ms: float | None = None
+    is_cut: bool = False
 
     @classmethod
     def of(cls, result: ClassifyResult) -> "Reply":
@@ -91,6 +93,9 @@ class Reply:
             computed_tokens=usage.computed_tokens,
             cached_tokens=usage.cached_tokens,
             engine_ms=result.timings.total_ms,
+            is_cut=any(
+                warning.startswith("cut_conversation") for one in result.verdicts for warning in one.warnings or ()
+            ),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def report(run: Run, *, cut_short: bool = False) -> dict[str, Any]:
             "turns": settings.turns,
             "classifiers": list(prepared.classifiers),
             "labelled": {name: num for name, num in labelled.items() if num},
+            "unknown_labels": dict(sorted(prepared.strangers.items())),
         },
         "limits": {"gemm_flops_per_s": gemm, "bytes_per_s": spread(run.bandwidth)},
         "systems": {name: systems[name] for name in settings.systems},
@@ -87,6 +88,15 @@ def _system(run: Run, one: Measured, gemm: float | None, reference: Measured | N
     same = reference is None or reference is one or is_base
     return found | {
         "loads": [_load(run, one, plan, gemm) for plan in one.slices],
+        "cut_conversations": len(
+            {
+                (plan, number, sample.job.index)
+                for plan, slices in one.slices.items()
+                for number, each in enumerate(slices)
+                for sample in each.measured
+                if sample.reply.is_cut
+            }
+        ),
         "saturation": _saturation(one),
         "goodput_at_2x": spread(one.goodputs),
         "quality": {"classifiers": {name: asdict(value) for name, value in quality.items()}, "mean": mean(quality)},

@@ -352,6 +352,15 @@ def _left_out(report: Mapping[str, Any]) -> Section:
     ]
     for name, one in report["systems"].items():
         lines += [f"{NAMES.get(name, name)} {what}" for what in _facts(one.get("facts") or {})]
+    lines += [
+        f"{NAMES.get(name, name)} cut old turns of {one['cut_conversations']:,} conversations that were too long."
+        for name, one in report["systems"].items()
+        if one.get("cut_conversations")
+    ]
+    lines += [
+        f"Labels of `{name}` ({num:,} conversations) belong to no classifier of the bundle."
+        for name, num in (report["data"].get("unknown_labels") or {}).items()
+    ]
     excluded = sum(
         sum(load["excluded"][status] for status in ("ok", "refused", "failed", "timeout"))
         for one in report["systems"].values()

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,6 +78,7 @@ class Prepared:
     rows:      the conversations, in the order in which they are asked.
     truth:     row -> classifier -> right label.
     labels:    classifier -> its contract's labels.
+    strangers: names that the data has labels for, and the bundle has no classifier of -> how many conversations.
     engine:    system -> all of its options.
     versions:  system -> distribution -> version in the system's interpreter.
     skipped:   system -> why it cannot be measured.
@@ -88,6 +90,7 @@ class Prepared:
     classifiers: tuple[str, ...]
     truth: Mapping[int, Mapping[str, str]]
     labels: Mapping[str, Sequence[str]]
+    strangers: Mapping[str, int]
     engine: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, Mapping[str, str]]
     skipped: Mapping[str, str]
@@ -122,6 +125,9 @@ def prepare(settings: Settings) -> Prepared:
             for index, row in enumerate(rows)
         },
         labels=labels,
+        strangers=Counter(
+            name for row in rows for name in row.labels if all(name != one.name for one in bundle.adapters)
+        ),
         engine=engine,
         versions=versions,
         skipped=skipped,
