@@ -153,6 +153,14 @@ def test_json_has_all_that_the_table_has() -> None:
     assert [one["is_reachable"] for one in found["hosted"]] == [False, True]
 
 
+def test_hosted_prices_count_the_tokens_of_the_report(report: dict[str, Any], tmp_path: Path) -> None:
+    rates = {"tokens_asked_per_s": {"median": 29_760.0}, "verdicts_per_s": {"median": 160.0}}
+    report["systems"]["native"]["loads"] = [rates]
+    path = written(report, tmp_path)
+    assert "186 tokens" in run("--bench", path)
+    assert "300 tokens" in run("--bench", path, "--tokens", "300")
+
+
 def test_the_capacity_of_a_report(report: dict[str, Any], tmp_path: Path) -> None:
     output = run("--rate", "20", "--bench", written(report, tmp_path))
     assert "One instance answers 7.00 calls/s (6.80 to 7.10): native did, on a CPU, 2 cores, bfloat16" in output

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -32,7 +32,9 @@ def cost(
         str | None, _number("Calls/s at the busiest time. A call asks all classifiers about one conversation.")
     ] = None,
     utilisation: Annotated[str | None, _number("The average rate, in percent of --rate (default: 100).")] = None,
-    tokens: Annotated[str | None, _number("Tokens of a conversation, for hosted APIs (default: 500).")] = None,
+    tokens: Annotated[
+        str | None, _number("Tokens of a conversation, for hosted APIs (default: those of --bench, else 500).")
+    ] = None,
     bench: Annotated[
         Path | None,
         typer.Option(help="A report of `loraplex bench` that reached saturation: how much one instance answers."),
@@ -88,7 +90,10 @@ def cost(
         }  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         found = None if bench is None else read_capacity(bench, system)
-        measured = {} if found is None else {"classifiers": found.num_classifiers, "capacity": found.median}
+        measured: dict[str, Any] = {}
+        if found is not None:
+            measured = {"classifiers": found.num_classifiers, "capacity": found.median}
+            measured |= {} if found.prompt_tokens is None else {"tokens": found.prompt_tokens}
         demand = validate(Demand, measured | given, "options", origins=origins(context))
         if found is not None and demand.classifiers != found.num_classifiers:
             raise ConfigurationError(

@@ -25,6 +25,7 @@ class Capacity:
     machine:            device, cores and number format.
     started:            when.
     is_cut_short:       whether the run was interrupted.
+    prompt_tokens:      tokens of a conversation with one question, on average; None where the report does not say.
     """
 
     source: Path
@@ -37,6 +38,7 @@ class Capacity:
     machine: str
     started: str
     is_cut_short: bool
+    prompt_tokens: int | None
 
 
 class _Part(BaseModel):
@@ -60,8 +62,18 @@ class _Saturation(_Part):
     conversations_per_s: _Spread | None = None
 
 
+class _Rate(_Part):
+    median: float = Field(gt=0)
+
+
+class _Load(_Part):
+    tokens_asked_per_s: _Rate | None = None
+    verdicts_per_s: _Rate | None = None
+
+
 class _System(_Part):
     state: str
+    loads: tuple[_Load, ...] = ()
     saturation: _Saturation | None = None
 
 
@@ -115,7 +127,15 @@ def read_capacity(file: Path, system: str) -> Capacity:
         device=about.device,
         started=about.started,
         is_cut_short=report.cut_short,
+        prompt_tokens=_prompt_tokens(found.loads),
     )
+
+
+def _prompt_tokens(loads: tuple[_Load, ...]) -> int | None:
+    for load in loads:
+        if load.tokens_asked_per_s is not None and load.verdicts_per_s is not None:
+            return max(1, round(load.tokens_asked_per_s.median / load.verdicts_per_s.median))
+    return None
 
 
 def _read(file: Path) -> Mapping[str, Any]:
