@@ -74,7 +74,12 @@ def test_every_malformed_line_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.jsonl", b""), ("none.jsonl", None), ("a.jsonl.gz", b"text"), ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9])],
+    [
+        ("a.jsonl", b""),
+        ("none.jsonl", None),
+        ("a.jsonl.gz", b"text"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9]),
+    ],
 )
 def test_a_file_without_rows_is_an_error(tmp_path: Path, name: str, content: bytes | None) -> None:
     if content is not None:
