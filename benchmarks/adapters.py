@@ -136,17 +136,17 @@ async def many(folder: Path, num_requests: int, rounds: int, num_places: int) ->
         for name in names:  # into host memory
             await service.version_of(name)
         rates: dict[str, list[float]] = {"16": [], "all": []}
-        process = psutil.Process()
-        loaded = rss_bytes(process)
+        own = [psutil.Process()]
+        loaded = rss_bytes(own)
         for _ in range(rounds):
             for key, some, weights in (("16", names[:16], zipf[:16]), ("all", names, zipf)):
                 started = time.perf_counter()
                 await traffic.run(some, weights, num_requests, 16)
                 rates[key].append(num_requests / (time.perf_counter() - started))
-        after = rss_bytes(process)
+        after = rss_bytes(own)
         for name in names:
             await service.unload_adapter(name)
-        unloaded = rss_bytes(process)
+        unloaded = rss_bytes(own)
     finally:
         await service.close()
     return {
