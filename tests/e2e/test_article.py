@@ -23,7 +23,8 @@ Answers = dict[str, tuple[str, float]]
 def run(name: str, *arguments: str) -> Answers:
     """What it prints: a task, the answer, its confidence."""
     command = [sys.executable, str(ARTICLE / name), *arguments]
-    done = subprocess.run(command, cwd=serving.ROOT, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"}  # by default vLLM logs on standard output
+    done = subprocess.run(command, cwd=serving.ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     return {task: (text, float(confidence)) for task, text, confidence in rows}
