@@ -47,7 +47,7 @@ class Figures(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What every tool does. num_requests: to each adapter. num_tokens: of a prompt."""
+    """Says what every tool is told to do. num_requests: to each adapter. num_tokens: of a prompt."""
 
     url: str
     base: Path

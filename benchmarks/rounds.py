@@ -1,4 +1,4 @@
-"""What the rounds of a benchmark gave."""
+"""Collects what the rounds of a benchmark gave."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a system is asked, and what came back: plain frozen data that crosses processes as JSON."""
+"""Holds a question to a system and its reply, as frozen data that crosses processes as JSON."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -53,7 +53,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What a system made of a call.
+    """Holds what a system made of a call.
 
     status:           refused: the system was too busy (429, 503). failed: not all classifiers gave a verdict.
     error:            a code or a status, where the call was not answered.

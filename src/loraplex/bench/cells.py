@@ -28,3 +28,7 @@ def _bound(found: Mapping[str, Any], value: float, text: str = "") -> str:
 
 def number(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f"{share:.{digits}%}".replace("%", " %")

@@ -41,7 +41,7 @@ class _Failed(Exception):
 
 @dataclass(slots=True)
 class _Read:
-    """What one classifier's requests gave. log_probs: (tokens behind the prompt, next token) -> its log probability."""
+    """Collects one classifier's answers. log_probs: (tokens behind the prompt, next token) -> its log probability."""
 
     log_probs: dict[tuple[tuple[int, ...], int], float] = field(default_factory=dict)
     likeliest: int = 0

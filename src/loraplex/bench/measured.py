@@ -1,4 +1,4 @@
-"""What is known of one system while it is measured, and the loads that it is measured under."""
+"""Keeps what is known of a system while it is measured, and makes the loads that it is measured under."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -46,7 +46,7 @@ class Question:
 
 
 class Prompts:
-    """Makes the very prompts that our server makes."""
+    """Makes the same prompts as our server."""
 
     def __init__(self, bundle: Bundle, names: Iterable[str]) -> None:
         """Read the classifiers. Raises ConfigurationError where one cannot be served, and UnknownClassifierError."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.amounts import usd
-from loraplex.bench.cells import latency, number, spread_text
+from loraplex.bench.cells import latency, number, percent, spread_text
 from loraplex.bench.thousand import costs_of, rents
 
 GB = 1e9
@@ -133,7 +133,7 @@ def _column(of: Callable[[Mapping[str, Any]], str], measured: Mapping[str, Any])
 
 def _article(measured: Mapping[str, Any]) -> Section:
     def accuracy(one: Mapping[str, Any]) -> str:
-        return "-" if one["quality"]["mean"] is None else f"{one['quality']['mean']['accuracy']:.1%}".replace("%", " %")
+        return "-" if one["quality"]["mean"] is None else percent(one["quality"]["mean"]["accuracy"], 1)
 
     def memory(one: Mapping[str, Any]) -> str:
         taken = one["memory"]["peak_device_bytes"] or one["memory"]["peak_rss_bytes"]
@@ -215,7 +215,7 @@ def _saturation(measured: Mapping[str, Any]) -> list[Section]:
                 NAMES.get(name, name),
                 spread_text(found["conversations_per_s"]),
                 f"{found['at']}: {found['why']}" if found["reached"] else "not reached",
-                "-" if goodput is None else f"{goodput['median']:.0%}".replace("%", " %"),
+                "-" if goodput is None else percent(goodput["median"]),
             ]
         )
     head = ["system", "capacity, conversations/s", "saturated", "answered at twice the capacity"]
@@ -254,7 +254,7 @@ def _turns(measured: Mapping[str, Any]) -> list[Section]:
             latency(turn["latency_ms"], "p50"),
             number(turn["tokens_asked"], 4),
             number(turn["tokens_computed"], 4),
-            "-" if turn["cached_share"] is None else f"{turn['cached_share']:.0%}".replace("%", " %"),
+            "-" if turn["cached_share"] is None else percent(turn["cached_share"]),
         ]
         for name, one in measured.items()
         for turn in one["turns"]
@@ -323,7 +323,7 @@ def _limit(report: Mapping[str, Any], measured: Mapping[str, Any]) -> list[Secti
                 NAMES.get(name, name),
                 "-" if flop is None else f"{flop / 1e9:,.2f}",
                 "-" if flop is None else f"{1000 * flop / gemm:,.1f}",
-                "-" if share is None else f"{share:.0%}".replace("%", " %"),
+                "-" if share is None else percent(share),
             ]
         )
     weights = main_load(next(iter(measured.values())))["floor"]["weights_bytes"]  # the base's, the same for all
