@@ -177,7 +177,39 @@ def test_the_number_of_classifiers_is_the_reports(report: dict[str, Any], tmp_pa
     report["data"]["classifiers"] = ["a", "b"]
     assert run("--bench", written(report, tmp_path)).startswith("2 classifiers on")
     output = run("--classifiers", "16", "--bench", written(report, tmp_path), code=1)
-    assert "--classifiers 16: is not what was measured" in output and "asked 2" in output
+    assert "--classifiers 16: is not what" in output and "report.json asked: 2" in output
+
+
+def planned(folder: Path, *arguments: str) -> str:
+    plan = CliRunner().invoke(app, ["plan", "--model", "mistral-7b-v0.3", "--json", *arguments])
+    return written(plan.stdout, folder)
+
+
+def test_the_capacity_of_a_plan(tmp_path: Path) -> None:
+    output = run("--rate", "1", "--plan", planned(tmp_path, "--gpu", "a10g"))
+    # Article: 0.62 calls/s with plain adapters are the limit of an A10G; 65 to 75 % of it are expected.
+    assert "One instance would answer 0.40 to 0.46 calls/s, by a plan for NVIDIA A10G, bfloat16, plain adapters" in output
+    assert "Nobody has measured it; the lower figure counts." in output and "another machine" not in output
+    assert re.search(r"one endpoint for all +4 ", output)  # 1 / (0.7 * 0.40)
+    found = json.loads(run("--rate", "1", "--plan", planned(tmp_path, "--gpu", "a10g"), "--json"))
+    assert found["capacity"]["computed"] and found["together"]["instances"] == 4
+    assert "another machine (NVIDIA H100" in run("--plan", planned(tmp_path, "--gpu", "h100"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "remedy"),
+    [
+        (("--gpu", "a10g", "--count", "4"), "is a plan for 4 x NVIDIA A10G; ml.g5.2xlarge has 1", "--count 1"),
+        (("--gpu", "a10g", "--dtype", "float32", "--adapters", "1"), "does not fit", "--fit"),
+        (("--gpu", "h100", "--dtype", "float32"), "does not say how fast NVIDIA H100 SXM 80 GB computes in float32", "bfloat16"),
+    ],
+)
+def test_a_plan_that_does_not_know_is_refused(
+    tmp_path: Path, arguments: tuple[str, ...], message: str, remedy: str
+) -> None:
+    output = run("--plan", planned(tmp_path, *arguments), code=1)
+    assert message in output and remedy in output
+    assert "is a report of kind 'plan'" in run("--bench", planned(tmp_path, *arguments), code=1)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +267,8 @@ def test_another_file_is_named_for_what_it_is(tmp_path: Path, content: str, mess
         (("--capacity", "1", "--headroom", "100"), "--headroom 100: is not below 100", ""),
         (("--hours", "800"), "--hours 800: is above 744", ""),
         (("--prices", "none.yaml"), "none.yaml: ", ""),
-        (("--bench", "none.json"), "none.json: is no report", ""),
+        (("--bench", "none.json"), "none.json: is no report", "`loraplex bench`"),
+        (("--plan", "none.json"), "none.json: is no report", "`loraplex plan … --json`"),
     ],
 )
 def test_wrong_options_are_refused(arguments: tuple[str, ...], message: str, remedy: str) -> None:
@@ -244,7 +277,13 @@ def test_wrong_options_are_refused(arguments: tuple[str, ...], message: str, rem
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--utilisation", "40"), ("--headroom", "10"), ("--bench", "a.json", "--capacity", "3")]
+    "arguments",
+    [
+        ("--utilisation", "40"),
+        ("--headroom", "10"),
+        ("--bench", "a.json", "--capacity", "3"),
+        ("--plan", "a.json", "--capacity", "3"),
+    ],
 )
 def test_options_without_effect_are_refused(arguments: tuple[str, ...]) -> None:
     assert arguments[-2] in run(*arguments, code=2)

@@ -159,6 +159,11 @@ def test_instances_have_room_and_the_cheapest_is_first(monkeypatch: pytest.Monke
     for one in fitting(asked):
         assert one.instance.device is not None and weights < one.instance.device.memory_bytes
     assert {one["name"] for one in found["instances"]} == {one.instance.name for one in fitting(asked)}
+    # Each is planned for its own memory, not for the device of the plan: H100s have no less room than an A10G.
+    large = json.loads(run("--model", "mistral-7b-v0.3", "--gpu", "h100", "--json", "--fit").stdout)
+    assert {one["name"] for one in found["instances"]} == {one["name"] for one in large["instances"]}
+    four = json.loads(run("--model", "mistral-7b-v0.3", "--gpu", "a10g", "--count", "4", "--json").stdout)
+    assert four["instances"] and all(instance(one["name"]).num_devices >= 4 for one in four["instances"])
     # The settings are valid ones.
     assert EngineConfig(**found["settings"]).max_adapters == 16
 

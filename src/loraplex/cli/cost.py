@@ -40,6 +40,10 @@ def cost(
         typer.Option(help="A report of `loraplex bench` that reached saturation: how much one instance answers."),
     ] = None,
     system: Annotated[str, typer.Option(help="The system of --bench.")] = "native",
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="What `loraplex plan … --json` printed, where nobody has measured.", show_default=False),
+    ] = None,
     capacity: Annotated[
         str | None, _number("Calls/s that one instance answers at most, where there is no --bench.")
     ] = None,
@@ -62,17 +66,21 @@ def cost(
 
     Example: [bold]loraplex cost --instance ml.g5.2xlarge --rate 20 --bench results/report.json[/]
     """
-    if bench is not None and capacity is not None:
-        raise typer.BadParameter("give --bench or --capacity, not both", param_hint="--capacity")
+    sources = [one for one in (bench, plan, capacity) if one is not None]
+    if len(sources) > 1:
+        raise typer.BadParameter("give one of --bench, --plan and --capacity", param_hint="--capacity")
     if utilisation is not None and rate is None:
         raise typer.BadParameter("is a share of --rate; give it, too", param_hint="--utilisation")
-    if headroom is not None and bench is None and capacity is None:
-        raise typer.BadParameter("is a share of --bench's rate or of --capacity; give one", param_hint="--headroom")
-    if separate_capacity is not None and bench is None and capacity is None:
-        raise typer.BadParameter("needs --bench or --capacity beside it", param_hint="--separate-capacity")
+    if headroom is not None and not sources:
+        raise typer.BadParameter(
+            "is a share of what one instance answers: give --bench, --plan or --capacity", param_hint="--headroom"
+        )
+    if separate_capacity is not None and not sources:
+        raise typer.BadParameter("needs --bench, --plan or --capacity beside it", param_hint="--separate-capacity")
     with errors_to_exit():
         from loraplex.costs.capacity import read_capacity
         from loraplex.costs.cost import Cost, Demand
+        from loraplex.costs.planned import read_planned
         from loraplex.costs.report import Report
         from loraplex.hardware.prices import read_prices
 
@@ -90,6 +98,8 @@ def cost(
         }  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         found = None if bench is None else read_capacity(bench, system)
+        if plan is not None:
+            found = read_planned(plan, instance)
         measured: dict[str, Any] = {}
         if found is not None:
             measured = {"classifiers": found.num_classifiers, "capacity": found.median}
@@ -98,8 +108,8 @@ def cost(
         if found is not None and demand.classifiers != found.num_classifiers:
             raise ConfigurationError(
                 f"--classifiers {demand.classifiers}",
-                f"is not what was measured: {bench} asked {found.num_classifiers}",
-                remedy="leave the option out, or measure with as many",
+                f"is not what {found.source} asked: {found.num_classifiers}",
+                remedy="leave the option out, or measure or plan with as many",
             )
         report = Report(
             instance=instance,

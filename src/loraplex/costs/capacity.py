@@ -12,15 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from loraplex.config import validate
 from loraplex.errors import ConfigurationError, listed, quoted
 
-FORMAT = 1
+FORMAT, KIND = 1, "bench"
+GIVE = {"bench": "the report.json of `loraplex bench`", "plan": "what `loraplex plan … --json` prints"}
 MEASURE = "measure with `loraplex bench BUNDLE --data FILE --sweep --out DIR`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """What a system answered at saturation.
+    """What a system answered at saturation, or would answer by a plan.
 
-    median, low, high:  conversations/s, each judged by all classifiers.
+    is_computed:        whether nobody measured it.
+    median, low, high:  conversations/s, each judged by all classifiers. A plan's median is its low.
     device:             where it was measured, as the driver calls it.
     machine:            device, cores and number format.
     started:            when.
@@ -39,13 +41,16 @@ class Capacity:
     started: str
     is_cut_short: bool
     prompt_tokens: int | None
+    is_computed: bool = False
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """A part of a report, of which the other keys do not matter."""
+
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class _Spread(_Part):
+class _Spread(Part):
     median: Decimal = Field(gt=0)
     low: Decimal
     high: Decimal
@@ -57,39 +62,39 @@ class _Spread(_Part):
         return self
 
 
-class _Saturation(_Part):
+class _Saturation(Part):
     reached: bool
     conversations_per_s: _Spread | None = None
 
 
-class _Rate(_Part):
+class _Rate(Part):
     median: float = Field(gt=0)
 
 
-class _Load(_Part):
+class _Load(Part):
     tokens_asked_per_s: _Rate | None = None
     verdicts_per_s: _Rate | None = None
 
 
-class _System(_Part):
+class _System(Part):
     state: str
     loads: tuple[_Load, ...] = ()
     saturation: _Saturation | None = None
 
 
-class _About(_Part):
+class _About(Part):
     device: str
     started: str
     cores: int | None = None
     dtype: str | None = None
 
 
-class _Data(_Part):
+class _Data(Part):
     classifiers: tuple[str, ...] = Field(min_length=1)
     turns: bool = False
 
 
-class _Report(_Part):
+class _Report(Part):
     about: _About
     data: _Data
     cut_short: bool = False
@@ -99,7 +104,7 @@ class _Report(_Part):
 def read_capacity(file: Path, system: str) -> Capacity:
     """Return the capacity of one system of a report. Raises ConfigurationError for another file, and for a report whose
     run did not reach saturation: it only knows rates that the system answered, not the highest one."""
-    report = validate(_Report, _read(file), file)
+    report = validate(_Report, read_report(file, KIND), file)
     if report.data.turns:
         what = "was measured with --turns, so that a conversation is several calls, and not one"
         raise ConfigurationError(file, what, remedy=f"{MEASURE}, without --turns")
@@ -138,20 +143,19 @@ def _prompt_tokens(loads: tuple[_Load, ...]) -> int | None:
     return None
 
 
-def _read(file: Path) -> Mapping[str, Any]:
-    """Return a report of this format. The error for another file says what the file is."""
+def read_report(file: Path, wanted: str) -> Mapping[str, Any]:
+    """Return a report of this format. The error for another file says what the file is. wanted: `bench` or `plan`."""
+    remedy = f"give {GIVE[wanted]}"
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:  # also UnicodeDecodeError
-        raise ConfigurationError(
-            file, f"is no report: {exc}", remedy="give the report.json of `loraplex bench`"
-        ) from None
+        raise ConfigurationError(file, f"is no report: {exc}", remedy=remedy) from None
     found: dict[str, Any] = report if isinstance(report, dict) else {}
     kind = found.get("kind")
-    if kind != "bench":
-        what = f"is a report of kind {quoted(kind)}" if kind else "is JSON, but no report of `loraplex bench`"
-        raise ConfigurationError(file, what, remedy="give the report.json of `loraplex bench`")
+    if kind != wanted:
+        what = f"is a report of kind {quoted(kind)}" if kind else f"is JSON, but no report of `loraplex {wanted}`"
+        raise ConfigurationError(file, what, remedy=remedy)
     if found.get("format") != FORMAT:
         what = f"has format {quoted(found.get('format'))}; this version reads {FORMAT}"
-        raise ConfigurationError(file, what, remedy="measure again with this version of Loraplex")
+        raise ConfigurationError(file, what, remedy=f"run `loraplex {wanted}` of this version again")
     return found

@@ -19,7 +19,7 @@ COUNTED = {"once": "tokens counted once", "each": "tokens counted for each quest
 class Report:
     """A cost with where its figures come from.
 
-    capacity:  the measured one; None where it was given, or is not known.
+    capacity:  the measured or planned one; None where it was given, or is not known.
     """
 
     instance: str
@@ -40,7 +40,7 @@ class Report:
 
     @property
     def is_of_another_machine(self) -> bool:
-        """Whether the capacity was measured on a device that the instance does not have."""
+        """Whether the capacity is that of a device that the instance does not have."""
         known = instances().get(self.instance.lower())
         if self.capacity is None or known is None:
             return False
@@ -82,7 +82,12 @@ class Report:
         demand = self.cost.demand
         if demand.rate is not None and demand.utilisation != 100:
             yield f"{demand.rate} calls/s at the busiest time are {per_second(demand.average)} on average."
-        if (found := self.capacity) is not None:
+        if (found := self.capacity) is not None and found.is_computed:
+            yield (
+                f"One instance would answer {per_second(found.low)} to {per_second(found.high)} calls/s, by a plan for "
+                f"{found.machine} ({found.source}). Nobody has measured it; the lower figure counts."
+            )
+        elif found is not None:
             yield (
                 f"One instance answers {per_second(found.median)} calls/s ({per_second(found.low)} to "
                 f"{per_second(found.high)}): {found.system} did, on {found.machine}, on "
@@ -155,6 +160,7 @@ class Report:
                     "high": number(found.high),
                 },
                 "system": found.system,
+                "computed": found.is_computed,
                 "machine": found.machine,
                 "started": found.started,
                 "source": str(found.source),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,11 +27,16 @@ DEFAULT_TOKENS = 500  # of a conversation, or fewer where the base takes fewer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What was asked for, and its plan. backend: the one that the bundle names."""
+    """What was asked for, and its plan.
+
+    plan_on:  returns the same plan on another target.
+    backend:  the one that the bundle names.
+    """
 
     name: str
     dtype: str
     plan: Plan
+    plan_on: Callable[[Target], Plan]
     bundle: Bundle | None = None
     backend: str = "native"
 
@@ -89,17 +95,19 @@ def read_asked(
         num_classifiers=num_classifiers or max(1, min(len(adapters), MOST_TOGETHER)),
     )
     settings = resolve(EngineConfig, {} if opened is None else opened.settings.engine, {"kv_cache": kv_cache})
-    plan = make_plan(
+    plan_on = partial(
+        make_plan,
         base,
         adapters,
-        target,
         traffic,
         settings,
         item_bytes=DTYPES[number].itemsize,
         tokenizer_bytes=tokenizer.stat().st_size if opened is not None and tokenizer.is_file() else None,
         fits=fits,
     )
-    return Asked(name=name, dtype=number, plan=plan, bundle=opened, backend=settings.backend)
+    return Asked(
+        name=name, dtype=number, plan=plan_on(target), plan_on=plan_on, bundle=opened, backend=settings.backend
+    )
 
 
 def this_machine(rates: tuple[float, float] | None = None) -> Target:

@@ -25,6 +25,7 @@ from loraplex.planning.memory import (
 from loraplex.planning.target import Target
 from loraplex.planning.timing import Case, Traffic, cases
 
+KV_CACHE = "K/V cache"
 LEAST_STEP = 256
 SPARE = 0.03  # of the memory that is left, which --fit keeps free
 
@@ -86,13 +87,19 @@ class Plan:
         """Which lines the target's memory holds: all of them where it is a CPU's."""
         return DEVICE if self.target.is_cuda else None
 
+    @property
+    def least_bytes(self) -> int:
+        """The target's memory that is needed with a K/V cache for one conversation only."""
+        [kv] = [line for line in self.lines if line.name == KV_CACHE]
+        return self.total(self.on_target) - kv.expected + kv.limit
+
 
 def make_plan(
     base: BaseShape,
     adapters: Sequence[AdapterSize],
-    target: Target,
     traffic: Traffic,
     config: EngineConfig,
+    target: Target,
     *,
     item_bytes: int,
     tokenizer_bytes: int | None = None,
@@ -126,7 +133,7 @@ def make_plan(
     lines += [step_line(base.sizes, use), memo_line(adapters, num_placed, use), *fixed[1:]]
     rest = None if target.memory_bytes is None else target.memory_bytes - _sum(lines, on_target)
     kv = Line(
-        name="K/V cache",
+        name=KV_CACHE,
         where=DEVICE,
         limit=one if chosen.kv_cache_bytes else 0,
         expected=chosen.kv_cache_bytes,
@@ -150,9 +157,13 @@ def make_plan(
     )
 
 
+def share_the_conversation(adapters: Sequence[AdapterSize]) -> bool:
+    """Whether all of the adapters leave a conversation to the base."""
+    return bool(adapters) and all(one.shares_prefix for one in adapters)
+
+
 def _call_tokens(adapters: Sequence[AdapterSize], traffic: Traffic) -> int:
-    is_shared = bool(adapters) and all(one.shares_prefix for one in adapters)
-    copies = 1 if is_shared else traffic.num_classifiers
+    copies = 1 if share_the_conversation(adapters) else traffic.num_classifiers
     return copies * traffic.conversation_tokens + traffic.num_classifiers * traffic.suffix_tokens
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraplex.planning.asked import Asked
+from loraplex.planning.plan import share_the_conversation
 from loraplex.planning.report import fitting, settings
 
 
@@ -19,7 +20,16 @@ def as_json_report(
         "dtype": asked.dtype,
         "parameters": plan.base.sizes.num_weights,
         "target": {"name": plan.target.name, "count": plan.target.count, "memory_bytes": plan.target.memory_bytes},
-        "adapters": {"number": len(plan.adapters), "placed": plan.num_placed},
+        "traffic": {
+            "classifiers": plan.traffic.num_classifiers,
+            "conversation_tokens": plan.traffic.conversation_tokens,
+            "suffix_tokens": plan.traffic.suffix_tokens,
+        },
+        "adapters": {
+            "number": len(plan.adapters),
+            "placed": plan.num_placed,
+            "share_the_conversation": share_the_conversation(plan.adapters),
+        },
         "memory": [
             {"name": one.name, "where": one.where, "limit": one.limit, "expected": one.expected, "note": one.note}
             for one in plan.lines
@@ -41,11 +51,13 @@ def as_json_report(
             {
                 "name": one.name,
                 "shared": one.shares,
+                "is_next_turn": one.is_next_turn,
                 "tokens": one.num_tokens,
                 "flop": one.work.total,
                 "floor_s": one.floor_s,
                 "expected_s": one.expected,
                 "most_per_s": one.most_per_s,
+                "expected_per_s": one.expected_per_s(plan.target),
             }
             for one in plan.cases
         ],
@@ -72,7 +84,7 @@ def metrics(asked: Asked) -> list[dict[str, str]]:
         rows.append(("SharedConversationsThatFit", "expected", str(plan.fits.conversations[1]), "Count"))
     for case in plan.cases:
         if case.floor_s is not None and case.expected is not None and case.most_per_s is not None:
-            name = f"{'NextTurn' if 'next' in case.name else 'Conversation'}{'Shared' if case.shares else 'Plain'}"
+            name = f"{'NextTurn' if case.is_next_turn else 'Conversation'}{'Shared' if case.shares else 'Plain'}"
             rows.append((f"{name}Latency", "limit", f"{case.floor_s * 1000:.3f}", "Milliseconds"))
             rows.append((f"{name}Latency", "expected", f"{case.expected[1] * 1000:.3f}", "Milliseconds"))
             rows.append((f"{name}Throughput", "limit", f"{case.most_per_s:.3f}", "Count/Second"))

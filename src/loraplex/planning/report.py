@@ -1,13 +1,16 @@
 """Writes a plan as rows and sentences for people."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from loraplex.amounts import counted, milliseconds, size
+from loraplex.hardware.instances import Instance
 from loraplex.hardware.prices import read_prices
 from loraplex.planning.asked import Asked
 from loraplex.planning.memory import DEVICE, HOST
-from loraplex.planning.target import Choice, choices
+from loraplex.planning.plan import KV_CACHE, Plan
+from loraplex.planning.target import Choice, Target, choices, of_instance
 from loraplex.planning.timing import efficiency
 
 Rows = list[tuple[str, ...]]
@@ -20,7 +23,7 @@ MEASURED = {
     "weights": ("weights",),
     "adapters": ("adapters", "adapters in host memory"),
     "traffic": ("stacked adapters", "workspace of a step"),
-    "K/V cache": ("K/V cache",),
+    KV_CACHE: (KV_CACHE,),
     "total": ("total",),
 }
 
@@ -82,7 +85,7 @@ def fit_sentences(asked: Asked, rate: float | None) -> list[str]:
         f"{shared:,} shared (aLoRA), {plain:,} plain; in the planned K/V cache {plan.fits.cached[1]:,} and "
         f"{plan.fits.cached[0]:,}"
     )
-    [kv] = [line for line in plan.lines if line.name == "K/V cache"]
+    [kv] = [line for line in plan.lines if line.name == KV_CACHE]
     if kv.expected < kv.limit:
         found.append(
             f"the K/V cache holds less than one conversation, so its next turn is computed in full: give --kv-cache "
@@ -154,11 +157,22 @@ def time_sentences(asked: Asked) -> list[str]:
 
 
 def fitting(asked: Asked) -> list[Choice]:
-    """Return the instances that have room for weights, adapters, a step and one conversation."""
-    plan = asked.plan
-    [kv] = [line for line in plan.lines if line.name == "K/V cache"]
-    spare = kv.expected - kv.limit
-    return choices(plan.total(DEVICE) - spare, plan.total(HOST), read_prices(), gpus_only=plan.target.is_cuda)
+    """Return the instances that have room for weights, adapters, a step and one conversation, each planned for its own
+    memory. For a plan of GPUs, those that have as many."""
+
+    @cache  # many instances have the same device
+    def planned(target: Target) -> Plan:
+        return asked.plan_on(target)
+
+    def has_room(one: Instance) -> bool:
+        target, wanted = of_instance(one, asked.dtype), asked.plan.target
+        if wanted.is_cuda and one.num_devices < wanted.count:
+            return False
+        plan = planned(target)
+        has_host = not target.is_cuda or max(1, wanted.count) * plan.total(HOST) <= one.memory_bytes
+        return has_host and plan.least_bytes <= (target.memory_bytes or 0)
+
+    return choices(has_room, read_prices())
 
 
 def instance_rows(asked: Asked) -> Rows:

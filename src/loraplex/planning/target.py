@@ -1,5 +1,6 @@
 """The machine that a plan is for: its memory, and how fast it computes and reads, as far as anybody says."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from loraplex.hardware.devices import device
@@ -53,16 +54,15 @@ class Choice:
     price: InstancePrice | None
 
 
-def choices(device_bytes: int, host_bytes: int, prices: Prices, *, gpus_only: bool) -> list[Choice]:
-    """Return the instances that have room, cheapest first; those whose price nobody says come last.
+def of_instance(one: Instance, dtype: str) -> Target:
+    """Return one device of an instance, or the instance's CPUs with all its memory."""
+    if one.device_name is not None:
+        return gpu(one.device_name, 1, dtype)
+    return Target(name=one.name, is_cuda=False, memory_bytes=one.memory_bytes)
 
-    device_bytes, host_bytes:  what is needed on a GPU and beside it. A machine without one needs both together.
-    """
 
-    def has_room(one: Instance) -> bool:
-        if one.device is None:
-            return not gpus_only and device_bytes + host_bytes <= one.memory_bytes
-        return device_bytes <= one.device.memory_bytes and host_bytes <= one.memory_bytes
+def choices(has_room: Callable[[Instance], bool], prices: Prices) -> list[Choice]:
+    """Return the instances that have room, cheapest first; those whose price nobody says come last."""
 
     def order(one: Choice) -> tuple[bool, float, str]:
         price = float(one.price.usd_per_hour) if one.price is not None else one.instance.memory_bytes

@@ -43,11 +43,19 @@ class Case:
 
     name: str
     shares: bool
+    is_next_turn: bool
     num_tokens: int
     work: Work
     floor_s: float | None = None
     expected: tuple[float, float] | None = None
     most_per_s: float | None = None
+
+    def expected_per_s(self, target: Target) -> tuple[float, float] | None:
+        """Return (least, most) conversations/s at the shares of the limit that were reached elsewhere."""
+        if self.most_per_s is None:
+            return None
+        reached = efficiency(target)
+        return reached.low * self.most_per_s, reached.high * self.most_per_s
 
 
 def cases(
@@ -83,7 +91,13 @@ def cases(
             )
             for last_in_full in (True, not base.sizes.has_own_decoder)
         )
-        case = Case(name=name, shares=shares, num_tokens=sum(run.num_tokens for run in runs), work=least)
+        case = Case(
+            name=name,
+            shares=shares,
+            is_next_turn=num_cached > 0,
+            num_tokens=sum(run.num_tokens for run in runs),
+            work=least,
+        )
         found.append(_timed(case, full, target, item_bytes))
     return tuple(found)
 
