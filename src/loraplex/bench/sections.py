@@ -261,7 +261,7 @@ def _turns(measured: Mapping[str, Any]) -> list[Section]:
     ]
     if not rows:
         return []
-    head = ["system, turn", "conversations", "p50 ms", "tokens asked", "tokens computed", "cached"]
+    head = ["system, turn", "conversations", "p50 ms", "tokens asked", "tokens computed", "shared or cached"]
     return [Section(title="Turn by turn", table=(head, rows))]
 
 
