@@ -39,7 +39,7 @@ LAYERS = [
     {"service"},
     {"routing"},
     {"inprocess", "server"},
-    {"bench", "costs", "sagemaker"},
+    {"bench", "costs", "sagemaker", "training"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -61,9 +61,11 @@ ONLY_IN = {
         "executors/peft",
         "executors/vllm",
         "planning",
+        "training",
     },
     "transformers": {
         "model",
+        "training",
         "text/tokenizer",
         "cli/options",
         "executors/native",

@@ -1,0 +1,1 @@
+"""Training: from labelled conversations to servable adapters, N of them in one pass."""

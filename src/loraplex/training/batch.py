@@ -1,0 +1,116 @@
+"""What one training pass holds: conversations, and the questions that adapters are trained to answer about them."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A token that should follow. position: of the question's token before it. weight: its share of the loss."""
+
+    position: int
+    token_id: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What one adapter reads and should answer.
+
+    adapter:    its index.
+    token_ids:  the tokens behind the conversation's, which this adapter changes; under a plain adapter, all tokens.
+    """
+
+    adapter: int
+    token_ids: tuple[int, ...]
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """Tokens that the base alone computes, once, and the questions about them. Under plain adapters no token is the
+    base's alone: `token_ids` is empty."""
+
+    token_ids: tuple[int, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """Conversations as tensors: one row with the tokens of all conversations, and one with those of all questions.
+
+    lengths:        tokens of each conversation.
+    input_ids:      [T] tokens of the questions, in the order of their adapters.
+    rows:           [num_adapters, most tokens of an adapter] where each adapter's tokens are in `input_ids`; T stands for
+                    none.
+    tokens_of:      for each conversation, [Q] where the tokens of its questions are in `input_ids`.
+    question_of:    [T] a number for each question, the same for all its tokens.
+    answer_rows, answer_ids, weights, adapter_of: [num_answers] the answers: row in `input_ids` after which the token
+                    should follow, the token, its weight, and the adapter.
+    """
+
+    prefix_ids: torch.Tensor
+    prefix_positions: torch.Tensor
+    lengths: tuple[int, ...]
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor
+    tokens_of: tuple[torch.Tensor, ...]
+    question_of: torch.Tensor
+    answer_rows: torch.Tensor
+    answer_ids: torch.Tensor
+    weights: torch.Tensor
+    adapter_of: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Collects the tokens of all questions."""
+
+    input_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    conversation_of: list[int] = field(default_factory=list)
+    question_of: list[int] = field(default_factory=list)
+
+
+def pack(conversations: Seq[Conversation], num_adapters: int, device: torch.device) -> Packed:
+    """Return the conversations as tensors on the device. Those without a question are left out."""
+    kept = [one for one in conversations if one.questions]
+    found = _Rows()
+    answers: list[tuple[int, int, float, int]] = []
+    by_adapter: list[list[int]] = [[] for _ in range(num_adapters)]
+    asked = [(question, index) for index, one in enumerate(kept) for question in one.questions]
+    asked.sort(key=lambda pair: pair[0].adapter)
+    for number, (question, index) in enumerate(asked):
+        start, past = len(found.input_ids), len(kept[index].token_ids)
+        count = len(question.token_ids)
+        by_adapter[question.adapter] += range(start, start + count)
+        found.input_ids += question.token_ids
+        found.positions += range(past, past + count)
+        found.conversation_of += [index] * count
+        found.question_of += [number] * count
+        answers += [(start + one.position, one.token_id, one.weight, question.adapter) for one in question.answers]
+
+    def tensor(values: Seq[int | float], dtype: torch.dtype = torch.long) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    longest, total = max(map(len, by_adapter)), len(found.input_ids)
+    conversation_of = tensor(found.conversation_of)
+    return Packed(
+        prefix_ids=tensor([token for one in kept for token in one.token_ids]),
+        prefix_positions=tensor([position for one in kept for position in range(len(one.token_ids))]),
+        lengths=tuple(len(one.token_ids) for one in kept),
+        input_ids=tensor(found.input_ids),
+        positions=tensor(found.positions),
+        rows=tensor([row for rows in by_adapter for row in (*rows, *[total] * (longest - len(rows)))]).view(
+            -1, longest
+        ),
+        tokens_of=tuple((conversation_of == index).nonzero().flatten() for index in range(len(kept))),
+        question_of=tensor(found.question_of),
+        answer_rows=tensor([row for row, _, _, _ in answers]),
+        answer_ids=tensor([token for _, token, _, _ in answers]),
+        weights=tensor([weight for _, _, weight, _ in answers], torch.float32),
+        adapter_of=tensor([adapter for _, _, _, adapter in answers]),
+    )

@@ -1,0 +1,55 @@
+"""The LoRA of N adapters on one linear layer, trained together."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Rows:
+    """Says which rows of a pass each adapter changes; shared by all layers of a model, because a transformers model
+    passes its layers nothing but their input."""
+
+    def __init__(self) -> None:
+        self.of_adapters: torch.Tensor | None = None  # [num_adapters, m], see `Packed.rows`; None: the base alone runs
+        self.is_dense = False  # the rows are 0, 1, 2, …: every adapter has as many
+
+
+class StackedLoRA(nn.Module):
+    """A frozen linear layer with N trainable updates.
+
+    lora_A: [N, rank, in], as PEFT initializes each; lora_B: [N, out, rank], zeros. Both in float32.
+    """
+
+    def __init__(self, base_layer: nn.Module, shape: tuple[int, int], rows: Rows, n: int, rank: int, scaling: float):
+        """shape: (outputs, inputs). n: the number of adapters."""
+        super().__init__()
+        out, width = shape
+        self.base_layer, self._rows, self.scaling = base_layer, rows, scaling
+        device = next(base_layer.parameters()).device
+        self.lora_A = nn.Parameter(torch.empty(n, rank, width, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(n, out, rank, device=device))
+        for one in self.lora_A:
+            nn.init.kaiming_uniform_(one, a=math.sqrt(5))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weight = self.base_layer.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [1, T, in] -> [1, T, out]
+        y: torch.Tensor = self.base_layer(x)
+        rows = self._rows.of_adapters
+        if rows is None:
+            return y
+        n, m = rows.shape
+        flat = x.reshape(-1, x.shape[-1])
+        own = flat if self._rows.is_dense else F.pad(flat, (0, 0, 0, 1))[rows.flatten()]
+        update = own.view(n, m, -1) @ self.lora_A.to(x.dtype).transpose(1, 2)
+        update = (update @ self.lora_B.to(x.dtype).transpose(1, 2)).flatten(0, 1) * self.scaling
+        if self._rows.is_dense:
+            return y + update.view_as(y)
+        scattered = update.new_zeros(len(flat) + 1, update.shape[-1]).index_copy(0, rows.flatten(), update)
+        return y + scattered[:-1].view_as(y)

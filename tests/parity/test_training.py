@@ -1,0 +1,129 @@
+"""N adapters trained in one pass have the gradients of PEFT's own training step, one adapter and one text at a time."""
+
+import random
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+import tiny
+from loraplex.adapters.weights import BaseLayers
+from loraplex.model.loader import read_layers
+from loraplex.training.batch import Answer, Conversation, Question
+from loraplex.training.trainee import Trainee
+
+RANK, ALPHA, NUM_ADAPTERS = 4, 8, 3
+INVOCATION = 3  # <|ask|>
+FAMILIES = ("llama", "mistral-window", "qwen3", "gemma2", "gemma3", "phi3")
+
+
+def conversations(is_shared: bool, seed: int = 0) -> list[Conversation]:
+    """Some lack the questions of some adapters; one has none at all."""
+    draw = random.Random(seed)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(4, tiny.VOCAB_SIZE) for _ in range(draw.randint(low, high)))
+
+    found = []
+    for adapters in ((0, 1, 2), (1,), (), (0, 2), (2, 1, 0)):
+        text = tokens(5, 30)
+        questions = []
+        for adapter in adapters:
+            suffix = (INVOCATION, *tokens(1, 6))
+            answers = tuple(
+                Answer(position=position, token_id=draw.randrange(tiny.VOCAB_SIZE), weight=weight)
+                for position, weight in ((len(suffix) - 2, 1.0), (len(suffix) - 1, 0.7), (len(suffix) - 1, 0.3))
+            )
+            past = 0 if is_shared else len(text)
+            questions.append(
+                Question(
+                    adapter=adapter,
+                    token_ids=suffix if is_shared else text + suffix,
+                    answers=tuple(
+                        Answer(position=past + one.position, token_id=one.token_id, weight=one.weight)
+                        for one in answers
+                    ),
+                )
+            )
+        found.append(Conversation(token_ids=text if is_shared else (), questions=tuple(questions)))
+    return found
+
+
+def peft_gradients(
+    base: Path, trainee: Trainee, adapter: int, batch: Seq[Conversation], is_shared: bool
+) -> dict[str, Any]:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    lora = get_peft_model(
+        model,
+        LoraConfig(
+            r=RANK,
+            lora_alpha=ALPHA,
+            target_modules=sorted({path.rpartition(".")[2] for path in trainee.loras}),
+            task_type="CAUSAL_LM",
+            alora_invocation_tokens=[INVOCATION] if is_shared else None,
+        ),
+    ).eval()  # eval: tiny configs have no dropout, but Gemma's eager attention would ask for it
+    parameters = {
+        (path, part): lora.get_parameter(f"base_model.model.{path}.{part}.default.weight")
+        for path in trainee.loras
+        for part in ("lora_A", "lora_B")
+    }
+    with torch.no_grad():
+        for (path, part), parameter in parameters.items():
+            parameter.copy_(getattr(trainee.loras[path], part)[adapter])
+    loss = torch.zeros(())
+    for conversation in batch:
+        for question in conversation.questions:
+            if question.adapter == adapter:
+                ids = torch.tensor([[*conversation.token_ids, *question.token_ids]])
+                log_probs = lora(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+                past = len(conversation.token_ids)
+                for one in question.answers:
+                    loss = loss - one.weight * log_probs[past + one.position, one.token_id]
+    loss.backward()
+    return {"loss": loss.detach(), **{f"{path} {part}": one.grad for (path, part), one in parameters.items()}}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, PreTrainedConfig, BaseLayers]:
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny.save_base(folder, tiny.FAMILIES[request.param])
+    config = tiny.FAMILIES[request.param]
+    return folder, config, read_layers(config, folder)[0]
+
+
+@pytest.mark.parametrize("is_shared", [True, False], ids=["alora", "lora"])
+def test_gradients_are_those_of_peft(family: tuple[Path, PreTrainedConfig, BaseLayers], is_shared: bool) -> None:
+    folder, config, layers = family
+    torch.manual_seed(0)
+    trainee = Trainee.load(
+        folder,
+        config,
+        layers,
+        torch.float32,
+        torch.device("cpu"),
+        num_adapters=NUM_ADAPTERS,
+        rank=RANK,
+        alpha=ALPHA,
+        targets={path.rpartition(".")[2] for path in layers.linear},
+    )
+    for lora in trainee.loras.values():
+        torch.nn.init.normal_(lora.lora_B, std=0.1)
+    batch = conversations(is_shared)
+    losses, weights = trainee.losses(batch)
+    losses.sum().backward()
+    for adapter in range(NUM_ADAPTERS):
+        expected = peft_gradients(folder, trainee, adapter, batch, is_shared)
+        assert torch.allclose(losses[adapter], expected.pop("loss"), rtol=1e-5)
+        for name, gradient in expected.items():
+            path, part = name.split()
+            found = getattr(trainee.loras[path], part).grad[adapter]
+            assert gradient.abs().max() > 1e-4, f"{name}: nothing to compare"
+            assert (found - gradient).abs().max() <= 1e-5 * max(1, float(gradient.abs().max())), name
+    assert weights.tolist() == pytest.approx([6.0, 6.0, 6.0])
