@@ -3,7 +3,7 @@
 import typer
 
 import loraplex
-from loraplex.cli import adapters, bench, classify, cost, keys, plan, routes, sagemaker, serve
+from loraplex.cli import adapters, bench, classify, cost, keys, plan, routes, sagemaker, serve, train
 
 app = typer.Typer(
     help="Serve many fine-tuned LoRA classifiers from one base model.",
@@ -16,6 +16,7 @@ app.command("classify")(classify.classify)
 app.command("bench")(bench.bench)
 app.command("cost")(cost.cost)
 app.command("plan")(plan.plan)
+app.command("train")(train.train)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(routes.app, name="routes")
 app.add_typer(keys.app, name="keys")

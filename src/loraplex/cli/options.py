@@ -37,9 +37,9 @@ AdapterOption = Annotated[
 ]
 
 
-def _setting(name: str, model: type[BaseModel]) -> Any:
+def _setting(name: str, model: type[BaseModel], *, has_variable: bool = True) -> Any:
     """Return the option for a field of `model`. Its help shows the field's description and default; None means not
-    given."""
+    given. has_variable: whether a variable in the environment sets it, too."""
     field = model.model_fields[name]
     kind: Any = field.annotation
     shown = "|".join(_choices(kind))
@@ -59,7 +59,7 @@ def _setting(name: str, model: type[BaseModel]) -> Any:
         kind | None,
         typer.Option(
             f"--{name.replace('_', '-')}",
-            envvar=variable(name),
+            envvar=variable(name) if has_variable else None,
             help=f"{what[:1].upper()}{what[1:]}{default}.{repeatable}",
             metavar=f"[{shown}]" if shown and len(shown) <= WIDEST else None if number is None else f"<{number}>",
             show_default=False,
@@ -92,14 +92,20 @@ DeviceOption = _setting("device", EngineConfig)
 DtypeOption = _setting("dtype", EngineConfig)
 
 
-def settings_options(*models: type[BaseModel]) -> Callable[[Command], Command]:
-    """Return a decorator that adds an option for each field of `models`. The command takes them as `**settings`."""
+def settings_options(*models: type[BaseModel], has_variables: bool = True) -> Callable[[Command], Command]:
+    """Return a decorator that adds an option for each field of `models`. The command takes them as `**settings`.
+    has_variables: whether variables in the environment set them, too."""
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
         added = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_setting(name, model))
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=_setting(name, model, has_variable=has_variables),
+            )
             for model in models
             for name in model.model_fields
         ]

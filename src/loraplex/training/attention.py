@@ -79,8 +79,8 @@ def _of_conversations(
 def _of_questions(
     run: Pass, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, **options: Any
 ) -> torch.Tensor:
-    """Each question attends to its conversation and to itself. All questions about a conversation attend in one call, so
-    that its keys are not repeated."""
+    """Each question attends to its conversation and to itself. All questions about a conversation attend in one call,
+    so that its keys are not repeated."""
     packed = run.packed
     assert packed is not None
     before = run.kv.get(layer) or [(k[:, :0], v[:, :0])] * len(packed.tokens_of)

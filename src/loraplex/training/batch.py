@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -43,12 +44,13 @@ class Packed:
 
     lengths:        tokens of each conversation.
     input_ids:      [T] tokens of the questions, in the order of their adapters.
-    rows:           [num_adapters, most tokens of an adapter] where each adapter's tokens are in `input_ids`; T stands for
-                    none.
+    rows:           [num_adapters, most tokens of an adapter] where each adapter's tokens are in `input_ids`; T stands
+                    for none.
     tokens_of:      for each conversation, [Q] where the tokens of its questions are in `input_ids`.
     question_of:    [T] a number for each question, the same for all its tokens.
     answer_rows, answer_ids, weights, adapter_of: [num_answers] the answers: row in `input_ids` after which the token
                     should follow, the token, its weight, and the adapter.
+    answer_order:   [num_answers] the answer's place among all answers as the conversations list them.
     """
 
     prefix_ids: torch.Tensor
@@ -63,6 +65,7 @@ class Packed:
     answer_ids: torch.Tensor
     weights: torch.Tensor
     adapter_of: torch.Tensor
+    answer_order: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -79,11 +82,13 @@ def pack(conversations: Seq[Conversation], num_adapters: int, device: torch.devi
     """Return the conversations as tensors on the device. Those without a question are left out."""
     kept = [one for one in conversations if one.questions]
     found = _Rows()
-    answers: list[tuple[int, int, float, int]] = []
+    answers: list[tuple[int, int, float, int, int]] = []
     by_adapter: list[list[int]] = [[] for _ in range(num_adapters)]
     asked = [(question, index) for index, one in enumerate(kept) for question in one.questions]
-    asked.sort(key=lambda pair: pair[0].adapter)
-    for number, (question, index) in enumerate(asked):
+    first_answer = list(accumulate((len(question.answers) for question, _ in asked), initial=0))
+    order = sorted(range(len(asked)), key=lambda number: asked[number][0].adapter)
+    for number in order:
+        question, index = asked[number]
         start, past = len(found.input_ids), len(kept[index].token_ids)
         count = len(question.token_ids)
         by_adapter[question.adapter] += range(start, start + count)
@@ -91,7 +96,10 @@ def pack(conversations: Seq[Conversation], num_adapters: int, device: torch.devi
         found.positions += range(past, past + count)
         found.conversation_of += [index] * count
         found.question_of += [number] * count
-        answers += [(start + one.position, one.token_id, one.weight, question.adapter) for one in question.answers]
+        answers += [
+            (start + one.position, one.token_id, one.weight, question.adapter, first_answer[number] + place)
+            for place, one in enumerate(question.answers)
+        ]
 
     def tensor(values: Seq[int | float], dtype: torch.dtype = torch.long) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
@@ -109,8 +117,9 @@ def pack(conversations: Seq[Conversation], num_adapters: int, device: torch.devi
         ),
         tokens_of=tuple((conversation_of == index).nonzero().flatten() for index in range(len(kept))),
         question_of=tensor(found.question_of),
-        answer_rows=tensor([row for row, _, _, _ in answers]),
-        answer_ids=tensor([token for _, token, _, _ in answers]),
-        weights=tensor([weight for _, _, weight, _ in answers], torch.float32),
-        adapter_of=tensor([adapter for _, _, _, adapter in answers]),
+        answer_rows=tensor([row for row, _, _, _, _ in answers]),
+        answer_ids=tensor([token for _, token, _, _, _ in answers]),
+        weights=tensor([weight for _, _, weight, _, _ in answers], torch.float32),
+        adapter_of=tensor([adapter for _, _, _, adapter, _ in answers]),
+        answer_order=tensor([place for _, _, _, _, place in answers]),
     )

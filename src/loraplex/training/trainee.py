@@ -12,7 +12,7 @@ from torch import nn
 from loraplex.adapters.weights import BaseLayers
 from loraplex.model.loader import model_class
 from loraplex.training.attention import ATTENTION, PASS, Pass
-from loraplex.training.batch import Conversation, pack
+from loraplex.training.batch import Conversation, Packed, pack
 from loraplex.training.stacked_lora import Rows, StackedLoRA
 
 
@@ -68,7 +68,13 @@ class Trainee:
         found = zeros.index_add(0, packed.adapter_of, -log_probs * packed.weights)
         return found, zeros.index_add(0, packed.adapter_of, packed.weights)
 
-    def _answers(self, conversations: Seq[Conversation]) -> tuple[torch.Tensor, Any]:
+    @torch.no_grad()
+    def log_probs(self, conversations: Seq[Conversation]) -> torch.Tensor:
+        """Return the log probability of every answer, in the order in which the conversations list them."""
+        found, packed = self._answers(conversations)
+        return torch.empty_like(found).index_copy(0, packed.answer_order, found)
+
+    def _answers(self, conversations: Seq[Conversation]) -> tuple[torch.Tensor, Packed]:
         packed = pack(conversations, self.num_adapters, self.device)
         self._pass.packed, self._pass.kv = packed, {}
         try:

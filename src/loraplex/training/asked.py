@@ -1,0 +1,167 @@
+"""Turns labelled conversations into what adapters read: each prompt exactly as the server will write it."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from loraplex.errors import InputTooLongError, InvalidRequestError
+from loraplex.labelled import Label, Labelled, hard_label
+from loraplex.text.template import Template
+from loraplex.text.tokenizer import Conversations
+from loraplex.training.batch import Answer, Conversation, Question
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One classifier's prompt about one conversation.
+
+    row:         the conversation's place in the data.
+    classifier:  its index, which is its adapter's.
+    prefix, suffix: the prompt's tokens that the base computes, and those that the adapter changes.
+    shares:      label's index -> how much it is the right one; they sum to 1.
+    """
+
+    row: int
+    classifier: int
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    shares: Mapping[int, float]
+
+    @property
+    def truth(self) -> int:
+        """The likeliest label's index."""
+        return max(self.shares, key=self.shares.__getitem__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TooLong:
+    """A row whose prompt was cut, or did not fit at all."""
+
+    row: int
+    classifier: int
+    is_left_out: bool
+
+
+def ask(
+    rows: Seq[Labelled], names: Seq[str], templates: Seq[Template], labels: Seq[Seq[str]], *, is_shared: bool
+) -> tuple[list[Asked], list[TooLong]]:
+    """Return the prompts of all rows for the classifiers that they have a label for.
+
+    names, templates, labels: of the classifiers. is_shared: whether the base computes the tokens before the activation.
+    """
+    asked, too_long = [], []
+    for index, row in enumerate(rows):
+        conversations = Conversations()
+        for classifier, (name, template) in enumerate(zip(names, templates, strict=True)):
+            if name not in row.labels:
+                continue
+            try:
+                prompt = template.prompt(row.input, conversations)
+            except (InputTooLongError, InvalidRequestError):
+                too_long.append(TooLong(row=index, classifier=classifier, is_left_out=True))
+                continue
+            if any(warning.startswith("cut_conversation") for warning in prompt.warnings):
+                too_long.append(TooLong(row=index, classifier=classifier, is_left_out=False))
+            at = prompt.activation if is_shared else 0
+            asked.append(
+                Asked(
+                    row=index,
+                    classifier=classifier,
+                    prefix=prompt.token_ids[:at],
+                    suffix=prompt.token_ids[at:],
+                    shares=label_shares(row.labels[name], labels[classifier], name),
+                )
+            )
+    return asked, too_long
+
+
+def label_shares(label: Label, labels: Seq[str], name: str) -> Mapping[int, float]:
+    """Return label's index -> share."""
+    if isinstance(label, Mapping):
+        hard_label(label, labels, name)  # names what is not among the labels
+        total = sum(label.values())
+        return {labels.index(one): share / total for one, share in label.items() if share > 0}
+    return {labels.index(hard_label(label, labels, name)): 1.0}
+
+
+def conversation_id(row: Labelled) -> str:
+    """Identify a conversation by its words: the same one twice must not lie on both sides of a split."""
+    said = row.input if isinstance(row.input, str) else "\n".join(f"{one.role}: {one.content}" for one in row.input)
+    return hashlib.sha256(" ".join(said.split()).casefold().encode()).hexdigest()
+
+
+def to_train(
+    asked: Iterable[Asked], label_ids: Seq[Seq[Seq[int]]], label_weights: Seq[Seq[float]]
+) -> list[Conversation]:
+    """Return what a training pass computes.
+
+    label_ids:      [classifier][label] the label's tokens.
+    label_weights:  [classifier][label] what the label counts in the loss.
+    A label of several tokens is read behind the prompt token by token, and each right label has a question of its own.
+    """
+
+    def questions(one: Asked) -> Iterable[Question]:
+        ids, weights = label_ids[one.classifier], label_weights[one.classifier]
+        single = {label: share for label, share in one.shares.items() if len(ids[label]) == 1}
+        if single:
+            at = len(one.suffix) - 1
+            answers = tuple(
+                Answer(position=at, token_id=ids[label][0], weight=share * weights[label])
+                for label, share in single.items()
+            )
+            yield Question(adapter=one.classifier, token_ids=one.suffix, answers=answers)
+        for label, share in one.shares.items():
+            if label not in single:
+                yield _spelled(one, ids[label], share * weights[label])
+
+    return _grouped(asked, questions)
+
+
+def to_score(asked: Iterable[Asked], label_ids: Seq[Seq[Seq[int]]]) -> tuple[list[Conversation], list[tuple[int, int]]]:
+    """Return what a pass computes to read every label's log probability, and for each answer, in order, the number of
+    the prompt in `asked` and the label's index. The log probabilities of a label's answers are summed."""
+    asked = list(asked)
+    numbers = {id(one): number for number, one in enumerate(asked)}
+    read: dict[int, list[tuple[int, int]]] = {}
+
+    def questions(one: Asked) -> Iterable[Question]:
+        ids, number = label_ids[one.classifier], numbers[id(one)]
+        single = [label for label, tokens in enumerate(ids) if len(tokens) == 1]
+        if single:
+            at = len(one.suffix) - 1
+            found = Question(
+                adapter=one.classifier,
+                token_ids=one.suffix,
+                answers=tuple(Answer(position=at, token_id=ids[label][0]) for label in single),
+            )
+            read[id(found)] = [(number, label) for label in single]
+            yield found
+        for label, tokens in enumerate(ids):
+            if len(tokens) > 1:
+                found = _spelled(one, tokens, 1.0)
+                read[id(found)] = [(number, label)] * len(tokens)
+                yield found
+
+    conversations = _grouped(asked, questions)
+    return conversations, [pair for one in conversations for question in one.questions for pair in read[id(question)]]
+
+
+def _spelled(one: Asked, tokens: Seq[int], weight: float) -> Question:
+    start = len(one.suffix) - 1
+    return Question(
+        adapter=one.classifier,
+        token_ids=(*one.suffix, *tokens[:-1]),
+        answers=tuple(Answer(position=start + i, token_id=token, weight=weight) for i, token in enumerate(tokens)),
+    )
+
+
+def _grouped(asked: Iterable[Asked], questions: Callable[[Asked], Iterable[Question]]) -> list[Conversation]:
+    """Put prompts with the same prefix together."""
+    groups: dict[tuple[int, tuple[int, ...]], list[Asked]] = {}
+    for one in asked:
+        groups.setdefault((one.row, one.prefix), []).append(one)
+    return [
+        Conversation(token_ids=prefix, questions=tuple(question for one in group for question in questions(one)))
+        for (_, prefix), group in groups.items()
+    ]

@@ -1,0 +1,38 @@
+"""Fits temperature and bias, so that a classifier's scores are probabilities that can be trusted."""
+
+from collections.abc import Sequence as Seq
+
+import numpy
+from scipy.optimize import minimize
+
+# A pull towards temperature 1 and the bias that is known before, worth as many conversations. It decides where a slice
+# is too small, or has one label only, to say anything.
+PRIOR_WEIGHT = 4.0
+MAX_LOG_TEMPERATURE, MAX_BIAS = 3.0, 20.0
+
+
+def fit(log_probs: Seq[Seq[float]], shares: Seq[Seq[float]], known_bias: Seq[float]) -> tuple[float, list[float]]:
+    """Return the temperature and each label's bias that make softmax((log p + bias) / temperature) likeliest.
+
+    log_probs:   [n, labels] log probabilities of the labels, as the base gives them.
+    shares:      [n, labels] the truth: 1 for the right label, or shares of votes.
+    known_bias:  [labels] what training's weights are known to have added, as a bias that takes it off again.
+    The last label's bias stays as it is: only differences count.
+    """
+    given, truth = numpy.asarray(log_probs, dtype=float), numpy.asarray(shares, dtype=float)
+    before = numpy.asarray(known_bias, dtype=float)
+    if not len(given):
+        return 1.0, before.tolist()
+
+    def loss(x: numpy.ndarray) -> float:
+        log_temperature, moved = x[0], numpy.append(x[1:], 0.0)
+        logits = (given + before + moved) / numpy.exp(log_temperature)
+        highest = logits.max(1, keepdims=True)
+        log_sum = highest[:, 0] + numpy.log(numpy.exp(logits - highest).sum(1))
+        likelihood = (truth * (logits - log_sum[:, None])).sum()
+        return float(-likelihood + PRIOR_WEIGHT * (log_temperature**2 + (moved**2).sum() / 8))
+
+    num_free = given.shape[1] - 1
+    bounds = [(-MAX_LOG_TEMPERATURE, MAX_LOG_TEMPERATURE), *[(-MAX_BIAS, MAX_BIAS)] * num_free]
+    found = minimize(loss, numpy.zeros(1 + num_free), method="L-BFGS-B", bounds=bounds).x
+    return float(numpy.exp(found[0])), (before + numpy.append(found[1:], 0.0)).tolist()

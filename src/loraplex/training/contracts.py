@@ -1,0 +1,167 @@
+"""How a classifier that is to be trained will ask: its contract, and the tokens from which on its adapter acts."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraplex.classifier import CONVERSATION, QUESTION, Contract
+from loraplex.config import read_yaml, validate
+from loraplex.errors import ConfigurationError, ContractError, listed, quoted
+from loraplex.labelled import Label, Labelled
+from loraplex.text.chat_template import ChatTemplate
+from loraplex.text.template import Template
+from loraplex.training.settings import TrainSettings
+from loraplex.types import Message
+
+LEAST_ACTIVE = 2  # tokens that an adapter acts on at least, before the label
+PLAIN = f"{CONVERSATION}\n\nAnswer:"  # for a base without a chat template
+PLAIN_QUESTION = f"{CONVERSATION}\n\nQuestion: {QUESTION}\nAnswer:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A classifier that is to be trained. invocation: the tokens from which on the adapter acts; None for all."""
+
+    name: str
+    contract: Contract
+    template: Template
+    invocation: tuple[int, ...] | None
+
+    @property
+    def label_ids(self) -> list[tuple[int, ...]]:
+        """Each label's tokens."""
+        return [self.template.label_ids[label] for label in self.contract.labels]
+
+
+def read_questions(path: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Return classifier -> keys of its contract, from a YAML file with a question or a mapping for each classifier."""
+    found = {}
+    for name, given in read_yaml(path, ConfigurationError).items():
+        if not isinstance(given, str | dict):
+            raise ConfigurationError(
+                f"{path}, key {name!r}",
+                f"is {quoted(given)}, not a question or keys of a contract",
+                remedy="write `name: the question`, or `name: {question: …, labels: [yes, no]}`",
+            )
+        found[name] = {"question": given} if isinstance(given, str) else given
+    return found
+
+
+def seen_labels(rows: Seq[Labelled], name: str) -> tuple[str, ...]:
+    """Return the labels that a classifier has in the data: yes and no for booleans, else as they first appear."""
+    found: dict[str, None] = {}
+    for row in rows:
+        label: Label | None = row.labels.get(name)
+        if isinstance(label, bool):
+            found.update(yes=None, no=None)
+        elif label is not None:
+            found.update(dict.fromkeys([label] if isinstance(label, str) else label))
+    return tuple(found)
+
+
+def make_task(
+    name: str,
+    given: Mapping[str, Any],
+    labels: Seq[str],
+    chat: ChatTemplate,
+    settings: TrainSettings,
+    max_model_len: int,
+) -> Task:
+    """Return a classifier's task.
+
+    given:   keys of its contract that the user wrote; they win.
+    labels:  those that the data has.
+    Raises ConfigurationError or ContractError, which say what is missing.
+    """
+    asks = settings.prompt == "question"
+    if asks and not given.get("question"):
+        raise ConfigurationError(
+            f"--prompt question, classifier {name!r}",
+            "has no question",
+            remedy="give --questions FILE with `name: the question`, or --prompt short",
+        )
+    values: dict[str, Any] = {key: value for key, value in given.items() if key != "question" or asks}
+    if settings.template is not None:
+        values.setdefault("template", settings.template)
+    if settings.max_length is not None:
+        values.setdefault("max_length", settings.max_length)
+    if values.get("format", "lines") == "lines" and "template" not in values:
+        if chat.text is None:
+            values["template"] = PLAIN_QUESTION if asks else PLAIN
+        elif asks:
+            values["template"] = _two_messages(chat)
+    if "labels" not in values:
+        if len(labels) < 2:
+            raise ConfigurationError(
+                f"classifier {name!r}",
+                f"has {f'only the label {quoted(labels[0])}' if labels else 'no label'} in the data",
+                remedy="add conversations with another label, or leave the classifier out",
+            )
+        ends_in_text = str(values.get("template", "")).endswith((":", "?"))
+        values["labels"] = [f" {label}" if ends_in_text else label for label in labels]
+    contract = validate(Contract, values, f"classifier {name}", ContractError)
+    invocation = _invocation(name, contract, chat, settings, max_model_len) if settings.kind == "alora" else None
+    template = Template(chat, contract, max_model_len, f"classifier {name}", invocation)
+    return Task(name=name, contract=contract, template=template, invocation=invocation)
+
+
+def _two_messages(chat: ChatTemplate) -> str:
+    """Return a template with the conversation in one message of the user and the question in a second one, so that all
+    before the question is the same for all classifiers; in one message where the chat template refuses two."""
+    conversation, question = Message(role="user", content=CONVERSATION), Message(role="user", content=QUESTION)
+    try:
+        return chat.render([conversation, question])
+    except Exception:  # a template may refuse two messages of the user, with any error
+        return chat.render([Message(role="user", content=f"{CONVERSATION}\n\n{QUESTION}")])
+
+
+def _invocation(
+    name: str, contract: Contract, chat: ChatTemplate, settings: TrainSettings, max_model_len: int
+) -> tuple[int, ...]:
+    """Return the tokens from which on the adapter acts: those of `settings.invocation`, or the last ones before the
+    question, or before the label where there is no question, from a special token on if there is one."""
+    tokenizer = chat.tokenizer
+    if settings.invocation is not None:
+        return tuple(tokenizer.encode(settings.invocation, add_special_tokens=False))
+    probe = Template(chat, contract, max_model_len, f"classifier {name}")
+    tails = {probe.parts(text)[1] for text in ("Customer: hello", "Customer: is it done?")}
+    [tail] = tails if len(tails) == 1 else [None]
+    if not tail:
+        raise ConfigurationError(
+            f"classifier {name!r}",
+            "the tokens between the conversation and the label are not always the same",
+            remedy="give a --template with {conversation} and, behind it, a special token",
+        )
+    before_question = tail.partition(contract.question)[0] if contract.question else tail
+    ids = tokenizer.encode(before_question, add_special_tokens=False)
+    starts = [at for at, token in enumerate(ids) if token in tokenizer.special_ids]
+    least = 1 if contract.question else LEAST_ACTIVE
+    start = next((at for at in reversed(starts) if len(ids) - at >= least), 0)
+    if not ids:
+        raise ConfigurationError(
+            f"classifier {name!r}",
+            f"nothing stands between the conversation and the question ({quoted(tail)})",
+            remedy="write a special token or a line there, in --template",
+        )
+    return tuple(ids[start:])
+
+
+def check_names(names: Seq[str], rows: Seq[Labelled]) -> tuple[str, ...]:
+    """Return the classifiers to train: those that were asked for, or all that the data has labels for."""
+    known = dict.fromkeys(name for row in rows for name in row.labels)
+    for name in names:
+        if name not in known:
+            raise ConfigurationError(
+                f"--classifier {name}",
+                "no conversation has a label for it",
+                remedy=f"the data has: {listed(list(known)) or 'none'}",
+            )
+    if not known:
+        raise ConfigurationError(
+            "the data",
+            "no conversation has a label",
+            remedy='write lines such as {"text": "…", "labels": {"isDone": true}}',
+        )
+    return tuple(names) or tuple(known)

@@ -1,0 +1,274 @@
+"""The training loop: steps over conversations, evaluations on dev, and the best weights of each adapter."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from loraplex.training.adamw import StackedAdamW
+from loraplex.training.asked import Asked, to_score, to_train
+from loraplex.training.batch import Conversation
+from loraplex.training.scores import Quality, quality
+from loraplex.training.settings import TrainSettings
+from loraplex.training.trainee import Trainee
+
+POOL = 50  # batches that are sorted by length together, so that the passes of a step have few different lengths
+
+
+@dataclass(slots=True, kw_only=True)
+class Told:
+    """What the loop tells after a step.
+
+    losses:   of each adapter in this step, in nats; None where it had no question.
+    quality:  of each adapter on dev, after an evaluation; None after other steps.
+    """
+
+    step: int
+    num_steps: int
+    epoch: float
+    losses: Seq[float | None]
+    num_tokens: int
+    seconds: float
+    learning_rate: float
+    quality: Seq[Quality | None] | None = None
+    is_best: Seq[bool] = ()
+    stopped: Seq[bool] = ()
+
+
+@dataclass(slots=True)
+class _Best:
+    """The best weights of each adapter so far."""
+
+    scores: list[float]
+    quality: list[Quality | None]
+    weights: list[torch.Tensor]
+    steps: list[int]
+    misses: list[int] = field(default_factory=list)
+
+
+class Fit:
+    """Trains the adapters of a trainee. After `run`, or after an interrupt, `best` is what to keep."""
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        settings: TrainSettings,
+        train: Seq[Asked],
+        dev: Seq[Asked],
+        label_ids: Seq[Seq[Seq[int]]],
+        label_weights: Seq[Seq[float]],
+    ) -> None:
+        """label_ids, label_weights: [classifier][label] the label's tokens, and what it counts in the loss."""
+        self._trainee, self._settings, self._label_ids = trainee, settings, label_ids
+        self._conversations, self._dev = to_train(train, label_ids, label_weights), list(dev)
+        self._optimizer = StackedAdamW(
+            trainee.parameters(), weight_decay=settings.weight_decay, max_norm=settings.max_norm
+        )
+        self.steps_an_epoch = max(1, math.ceil(len(self._conversations) / settings.batch))
+        self.num_steps = max(1, round(self.steps_an_epoch * settings.epochs))
+        self._evaluate_every = max(1, round(self.steps_an_epoch / settings.evaluations))
+        n = trainee.num_adapters
+        self._step = 0
+        self._best = _Best(
+            [-math.inf] * n, [None] * n, [one.detach().clone() for one in trainee.parameters()], [0] * n, [0] * n
+        )
+
+    @property
+    def stopped(self) -> list[bool]:
+        """Which adapters have stopped: no evaluation was better for `patience` times."""
+        return [misses >= self._settings.patience for misses in self._best.misses]
+
+    def run(self, tell: Callable[[Told], None], save: Callable[[dict[str, Any]], None] = lambda state: None) -> None:
+        """Train until the last step, or until every adapter has stopped. save: takes the loop's state after each
+        evaluation."""
+        for batch in self._batches():
+            if all(self.stopped):
+                break
+            started = time.perf_counter()
+            losses, num_tokens = self._learn(batch)
+            self._step += 1
+            told = Told(
+                step=self._step,
+                num_steps=self.num_steps,
+                epoch=self._step / self.steps_an_epoch,
+                losses=losses,
+                num_tokens=num_tokens,
+                seconds=time.perf_counter() - started,
+                learning_rate=self._rate(self._step - 1),
+            )
+            if self._step % self._evaluate_every == 0 or self._step == self.num_steps:
+                told.quality = self.evaluate(self._dev)
+                told.is_best, told.stopped = self._keep(told.quality), self.stopped
+                save(self.state())
+            tell(told)
+
+    def restore_best(self) -> list[Quality | None]:
+        """Put each adapter's best weights back, and return what they were on dev. Those never evaluated stay."""
+        with torch.no_grad():
+            for parameter, best in zip(self._trainee.parameters(), self._best.weights, strict=True):
+                for adapter, score in enumerate(self._best.scores):
+                    if score > -math.inf:
+                        parameter[adapter].copy_(best[adapter])
+        return self._best.quality
+
+    def log_probs(self, asked: Seq[Asked]) -> list[list[float]]:
+        """Return the log probability of every label of each prompt."""
+        conversations, read = to_score(asked, self._label_ids)
+        found = [[0.0] * len(self._label_ids[one.classifier]) for one in asked]
+        answers = iter(read)
+        for batch in _passes(conversations, self._settings.step_tokens):
+            for log_prob in self._trainee.log_probs(batch).tolist():
+                number, label = next(answers)
+                found[number][label] += log_prob
+        return found
+
+    def evaluate(self, asked: Seq[Asked]) -> list[Quality | None]:
+        """Return each adapter's figures; None for those that no prompt is for."""
+        found: list[list[tuple[list[float], int, int]]] = [[] for _ in range(self._trainee.num_adapters)]
+        for one, log_probs in zip(asked, self.log_probs(asked), strict=True):
+            scores = torch.tensor(log_probs).softmax(-1).tolist()
+            found[one.classifier].append((scores, one.truth, max(range(len(scores)), key=scores.__getitem__)))
+        return [quality(*zip(*rows, strict=True)) if rows else None for rows in found]
+
+    def state(self) -> dict[str, Any]:
+        """Return what `load_state` goes on from."""
+        return {
+            "step": self._step,
+            "parameters": [one.detach() for one in self._trainee.parameters()],
+            "optimizer": self._optimizer.state(),
+            "best": {
+                "scores": self._best.scores,
+                "weights": self._best.weights,
+                "steps": self._best.steps,
+                "misses": self._best.misses,
+                "quality": [
+                    None if one is None else [one.n, one.accuracy, one.f1, one.auc, one.log_loss]
+                    for one in self._best.quality
+                ],
+            },
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same data and settings."""
+        self._step = state["step"]
+        with torch.no_grad():
+            for parameter, saved in zip(self._trainee.parameters(), state["parameters"], strict=True):
+                parameter.copy_(saved)
+        self._optimizer.load_state(state["optimizer"])
+        best = state["best"]
+        self._best = _Best(
+            best["scores"],
+            [
+                None
+                if one is None
+                else Quality(**dict(zip(("n", "accuracy", "f1", "auc", "log_loss"), one, strict=True)))
+                for one in best["quality"]
+            ],
+            best["weights"],
+            best["steps"],
+            best["misses"],
+        )
+
+    def _learn(self, batch: Seq[Conversation]) -> tuple[list[float | None], int]:
+        """One step of the optimizer. Each adapter's loss is the mean over its own questions in the whole step."""
+        stopped = self.stopped
+        batch = [_without(one, stopped) for one in batch]
+        n = self._trainee.num_adapters
+        totals = torch.zeros(n)
+        for one in batch:
+            for question in one.questions:
+                totals[question.adapter] += sum(answer.weight for answer in question.answers)
+        included = totals > 0
+        losses, num_tokens = torch.zeros(n), 0
+        for some in _passes(batch, self._settings.step_tokens):
+            found, _ = self._trainee.losses(some)
+            device = found.device
+            (found / totals.to(device).clamp(min=1e-12)).sum().backward()
+            losses += found.detach().cpu()
+            num_tokens += sum(_num_tokens(one) for one in some)
+        rates = torch.full((n,), self._rate(self._step), device=self._trainee.device)
+        if included.any():
+            self._optimizer.step(rates, included.to(self._trainee.device))
+        return [
+            float(loss / total) if total > 0 else None for loss, total in zip(losses, totals, strict=True)
+        ], num_tokens
+
+    def _keep(self, found: Seq[Quality | None]) -> list[bool]:
+        is_best = []
+        for adapter, one in enumerate(found):
+            score = -math.inf if one is None else _score(one, self._settings.select)
+            better = score > self._best.scores[adapter] and self._best.misses[adapter] < self._settings.patience
+            is_best.append(better)
+            if better:
+                self._best.scores[adapter], self._best.quality[adapter] = score, one
+                self._best.steps[adapter], self._best.misses[adapter] = self._step, 0
+                with torch.no_grad():
+                    for best, parameter in zip(self._best.weights, self._trainee.parameters(), strict=True):
+                        best[adapter].copy_(parameter[adapter])
+            else:
+                self._best.misses[adapter] += 1
+        return is_best
+
+    def _rate(self, step: int) -> float:
+        settings = self._settings
+        warmup = max(1, round(settings.warmup * self.num_steps))
+        falling = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.num_steps)))
+        return settings.learning_rate * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * falling)
+
+    def _batches(self) -> Iterator[list[Conversation]]:
+        """Yield the batches that are left, in an order that seed and epoch alone decide."""
+        size, epoch, done = self._settings.batch, 0, 0
+        while done < self.num_steps:
+            draw = random.Random(f"{self._settings.seed}/{epoch}")
+            order = list(self._conversations)
+            draw.shuffle(order)
+            batches: list[list[Conversation]] = []
+            for start in range(0, len(order), size * POOL):
+                pool = sorted(order[start : start + size * POOL], key=_num_tokens)
+                batches += [pool[at : at + size] for at in range(0, len(pool), size)]
+            draw.shuffle(batches)
+            for batch in batches[: self.num_steps - done]:
+                done += 1
+                if done > self._step:
+                    yield batch
+            epoch += 1
+
+
+def _score(one: Quality, select: str) -> float:
+    """Return a figure that is higher for better weights. Where it cannot be told, the log-loss decides, far below."""
+    value = -one.log_loss if select == "log_loss" else getattr(one, select)
+    return -1000.0 - one.log_loss if value is None else value - 1e-6 * one.log_loss
+
+
+def _without(one: Conversation, stopped: Seq[bool]) -> Conversation:
+    if not any(stopped):
+        return one
+    return Conversation(
+        token_ids=one.token_ids,
+        questions=tuple(question for question in one.questions if not stopped[question.adapter]),
+    )
+
+
+def _num_tokens(one: Conversation) -> int:
+    return len(one.token_ids) + sum(len(question.token_ids) for question in one.questions)
+
+
+def _passes(conversations: Seq[Conversation], step_tokens: int) -> Iterator[list[Conversation]]:
+    """Yield the conversations that have questions, in parts of at most `step_tokens` tokens, or of one conversation."""
+    part: list[Conversation] = []
+    size = 0
+    for one in conversations:
+        if not one.questions:
+            continue
+        if part and size + _num_tokens(one) > step_tokens:
+            yield part
+            part, size = [], 0
+        part.append(one)
+        size += _num_tokens(one)
+    if part:
+        yield part

@@ -1,0 +1,69 @@
+"""What a training run is told: every option of `loraplex train`, and every key of its YAML file."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from loraplex.config import EitherCase
+from loraplex.problems import NumbersAreNoBooleans, wrong
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class TrainSettings(NumbersAreNoBooleans):
+    """How adapters are trained. The defaults were chosen by measuring; docs/training.md says what was tried."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Annotated[Literal["alora", "lora"], EitherCase] = Field(
+        "alora", description="alora, whose adapters share a conversation's computation; or lora"
+    )
+    prompt: Annotated[Literal["short", "question"], EitherCase] = Field(
+        "short", description="what stands behind the conversation: short, a few tokens; or the question in words"
+    )
+    rank: int = Field(16, ge=1, le=1024, description="rank of each LoRA update")
+    alpha: float | None = Field(None, gt=0, description="scale of the updates; twice the rank by default")
+    targets: str = Field(
+        "all-linear", description="layers to train: all-linear, or the ends of their names with commas"
+    )
+    template: str | None = Field(None, description="the prompt, with {conversation}; by default from the chat template")
+    invocation: str | None = Field(
+        None, description="with kind alora: the text in the prompt from which on the adapter acts; by default its end"
+    )
+    max_length: int | None = Field(None, ge=8, description="maximum tokens of a prompt; older turns are cut")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="the highest; it rises, then falls as a cosine")
+    epochs: float = Field(3.0, gt=0, le=1000, description="passes over the training conversations")
+    batch: int = Field(16, ge=1, le=4096, description="conversations in one step")
+    step_tokens: int = Field(8192, ge=64, description="maximum tokens computed at once; a step takes several passes")
+    warmup: Share = Field(0.05, description="share of the steps while the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0)
+    max_norm: float = Field(1.0, gt=0, description="largest gradient norm of an adapter; a larger one is scaled down")
+    balance: Annotated[Literal["weights", "none"], EitherCase] = Field(
+        "weights", description="against rare labels: weights in the loss, taken off again by the calibration; or none"
+    )
+    dev: Share = Field(0.1, description="share of the conversations that choose the best weights")
+    calibration: Share = Field(0.1, description="share of the conversations that temperature and bias are fitted on")
+    select: Annotated[Literal["f1", "auc", "log_loss"], EitherCase] = Field(
+        "f1", description="what the best weights are best at, on dev: f1, auc or log_loss"
+    )
+    patience: int = Field(3, ge=1, description="an adapter stops after so many evaluations without a better one")
+    evaluations: int = Field(4, ge=1, description="evaluations in each pass over the conversations")
+    golden: int = Field(2, ge=0, le=100, description="examples of each label that the contract keeps, to prove a load")
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", description="where to compute: auto, cpu, cuda or cuda:N")
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], EitherCase] = Field(
+        "auto", description="number format of the base's weights and of what is computed; the adapters' are float32"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainSettings":
+        if self.dev + self.calibration >= 1:
+            raise wrong("'dev' and 'calibration' leave nothing to train on", "give shares such as 0.1 and 0.1")
+        if self.invocation is not None and self.kind != "alora":
+            raise wrong("'invocation' has no effect with kind lora", "leave it out")
+        return self
+
+    @property
+    def scale(self) -> float:
+        """LoRA's alpha."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
