@@ -45,8 +45,10 @@ def test_a_state_goes_on_where_it_was() -> None:
         optimizer = StackedAdamW([parameter])
         for step in range(6):
             if step == num_first:
-                state = {name: [one.clone() for one in value] if isinstance(value, list) else value.clone()
-                         for name, value in optimizer.state().items()}
+                state = {
+                    name: [one.clone() for one in value] if isinstance(value, list) else value.clone()
+                    for name, value in optimizer.state().items()
+                }
                 optimizer = StackedAdamW([parameter])
                 optimizer.load_state(state)
             parameter.grad = torch.full((2, 3), float(step + 1))

@@ -46,7 +46,7 @@ class TrainSettings(NumbersAreNoBooleans):
     select: Annotated[Literal["f1", "auc", "log_loss"], EitherCase] = Field(
         "f1", description="what the best weights are best at, on dev: f1, auc or log_loss"
     )
-    patience: int = Field(3, ge=1, description="an adapter stops after so many evaluations without a better one")
+    patience: int = Field(8, ge=1, description="an adapter stops after so many evaluations without a better one")
     evaluations: int = Field(4, ge=1, description="evaluations in each pass over the conversations")
     golden: int = Field(2, ge=0, le=100, description="examples of each label that the contract keeps, to prove a load")
     seed: int = Field(0, ge=0)
