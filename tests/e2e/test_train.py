@@ -1,4 +1,4 @@
-"""From nothing to served verdicts: `loraplex train` on conversations written on the spot, then the bundle in process."""
+"""From nothing to served verdicts: `loraplex train` on conversations written on the spot, then the bundle."""
 
 import json
 import random
@@ -19,7 +19,7 @@ CLUES = {"isThankful": "thanks", "isFraud": "stolen"}
 
 def dialogue(draw: random.Random) -> tuple[str, dict[str, bool]]:
     labels = {name: draw.random() < 0.4 for name in CLUES}
-    words = draw.choices(WORDS, k=draw.randint(4, 9)) + [CLUES[name] for name, found in labels.items() if found]
+    words = draw.choices(WORDS, k=draw.randint(4, 9)) + [CLUES[name] for name, found in labels.items() if found] * 2
     draw.shuffle(words)
     return f"Customer: {' '.join(words)}", labels
 
@@ -40,11 +40,11 @@ def test_trained_classifiers_answer(tmp_path: Path, kind: str) -> None:
     base, data, out = tmp_path / "base", tmp_path / "data.jsonl", tmp_path / "bundle"
     base.mkdir()
     tiny.save_base(base, tiny.FAMILIES["llama"])
-    write(data, 300)
-    options = ["--template", "{conversation}<|ask|>\n", "--epochs", 8, "--learning-rate", 0.01, "--rank", 8]
+    write(data, 400)
+    options = ["--template", "{conversation}<|ask|>\n", "--epochs", 6, "--learning-rate", 0.01, "--rank", 8]
     done = run("--base", base, "--data", data, "--out", out, "--kind", kind, "--seed", 1, *options)
     assert done.returncode == 0, done.stderr
-    assert "isFraud" in done.stdout and "300 conversations: 240 train, 30 dev, 30 calibration" in done.stderr
+    assert "isFraud" in done.stdout and "400 conversations: 320 train, 40 dev, 40 calibration" in done.stderr
     draw = random.Random(9)
     unseen = [dialogue(draw) for _ in range(60)]
     with Loraplex.load(out, dtype="float32") as loraplex:

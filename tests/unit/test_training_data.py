@@ -1,4 +1,4 @@
-"""What a training run makes of data: prompts as the server writes them, a split without leaks, contracts, calibration."""
+"""What training makes of data: prompts as the server writes them, a split without leaks, contracts, calibration."""
 
 import math
 import random
