@@ -39,6 +39,7 @@ LAYERS = [
     {"service"},
     {"routing"},
     {"inprocess", "server"},
+    {"evaluation"},
     {"bench", "costs", "sagemaker", "training"},
     {"cli"},
 ]

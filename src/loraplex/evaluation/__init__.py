@@ -1,0 +1,1 @@
+"""How well classifiers answer labelled conversations."""
