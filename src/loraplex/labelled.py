@@ -16,6 +16,7 @@ from loraplex.types import Message
 
 Label = bool | str | Mapping[str, float]  # yes or no, a label's name, or a share for each label
 TEXTS = ("conversation", "text", "messages")  # one of these keys holds the conversation
+ITEM = "item"  # does so in mellea's files; beside one of the others it may mean anything
 YES_NO = (("yes", "no"), ("true", "false"))  # what true and false stand for, where a contract has such labels
 
 
@@ -32,17 +33,20 @@ class Labelled:
     labels: Mapping[str, Label]
 
 
-def read_labelled(path: Path, contracts: Mapping[str, Sequence[str]] = MappingProxyType({})) -> tuple[Labelled, ...]:
+def read_labelled(
+    path: Path, contracts: Mapping[str, Sequence[str]] = MappingProxyType({}), classifier: str | None = None
+) -> tuple[Labelled, ...]:
     """Return the conversations of a file, in order. Empty lines are left out.
 
-    contracts:  classifier -> its contract's labels. Labels for these classifiers must be among them.
+    contracts:   classifier -> its contract's labels. Labels for these classifiers must be among them.
+    classifier:  the one that a line's `label` is for, where the line has no `labels`.
     Raises ConfigurationError, which names all lines that cannot be read, or says that there are none.
     """
     found: list[Labelled] = []
     wrong: dict[str, list[int]] = {}  # what is wrong -> lines
     for number, line in _lines(path):
         try:
-            row = _row(number, line)
+            row = _row(number, line, classifier)
             for name, labels in contracts.items():
                 if name in row.labels:
                     hard_label(row.labels[name], labels, name)
@@ -50,12 +54,17 @@ def read_labelled(path: Path, contracts: Mapping[str, Sequence[str]] = MappingPr
             wrong.setdefault(str(exc), []).append(number)
         else:
             found.append(row)
-    if wrong:
-        told = "; ".join(f"{_numbers(lines)}: {what}" for what, lines in wrong.items())
-        raise ConfigurationError(path, told, remedy="correct these lines, or remove them")
+    refuse_lines(path, wrong)
     if not found:
         raise ConfigurationError(path, "holds no conversations", remedy=f'write lines such as {{"{TEXTS[1]}": "…"}}')
     return tuple(found)
+
+
+def refuse_lines(path: Path, wrong: Mapping[str, Sequence[int]]) -> None:
+    """Raise ConfigurationError where there is anything wrong. wrong: what is wrong -> the numbers of its lines."""
+    if wrong:
+        told = "; ".join(f"{numbers(lines)}: {what}" for what, lines in wrong.items())
+        raise ConfigurationError(path, told, remedy="correct these lines, or remove them")
 
 
 def hard_label(label: Label, labels: Sequence[str], name: str = "") -> str:
@@ -95,7 +104,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         ) from None
 
 
-def _row(number: int, line: bytes) -> Labelled:
+def _row(number: int, line: bytes, classifier: str | None) -> Labelled:
     try:
         row: Any = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -104,10 +113,13 @@ def _row(number: int, line: bytes) -> Labelled:
         raise _Wrong("is not JSON") from None
     if not isinstance(row, dict):
         raise _Wrong(f"is a {type(row).__name__}, not an object")
-    given = [key for key in TEXTS if key in row]
+    given = [key for key in TEXTS if key in row] or [key for key in (ITEM,) if key in row]
     if len(given) != 1:
         raise _Wrong(f"has {listed(given) if given else 'no text'}: give one of {listed(TEXTS)}")
-    return Labelled(line=number, input=_input(given[0], row[given[0]]), labels=_labels(row.get("labels", {})))
+    labels = row.get("labels", {})
+    if classifier is not None and "labels" not in row and "label" in row:
+        labels = {classifier: row["label"]}
+    return Labelled(line=number, input=_input(given[0], row[given[0]]), labels=_labels(labels))
 
 
 def _input(key: str, value: Any) -> str | tuple[Message, ...]:
@@ -125,11 +137,12 @@ def _input(key: str, value: Any) -> str | tuple[Message, ...]:
 def _labels(given: Any) -> Mapping[str, Label]:
     if not isinstance(given, dict):
         raise _Wrong(f"'labels' is a {type(given).__name__}, not an object")
-    for name, label in given.items():
+    found = {name: label for name, label in given.items() if label is not None}  # null: nobody knows
+    for name, label in found.items():
         is_share = isinstance(label, dict) and _are_shares(label.values())
         if not (isinstance(label, bool) or (isinstance(label, str) and label) or is_share):
             raise _Wrong(f"the label of {quoted(name)} is no label: give true, false, a name, or shares that sum to 1")
-    return MappingProxyType(given)
+    return MappingProxyType(found)
 
 
 def _are_shares(shares: Any) -> bool:
@@ -137,7 +150,7 @@ def _are_shares(shares: Any) -> bool:
     return len(numbers) == len(shares) and math.isclose(sum(numbers), 1, abs_tol=0.01)
 
 
-def _numbers(lines: Sequence[int]) -> str:
+def numbers(lines: Sequence[int]) -> str:
     """Return line numbers as a reader writes them: "lines 3-5, 9"."""
     ranges: list[list[int]] = []
     for line in lines:

@@ -33,6 +33,32 @@ def test_all_three_forms_are_read(tmp_path: Path) -> None:
     assert read_labelled(tmp_path / "a.jsonl.gz") == (first, second, third)
 
 
+def test_one_classifier_needs_no_name_in_the_file(tmp_path: Path) -> None:
+    rows = (
+        {"text": "a", "label": True},
+        {"item": "b", "label": "calm"},
+        {"text": "c", "label": None},
+        {"text": "d"},
+        {"text": "e", "item": 17, "label": "x", "labels": {"other": "y"}},
+        {"text": "f", "label": {"calm": 0.5, "angry": 0.5}},
+    )
+    path = save(tmp_path / "a.jsonl", *rows)
+    found = read_labelled(path, classifier="mood")
+    assert [one.input for one in found] == list("abcdef")
+    shares = {"calm": 0.5, "angry": 0.5}
+    assert [dict(one.labels) for one in found] == [
+        {"mood": True},
+        {"mood": "calm"},
+        {},
+        {},
+        {"other": "y"},
+        {"mood": shares},
+    ]
+    assert not any(one.labels for one in read_labelled(path) if one.input != "e")
+    with pytest.raises(ConfigurationError, match="line 1: 'mood' has true or false"):
+        read_labelled(path, {"mood": ("calm", "angry")}, "mood")
+
+
 def test_every_malformed_line_is_named(tmp_path: Path) -> None:
     secret = "a secret of the customer " * 100
     rows = [
