@@ -38,6 +38,15 @@ def test_each_adapter_moves_as_with_an_optimizer_of_its_own(weight_decay: float)
             torch.testing.assert_close(parameter[adapter], one, rtol=1e-5, atol=1e-6)
 
 
+def test_a_gradient_that_is_no_number_changes_nothing() -> None:
+    parameter = nn.Parameter(torch.ones(2, 3))
+    optimizer = StackedAdamW([parameter])
+    parameter.grad = torch.tensor([[1.0, 1.0, 1.0], [1.0, float("nan"), 1.0]])
+    norms = optimizer.step(torch.tensor([0.1, 0.1]), torch.tensor([True, True]))
+    assert norms.isfinite().tolist() == [True, False] and parameter.grad is None
+    assert torch.equal(parameter, torch.ones(2, 3)) and not optimizer.state()["steps"].any()
+
+
 def test_a_state_goes_on_where_it_was() -> None:
     def run(num_first: int) -> torch.Tensor:
         torch.manual_seed(1)

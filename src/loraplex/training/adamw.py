@@ -33,11 +33,16 @@ class StackedAdamW:
         """Update the adapters that are `included`, [num_adapters] of booleans, and drop all gradients.
 
         rates:  learning rate of each adapter.
-        Returns each adapter's gradient norm before it was clipped.
+        Returns each adapter's gradient norm before it was clipped. Where one of them is infinite or no number, nothing
+        is updated.
         """
         gradients = [one.grad if one.grad is not None else torch.zeros_like(one) for one in self._parameters]
         squares = [torch.linalg.vector_norm(one, dim=tuple(range(1, one.ndim))).square() for one in gradients]
         norms = torch.stack(squares).sum(0).sqrt()
+        if not bool(norms[included].isfinite().all()):
+            for parameter in self._parameters:
+                parameter.grad = None
+            return norms
         clip = (self._max_norm / (norms + 1e-6)).clamp(max=1.0)
         self._steps += included
         beta1, beta2 = self._betas

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from loraplex.errors import UnsupportedModelError
-from loraplex.training.batch import Packed
+from loraplex.training.batch import Group, Packed
 
 ATTENTION, PASS = "loraplex_training", "loraplex_training_pass"
 
 # Arguments of an attention call that change no answer, whatever their value.
 _INERT = frozenset(
-    "output_attentions output_hidden_states output_router_logits position_ids return_dict use_cache is_causal".split()
+    "output_attentions output_hidden_states output_router_logits position_ids return_dict use_cache".split()
 )
 
 
@@ -24,11 +24,13 @@ class Pass:
 
     packed:   the batch. is_prefix: whether its conversations run, or its questions.
     kv:       layer -> keys and values of each conversation, [heads, length, head_dim] each. They need no gradient.
+    masks:    window of attention -> the mask of each group; layers share them.
     """
 
     packed: Packed | None = None
     is_prefix: bool = True
     kv: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    masks: dict[int | None, list[torch.Tensor | None]] = field(default_factory=dict)
 
 
 def _attention(
@@ -41,21 +43,31 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,  # [H]
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # [1, T, H, D]
-    run, layer = getattr(module, PASS), getattr(module, "layer_idx", None)
-    assert isinstance(run, Pass) and run.packed is not None and isinstance(layer, int)
+    run, layer = getattr(module, PASS, None), getattr(module, "layer_idx", None)
+    if not isinstance(run, Pass) or not isinstance(layer, int):
+        raise _untrainable(module, "does not say its layer")
+    assert run.packed is not None
+    if attention_mask is not None:
+        raise _untrainable(module, "has a mask of its own")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise _untrainable(module, "sees later tokens, too")
     for name, given in kwargs.items():
-        if name not in _INERT and not (given is None or given is False or given == 0):
-            raise UnsupportedModelError(
-                type(module).__name__,
-                f"its attention uses {name!r}, which cannot be trained",
-                remedy="use another base",
-            )
+        if name not in _INERT and not (given is None or given is False or (name == "dropout" and given == 0)):
+            raise _untrainable(module, f"uses {name!r}")
     q, k, v = query[0], key[0], value[0]
     compute = _of_conversations if run.is_prefix else _of_questions
-    attended = compute(run, layer, q, k, v, sliding_window, scaling=scaling, softcap=softcap)
-    return attended.transpose(0, 1)[None], None
+    attended = compute(run, layer, q, k, v, sliding_window, scaling=scaling, softcap=softcap, sinks=s_aux)
+    return attended.transpose(0, 1)[None].contiguous(), None
+
+
+def _untrainable(module: torch.nn.Module, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        type(module).__name__, f"its attention {what}, which cannot be trained", remedy="train on another base"
+    )
 
 
 def _of_conversations(
@@ -80,21 +92,35 @@ def _of_questions(
     run: Pass, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, **options: Any
 ) -> torch.Tensor:
     """Each question attends to its conversation and to itself. All questions about a conversation attend in one call,
-    so that its keys are not repeated."""
+    so that its keys are not repeated; questions of one length without a conversation are a batch."""
     packed = run.packed
     assert packed is not None
-    before = run.kv.get(layer) or [(k[:, :0], v[:, :0])] * len(packed.tokens_of)
+    if window not in run.masks:
+        lengths = [0 if one.conversation is None else packed.lengths[one.conversation] for one in packed.groups]
+        run.masks[window] = [_mask(one, length, window) for one, length in zip(packed.groups, lengths, strict=True)]
     attended = []
-    for (keys, values), rows in zip(before, packed.tokens_of, strict=True):
-        question, positions = packed.question_of[rows], packed.positions[rows]
-        of_conversation = _visible(positions, torch.arange(keys.shape[1], device=q.device), window)
-        of_itself = _visible(positions, positions, window) & (question[:, None] == question[None])
-        mask = torch.cat([of_conversation, of_itself], 1)
-        attended.append(
-            _attend(q[:, rows], torch.cat([keys, k[:, rows]], 1), torch.cat([values, v[:, rows]], 1), mask, **options)
-        )
-    order = torch.cat(packed.tokens_of)
-    return torch.cat(attended, 1)[:, order.argsort()]
+    for group, mask in zip(packed.groups, run.masks[window], strict=True):
+        queries, keys, values = (x[:, group.rows] for x in (q, k, v))
+        if group.conversation is not None:
+            before = run.kv[layer][group.conversation]
+            keys, values = torch.cat([before[0], keys], 1), torch.cat([before[1], values], 1)
+            attended.append(_attend(queries, keys, values, mask, **options))
+        else:
+            batch = [x.unflatten(1, (group.num_questions, -1)).transpose(0, 1) for x in (queries, keys, values)]
+            attended.append(_attend(batch[0], batch[1], batch[2], mask, **options).transpose(0, 1).flatten(1, 2))
+    return torch.cat(attended, 1)[:, packed.order]
+
+
+def _mask(group: Group, length: int, window: int | None) -> torch.Tensor | None:
+    """Return which keys each query of a group sees, [Q, length + Q], or [length of a question, the same] where there is
+    no conversation; None where they are just causal. length: tokens of the conversation."""
+    positions = group.positions
+    if group.conversation is None:
+        one = positions[: len(positions) // group.num_questions]
+        return None if window is None else _visible(one, one, window)
+    of_conversation = _visible(positions, torch.arange(length, device=positions.device), window)
+    is_same = group.question_of[:, None] == group.question_of[None]
+    return torch.cat([of_conversation, _visible(positions, positions, window) & is_same], 1)
 
 
 def _visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -104,24 +130,31 @@ def _visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> t
 
 
 def _attend(
-    q: torch.Tensor,  # [H, Q, D]
-    k: torch.Tensor,  # [G, K, D]
-    v: torch.Tensor,
+    q: torch.Tensor,  # [(batch,) H, Q, D]
+    k: torch.Tensor,  # [(batch,) G, K, D]
+    v: torch.Tensor,  # [(batch,) G, K, E]
     mask: torch.Tensor | None,  # [Q, K]; None: causal
     scaling: float | None,
     softcap: float | None,
-) -> torch.Tensor:
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            q[None], k[None], v[None], mask, is_causal=mask is None, scale=scaling, enable_gqa=len(q) != len(k)
-        )[0]
-    times = len(q) // len(k)
-    k, v = k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)
-    scores = (q @ k.transpose(1, 2)).float() * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
+    sinks: torch.Tensor | None,  # [H] scores of a key without a value
+) -> torch.Tensor:  # [(batch,) H, Q, E]
+    times = q.shape[-3] // k.shape[-3]
+    if softcap is None and sinks is None:
+        parts = (q, k, v) if q.ndim == 4 else (q[None], k[None], v[None])
+        found = F.scaled_dot_product_attention(
+            *parts, mask, is_causal=mask is None, scale=scaling, enable_gqa=times > 1
+        )
+        return found if q.ndim == 4 else found[0]
+    k, v = k.repeat_interleave(times, -3), v.repeat_interleave(times, -3)
+    scores = (q @ k.transpose(-2, -1)).float() * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
-        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)], -1)
+    return scores.softmax(-1)[..., : k.shape[-2]].to(v.dtype) @ v
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -39,6 +39,24 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Questions whose tokens attend in one call.
+
+    rows:          [Q] where their tokens are in `Packed.input_ids`.
+    conversation:  index of the conversation that they share; None where they have none. They are of one length then.
+    question_of:   [Q] a number for each question, the same for all its tokens.
+    positions:     [Q] of their tokens.
+    num_questions: how many they are.
+    """
+
+    rows: torch.Tensor
+    conversation: int | None
+    question_of: torch.Tensor
+    positions: torch.Tensor
+    num_questions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
     """Conversations as tensors: one row with the tokens of all conversations, and one with those of all questions.
 
@@ -46,8 +64,8 @@ class Packed:
     input_ids:      [T] tokens of the questions, in the order of their adapters.
     rows:           [num_adapters, most tokens of an adapter] where each adapter's tokens are in `input_ids`; T stands
                     for none.
-    tokens_of:      for each conversation, [Q] where the tokens of its questions are in `input_ids`.
-    question_of:    [T] a number for each question, the same for all its tokens.
+    groups:         what attends together. Each token is in one of them.
+    order:          [T] where each token is in the rows of all groups, one after the other.
     answer_rows, answer_ids, weights, adapter_of: [num_answers] the answers: row in `input_ids` after which the token
                     should follow, the token, its weight, and the adapter.
     answer_order:   [num_answers] the answer's place among all answers as the conversations list them.
@@ -59,8 +77,8 @@ class Packed:
     input_ids: torch.Tensor
     positions: torch.Tensor
     rows: torch.Tensor
-    tokens_of: tuple[torch.Tensor, ...]
-    question_of: torch.Tensor
+    groups: tuple[Group, ...]
+    order: torch.Tensor
     answer_rows: torch.Tensor
     answer_ids: torch.Tensor
     weights: torch.Tensor
@@ -74,8 +92,9 @@ class _Rows:
 
     input_ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    conversation_of: list[int] = field(default_factory=list)
     question_of: list[int] = field(default_factory=list)
+    # conversation, and the questions' length where there is no conversation -> where each question begins and ends
+    groups: dict[tuple[int | None, int], list[tuple[int, int]]] = field(default_factory=dict)
 
 
 def pack(conversations: Seq[Conversation], num_adapters: int, device: torch.device) -> Packed:
@@ -94,8 +113,8 @@ def pack(conversations: Seq[Conversation], num_adapters: int, device: torch.devi
         by_adapter[question.adapter] += range(start, start + count)
         found.input_ids += question.token_ids
         found.positions += range(past, past + count)
-        found.conversation_of += [index] * count
         found.question_of += [number] * count
+        found.groups.setdefault((index, 0) if past else (None, count), []).append((start, start + count))
         answers += [
             (start + one.position, one.token_id, one.weight, question.adapter, first_answer[number] + place)
             for place, one in enumerate(question.answers)
@@ -105,7 +124,18 @@ def pack(conversations: Seq[Conversation], num_adapters: int, device: torch.devi
         return torch.tensor(values, dtype=dtype, device=device)
 
     longest, total = max(map(len, by_adapter)), len(found.input_ids)
-    conversation_of = tensor(found.conversation_of)
+    groups = []
+    for (conversation, _), spans in found.groups.items():
+        rows = [row for start, end in spans for row in range(start, end)]
+        groups.append(
+            Group(
+                rows=tensor(rows),
+                conversation=conversation,
+                question_of=tensor([found.question_of[row] for row in rows]),
+                positions=tensor([found.positions[row] for row in rows]),
+                num_questions=len(spans),
+            )
+        )
     return Packed(
         prefix_ids=tensor([token for one in kept for token in one.token_ids]),
         prefix_positions=tensor([position for one in kept for position in range(len(one.token_ids))]),
@@ -115,8 +145,8 @@ def pack(conversations: Seq[Conversation], num_adapters: int, device: torch.devi
         rows=tensor([row for rows in by_adapter for row in (*rows, *[total] * (longest - len(rows)))]).view(
             -1, longest
         ),
-        tokens_of=tuple((conversation_of == index).nonzero().flatten() for index in range(len(kept))),
-        question_of=tensor(found.question_of),
+        groups=tuple(groups),
+        order=torch.cat([one.rows for one in groups]).argsort(),
         answer_rows=tensor([row for row, _, _, _, _ in answers]),
         answer_ids=tensor([token for _, token, _, _, _ in answers]),
         weights=tensor([weight for _, _, weight, _, _ in answers], torch.float32),

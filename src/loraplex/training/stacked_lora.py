@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from loraplex.errors import UnsupportedModelError
+
 
 class Rows:
     """Says which rows of a pass each adapter changes; shared by all layers of a model, because a transformers model
@@ -14,6 +16,7 @@ class Rows:
     def __init__(self) -> None:
         self.of_adapters: torch.Tensor | None = None  # [num_adapters, m], see `Packed.rows`; None: the base alone runs
         self.is_dense = False  # the rows are 0, 1, 2, …: every adapter has as many
+        self.num_tokens = 0
 
 
 class StackedLoRA(nn.Module):
@@ -46,6 +49,12 @@ class StackedLoRA(nn.Module):
             return y
         n, m = rows.shape
         flat = x.reshape(-1, x.shape[-1])
+        if len(flat) != self._rows.num_tokens:
+            raise UnsupportedModelError(
+                "--targets",
+                "one of the layers does not see every token: it belongs to an expert, or is shared in another way",
+                remedy="name attention's layers, such as q_proj,k_proj,v_proj,o_proj",
+            )
         own = flat if self._rows.is_dense else F.pad(flat, (0, 0, 0, 1))[rows.flatten()]
         update = own.view(n, m, -1) @ self.lora_A.to(x.dtype).transpose(1, 2)
         update = (update @ self.lora_B.to(x.dtype).transpose(1, 2)).flatten(0, 1) * self.scaling
