@@ -43,7 +43,8 @@ def _budget(value: str) -> str:
     return value
 
 
-def _device(value: str) -> str:
+def valid_device(value: str) -> str:
+    """Return a device's name. Raises pydantic's error for any other text."""
     if not DEVICE.fullmatch(value):
         raise wrong("is no device", "write auto, cpu, cuda or cuda:1")
     return value
@@ -110,7 +111,7 @@ class EngineConfig(NumbersAreNoBooleans):
         description="name by which requests ask the base, instead of its folder's name or its hub id; all of several "
         "answer, and the first is shown",
     )
-    device: Annotated[str, AfterValidator(_device), EitherCase] = Field(
+    device: Annotated[str, AfterValidator(valid_device), EitherCase] = Field(
         "auto", description="where to compute: auto, cpu, cuda or cuda:N"
     )
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], EitherCase] = Field(

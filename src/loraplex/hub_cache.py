@@ -14,12 +14,17 @@ def public_name(folder: str | Path) -> str:
     """Return the name of a folder as it is given: its last part, and a link's own name. The hub's id where the folder
     is a repository in the hub's cache, or one of its snapshots."""
     path = Path(os.path.abspath(folder))
-    if path.parent.name == "snapshots" and REPOSITORY.fullmatch(path.parent.parent.name):
+    if in_cache(path):
         path = path.parent.parent
     cached = REPOSITORY.fullmatch(path.name)
     if cached is not None:
         return "/".join(part for part in cached.groups() if part)
     return path.name or "base"  # the root folder has no name
+
+
+def in_cache(folder: Path) -> bool:
+    """Return whether the folder is a snapshot in the hub's cache."""
+    return folder.parent.name == "snapshots" and REPOSITORY.fullmatch(folder.parent.parent.name) is not None
 
 
 def snapshot_of(folder: Path, files: Iterable[str], error: type[ConfigurationError] = BundleError) -> Path:

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -102,6 +103,14 @@ def choose_threads() -> None:
     num_threads = min(len(os.sched_getaffinity(0)), math.ceil(cpu_quota()))
     if num_threads < torch.get_num_threads():
         torch.set_num_threads(num_threads)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process ever took: on a CUDA device what PyTorch allocated there, else resident
+    memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def compute_alone() -> None:

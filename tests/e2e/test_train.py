@@ -1,48 +1,63 @@
 """From nothing to served verdicts: `loraplex train` on conversations written on the spot, then the bundle."""
 
-import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
+from dialogues import CLUES, TEMPLATE, dialogue, write
 from loraplex import Loraplex
+from loraplex.classifier import read_contract
 
-WORDS = "order hotel room flight table booking seat ticket payment card city date time name".split()
-CLUES = {"isThankful": "thanks", "isFraud": "stolen"}
-
-
-def dialogue(draw: random.Random) -> tuple[str, dict[str, bool]]:
-    labels = {name: draw.random() < 0.4 for name in CLUES}
-    words = draw.choices(WORDS, k=draw.randint(4, 9)) + [CLUES[name] for name, found in labels.items() if found] * 2
-    draw.shuffle(words)
-    return f"Customer: {' '.join(words)}", labels
+OPTIONS = ["--template", TEMPLATE, "--epochs", 6, "--learning-rate", 0.01, "--rank", 8, "--seed", 1]
 
 
-def write(path: Path, num: int) -> None:
-    draw = random.Random(0)
-    rows = [dict(zip(("text", "labels"), dialogue(draw), strict=True)) for _ in range(num)]
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "loraplex.cli.main", "train", *map(str, arguments)]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "loraplex.cli.main", "train", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize("kind", ["alora", "lora"])
-def test_trained_classifiers_answer(tmp_path: Path, kind: str) -> None:
-    base, data, out = tmp_path / "base", tmp_path / "data.jsonl", tmp_path / "bundle"
-    base.mkdir()
-    tiny.save_base(base, tiny.FAMILIES["llama"])
-    write(data, 400)
-    options = ["--template", "{conversation}<|ask|>\n", "--epochs", 6, "--learning-rate", 0.01, "--rank", 8]
-    done = run("--base", base, "--data", data, "--out", out, "--kind", kind, "--seed", 1, *options)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny.save_base(folder, tiny.FAMILIES["llama"])
+    return folder
+
+
+@torch.inference_mode()
+def ask_peft(base: Path, folder: Path, text: str) -> list[float]:
+    """The scores of PEFT's answer, by the contract."""
+    contract, tokenizer = read_contract(folder / "classifier.yaml"), AutoTokenizer.from_pretrained(base)
+    assert contract.template is not None
+    ids = tokenizer(contract.template.replace("{conversation}", text), return_tensors="pt")
+    if "score" in (folder / "adapter_config.json").read_text():
+        model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=2)
+        log_probs = PeftModel.from_pretrained(model, folder).eval()(**ids).logits[0].log_softmax(-1)
+    else:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+        first = [tokenizer.encode(label)[0] for label in contract.labels]  # the labels' first tokens tell them apart
+        log_probs = model(**ids).logits[0, -1].log_softmax(-1)[first]
+    return [contract.decide(log_probs.tolist()).scores[label] for label in contract.labels]
+
+
+@pytest.mark.parametrize("kind", ["alora", "lora", "score"])
+def test_trained_classifiers_answer(tmp_path: Path, base: Path, kind: str) -> None:
+    data, out = write(tmp_path / "data.jsonl", 400), tmp_path / "bundle"
+    done = run("--base", base, "--data", data, "--out", out, "--kind", kind, *OPTIONS)
     assert done.returncode == 0, done.stderr
     assert "isFraud" in done.stdout and "400 conversations: 320 train, 40 dev, 40 calibration" in done.stderr
     draw = random.Random(9)
@@ -52,8 +67,47 @@ def test_trained_classifiers_answer(tmp_path: Path, kind: str) -> None:
     for name in CLUES:
         right = sum((one[name].label == "yes") == labels[name] for one, (_, labels) in zip(found, unseen, strict=True))
         assert right >= 54, f"{name}: {right} of 60 right"
-    for name in CLUES:  # PEFT reads it
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / name)
-        assert (model.peft_config["default"].alora_invocation_tokens is not None) == (kind == "alora")
-    again = run("--base", base, "--data", data, "--out", out, "--kind", kind, *options)
+        scores = found[0][name].scores
+        assert scores is not None
+        assert list(scores.values()) == pytest.approx(ask_peft(base, out / name, unseen[0][0]), abs=1e-3)
+
+
+def test_ctrl_c_leaves_the_best_adapters_and_resume_goes_on(tmp_path: Path, base: Path) -> None:
+    data, out = write(tmp_path / "data.jsonl", 120), tmp_path / "bundle"
+    options = {"base": str(base), "data": str(data), "out": str(out), "epochs": 400, "patience": 9999}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({**options, "template": TEMPLATE, "rank": 4}))
+    log = out / ".training" / "log.csv"
+    process = subprocess.Popen(command("--config", tmp_path / "train.yaml"), stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            if log.is_file() and len(log.read_text().splitlines()) > 12:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "--resume goes on" in said and "stopping after this step" in said
+    with Loraplex.load(out, dtype="float32") as loraplex:
+        assert {one.classifier for one in loraplex.classify("Customer: thanks").verdicts} == set(CLUES)
+    steps = len(log.read_text().splitlines()) - 1
+    changed = run("--config", tmp_path / "train.yaml", "--resume", "--seed", 5)
+    assert changed.returncode == 1 and "other data or other settings" in changed.stderr
+    again = run("--config", tmp_path / "train.yaml")
     assert again.returncode == 1 and "--overwrite" in again.stderr
+    process = subprocess.Popen(
+        command("--config", tmp_path / "train.yaml", "--resume"), stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    try:
+        for _ in range(600):
+            if len(log.read_text().splitlines()) - 1 > steps:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and f"{steps} of them done" in said, said
+    found = [int(line.partition(",")[0]) for line in log.read_text().splitlines()[1:]]
+    assert found == list(range(1, len(found) + 1)) and len(found) > steps

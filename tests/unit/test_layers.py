@@ -74,7 +74,7 @@ ONLY_IN = {
         "executors/vllm",
         "planning",
     },
-    "safetensors": {"adapters/checkpoint"},
+    "safetensors": {"adapters/checkpoint", "training/output"},
     "threadpoolctl": {"machine"},
     "psutil": {"measuring/cores", "measuring/memory"},
     "vllm": {"executors/vllm_client"},
@@ -83,11 +83,11 @@ ONLY_IN = {
     "uvicorn": {"server"},
     "typer": {"cli"},
     "rich": {"cli", "client"},
-    "peft": {"executors/peft"},
+    "peft": {"executors/peft", "training/output"},
     "huggingface_hub": {"bundle", "adapters/hub"},
     "boto3": {"adapters/s3", "sagemaker"},
     "prometheus_client": {"metrics"},
-    "yaml": {"config"},
+    "yaml": {"config", "training/output"},
     "sqlite3": {"database", "routing/route_store", "routing/verdict_log"},
 }
 

@@ -19,7 +19,9 @@ from loraplex.training.calibration import fit
 from loraplex.training.contracts import make_task, read_questions, seen_labels
 from loraplex.training.settings import TrainSettings
 from loraplex.training.split import report_on, split_rows
+from loraplex.types import Message
 
+PATH = Path("data.jsonl")
 CHAT = "{% for m in messages %}<|ask|>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}{{ '<|ask|>assistant\n' }}"
 
 
@@ -61,6 +63,57 @@ def test_the_report_counts_what_is_odd() -> None:
     assert found.counts == {"a": {"yes": 1, "no": 1}, "b": {"x": 1.25, "y": 0.75}}
     assert (found.num_duplicates, found.contradictions, found.missing) == (1, {"a": 1, "b": 0}, {"a": 1, "b": 1})
     assert found.split == {"train": 3, "dev": 0, "calibration": 0}
+    assert not found.unseen and found.num_trained == {"a": 2, "b": 2}
+
+
+def test_a_label_that_one_side_lacks_is_told_and_a_rare_one_is_trained_on() -> None:
+    rows = [row(f"text {index}", a="rare" if index == 7 else ("x", "y")[index % 2]) for index in range(60)]
+    for seed in range(10):
+        split = split_rows(rows, dev=0.3, calibration=0.3, seed=seed)
+        found = report_on(rows, {"a": ["x", "y", "rare", "never"]}, split, [], num_unlabelled=4)
+        assert set(found.unseen) == {
+            ("a", "rare", "dev"),
+            ("a", "rare", "calibration"),
+            *(("a", "never", side) for side in ("train", "dev", "calibration")),
+        }
+        assert found.num_trained == {"a": 3} and found.num_unlabelled == 4
+
+
+def test_shares_of_votes_are_split_by_the_likeliest_label() -> None:
+    draw = random.Random(0)
+    shares = [draw.random() for _ in range(200)]
+    rows = [row(f"text {index}", a={"x": one, "y": 1 - one}) for index, one in enumerate(shares)]
+    split = split_rows(rows, dev=0.2, calibration=0.2, seed=0)
+    assert [len(getattr(split, side)) for side in ("train", "dev", "calibration")] == [120, 40, 40]
+
+
+def test_lines_that_do_not_fit_and_lines_that_make_no_prompt_are_told_apart(chat: ChatTemplate) -> None:
+    settings = TrainSettings(max_length=40)
+    task = make_task("done", {}, ("yes", "no"), chat, settings, 256)
+    rows = [row("hello", 1, done=True), row("hello\n" * 60, 2, done=True)]
+
+    def asked(rows: list[Labelled]) -> Any:
+        return ask(PATH, rows, ["done"], [task.template], [("yes", "no")], is_shared=True)
+
+    found, too_long = asked(rows)
+    assert [one.row for one in found] == [0, 1] and [(one.row, one.is_left_out) for one in too_long] == [(1, False)]
+    with pytest.raises(ConfigurationError, match=r"data\.jsonl: lines 3-4: .*unknown role 'narrator'"):
+        asked(
+            [
+                *rows,
+                *(
+                    Labelled(line=line, input=(Message(role="narrator", content="x"),), labels={"done": True})
+                    for line in (3, 4)
+                ),
+            ]
+        )
+
+
+def test_a_classifier_with_a_head_needs_no_tokens_of_its_labels(tokenizer: Tokenizer) -> None:
+    plain = ChatTemplate(tokenizer, None, "base")
+    task = make_task("done", {}, ("ye", "yes", "y"), plain, TrainSettings(kind="score"), 256)
+    assert task.contract.labels == ("ye", "yes", "y") and task.label_ids == [(0,), (1,), (2,)]
+    assert task.invocation is None
 
 
 def test_shares_of_votes_sum_to_one() -> None:
@@ -84,7 +137,7 @@ def test_prompts_are_the_chat_template_s(
     chat: ChatTemplate, tokenizer: Tokenizer, prompt: Any, active: str, prompt_end: str
 ) -> None:
     task = make_task("done", {"question": "Is it done?"}, ("yes", "no"), chat, TrainSettings(prompt=prompt), 256)
-    [one], too_long = ask([row("hello", done=True)], ["done"], [task.template], [("yes", "no")], is_shared=True)
+    [one], too_long = ask(PATH, [row("hello", done=True)], ["done"], [task.template], [("yes", "no")], is_shared=True)
     assert not too_long
     assert tokenizer.decode(*one.prefix, *one.suffix) == prompt_end
     assert tokenizer.decode(*one.suffix) == active
@@ -127,7 +180,7 @@ def test_questions_are_texts_or_contracts(tmp_path: Path) -> None:
 
 
 def test_conversations_are_shared_and_labels_of_several_tokens_spelled() -> None:
-    label_ids = [[(7,), (8,)], [(9, 10), (9, 11)]]
+    label_ids: list[list[tuple[int, ...]]] = [[(7,), (8,)], [(9, 10), (9, 11)]]
     rows = [row("x", a=True, b={"p": 0.25, "q": 0.75}), row("y", b="q")]
 
     class Told:
@@ -139,7 +192,7 @@ def test_conversations_are_shared_and_labels_of_several_tokens_spelled() -> None
             return Prompt(text=given, token_ids=(ord(given), 1, 2), num_conversation=1, activation=1)
 
     template: Any = Told()
-    asked, _ = ask(rows, ["a", "b"], [template, template], [("yes", "no"), ("p", "q")], is_shared=True)
+    asked, _ = ask(PATH, rows, ["a", "b"], [template, template], [("yes", "no"), ("p", "q")], is_shared=True)
     first, second = to_train(asked, label_ids, [[2.0, 1.0], [1.0, 1.0]])
     assert first.token_ids == (ord("x"),) and second.token_ids == (ord("y"),)
     found = [

@@ -1,8 +1,12 @@
 """`loraplex train`: from labelled conversations to a bundle."""
 
-from collections.abc import Mapping
+import signal
+import sys
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,78 +14,111 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loraplex.cli.options import errors_to_exit, origins, quiet_libraries, settings_options, stderr, stdout
-from loraplex.config import read_yaml, resolve
-from loraplex.errors import ConfigurationError
-from loraplex.training.settings import TrainSettings
+from loraplex.config import read_yaml, resolve, validate
+from loraplex.errors import ConfigurationError, listed
+from loraplex.labelled import numbers
+from loraplex.service.preparation import is_installed
+from loraplex.training.settings import TrainInputs, TrainSettings
 
 if TYPE_CHECKING:  # they import torch
     from loraplex.training.fit import Told
     from loraplex.training.scores import Quality
     from loraplex.training.split import DataReport
 
+FEW = 10  # conversations of a label, or on dev: below it, figures say little
+INTERRUPTED = 130  # as a shell says of a command that Ctrl-C ended
 
-@settings_options(TrainSettings, has_variables=False)
+
+@settings_options(TrainInputs, TrainSettings, has_variables=False)
 def train(
     context: typer.Context,
-    base: Annotated[str, typer.Option("--base", metavar="DIR|HUB-ID", help="The base to train adapters for.")],
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Labelled conversations: .jsonl or .jsonl.gz.")],
-    out: Annotated[Path, typer.Option("--out", metavar="BUNDLE", help="The folder to write the adapters into.")],
-    classifier: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--classifier", metavar="NAME", help="Train this one; all that have labels by default. Repeatable."
-        ),
-    ] = None,
-    questions: Annotated[
-        Path | None,
-        typer.Option("--questions", metavar="FILE", help="YAML: classifier -> its question, or keys of its contract."),
-    ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="YAML with these options; options given here win.")
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="YAML file with any of these options; those given here win."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report on the data, and end.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run of the same ended.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace adapters that --out already holds.")] = False,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Train the classifiers of a file of labelled conversations, all at once, and write them as a bundle.
 
     Example: [bold]loraplex train --base path/to/base --data dialogues.jsonl --out bundle[/]
 
-    Each line of FILE is {"text": "…", "labels": {"isDone": true, "mood": "calm"}}; "conversation" or "messages" may
-    stand in place of "text". A label may be missing, and may be shares of votes: {"calm": 0.7, "angry": 0.3}.
+    Each line of the data is {"text": "…", "labels": {"isDone": true, "mood": "calm"}}; "conversation", "item" or
+    "messages" may stand in place of "text". A label may be missing, and may be shares of votes: {"calm": 0.7,
+    "angry": 0.3}. With one --classifier, a line may be {"text": "…", "label": true}.
+
+    Ctrl-C ends the training after the step, and writes the best adapters so far; a second one ends it at once.
+
+    Exit code 0: all adapters are written; 1: something failed; 2: wrong usage; 130: interrupted.
     """
     with errors_to_exit():
-        file = {} if config is None else read_yaml(config, ConfigurationError)
-        resolved = resolve(TrainSettings, file, settings, origins(context))
+        inputs, settings = _read(config, options, origins(context))
+        if inputs.base is None or inputs.data is None:
+            raise _missing("base" if inputs.base is None else "data")
+        if inputs.out is None and not inputs.dry_run:
+            raise _missing("out")
+        for package, name in (("peft", "peft"), ("sklearn", "scikit-learn")):
+            if not is_installed(package):
+                raise ConfigurationError("train", f"{name} is not installed", remedy="pip install 'loraplex[train]'")
         quiet_libraries()
-        from loraplex.training import run
         from loraplex.training.contracts import read_questions
+        from loraplex.training.prepared import prepare
+        from loraplex.training.run import train as run
 
-        asked = {} if questions is None else read_questions(questions)
-        prepared = run.prepare(base, data, resolved, classifier or (), asked)
-        there = [task.name for task in prepared.tasks if (out / task.name).exists()]
-        if there and not overwrite:
-            raise ConfigurationError(
-                f"--out {out}", f"already holds {there[0]!r}", remedy="give another folder, or --overwrite"
-            )
-        watcher = _Screen()
-        if dry_run:
-            return watcher.data(prepared.report, {})
+        asked = {} if inputs.questions is None else read_questions(Path(inputs.questions))
+        screen = _Screen()
         try:
-            run.train(prepared, out, resolved, watcher, resume=resume)
+            prepared = prepare(inputs.base, Path(inputs.data), settings, inputs.classifier, asked)
+            if inputs.dry_run or inputs.out is None:
+                return screen.data(prepared.report, prepared.label_weights)
+            out = Path(inputs.out)
+            there = [task.name for task in prepared.tasks if (out / task.name).exists()]
+            if there and not (inputs.overwrite or inputs.resume):
+                raise ConfigurationError(
+                    f"--out {out}",
+                    f"already holds {listed(there)}",
+                    remedy="give another folder, or --overwrite; --resume goes on with an interrupted run",
+                )
+            log_dir = None if inputs.log_dir is None else Path(inputs.log_dir)
+            with screen.stopping():
+                is_whole = run(prepared, out, settings, screen, resume=inputs.resume, log_dir=log_dir)
         except KeyboardInterrupt:
-            watcher.close()
-            stderr.print(f"interrupted; {out} holds the best adapters so far, and --resume goes on")
-            raise typer.Exit(130) from None
+            screen.close()
+            stderr.print("interrupted: no adapter was written; --resume goes on where the last evaluation was")
+            raise typer.Exit(INTERRUPTED) from None
         finally:
-            watcher.close()
-        stdout.print(watcher.results)
+            screen.close()
+        stdout.print(screen.results)
+        if not is_whole:
+            stderr.print(f"interrupted: {out} holds the best adapters so far, and --resume goes on", markup=False)
+            raise typer.Exit(INTERRUPTED)
         stderr.print(f"serve it: loraplex serve {out}", markup=False)
 
 
+def _read(
+    config: Path | None, options: Mapping[str, Any], given_by: Mapping[str, str]
+) -> tuple[TrainInputs, TrainSettings]:
+    """Return the options of the command line over those of the YAML file."""
+    file = {} if config is None else read_yaml(config, ConfigurationError)
+    ours = {key: file.pop(key) for key in list(file) if key in TrainInputs.model_fields}
+    validate(TrainInputs, ours, config)
+    validate(TrainSettings, file, config)  # so that an error names the file
+    given = {key: value for key, value in options.items() if value not in (None, [])}
+    return (
+        resolve(
+            TrainInputs, ours, {key: one for key, one in given.items() if key in TrainInputs.model_fields}, given_by
+        ),
+        resolve(
+            TrainSettings, file, {key: one for key, one in given.items() if key in TrainSettings.model_fields}, given_by
+        ),
+    )
+
+
+def _missing(name: str) -> ConfigurationError:
+    return ConfigurationError(f"--{name}", "is missing", remedy=f"give it, or write `{name}:` in the file of --config")
+
+
 class _Screen:
-    """Shows a run on the terminal."""
+    """Shows a run on the terminal, and ends it early after Ctrl-C or SIGTERM."""
 
     def __init__(self) -> None:
         self._bars = Progress(
@@ -91,9 +128,28 @@ class _Screen:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=stderr,
+            speed_estimate_period=600,
         )
         self._names: Seq[str] = ()
-        self.results = Table("classifier", "F1 on dev", "AUC", "accuracy", "log-loss", "n", box=None)
+        self._is_running = self._ends = False
+        self.results = Table("classifier", "F1 on dev", "AUC", "accuracy", "log-loss", "n", "folder", box=None)
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """While the block runs, make the first Ctrl-C or SIGTERM end the training after its step."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if not self._is_running or self._ends:
+                raise KeyboardInterrupt
+            self._ends = True
+            stderr.print("stopping after this step; once more ends it at once, without writing adapters")
+
+        before = {one: signal.signal(one, handle) for one in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
 
     def data(self, report: "DataReport", weights: Mapping[str, Mapping[str, float]]) -> None:
         sides = ", ".join(f"{count} {side}" for side, count in report.split.items())
@@ -105,48 +161,68 @@ class _Screen:
             given = ", ".join(f"{label} {weight:.2f}" for label, weight in weights.get(name, {}).items())
             table.add_row(name, labels, str(report.missing[name]), given)
         stderr.print(table)
-        for count, what in (
-            (report.num_duplicates, "are there twice; both copies stay on one side of the split"),
-            (sum(report.contradictions.values()), "labels contradict those of the same conversation elsewhere"),
-            (report.num_cut, "prompts are too long and lose their oldest turns"),
-            (report.num_left_out, "prompts do not fit at all and are left out"),
-        ):
-            if count:
-                stderr.print(f"warning: {count} {what}", markup=False)
-        for name, counts in report.counts.items():
-            rare = [label for label, count in counts.items() if count < 10]
-            if rare:
-                stderr.print(f"warning: {name} has fewer than 10 conversations with {', '.join(rare)}", markup=False)
+        for line in _warnings(report):
+            stderr.print(f"warning: {line}", markup=False)
 
     def started(self, names: Seq[str], num_parameters: int, num_steps: int, first_step: int) -> None:
-        self._names = names
-        stderr.print(f"training {len(names)} adapters at once: {num_parameters / 1e6:.1f} M parameters", markup=False)
-        self._bars.start()
+        self._names, self._is_running = names, True
+        stderr.print(
+            f"training {len(names)} adapters at once: {num_parameters / 1e6:.1f} M parameters, {num_steps} steps"
+            + (f", {first_step} of them done" if first_step else ""),
+            markup=False,
+        )
+        if sys.stderr.isatty():
+            self._bars.start()
         self._bars.add_task("steps", total=num_steps, completed=first_step, note="")
 
-    def step(self, told: "Told") -> None:
+    def step(self, told: "Told") -> bool:
         losses = [one for one in told.losses if one is not None]
-        note = f"loss {sum(losses) / max(1, len(losses)):.3f}, {told.num_tokens / told.seconds:,.0f} tokens/s"
+        note = (
+            f"loss {sum(losses) / max(1, len(losses)):.3f}, {told.num_tokens / told.seconds:,.0f} tokens/s, "
+            f"peak {told.peak_bytes / 1e9:.1f} GB"
+        )
         self._bars.update(self._bars.task_ids[0], completed=told.step, note=note)
         if told.quality is not None:
             found = [one.f1 for one in told.quality if one is not None and one.f1 is not None]
-            mean = sum(found) / max(1, len(found))
             each = ", ".join(
                 f"{name} {one.f1:.3f}" + ("*" if best else "") + (" stopped" if stopped else "")
                 for name, one, best, stopped in zip(self._names, told.quality, told.is_best, told.stopped, strict=True)
                 if one is not None and one.f1 is not None
             )
-            self._bars.print(f"step {told.step}: mean F1 on dev {mean:.3f} ({each})")
+            mean = f"mean F1 on dev {sum(found) / len(found):.3f} ({each})" if found else "no F1 on dev"
+            stderr.print(f"step {told.step} of {told.num_steps}: {note}; {mean}", markup=False)
+        return self._ends
 
     def finished(self, name: str, before: "Quality | None", after: "Quality | None", folder: Path) -> None:
-        one = after
-        figures = (
-            ["", "", "", "", "0"]
-            if one is None
-            else ["" if value is None else f"{value:.3f}" for value in (one.f1, one.auc, one.accuracy, one.log_loss)]
-            + [str(one.n)]
-        )
-        self.results.add_row(name, *figures)
+        values = [] if after is None else [after.f1, after.auc, after.accuracy, after.log_loss]
+        figures = ["-" if value is None else f"{value:.3f}" for value in values] or ["-"] * 4
+        self.results.add_row(name, *figures, "0" if after is None else str(after.n), str(folder))
 
     def close(self) -> None:
         self._bars.stop()
+
+
+def _warnings(report: "DataReport") -> Iterator[str]:
+    """Yield what is odd in the data."""
+    if report.num_unlabelled:
+        yield f"{report.num_unlabelled} conversations have no label for these classifiers, and are left out"
+    if report.num_duplicates:
+        yield f"{report.num_duplicates} conversations were there before; all copies stay on one side of the split"
+    if sum(report.contradictions.values()):
+        yield f"{sum(report.contradictions.values())} labels contradict those of the same conversation elsewhere"
+    if report.cut:
+        yield f"{_some(report.cut)}: the prompt is too long, and its oldest turns are cut"
+    if report.left_out:
+        yield f"{_some(report.left_out)}: the prompt does not fit, and is left out"
+    for name, counts in report.counts.items():
+        if rare := [f"{label!r}" for label, count in counts.items() if count < FEW]:
+            yield f"{name} has fewer than {FEW} conversations with {', '.join(rare)}"
+    for name, label, side in report.unseen:
+        yield f"{name}: no conversation of {side} has the label {label!r}"
+    for side, use in (("dev", "nothing says how good they are"), ("calibration", "their scores are not calibrated")):
+        if report.split[side] < FEW:
+            yield f"{side} has {report.split[side]} conversations: too few, so {use}"
+
+
+def _some(lines: Seq[int]) -> str:
+    return numbers(lines[:FEW]) + (f", … ({len(lines)} in all)" if len(lines) > FEW else "")

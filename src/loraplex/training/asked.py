@@ -4,9 +4,10 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from pathlib import Path
 
 from loraplex.errors import InputTooLongError, InvalidRequestError
-from loraplex.labelled import Label, Labelled, hard_label
+from loraplex.labelled import Label, Labelled, hard_label, refuse_lines
 from loraplex.text.template import Template
 from loraplex.text.tokenizer import Conversations
 from loraplex.training.batch import Answer, Conversation, Question
@@ -44,13 +45,22 @@ class TooLong:
 
 
 def ask(
-    rows: Seq[Labelled], names: Seq[str], templates: Seq[Template], labels: Seq[Seq[str]], *, is_shared: bool
+    path: Path,
+    rows: Seq[Labelled],
+    names: Seq[str],
+    templates: Seq[Template],
+    labels: Seq[Seq[str]],
+    *,
+    is_shared: bool,
 ) -> tuple[list[Asked], list[TooLong]]:
     """Return the prompts of all rows for the classifiers that they have a label for.
 
-    names, templates, labels: of the classifiers. is_shared: whether the base computes the tokens before the activation.
+    path:  the file of the rows, for errors. names, templates, labels: of the classifiers.
+    is_shared:  whether the base computes the tokens before the activation.
+    Raises ConfigurationError, which names all lines that make no prompt, such as those with an unknown role.
     """
     asked, too_long = [], []
+    wrong: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         conversations = Conversations()
         for classifier, (name, template) in enumerate(zip(names, templates, strict=True)):
@@ -58,8 +68,13 @@ def ask(
                 continue
             try:
                 prompt = template.prompt(row.input, conversations)
-            except (InputTooLongError, InvalidRequestError):
+            except InputTooLongError:
                 too_long.append(TooLong(row=index, classifier=classifier, is_left_out=True))
+                continue
+            except InvalidRequestError as exc:
+                lines = wrong.setdefault(exc.message, [])
+                if row.line not in lines[-1:]:
+                    lines.append(row.line)
                 continue
             if any(warning.startswith("cut_conversation") for warning in prompt.warnings):
                 too_long.append(TooLong(row=index, classifier=classifier, is_left_out=False))
@@ -73,6 +88,7 @@ def ask(
                     shares=label_shares(row.labels[name], labels[classifier], name),
                 )
             )
+    refuse_lines(path, wrong)
     return asked, too_long
 
 

@@ -31,8 +31,9 @@ class Task:
 
     @property
     def label_ids(self) -> list[tuple[int, ...]]:
-        """Each label's tokens."""
-        return [self.template.label_ids[label] for label in self.contract.labels]
+        """Each label's tokens; where a head of the adapter's own answers, its number."""
+        of_template = self.template.label_ids
+        return [of_template.get(label, (number,)) for number, label in enumerate(self.contract.labels)]
 
 
 def read_questions(path: Path) -> Mapping[str, Mapping[str, Any]]:
@@ -99,11 +100,13 @@ def make_task(
                 f"has {f'only the label {quoted(labels[0])}' if labels else 'no label'} in the data",
                 remedy="add conversations with another label, or leave the classifier out",
             )
-        ends_in_text = str(values.get("template", "")).endswith((":", "?"))
+        ends_in_text = settings.kind != "score" and str(values.get("template", "")).endswith((":", "?"))
         values["labels"] = [f" {label}" if ends_in_text else label for label in labels]
     contract = validate(Contract, values, f"classifier {name}", ContractError)
     invocation = _invocation(name, contract, chat, settings, max_model_len) if settings.kind == "alora" else None
-    template = Template(chat, contract, max_model_len, f"classifier {name}", invocation)
+    template = Template(
+        chat, contract, max_model_len, f"classifier {name}", invocation, reads_labels=settings.kind != "score"
+    )
     return Task(name=name, contract=contract, template=template, invocation=invocation)
 
 
@@ -162,6 +165,7 @@ def check_names(names: Seq[str], rows: Seq[Labelled]) -> tuple[str, ...]:
         raise ConfigurationError(
             "the data",
             "no conversation has a label",
-            remedy='write lines such as {"text": "…", "labels": {"isDone": true}}',
+            remedy='write lines such as {"text": "…", "labels": {"isDone": true}}, or {"text": "…", "label": true} and '
+            "give one --classifier",
         )
     return tuple(names) or tuple(known)

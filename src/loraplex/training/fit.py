@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from loraplex.machine import peak_bytes
 from loraplex.training.adamw import StackedAdamW
 from loraplex.training.asked import Asked, to_score, to_train
 from loraplex.training.batch import Conversation
@@ -17,7 +18,17 @@ from loraplex.training.scores import Quality, quality
 from loraplex.training.settings import TrainSettings
 from loraplex.training.trainee import Trainee
 
+EPOCHS, LEAST_STEPS, MOST_EPOCHS = 3, 60, 30  # by default: few conversations are read more often
+LEAST_BETWEEN = 4  # steps between evaluations: on few conversations, F1 is high by chance now and then
 POOL = 50  # batches that are sorted by length together, so that the passes of a step have few different lengths
+
+
+class DivergedError(Exception):
+    """A loss or a gradient of `adapters` is infinite or no number. The weights are those before the step."""
+
+    def __init__(self, step: int, adapters: Seq[int]) -> None:
+        super().__init__(step, adapters)
+        self.step, self.adapters = step, adapters
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,6 +36,7 @@ class Told:
     """What the loop tells after a step.
 
     losses:   of each adapter in this step, in nats; None where it had no question.
+    peak_bytes: the most memory so far: of the device, or of this process on a CPU.
     quality:  of each adapter on dev, after an evaluation; None after other steps.
     """
 
@@ -35,6 +47,7 @@ class Told:
     num_tokens: int
     seconds: float
     learning_rate: float
+    peak_bytes: int
     quality: Seq[Quality | None] | None = None
     is_best: Seq[bool] = ()
     stopped: Seq[bool] = ()
@@ -65,13 +78,15 @@ class Fit:
     ) -> None:
         """label_ids, label_weights: [classifier][label] the label's tokens, and what it counts in the loss."""
         self._trainee, self._settings, self._label_ids = trainee, settings, label_ids
+        self._bias = [[-math.log(weight) for weight in weights] for weights in label_weights]
         self._conversations, self._dev = to_train(train, label_ids, label_weights), list(dev)
         self._optimizer = StackedAdamW(
             trainee.parameters(), weight_decay=settings.weight_decay, max_norm=settings.max_norm
         )
         self.steps_an_epoch = max(1, math.ceil(len(self._conversations) / settings.batch))
-        self.num_steps = max(1, round(self.steps_an_epoch * settings.epochs))
-        self._evaluate_every = max(1, round(self.steps_an_epoch / settings.evaluations))
+        epochs = settings.epochs or min(MOST_EPOCHS, max(EPOCHS, LEAST_STEPS / self.steps_an_epoch))
+        self.num_steps = max(1, round(self.steps_an_epoch * epochs))
+        self._evaluate_every = max(LEAST_BETWEEN, round(self.steps_an_epoch / settings.evaluations))
         n = trainee.num_adapters
         self._step = 0
         self._best = _Best(
@@ -79,13 +94,31 @@ class Fit:
         )
 
     @property
+    def has_best(self) -> bool:
+        """Whether any adapter has been evaluated."""
+        return max(self._best.scores) > -math.inf
+
+    @property
+    def step(self) -> int:
+        """How many steps were made."""
+        return self._step
+
+    def best_step(self, adapter: int) -> int | None:
+        """Return after which step the adapter was best on dev; None where it was never evaluated."""
+        return self._best.steps[adapter] if self._best.scores[adapter] > -math.inf else None
+
+    @property
     def stopped(self) -> list[bool]:
         """Which adapters have stopped: no evaluation was better for `patience` times."""
         return [misses >= self._settings.patience for misses in self._best.misses]
 
-    def run(self, tell: Callable[[Told], None], save: Callable[[dict[str, Any]], None] = lambda state: None) -> None:
-        """Train until the last step, or until every adapter has stopped. save: takes the loop's state after each
-        evaluation."""
+    def run(
+        self, tell: Callable[[Told], bool | None], save: Callable[[dict[str, Any]], None] = lambda state: None
+    ) -> bool:
+        """Train until the last step, or until every adapter has stopped, or `tell` returns that the run is to end.
+
+        save:  takes the loop's state after each evaluation, and at the end that `tell` wanted.
+        Returns whether the run came to its own end. Raises DivergedError."""
         for batch in self._batches():
             if all(self.stopped):
                 break
@@ -100,12 +133,16 @@ class Fit:
                 num_tokens=num_tokens,
                 seconds=time.perf_counter() - started,
                 learning_rate=self._rate(self._step - 1),
+                peak_bytes=peak_bytes(self._trainee.device),
             )
             if self._step % self._evaluate_every == 0 or self._step == self.num_steps:
                 told.quality = self.evaluate(self._dev)
                 told.is_best, told.stopped = self._keep(told.quality), self.stopped
                 save(self.state())
-            tell(told)
+            if tell(told) and self._step < self.num_steps:
+                save(self.state())
+                return False
+        return True
 
     def restore_best(self) -> list[Quality | None]:
         """Put each adapter's best weights back, and return what they were on dev. Those never evaluated stay."""
@@ -128,10 +165,13 @@ class Fit:
         return found
 
     def evaluate(self, asked: Seq[Asked]) -> list[Quality | None]:
-        """Return each adapter's figures; None for those that no prompt is for."""
+        """Return each adapter's figures; None for those that no prompt is for. What the weights of labels added to the
+        scores is taken off, as the contract's calibration will."""
         found: list[list[tuple[list[float], int, int]]] = [[] for _ in range(self._trainee.num_adapters)]
         for one, log_probs in zip(asked, self.log_probs(asked), strict=True):
-            scores = torch.tensor(log_probs).softmax(-1).tolist()
+            if not all(map(math.isfinite, log_probs)):
+                raise DivergedError(self._step, [one.classifier])
+            scores = (torch.tensor(log_probs) + torch.tensor(self._bias[one.classifier])).softmax(-1).tolist()
             found[one.classifier].append((scores, one.truth, max(range(len(scores)), key=scores.__getitem__)))
         return [quality(*zip(*rows, strict=True)) if rows else None for rows in found]
 
@@ -193,7 +233,11 @@ class Fit:
             num_tokens += sum(_num_tokens(one) for one in some)
         rates = torch.full((n,), self._rate(self._step), device=self._trainee.device)
         if included.any():
-            self._optimizer.step(rates, included.to(self._trainee.device))
+            sound = losses.isfinite()
+            if sound[included].all():
+                sound &= self._optimizer.step(rates, included.to(self._trainee.device)).isfinite().cpu()
+            if not sound[included].all():
+                raise DivergedError(self._step + 1, [one for one in range(n) if included[one] and not sound[one]])
         return [
             float(loss / total) if total > 0 else None for loss, total in zip(losses, totals, strict=True)
         ], num_tokens
@@ -210,7 +254,7 @@ class Fit:
                 with torch.no_grad():
                     for best, parameter in zip(self._best.weights, self._trainee.parameters(), strict=True):
                         best[adapter].copy_(parameter[adapter])
-            else:
+            elif one is not None:
                 self._best.misses[adapter] += 1
         return is_best
 

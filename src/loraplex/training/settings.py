@@ -2,12 +2,34 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from loraplex.config import EitherCase
+from loraplex.config import EitherCase, valid_device
 from loraplex.problems import NumbersAreNoBooleans, wrong
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class TrainInputs(NumbersAreNoBooleans):
+    """What is trained, from what and to where. Paths are relative to the working directory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str | None = Field(None, description="the base to train adapters for: a folder, or an id on the hub")
+    data: str | None = Field(None, description="labelled conversations: a file .jsonl or .jsonl.gz")
+    out: str | None = Field(None, description="the folder to write the adapters into, a bundle")
+    classifier: Annotated[
+        tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+    ] = Field((), description="train this one; all that have labels by default")
+    questions: str | None = Field(
+        None, description="YAML file: classifier -> its question, or keys of its contract such as labels"
+    )
+    log_dir: str | None = Field(
+        None, description="folder for log.csv, and for TensorBoard's files if it is installed; by default OUT/.training"
+    )
+    dry_run: bool = Field(False, description="report on the data, and end")
+    resume: bool = Field(False, description="go on where an interrupted run with the same data and options ended")
+    overwrite: bool = Field(False, description="replace adapters that the folder of --out already holds")
 
 
 class TrainSettings(NumbersAreNoBooleans):
@@ -15,8 +37,10 @@ class TrainSettings(NumbersAreNoBooleans):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Annotated[Literal["alora", "lora"], EitherCase] = Field(
-        "alora", description="alora, whose adapters share a conversation's computation; or lora"
+    kind: Annotated[Literal["alora", "lora", "score"], EitherCase] = Field(
+        "alora",
+        description="alora, whose adapters share a conversation's computation; lora; or score, lora with a head of its "
+        "own (SEQ_CLS)",
     )
     prompt: Annotated[Literal["short", "question"], EitherCase] = Field(
         "short", description="what stands behind the conversation: short, a few tokens; or the question in words"
@@ -32,11 +56,16 @@ class TrainSettings(NumbersAreNoBooleans):
     )
     max_length: int | None = Field(None, ge=8, description="maximum tokens of a prompt; older turns are cut")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="the highest; it rises, then falls as a cosine")
-    epochs: float = Field(3.0, gt=0, le=1000, description="passes over the training conversations")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="passes over the training conversations; by default 3, or as many as make 60 steps, but 30 at most",
+    )
     batch: int = Field(16, ge=1, le=4096, description="conversations in one step")
     step_tokens: int = Field(8192, ge=64, description="maximum tokens computed at once; a step takes several passes")
     warmup: Share = Field(0.05, description="share of the steps while the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     max_norm: float = Field(1.0, gt=0, description="largest gradient norm of an adapter; a larger one is scaled down")
     balance: Annotated[Literal["weights", "none"], EitherCase] = Field(
         "weights", description="against rare labels: weights in the loss, taken off again by the calibration; or none"
@@ -47,10 +76,12 @@ class TrainSettings(NumbersAreNoBooleans):
         "f1", description="what the best weights are best at, on dev: f1, auc or log_loss"
     )
     patience: int = Field(8, ge=1, description="an adapter stops after so many evaluations without a better one")
-    evaluations: int = Field(4, ge=1, description="evaluations in each pass over the conversations")
+    evaluations: int = Field(4, ge=1, description="evaluations in each pass, every 4th step at most")
     golden: int = Field(2, ge=0, le=100, description="examples of each label that the contract keeps, to prove a load")
-    seed: int = Field(0, ge=0)
-    device: str = Field("auto", description="where to compute: auto, cpu, cuda or cuda:N")
+    seed: int = Field(0, ge=0, description="draws the split, the order of the conversations and the first weights")
+    device: Annotated[str, AfterValidator(valid_device), EitherCase] = Field(
+        "auto", description="where to compute: auto, cpu, cuda or cuda:N"
+    )
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], EitherCase] = Field(
         "auto", description="number format of the base's weights and of what is computed; the adapters' are float32"
     )
@@ -60,7 +91,7 @@ class TrainSettings(NumbersAreNoBooleans):
         if self.dev + self.calibration >= 1:
             raise wrong("'dev' and 'calibration' leave nothing to train on", "give shares such as 0.1 and 0.1")
         if self.invocation is not None and self.kind != "alora":
-            raise wrong("'invocation' has no effect with kind lora", "leave it out")
+            raise wrong(f"'invocation' has no effect with kind {self.kind}", "leave it out")
         return self
 
     @property

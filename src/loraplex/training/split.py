@@ -2,12 +2,14 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from loraplex.labelled import Labelled
 from loraplex.training.asked import TooLong, conversation_id, label_shares
+
+SIDES = ("train", "dev", "calibration")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,39 +25,49 @@ class Split:
 class DataReport:
     """What is in the data.
 
+    num_unlabelled: conversations that were left out, because they have no label for any of the classifiers.
     counts:        classifier -> label -> conversations (soft labels count by their shares).
     missing:       classifier -> conversations without a label for it.
     num_duplicates: conversations that are there before, word for word; they stay on one side of the split.
     contradictions: classifier -> conversations that are there twice with different labels.
-    num_cut, num_left_out: prompts that lost their oldest turns, and prompts that did not fit at all.
+    cut, left_out:  lines with a prompt that lost its oldest turns, and with one that did not fit at all.
+    unseen:        (classifier, label, side) where no conversation of this side has the label.
     """
 
     num_conversations: int
+    num_unlabelled: int
     counts: Mapping[str, Mapping[str, float]]
     missing: Mapping[str, int]
     num_duplicates: int
     contradictions: Mapping[str, int]
-    num_cut: int
-    num_left_out: int
+    cut: tuple[int, ...]
+    left_out: tuple[int, ...]
+    unseen: tuple[tuple[str, str, str], ...]
     split: Mapping[str, int]
+
+    @property
+    def num_trained(self) -> Mapping[str, int]:
+        """Return classifier -> labels that a conversation to train on has."""
+        missing = Counter(name for name, _, side in self.unseen if side == "train")
+        return {name: len(counts) - missing[name] for name, counts in self.counts.items()}
 
 
 def split_rows(rows: Seq[Labelled], *, dev: float, calibration: float, seed: int) -> Split:
     """Divide the conversations. The same conversation is on one side only. Each side has its share of rare labels:
-    conversations with the same rarest label are dealt out together.
+    conversations with the same rarest label are dealt out together, the first of them to train on.
 
     dev, calibration: shares of the conversations.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         groups[conversation_id(row)].append(index)
-    frequency = Counter((name, str(label)) for row in rows for name, label in row.labels.items())
+    frequency = Counter(one for row in rows for one in _likeliest(row))
 
-    def rarest(group: Seq[int]) -> tuple[int, str]:
-        labels = [(name, str(label)) for index in group for name, label in rows[index].labels.items()]
-        return min(((frequency[one], repr(one)) for one in labels), default=(0, ""))
+    def rarest(group: Seq[int]) -> tuple[int, tuple[str, str]]:
+        labels = [one for index in group for one in _likeliest(rows[index])]
+        return min(((frequency[one], one) for one in labels), default=(0, ("", "")))
 
-    strata: dict[tuple[int, str], list[list[int]]] = defaultdict(list)
+    strata: dict[tuple[int, tuple[str, str]], list[list[int]]] = defaultdict(list)
     for group in groups.values():
         strata[rarest(group)].append(group)
     draw = random.Random(seed)
@@ -64,21 +76,38 @@ def split_rows(rows: Seq[Labelled], *, dev: float, calibration: float, seed: int
     taken = dict.fromkeys(wanted, 0.0)
     for _, stratum in sorted(strata.items()):
         draw.shuffle(stratum)
-        for group in stratum:
+        for number, group in enumerate(stratum):
             total = sum(taken.values()) + len(group)
-            side = max(wanted, key=lambda one: wanted[one] * total - taken[one])
+            side = max(wanted, key=lambda one: wanted[one] * total - taken[one]) if number else "train"
             found[side] += group
             taken[side] += len(group)
     return Split(**{side: tuple(sorted(indices)) for side, indices in found.items()})
 
 
-def report_on(rows: Seq[Labelled], labels: Mapping[str, Seq[str]], split: Split, too_long: Seq[TooLong]) -> DataReport:
-    """Return what the data holds. labels: classifier -> its labels."""
+def _likeliest(row: Labelled) -> list[tuple[str, str]]:
+    """Return each classifier with its label; of several shares, the one with the largest."""
+    return [
+        (name, str(max(label, key=label.__getitem__) if isinstance(label, Mapping) else label))
+        for name, label in row.labels.items()
+    ]
+
+
+def report_on(
+    rows: Seq[Labelled],
+    labels: Mapping[str, Seq[str]],
+    split: Split,
+    too_long: Seq[TooLong],
+    *,
+    num_unlabelled: int = 0,
+) -> DataReport:
+    """Return what the data holds. labels: classifier -> its labels. num_unlabelled: as in the report."""
     counts = {name: dict.fromkeys(of, 0.0) for name, of in labels.items()}
     missing, contradictions = dict.fromkeys(labels, 0), dict.fromkeys(labels, 0)
+    side_of = {index: side for side in SIDES for index in getattr(split, side)}
     seen: dict[str, Labelled] = {}
+    seen_on: set[tuple[str, str, str]] = set()
     num_duplicates = 0
-    for row in rows:
+    for number, row in enumerate(rows):
         first = seen.setdefault(conversation_id(row), row)
         num_duplicates += first is not row
         for name, of in labels.items():
@@ -87,14 +116,27 @@ def report_on(rows: Seq[Labelled], labels: Mapping[str, Seq[str]], split: Split,
                 continue
             for index, share in label_shares(row.labels[name], of, name).items():
                 counts[name][of[index]] += share
+                seen_on.add((name, of[index], side_of[number]))
             contradictions[name] += first is not row and first.labels.get(name, row.labels[name]) != row.labels[name]
     return DataReport(
         num_conversations=len(rows),
+        num_unlabelled=num_unlabelled,
         counts=counts,
         missing=missing,
         num_duplicates=num_duplicates,
         contradictions=contradictions,
-        num_cut=sum(not one.is_left_out for one in too_long),
-        num_left_out=sum(one.is_left_out for one in too_long),
-        split={side: len(getattr(split, side)) for side in ("train", "dev", "calibration")},
+        cut=_lines(rows, (one.row for one in too_long if not one.is_left_out)),
+        left_out=_lines(rows, (one.row for one in too_long if one.is_left_out)),
+        unseen=tuple(
+            (name, label, side)
+            for name, of in labels.items()
+            for label in of
+            for side in SIDES
+            if getattr(split, side) and (name, label, side) not in seen_on
+        ),
+        split={side: len(getattr(split, side)) for side in SIDES},
     )
+
+
+def _lines(rows: Seq[Labelled], indices: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted({rows[index].line for index in indices}))

@@ -1,0 +1,122 @@
+"""What becomes of trained weights: calibrated, proven by golden examples, written as a bundle."""
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from loraplex.classifier import Calibration, Contract, Decision, Golden, conversation_text
+from loraplex.labelled import Labelled
+from loraplex.measuring.about import about
+from loraplex.training.asked import Asked
+from loraplex.training.calibration import fit
+from loraplex.training.fit import Fit
+from loraplex.training.output import write_adapter, write_bundle_settings
+from loraplex.training.prepared import Prepared
+from loraplex.training.scores import Quality, quality
+from loraplex.training.settings import TrainSettings
+from loraplex.training.trainee import Trainee
+
+LEAST_CONFIDENCE = 0.8  # of a golden example
+
+
+def finish(
+    prepared: Prepared,
+    out: Path,
+    settings: TrainSettings,
+    loop: Fit,
+    trainee: Trainee,
+    tell: Callable[[str, Quality | None, Quality | None, Path], None],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Calibrate each adapter's best weights, choose its golden examples, and write its folder.
+
+    tell:  takes the classifier, its figures on dev before and after the calibration, and the folder.
+    """
+    best = loop.restore_best()
+    calibration, dev = prepared.of("calibration"), prepared.of("dev")
+    of_calibration, of_dev = loop.log_probs(calibration), loop.log_probs(dev)
+    head = about(device, dtype)
+    for index, (task, weights) in enumerate(zip(prepared.tasks, prepared.weights, strict=True)):
+        labels = task.contract.labels
+        rows = [(one, found) for one, found in zip(calibration, of_calibration, strict=True) if one.classifier == index]
+        temperature, bias = fit(
+            [found for _, found in rows],
+            [[one.shares.get(label, 0.0) for label in range(len(labels))] for one, _ in rows],
+            [-math.log(weight) for weight in weights],
+        )
+        contract = task.contract.model_copy(
+            update={
+                "calibration": Calibration(
+                    temperature=round(temperature, 4),
+                    bias={label: round(by, 4) for label, by in zip(labels, bias, strict=True) if round(by, 4)},
+                )
+            }
+        )
+        decided = [
+            (one, contract.decide(found)) for one, found in zip(dev, of_dev, strict=True) if one.classifier == index
+        ]
+        after = None
+        if decided:
+            after = quality(
+                [[one.scores[label] for label in labels] for _, one in decided],
+                [one.truth for one, _ in decided],
+                [labels.index(one.label) for _, one in decided],
+            )
+        contract = contract.model_copy(update={"golden": _golden(prepared.rows, decided, contract, settings.golden)})
+        record = {
+            "about": head,
+            "settings": settings.model_dump(),
+            "base": prepared.base_name,
+            "data": {
+                "file": str(prepared.data),
+                "sha256": prepared.data_sha256,
+                "conversations": prepared.report.num_conversations,
+                "split": prepared.report.split,
+                "labels": prepared.report.counts[task.name],
+            },
+            "trained_together": [one.name for one in prepared.tasks],
+            "steps": loop.step,
+            "best_step": loop.best_step(index),
+            "label_weights": dict(zip(labels, weights, strict=True)),
+            "best_on_dev": None if best[index] is None else asdict(best[index]),  # type: ignore[arg-type]
+            "calibrated_on_dev": None if after is None else asdict(after),
+        }
+        folder = out / task.name
+        write_adapter(
+            folder,
+            trainee,
+            index,
+            contract,
+            rank=settings.rank,
+            alpha=settings.scale,
+            invocation=task.invocation,
+            base_name=prepared.base_name,
+            dtype=torch.bfloat16,
+            record=record,
+        )
+        tell(task.name, best[index], after, folder)
+    write_bundle_settings(out, prepared.base, prepared.base_name)
+
+
+def _golden(
+    rows: Seq[Labelled], decided: Seq[tuple[Asked, Decision]], contract: Contract, num: int
+) -> tuple[Golden, ...]:
+    """Return the shortest conversations of dev that are answered rightly and surely, `num` of each label. Messages are
+    written as text, where the contract writes them so too."""
+    found: list[Golden] = []
+    for index, label in enumerate(contract.labels):
+        right = [
+            said if isinstance(said := rows[one.row].input, str) else conversation_text(said, contract.roles)
+            for one, decision in decided
+            if (contract.format == "lines" or isinstance(rows[one.row].input, str))
+            and one.truth == index
+            and decision.label == label
+            and decision.confidence >= LEAST_CONFIDENCE
+        ]
+        found += [Golden(text=text, label=label) for text in sorted(dict.fromkeys(right), key=len)[:num]]
+    return tuple(found)

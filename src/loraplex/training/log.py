@@ -1,0 +1,70 @@
+"""The log of a run: a CSV file with a row for each step, and the same for TensorBoard where it is installed."""
+
+import csv
+from collections.abc import Sequence as Seq
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from loraplex.training.fit import Told
+from loraplex.training.output import writing
+
+LOG = "log.csv"
+OF_STEP = ("step", "epoch", "learning_rate", "tokens_per_s", "seconds", "peak_bytes")
+OF_DEV = ("f1", "auc", "accuracy", "log_loss")
+
+
+class Log:
+    """Writes the rows of a run. Those of another run in the same folder are replaced, but for those that a resumed run
+    goes on from."""
+
+    def __init__(self, folder: Path, names: Seq[str], first_step: int) -> None:
+        """names: the classifiers'. first_step: the last step that is there already. Raises ConfigurationError where the
+        folder cannot be written."""
+        self._names, self._path = names, folder / LOG
+        columns = [*OF_STEP, *(f"{name} {what}" for name in names for what in ("loss", *OF_DEV))]
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = self._rows(first_step) if first_step and self._path.is_file() else []
+            self._file = self._path.open("w", newline="", encoding="utf-8")
+            self._csv = csv.DictWriter(self._file, columns, extrasaction="ignore")
+            self._csv.writeheader()
+            self._csv.writerows(kept)
+            self._file.flush()
+        self._board: Any = None
+        if find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def _rows(self, last_step: int) -> list[dict[str, str]]:
+        with self._path.open(newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
+
+    def step(self, told: Told) -> None:
+        """Write a step's row. Raises ConfigurationError where the disk is full."""
+        row: dict[str, float | None] = {
+            "step": told.step,
+            "epoch": round(told.epoch, 4),
+            "learning_rate": told.learning_rate,
+            "tokens_per_s": round(told.num_tokens / told.seconds, 1),
+            "seconds": round(told.seconds, 4),
+            "peak_bytes": told.peak_bytes,
+        }
+        for name, loss in zip(self._names, told.losses, strict=True):
+            row[f"{name} loss"] = loss
+        for name, quality in zip(self._names, told.quality or (), strict=told.quality is not None):
+            for what in OF_DEV if quality is not None else ():
+                row[f"{name} {what}"] = getattr(quality, what)
+        with writing(self._path):
+            self._csv.writerow(row)
+            self._file.flush()
+        if self._board is not None:
+            for key, value in row.items():
+                if value is not None:
+                    self._board.add_scalar(key.replace(" ", "/"), value, told.step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()

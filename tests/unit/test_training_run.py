@@ -1,0 +1,422 @@
+"""A run in one process: it goes on where it ended, keeps the best, and tells what is wrong before it begins."""
+
+import csv
+import json
+import random
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import tiny
+from dialogues import CLUES, TEMPLATE, Recorder, prepared, write, write_rows
+from families import config_of
+from loraplex import Loraplex
+from loraplex.cli.main import app
+from loraplex.errors import ConfigurationError, UnsupportedModelError
+from loraplex.training.fit import Fit, Told
+from loraplex.training.log import Log
+from loraplex.training.run import train
+from loraplex.training.scores import Quality
+from loraplex.training.settings import TrainSettings
+from loraplex.training.trainee import Trainee
+
+SETTINGS = TrainSettings(template=TEMPLATE, epochs=2, rank=4, learning_rate=0.01, dtype="float32", evaluations=2)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny.save_base(folder, tiny.FAMILIES["llama"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("data") / "data.jsonl", 150)
+
+
+@pytest.fixture(autouse=True)
+def unchanged_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraplex.training.run.choose_threads", lambda: None)
+
+
+def rows_of(log: Path) -> list[dict[str, str]]:
+    with log.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("kind", ["alora", "score"])
+@pytest.mark.parametrize("last_step", [3, 8])  # before the first evaluation, and after one
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, base: Path, data: Path, kind: Any, last_step: int
+) -> None:
+    settings = SETTINGS.model_copy(update={"kind": kind})
+    run = prepared(base, data, settings)
+    whole, cut = Recorder(), Recorder(last_step)
+    assert train(run, tmp_path / "whole", settings, whole)
+    assert not train(run, tmp_path / "cut", settings, cut)
+    assert cut.steps[-1].step == last_step and set(cut.qualities) == set(CLUES)
+    going_on = Recorder()
+    assert train(run, tmp_path / "cut", settings, going_on, resume=True)
+    assert going_on.first_step == last_step and going_on.steps[0].step == last_step + 1
+    for name in CLUES:
+        for file in ("adapter_model.safetensors", "classifier.yaml", "adapter_config.json"):
+            assert (tmp_path / "whole" / name / file).read_bytes() == (tmp_path / "cut" / name / file).read_bytes()
+    logs = [rows_of(tmp_path / one / ".training" / "log.csv") for one in ("whole", "cut")]
+    ignored = ("seconds", "tokens_per_s", "peak_bytes")
+    assert [[value for key, value in row.items() if key not in ignored] for row in logs[0]] == [
+        [value for key, value in row.items() if key not in ignored] for row in logs[1]
+    ]
+    assert [int(row["step"]) for row in logs[0]] == list(range(1, 1 + whole.steps[-1].num_steps))
+    assert logs[0][0]["isFraud loss"] and not logs[0][0]["isFraud f1"] and logs[0][-1]["isFraud f1"]
+    assert not (tmp_path / "cut" / ".training" / "state.pt").exists()
+    with pytest.raises(ConfigurationError, match=r"there is no .*state\.pt"):
+        train(run, tmp_path / "cut", settings, Recorder(), resume=True)
+
+
+def test_a_state_of_other_settings_or_a_broken_one_is_refused(tmp_path: Path, base: Path, data: Path) -> None:
+    run = prepared(base, data, SETTINGS)
+    train(run, tmp_path / "out", SETTINGS, Recorder(2))
+    other = SETTINGS.model_copy(update={"learning_rate": 0.02})
+    with pytest.raises(ConfigurationError, match="other settings"):
+        train(run, tmp_path / "out", other, Recorder(), resume=True)
+    (tmp_path / "out" / ".training" / "state.pt").write_bytes(b"no state")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        train(run, tmp_path / "out", SETTINGS, Recorder(), resume=True)
+
+
+def test_tensorboard_gets_what_the_file_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for TensorBoard's writer, which need not be installed."""
+    seen: dict[str, tuple[float, int]] = {}
+    writer = SimpleNamespace(
+        add_scalar=lambda name, value, step: seen.update({name: (value, step)}),
+        close=lambda: seen.update(closed=(0, 0)),
+    )
+    board: Any = ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = lambda folder, purge_step: writer if purge_step == 4 else None
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr("loraplex.training.log.find_spec", lambda name: name)
+    log = Log(tmp_path, ["a", "b"], 3)
+    told = Told(
+        step=4, num_steps=9, epoch=0.5, losses=[0.25, None], num_tokens=10, seconds=2.0, learning_rate=0.1, peak_bytes=7
+    )
+    told.quality = [Quality(n=9, accuracy=0.5, f1=0.75, auc=None, log_loss=0.5), None]
+    log.step(told)
+    log.close()
+    assert seen["a/loss"] == (0.25, 4) and seen["a/f1"] == (0.75, 4) and seen["tokens_per_s"] == (5.0, 4)
+    assert not {"b/loss", "b/f1", "a/auc"} & set(seen) and "closed" in seen
+    [row] = rows_of(tmp_path / "log.csv")
+    assert (row["a loss"], row["b loss"], row["a auc"], row["peak_bytes"]) == ("0.25", "", "", "7")
+
+
+def test_the_record_says_how_an_adapter_was_made(tmp_path: Path, base: Path, data: Path) -> None:
+    run = prepared(base, data, SETTINGS)
+    watcher = Recorder()
+    train(run, tmp_path / "out", SETTINGS, watcher, log_dir=tmp_path / "log")
+    record = json.loads((tmp_path / "out" / "isFraud" / "training.json").read_text())
+    assert record["settings"] == SETTINGS.model_dump() and record["about"]["versions"]["torch"] == torch.__version__
+    assert len(record["data"]["sha256"]) == 64 and record["data"]["split"] == {
+        "train": 120,
+        "dev": 15,
+        "calibration": 15,
+    }
+    assert record["best_step"] <= record["steps"] == watcher.steps[-1].step
+    assert rows_of(tmp_path / "log" / "log.csv") and not (tmp_path / "out" / ".training" / "log.csv").exists()
+    dev = {run.rows[index].input for index in run.split.dev}
+    golden = yaml.safe_load((tmp_path / "out" / "isFraud" / "classifier.yaml").read_text()).get("golden", [])
+    assert {one["text"] for one in golden} <= dev
+    assert (tmp_path / "out" / "loraplex.yaml").is_file()
+    with pytest.raises(ConfigurationError, match="another base"):
+        tiny.save_base(tmp_path / "other", tiny.FAMILIES["llama"])
+        train(prepared(tmp_path / "other", data, SETTINGS), tmp_path / "out", SETTINGS, Recorder())
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_loaded(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(base, data, SETTINGS)
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "load", None)
+        with pytest.raises(ConfigurationError, match="cannot be written"):
+            train(run, tmp_path / "file" / "out", SETTINGS, Recorder())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    watcher = Recorder()
+    with pytest.raises(ConfigurationError, match="GB of free space"):
+        train(run, tmp_path / "full", SETTINGS, watcher)
+    assert not watcher.steps
+
+
+def test_a_disk_that_fills_up_is_an_error_that_resume_cures(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(base, data, SETTINGS)
+
+    def full(*_: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(ConfigurationError, match="cannot be written: PytorchStreamWriter"):
+            train(run, tmp_path / "out", SETTINGS, Recorder())
+    assert not (tmp_path / "out" / ".training" / "state.part").exists()
+    assert train(run, tmp_path / "out", SETTINGS, Recorder())
+
+
+@pytest.mark.parametrize("bad_step", [1, 9])
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_best(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, bad_step: int
+) -> None:
+    right, num = Trainee.losses, 0
+
+    def losses(self: Trainee, conversations: Any) -> Any:
+        nonlocal num
+        num += 1
+        found, weights = right(self, conversations)
+        return (found * torch.tensor([1.0, float("nan")]) if num >= bad_step else found), weights
+
+    monkeypatch.setattr(Trainee, "losses", losses)
+    watcher = Recorder()
+    with pytest.raises(ConfigurationError, match=f"'{list(CLUES)[1]}' is no number at step {bad_step} of 16"):
+        train(prepared(base, data, SETTINGS), tmp_path / "out", SETTINGS, watcher)
+    assert len(watcher.steps) == bad_step - 1
+    assert (tmp_path / "out" / "isFraud").is_dir() == (bad_step > 1)
+    if bad_step > 1:
+        with Loraplex.load(tmp_path / "out", dtype="float32") as loraplex:
+            assert loraplex.classify("Customer: thanks")["isThankful"].scores is not None
+
+
+def test_each_adapter_stops_by_itself_and_keeps_its_best_weights(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS.model_copy(update={"patience": 2, "epochs": 3})
+    seen: list[list[torch.Tensor]] = []
+    scores = {0: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 1: [0.5, 0.6, 0.4, 0.3, 0.9, 0.9]}
+
+    def evaluate(self: Fit, asked: Any) -> list[Quality]:
+        seen.append([one.detach().clone() for one in self._trainee.parameters()])
+        return [
+            Quality(n=9, accuracy=0.5, f1=scores[adapter][len(seen) - 1], auc=0.5, log_loss=0.5) for adapter in (0, 1)
+        ]
+
+    monkeypatch.setattr(Fit, "evaluate", evaluate)
+    run = prepared(base, data, settings)
+    label_ids = [task.label_ids for task in run.tasks]
+    trainee = Trainee.load(
+        base,
+        run.config,
+        run.layers,
+        torch.float32,
+        torch.device("cpu"),
+        num_adapters=2,
+        rank=4,
+        alpha=8,
+        targets={"q_proj", "v_proj"},
+    )
+    loop = Fit(trainee, settings, run.of("train"), run.of("dev"), label_ids, run.weights)
+    told: list[Told] = []
+    loop.run(lambda one: told.append(one))
+    assert [one.stopped for one in told if one.quality] == [[False, False]] * 3 + [[False, True]] * 3
+    assert [loop.best_step(0), loop.best_step(1)] == [24, 8]
+    assert all(loss is None for one in told[16:] for loss in one.losses[1:]) and told[15].losses[1] is not None
+    loop.restore_best()
+    for parameter, last, second in zip(trainee.parameters(), seen[5], seen[1], strict=True):
+        assert torch.equal(parameter[0], last[0]) and torch.equal(parameter[1], second[1])
+    for fourth, sixth in zip(seen[3], seen[5], strict=True):
+        assert torch.equal(fourth[1], sixth[1]), "a stopped adapter is not trained on"
+
+
+def test_weights_against_imbalance_are_taken_off_again(tmp_path: Path, base: Path) -> None:
+    """Words say nothing about the label, so the truth is its share, whatever it counted in the loss."""
+    draw = random.Random(0)
+    labels = [True] * 90 + [False] * 510
+    draw.shuffle(labels)
+    rows = [
+        {"text": f"Customer: {' '.join(draw.choices('order room seat'.split(), k=3))} {index}", "label": label}
+        for index, label in enumerate(labels)
+    ]
+    settings = SETTINGS.model_copy(
+        update={"calibration": 0.0, "select": "log_loss", "learning_rate": 0.003, "epochs": 4}
+    )
+    run = prepared(base, write_rows(tmp_path / "data.jsonl", rows), settings, classifiers=["isRare"])
+    assert run.label_weights["isRare"]["yes"] > 1.7 > 1 > run.label_weights["isRare"]["no"]
+    train(run, tmp_path / "out", settings, Recorder())
+    with Loraplex.load(tmp_path / "out", dtype="float32") as loraplex:
+        texts = [f"Customer: {word} {index}" for word in ("order", "room room") for index in range(700, 715)]
+        found = [(loraplex.classify(text)["isRare"].scores or {})["yes"] for text in texts]
+    mean = sum(found) / len(found)
+    assert mean == pytest.approx(0.15, abs=0.06), "with the weights still on, it would be 0.29"
+
+
+def test_a_base_that_cannot_be_trained_is_refused_before_its_weights_are_read(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save_base(tmp_path, tiny.FAMILIES["gemma2"])
+    monkeypatch.setattr("loraplex.training.attention._INERT", frozenset())
+    monkeypatch.setattr("loraplex.training.trainee.load_transformers_model", None)
+    with pytest.raises(UnsupportedModelError, match="Gemma2Attention: its attention uses 'position_ids'"):
+        prepared(tmp_path, data, SETTINGS)
+
+
+def test_an_expert_s_layer_is_no_target(tmp_path: Path, data: Path) -> None:
+    tiny.save_base(tmp_path, config_of("qwen2_moe"))
+    settings = SETTINGS.model_copy(update={"targets": "q_proj,shared_expert_gate,gate"})
+    with pytest.raises(ConfigurationError, match="no layers 'gate'"):
+        prepared(tmp_path, data, settings)
+
+
+@pytest.mark.parametrize(
+    ("labels", "what"),
+    [
+        ([True] * 10, "fewer than two of its labels are among the 8 conversations to train on: yes 10, no 0"),
+        (["x"] * 10, "only the label 'x'"),
+        ([True], "fewer than two of its labels"),
+        ([None] * 10, "no conversation has a label"),
+        (["a", {"a": 1.0, "b": 0.0}, "a"], "fewer than two of its labels"),
+    ],
+)
+def test_a_file_that_is_too_small_is_a_clear_error(tmp_path: Path, base: Path, labels: list[Any], what: str) -> None:
+    rows = [{"text": f"Customer: hello {index}", "label": label} for index, label in enumerate(labels)]
+    with pytest.raises(ConfigurationError, match=what):
+        prepared(base, write_rows(tmp_path / "data.jsonl", rows), SETTINGS, classifiers=["isDone"])
+
+
+@pytest.mark.parametrize("labels", [[True, False], [True] * 5 + [False] * 5, [True] + [False] * 9, ["a", "b", "c"] * 3])
+def test_ten_lines_give_a_clear_result(tmp_path: Path, base: Path, labels: list[Any]) -> None:
+    words = {True: "thanks", False: "no", "a": "order", "b": "seat", "c": "room"}
+    rows = [{"text": f"Customer: {words[label]} {index}", "label": label} for index, label in enumerate(labels)]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    options = ["--base", base, "--data", data, "--out", tmp_path / "out", "--classifier", "isDone", "--rank", 4]
+    done = CliRunner().invoke(app, ["train", *map(str, options), "--template", TEMPLATE, "--learning-rate", "0.01"])
+    assert done.exit_code == 0, done.output
+    assert "nothing says how good they are" in done.output and "fewer than 10 conversations with" in done.output
+    with Loraplex.load(tmp_path / "out", dtype="float32") as loraplex:
+        right = [
+            loraplex.classify(row["text"])["isDone"].label == {True: "yes", False: "no"}.get(row["label"], row["label"])
+            for row in rows
+        ]
+    assert sum(right) >= 0.7 * len(right)
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    return done.exit_code, " ".join(done.output.split())
+
+
+def test_a_dry_run_reports_on_the_data_and_ends(tmp_path: Path, base: Path) -> None:
+    draw = random.Random(0)
+    rows = [
+        {"text": f"Customer: {draw.random()}", "labels": {"isDone": index % 3 == 0, "mood": "calm" if index else "sad"}}
+        for index in range(40)
+    ]
+    rows += [rows[0], {**rows[1], "labels": {"isDone": True}}, {"text": "x", "labels": {"other": True}}]
+    rows += [{"text": "long " * 400, "labels": {"isDone": True}}]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    code, said = invoke(
+        "--base",
+        base,
+        "--data",
+        data,
+        "--dry-run",
+        "--template",
+        TEMPLATE,
+        "--classifier",
+        "isDone",
+        "--classifier",
+        "mood",
+    )
+    assert code == 0, said
+    for told in (
+        "43 conversations: ",
+        "warning: 1 conversations have no label for these classifiers",
+        "warning: 2 conversations were there before",
+        "warning: 1 labels contradict",
+        "warning: line 44: the prompt is too long",
+        "mood has fewer than 10 conversations with 'sad'",
+        "mood: no conversation of dev has the label 'sad'",
+        "weights in the loss",
+    ):
+        assert told in said, said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "options", "what"),
+    [
+        ("rank: 0\n", [], "train.yaml, key 'rank'"),
+        ("rnak: 4\n", [], "rnak"),
+        ("rank: 4\n", ["--rank", "0"], "--rank 0"),
+        ("device: gpu\n", [], "is no device"),
+        ("dry_run: maybe\n", [], "dry_run"),
+        ("dev: 0.5\ncalibration: 0.5\n", [], "leave nothing to train on"),
+        ("", ["--kind", "lora", "--invocation", "x"], "no effect with kind lora"),
+        ("targets: q_proj,nose\n", [], "has no layers 'nose'"),
+        ("classifier: nobody\n", [], "no conversation has a label for it"),
+        ("questions: none.yaml\n", [], "none.yaml"),
+        ("base: null\n", ["--data", "x"], "--base: is missing"),
+    ],
+)
+def test_wrong_options_are_named(
+    tmp_path: Path, base: Path, data: Path, yaml_text: str, options: list[str], what: str
+) -> None:
+    given = {"base": str(base), "data": str(data), "out": str(tmp_path / "out"), "template": TEMPLATE}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({**given, **(yaml.safe_load(yaml_text) or {})}))
+    code, said = invoke("--config", tmp_path / "train.yaml", *options)
+    assert code == 1 and what in said, said
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_option_is_a_key_of_the_yaml_file_and_in_the_help() -> None:
+    from loraplex.training.settings import TrainInputs
+
+    code, said = invoke("--help")
+    assert code == 0
+    for name in (*TrainInputs.model_fields, *TrainSettings.model_fields):
+        assert f"--{name.replace('_', '-')}" in said, name
+
+
+def test_all_malformed_lines_are_told_before_the_base_is_looked_at(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a", "labels": {"mood": "x"}}\nno\n{"text": 3}\n{"text": "b", "labels": {"mood": "z"}}\n')
+    (tmp_path / "questions.yaml").write_text("mood: {labels: [x, y]}\n")
+    code, said = invoke(
+        *("--base", tmp_path / "none", "--data", data, "--out", tmp_path / "out"),
+        *("--questions", tmp_path / "questions.yaml"),
+    )
+    assert code == 1
+    for told in ("line 2: is not JSON", "line 3: 'text' is a int", "line 4: label 'z' of 'mood'"):
+        assert told in said
+
+
+def test_messages_with_an_unknown_role_are_told_by_their_lines(tmp_path: Path, base: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": role, "content": "hi"}], "label": True} for role in ("user", "narrator", "narrator")
+    ]
+    rows.append({"text": "no", "label": False})
+    with pytest.raises(ConfigurationError, match="lines 2-3: unknown role 'narrator'"):
+        prepared(base, write_rows(tmp_path / "data.jsonl", rows), SETTINGS, classifiers=["isDone"])
+
+
+def test_golden_examples_of_messages_are_texts(tmp_path: Path, base: Path) -> None:
+    from loraplex.training.asked import Asked
+    from loraplex.training.finish import _golden
+
+    rows = [
+        {"messages": [{"role": "user", "content": "thanks"}], "label": True},
+        {"text": "Customer: no", "label": False},
+    ] * 2
+    run = prepared(base, write_rows(tmp_path / "data.jsonl", rows), SETTINGS, classifiers=["isDone"])
+    contract = run.tasks[0].contract
+    asked = Asked(row=0, classifier=0, prefix=(), suffix=(1,), shares={0: 1.0})
+    decision = contract.decide([-0.01, -9.0])
+    assert [one.text for one in _golden(run.rows, [(asked, decision)], contract, 2)] == ["Customer: thanks"]
+    unsure = replace(decision, confidence=0.6)
+    assert not _golden(run.rows, [(asked, unsure)], contract, 2)
