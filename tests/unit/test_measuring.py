@@ -18,7 +18,7 @@ from loraplex.measuring.cores import BusyCores
 from loraplex.measuring.files import write_report
 from loraplex.measuring.limits import bandwidth, gemm_rate
 from loraplex.measuring.memory import PeakMemory, peak_rss_bytes, rss_bytes, tree
-from loraplex.measuring.samples import Spread, percentile
+from loraplex.measuring.samples import Spread, percentile, wilson
 
 CPU = torch.device("cpu")
 
@@ -34,6 +34,12 @@ def test_a_percentile_is_one_of_the_values(share: float, expected: float) -> Non
 def test_no_values_have_no_percentile_and_no_spread() -> None:
     assert percentile([], 0.5) is None
     assert Spread.of([None, None]) is None
+
+
+def test_wilsons_interval() -> None:
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(1, 1)[1] == 1.0
 
 
 def test_a_spread_leaves_out_rounds_without_a_value() -> None:

@@ -32,7 +32,7 @@ from loraplex.routing.draw import choose
 from loraplex.routing.route_store import RouteStore
 from loraplex.routing.router import Router
 from loraplex.routing.shadows import MAX_WAITING
-from loraplex.routing.verdict_log import SCHEMA, LoggedVerdict, VerdictLog, wilson
+from loraplex.routing.verdict_log import SCHEMA, LoggedVerdict, VerdictLog
 from loraplex.types import (
     AdapterInfo,
     AdapterRef,
@@ -409,13 +409,6 @@ def test_feedback_judges_all_that_answered_and_the_last_word_counts() -> None:
         assert one.accuracy is not None and (one.accuracy.num_labelled, one.accuracy.share) == (2, 0.5)
     with pytest.raises(UnknownVerdictError):
         log.set_truth("3", "yes")
-
-
-def test_wilsons_interval() -> None:
-    found = wilson(81, 263)  # Newcombe 1998, table I
-    assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
-    assert (wilson(0, 20).low, round(wilson(0, 20).high, 4)) == (0.0, 0.1611)
-    assert wilson(1, 1).high == 1.0
 
 
 def test_only_the_newest_are_kept_and_they_outlive_the_process(tmp_path: Path) -> None:

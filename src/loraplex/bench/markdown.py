@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loraplex.bench.sections import Section, sections
+from loraplex.bench.sections import sections
+from loraplex.measuring.section import Section
 
 
 def markdown(report: Mapping[str, Any]) -> str:

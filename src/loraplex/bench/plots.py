@@ -1,8 +1,6 @@
-"""The report's plots as SVG, to be put into a page. Colours are the page's: CSS variables, for light and dark."""
+"""The report's plots."""
 
-import io
 import math
-import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
@@ -11,20 +9,16 @@ from loraplex.amounts import usd
 from loraplex.bench.cells import number
 from loraplex.bench.sections import NAMES, main_load
 from loraplex.bench.thousand import costs_of
+from loraplex.measuring.svg import COLOURS, FAINT, INK, figure, svg
 
-INK, FAINT = "#000101", "#000102"  # stand for the page's colours until the SVG is written
-COLOURS = tuple(f"#0002{index:02x}" for index in range(8))
-VARIABLES = {INK: "currentColor", FAINT: "var(--faint)"} | {
-    colour: f"var(--system{index})" for index, colour in enumerate(COLOURS)
-}
-WIDTH, HEIGHT, BAR = 7.2, 3.4, 0.42  # inches
+HEIGHT, BAR = 3.4, 0.42  # inches
 
 Measured = Mapping[str, Any]
 
 
 def latency(measured: Measured) -> str:
     """p50 and p99 against what was offered, or against what was answered where only closed loops ran."""
-    figure, axes = _figure(HEIGHT)
+    drawn, axes = figure(HEIGHT)
     for index, (name, one) in enumerate(measured.items()):
         opened = [load for load in one["loads"] if load["kind"] == "open" and load["offered_per_s"]]
         loads = opened or [load for load in one["loads"] if load["conversations_per_s"]]
@@ -47,8 +41,8 @@ def latency(measured: Measured) -> str:
         axis.set_major_formatter(_plain)
         axis.set_minor_formatter(lambda value, _: "" if f"{value:.0e}"[0] not in "25" else _plain(value, _))
     axes.grid(True, which="major", color=FAINT, linewidth=0.5)
-    figure.legend(loc="outside upper left", ncols=len(measured), frameon=False, labelcolor=INK)
-    return _svg(figure, "Latency against load")
+    drawn.legend(loc="outside upper left", ncols=len(measured), frameon=False, labelcolor=INK)
+    return svg(drawn, "Latency against load")
 
 
 def throughput(measured: Measured) -> str:
@@ -68,7 +62,7 @@ def limit(measured: Measured) -> str:
 
 def turns(measured: Measured) -> str:
     """The latency of each turn, and the share of its tokens that was not computed."""
-    figure, [left, right] = _figure(HEIGHT - 0.4, columns=2)
+    drawn, [left, right] = figure(HEIGHT - 0.4, columns=2)
     for index, (name, one) in enumerate(measured.items()):
         style: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.4, "color": COLOURS[index]}
         numbers = [turn["turn"] for turn in one["turns"]]
@@ -83,8 +77,8 @@ def turns(measured: Measured) -> str:
         axes.set_xlabel("turn")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(True, axis="y", color=FAINT, linewidth=0.5)
-    figure.legend(loc="outside upper left", ncols=len(measured), frameon=False, labelcolor=INK)
-    return _svg(figure, "Turn by turn")
+    drawn.legend(loc="outside upper left", ncols=len(measured), frameon=False, labelcolor=INK)
+    return svg(drawn, "Turn by turn")
 
 
 def costs(measured: Measured) -> str:
@@ -102,7 +96,7 @@ def _bars(
     found: Mapping[str, Mapping[str, float] | None], label: str, text: Callable[[float], str], most: float | None = None
 ) -> str:
     known = {name: one for name, one in found.items() if one is not None}
-    figure, axes = _figure(0.75 + BAR * max(1, len(known)))
+    drawn, axes = figure(0.75 + BAR * max(1, len(known)))
     names, colours = list(found), dict(zip(found, COLOURS, strict=False))
     top = most or 1.18 * max((one["high"] for one in known.values()), default=1.0)
     for row, (name, one) in enumerate(known.items()):
@@ -129,45 +123,8 @@ def _bars(
     axes.grid(True, axis="x", color=FAINT, linewidth=0.5)
     axes.tick_params(axis="y", length=0)
     axes.spines["bottom"].set_visible(False)
-    return _svg(figure, label)
-
-
-def _figure(height: float, columns: int = 1) -> Any:
-    """Return a figure and its axes. Raises ImportError without matplotlib. No display is asked for."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in the page's font
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for one in axes:
-        one.patch.set_visible(False)
-        one.set_axisbelow(True)
-        one.tick_params(which="both", colors=INK, labelsize=9, width=0.5, length=3, pad=3)
-        for text in (one.xaxis.label, one.yaxis.label):
-            text.set(color=INK, fontsize=9)
-        for side, spine in one.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set(color=FAINT, linewidth=0.8)
-    return figure, axes if columns > 1 else axes[0]
+    return svg(drawn, label)
 
 
 def _plain(value: float, _: object = None) -> str:
     return f"{value:,.0f}" if value >= 1 else f"{value:g}"
-
-
-def _svg(figure: Any, title: str) -> str:
-    """Return the figure as an element of a page: no file's head, no ids that another plot has too, no fixed colours."""
-    import matplotlib
-
-    figure.patch.set_visible(False)
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": title}):
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = file.getvalue()[file.getvalue().index("<svg") :]
-    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" class="plot" ', 1).strip()

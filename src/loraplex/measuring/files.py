@@ -1,5 +1,6 @@
-"""Writes a measurement's files, which are whole or not there."""
+"""Writes a measurement's files, which are whole or not there, and identifies the files that it read."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,3 +19,9 @@ def write_text(path: Path, text: str) -> None:
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """Write a report as JSON. A value that is no JSON (NaN, a tensor) raises: a report has figures only."""
     write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,10 +1,13 @@
-"""Turns samples into figures: percentiles, and a median with its spread."""
+"""Turns samples into figures: percentiles, a median with its spread, and the interval of a share."""
 
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
+
+Z = NormalDist().inv_cdf(0.975)  # of a 95 % interval
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -39,3 +42,11 @@ def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
     """Return `Spread.of` the values as a report holds it; None where no round has a value."""
     found = Spread.of(values)
     return None if found is None else asdict(found)
+
+
+def wilson(part: int, whole: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of the share `part / whole`. It holds for small samples and extreme shares, too."""
+    share = part / whole
+    centre = (share + Z * Z / (2 * whole)) / (1 + Z * Z / whole)
+    half = Z / (1 + Z * Z / whole) * math.sqrt(share * (1 - share) / whole + Z * Z / (4 * whole * whole))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import NormalDist
 from typing import NamedTuple, Self
 
 from loraplex.database import Database
 from loraplex.errors import StateError, UnknownVerdictError, quoted
+from loraplex.measuring.samples import wilson
 from loraplex.types import Accuracy, Agreement, Latency, RouteStats, TargetStats, Verdict
 
 logger = logging.getLogger(__name__)
@@ -291,15 +291,10 @@ def _target_stats(
         agreement=Agreement(num_compared=num_compared, share=num_agreed / num_compared)
         if is_shadow and num_compared
         else None,
-        accuracy=wilson(num_right, num_labelled) if num_labelled else None,
+        accuracy=_accuracy(num_right, num_labelled) if num_labelled else None,
     )
 
 
-def wilson(num_right: int, num: int) -> Accuracy:
-    """Return the share of right answers with Wilson's 95 % interval, which holds for small samples and extreme shares,
-    too."""
-    z = NormalDist().inv_cdf(0.975)
-    share = num_right / num
-    centre = (share + z * z / (2 * num)) / (1 + z * z / num)
-    half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
-    return Accuracy(num_labelled=num, share=share, low=max(0.0, centre - half), high=min(1.0, centre + half))
+def _accuracy(num_right: int, num: int) -> Accuracy:
+    low, high = wilson(num_right, num)
+    return Accuracy(num_labelled=num, share=num_right / num, low=low, high=high)
