@@ -7,9 +7,9 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
+from loraplex.evaluation.quality import Quality
 from loraplex.training.fit import Told
 from loraplex.training.prepared import Prepared, prepare
-from loraplex.training.scores import Quality
 from loraplex.training.settings import TrainSettings
 from loraplex.training.split import DataReport
 

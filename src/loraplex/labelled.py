@@ -1,6 +1,7 @@
 """Reads conversations with labels: a JSON object on each line of a .jsonl or .jsonl.gz file."""
 
 import gzip
+import hashlib
 import json
 import math
 import zlib
@@ -78,6 +79,25 @@ def hard_label(label: Label, labels: Sequence[str], name: str = "") -> str:
         if one not in labels:
             raise _Wrong(f"label {quoted(one)} of {quoted(name)} is not among the contract's: {listed(labels)}")
     return label if isinstance(label, str) else max(label, key=lambda one: label[one])
+
+
+def label_shares(label: Label, labels: Sequence[str], name: str) -> Mapping[int, float]:
+    """Return label's index -> share, of the contract's labels. Raises ValueError as `hard_label` does."""
+    if isinstance(label, Mapping):
+        hard_label(label, labels, name)  # names what is not among the labels
+        total = sum(label.values())
+        return {labels.index(one): share / total for one, share in label.items() if share > 0}
+    return {labels.index(hard_label(label, labels, name)): 1.0}
+
+
+def conversation_id(row: Labelled) -> str:
+    """Identify a conversation by its words: the same one twice must not lie on both sides of a split."""
+    return hashlib.sha256(" ".join(said_in(row).split()).casefold().encode()).hexdigest()
+
+
+def said_in(row: Labelled) -> str:
+    """Return the conversation as text, with a line for each message."""
+    return row.input if isinstance(row.input, str) else "\n".join(f"{one.role}: {one.content}" for one in row.input)
 
 
 def _yes_no(labels: Sequence[str], name: str) -> tuple[str, str]:

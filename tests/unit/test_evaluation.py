@@ -2,9 +2,10 @@
 
 import numpy
 import pytest
-from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
+from sklearn.metrics import f1_score, log_loss, precision_score, recall_score, roc_auc_score
 
-from loraplex.evaluation.figures import Figure, figures_of
+from loraplex.evaluation.figures import Figure, Figures, figures_of
+from loraplex.evaluation.quality import auc, quality
 
 
 def test_two_labels_are_scored_as_scikit_learn_does() -> None:
@@ -27,17 +28,52 @@ def test_two_labels_are_scored_as_scikit_learn_does() -> None:
     assert sum(map(sum, found.confusion)) == 300 and found.confusion[0][0] == int((is_yes & says_yes).sum())
 
 
-def test_an_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+def drawn(draw: numpy.random.Generator, n: int, apart: float) -> Figures:
+    """The figures of scores whose labels are `apart` standard deviations from each other."""
+    truth = draw.integers(0, 2, n)
+    logits = draw.normal(size=n) + apart * (truth == 0)
+    yes = 1 / (1 + numpy.exp(apart / 2 - logits))
+    scores = numpy.stack([yes, 1 - yes], 1).tolist()
+    return figures_of(["yes", "no"], truth.tolist(), scores, (yes < 0.5).astype(int).tolist(), [False] * n)
+
+
+@pytest.mark.parametrize(("n", "apart"), [(80, 1.5), (40, 3.0)])
+def test_an_interval_holds_the_truth_about_as_often_as_it_says(n: int, apart: float) -> None:
     draw = numpy.random.default_rng(1)
-    held = 0
-    for _ in range(60):
-        truth = draw.integers(0, 2, 80)
-        said = numpy.where(draw.random(80) < 0.8, truth, 1 - truth)
-        scores = numpy.eye(2)[said] * 0.8 + 0.1
-        found = figures_of(["a", "b"], truth.tolist(), scores.tolist(), said.tolist(), [False] * 80).accuracy
-        assert found.low is not None and found.high is not None
-        held += found.low <= 0.8 <= found.high
-    assert held >= 52
+    true = drawn(draw, 200_000, apart)
+    samples = [drawn(draw, n, apart) for _ in range(200)]
+    for name in ("accuracy", "precision", "recall", "f1", "auc"):
+        value = getattr(true, name).value
+        held = sum(one.low <= value <= one.high for one in (getattr(each, name) for each in samples))
+        assert 180 <= held <= 200, f"{name}: {held} of 200"
+
+
+def test_an_interval_of_a_perfect_sample_is_no_point() -> None:
+    scores = [[0.9, 0.1]] * 10 + [[0.1, 0.9]] * 10
+    found = figures_of(["yes", "no"], [0] * 10 + [1] * 10, scores, [0] * 10 + [1] * 10, [False] * 20)
+    for one in (found.accuracy, found.precision, found.recall, found.f1, found.auc):
+        assert one.value == pytest.approx(1.0) and one.low is not None and 0.6 < one.low < 0.95
+
+
+def test_single_figures_are_those_with_intervals() -> None:
+    draw = numpy.random.default_rng(2)
+    for num_labels in (2, 4):
+        scores = draw.dirichlet([1.0] * num_labels, 50)
+        truth, said = draw.integers(0, num_labels, 50).tolist(), scores.argmax(1).tolist()
+        names = [str(label) for label in range(num_labels)]
+        found = figures_of(names, truth, scores.tolist(), said, [False] * 50)
+        plain = quality(scores.tolist(), truth, said)
+        assert plain.f1 == pytest.approx(found.f1.value) and plain.auc == pytest.approx(found.auc.value)
+        assert plain.accuracy == found.accuracy.value and plain.log_loss == pytest.approx(found.log_loss)
+        assert plain.log_loss == pytest.approx(log_loss(truth, scores))
+        if num_labels > 2:
+            assert plain.f1 == pytest.approx(f1_score(truth, said, average="macro"))
+            assert plain.auc == pytest.approx(roc_auc_score(truth, scores, multi_class="ovr"))
+
+
+def test_equal_scores_count_half() -> None:
+    assert auc([0.5, 0.5, 0.5], [True, False, False]) == 0.5
+    assert auc([0.5, 0.9], [True, True]) is None
 
 
 def test_what_the_data_cannot_tell_is_none() -> None:

@@ -11,11 +11,11 @@ import pytest
 
 import tiny
 from loraplex.errors import ConfigurationError, ContractError
-from loraplex.labelled import Label, Labelled
+from loraplex.evaluation.calibration import fit
+from loraplex.labelled import Label, Labelled, label_shares
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.tokenizer import Tokenizer
-from loraplex.training.asked import ask, label_shares, to_score, to_train
-from loraplex.training.calibration import fit
+from loraplex.training.asked import ask, to_score, to_train
 from loraplex.training.contracts import make_task, read_questions, seen_labels
 from loraplex.training.settings import TrainSettings
 from loraplex.training.split import report_on, split_rows

@@ -21,10 +21,10 @@ from families import config_of
 from loraplex import Loraplex
 from loraplex.cli.main import app
 from loraplex.errors import ConfigurationError, UnsupportedModelError
+from loraplex.evaluation.quality import Quality
 from loraplex.training.fit import Fit, Told
 from loraplex.training.log import Log
 from loraplex.training.run import train
-from loraplex.training.scores import Quality
 from loraplex.training.settings import TrainSettings
 from loraplex.training.trainee import Trainee
 

@@ -1,12 +1,13 @@
 """Compares a system's verdicts with the right labels, and with another system's verdicts."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from loraplex.bench.call import Answer
+from loraplex.evaluation.quality import confusion_of, f1, mean_of, positives
 
 Answers = Mapping[tuple[int, int], Mapping[str, Answer]]  # (conversation, turn) -> classifier -> verdict
 Truth = Mapping[int, Mapping[str, str]]  # conversation -> classifier -> right label
@@ -47,31 +48,21 @@ def mean(of: Mapping[str, Quality]) -> dict[str, Any] | None:
         "n": sum(one.n for one in of.values()),
         "accuracy": fmean(one.accuracy for one in of.values()),
         "positives": sum(one.positives for one in of.values()),
-        "f1": _mean(one.f1 for one in of.values()),
+        "f1": mean_of(one.f1 for one in of.values()),
     }
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return fmean(found) if found else None
-
-
 def _quality(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> Quality:
-    counted = labels if len(labels) > 2 else labels[:1]
+    # A server that runs already may have other labels: an answer that is none of ours is wrong.
+    known = list(dict.fromkeys([*labels, *(said for _, said in pairs)]))
+    truth, answered = ([known.index(label) for label in one] for one in zip(*pairs, strict=True))
+    confusion = confusion_of(truth, answered, len(known))
     return Quality(
         n=len(pairs),
-        accuracy=fmean(right == said for right, said in pairs),
-        positives=sum(right == labels[0] for right, _ in pairs),
-        f1=_mean(_f1(pairs, label) for label in counted),
+        accuracy=float(confusion.trace() / len(pairs)),
+        positives=int(confusion[0].sum()),
+        f1=mean_of(f1(confusion, label) for label in positives(len(labels))),
     )
-
-
-def _f1(pairs: Sequence[tuple[str, str]], label: str) -> float | None:
-    if not any(right == label for right, _ in pairs):
-        return None
-    both = sum(right == said == label for right, said in pairs)
-    either = sum((right == label) + (said == label) for right, said in pairs)
-    return 2 * both / either
 
 
 def agreement(answers: Answers, others: Answers) -> dict[str, Any]:

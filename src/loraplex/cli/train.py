@@ -21,8 +21,8 @@ from loraplex.service.preparation import is_installed
 from loraplex.training.settings import TrainInputs, TrainSettings
 
 if TYPE_CHECKING:  # they import torch
+    from loraplex.evaluation.quality import Quality
     from loraplex.training.fit import Told
-    from loraplex.training.scores import Quality
     from loraplex.training.split import DataReport
 
 FEW = 10  # conversations of a label, or on dev: below it, figures say little

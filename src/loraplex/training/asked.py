@@ -1,13 +1,12 @@
 """Turns labelled conversations into what adapters read: each prompt exactly as the server will write it."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex.errors import InputTooLongError, InvalidRequestError
-from loraplex.labelled import Label, Labelled, hard_label, refuse_lines
+from loraplex.labelled import Labelled, label_shares, refuse_lines
 from loraplex.text.template import Template
 from loraplex.text.tokenizer import Conversations
 from loraplex.training.batch import Answer, Conversation, Question
@@ -90,21 +89,6 @@ def ask(
             )
     refuse_lines(path, wrong)
     return asked, too_long
-
-
-def label_shares(label: Label, labels: Seq[str], name: str) -> Mapping[int, float]:
-    """Return label's index -> share."""
-    if isinstance(label, Mapping):
-        hard_label(label, labels, name)  # names what is not among the labels
-        total = sum(label.values())
-        return {labels.index(one): share / total for one, share in label.items() if share > 0}
-    return {labels.index(hard_label(label, labels, name)): 1.0}
-
-
-def conversation_id(row: Labelled) -> str:
-    """Identify a conversation by its words: the same one twice must not lie on both sides of a split."""
-    said = row.input if isinstance(row.input, str) else "\n".join(f"{one.role}: {one.content}" for one in row.input)
-    return hashlib.sha256(" ".join(said.split()).casefold().encode()).hexdigest()
 
 
 def to_train(

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from loraplex.classifier import Calibration, Contract, Decision, Golden, conversation_text
+from loraplex.evaluation.calibration import fit
+from loraplex.evaluation.quality import Quality, quality
 from loraplex.labelled import Labelled
 from loraplex.measuring.about import about
 from loraplex.training.asked import Asked
-from loraplex.training.calibration import fit
 from loraplex.training.fit import Fit
 from loraplex.training.output import write_adapter, write_bundle_settings
 from loraplex.training.prepared import Prepared
-from loraplex.training.scores import Quality, quality
 from loraplex.training.settings import TrainSettings
 from loraplex.training.trainee import Trainee
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from loraplex.evaluation.quality import Quality, quality
 from loraplex.machine import peak_bytes
 from loraplex.training.adamw import StackedAdamW
 from loraplex.training.asked import Asked, to_score, to_train
 from loraplex.training.batch import Conversation
-from loraplex.training.scores import Quality, quality
 from loraplex.training.settings import TrainSettings
 from loraplex.training.trainee import Trainee
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from loraplex.errors import ConfigurationError, listed
+from loraplex.evaluation.quality import Quality
 from loraplex.machine import choose_threads
 from loraplex.model.loader import resolve_device, resolve_dtype
 from loraplex.training.finish import finish
@@ -16,7 +17,6 @@ from loraplex.training.fit import DivergedError, Fit, Told
 from loraplex.training.log import Log
 from loraplex.training.output import check_out, check_room
 from loraplex.training.prepared import Prepared, targets_of
-from loraplex.training.scores import Quality
 from loraplex.training.settings import TrainSettings
 from loraplex.training.split import DataReport
 from loraplex.training.state import State

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from loraplex.labelled import Labelled
-from loraplex.training.asked import TooLong, conversation_id, label_shares
+from loraplex.labelled import Labelled, conversation_id, label_shares
+from loraplex.training.asked import TooLong
 
 SIDES = ("train", "dev", "calibration")
 

@@ -1,14 +1,15 @@
 """Fits temperature and bias, so that a classifier's scores are probabilities that can be trusted."""
 
+import math
 from collections.abc import Sequence as Seq
 
 import numpy
-from scipy.optimize import minimize
 
 # A pull towards temperature 1 and the bias that is known before, worth as many conversations. It decides where a slice
 # is too small, or has one label only, to say anything.
 PRIOR_WEIGHT = 4.0
 MAX_LOG_TEMPERATURE, MAX_BIAS = 3.0, 20.0
+LEAST = 1e-300
 
 
 def fit(log_probs: Seq[Seq[float]], shares: Seq[Seq[float]], known_bias: Seq[float]) -> tuple[float, list[float]]:
@@ -19,6 +20,8 @@ def fit(log_probs: Seq[Seq[float]], shares: Seq[Seq[float]], known_bias: Seq[flo
     known_bias:  [labels] what training's weights are known to have added, as a bias that takes it off again.
     The last label's bias stays as it is: only differences count.
     """
+    from scipy.optimize import minimize
+
     given, truth = numpy.asarray(log_probs, dtype=float), numpy.asarray(shares, dtype=float)
     before = numpy.asarray(known_bias, dtype=float)
     if not len(given):
@@ -36,3 +39,12 @@ def fit(log_probs: Seq[Seq[float]], shares: Seq[Seq[float]], known_bias: Seq[flo
     bounds = [(-MAX_LOG_TEMPERATURE, MAX_LOG_TEMPERATURE), *[(-MAX_BIAS, MAX_BIAS)] * num_free]
     found = minimize(loss, numpy.zeros(1 + num_free), method="L-BFGS-B", bounds=bounds).x
     return float(numpy.exp(found[0])), (before + numpy.append(found[1:], 0.0)).tolist()
+
+
+def raw_log_probs(scores: Seq[float], temperature: float, bias: Seq[float]) -> list[float]:
+    """Return the label log probabilities that a contract made `scores` of, up to a number that is the same for all
+    labels, which no calibration sees.
+
+    scores:  [labels] probabilities; a score of 0 was rounded, and stands for the least that a float can be.
+    """
+    return [temperature * math.log(max(score, LEAST)) - by for score, by in zip(scores, bias, strict=True)]
