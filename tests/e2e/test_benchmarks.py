@@ -114,22 +114,6 @@ def test_tools_agree_where_their_spreads_overlap(
     assert other_tools.agree(*spreads) == other_tools.agree(*reversed(spreads)) == same
 
 
-@pytest.fixture(scope="module")
-def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the demo's scripts read it: two dialogues of our own, with opposite labels."""
-    folder = tmp_path_factory.mktemp("dialogues")
-    names = [path.parent.name for path in serving.ROOT.glob("examples/support_desk/bundle/*/classifier.yaml")]
-    texts = [
-        "Customer: My order never came.\nAgent: I sent a new one.\nCustomer: Great, thank you, bye!",
-        "Customer: I need a table for two.\nAgent: Where?\nCustomer: In San Jose.",
-    ]
-    with gzip.open(folder / "dev.jsonl.gz", "wt") as file:
-        for i, text in enumerate(texts):
-            file.write(json.dumps({"id": i, "conversation": text, "labels": dict.fromkeys(names, i == 0)}) + "\n")
-    (folder / "tasks.json").write_text(json.dumps({"tasks": [{"name": name} for name in names]}))
-    return folder
-
-
 def test_a_bundle_like_the_demo_is_built(tmp_path: Path) -> None:
     """From a few random dialogues in two steps: nothing is learnt, but every stage runs, and the result is served."""
     draw, words = random.Random(0), "I need a table flight hotel to for in book cancel please thanks bye".split()
@@ -145,14 +129,3 @@ def test_a_bundle_like_the_demo_is_built(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     with Loraplex.load(tmp_path / "bundle") as loraplex:
         assert loraplex.classify("Customer: hello")["isOdd"].label in ("yes", "no")
-
-
-def test_the_demo_is_scored_beside_its_bare_base(dialogues: Path) -> None:
-    command = [sys.executable, "examples/support_desk/evaluate.py", str(dialogues)]
-    run = subprocess.run(command, cwd=serving.ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 16 + 1 and rows[0][-1] == "AUC of the bare base"
-    accuracy = {row[0]: float(row[1]) for row in rows[1:-1]}
-    assert accuracy["issueResolved"] == 1.0
-    assert any(row[3] != row[5] for row in rows[1:-1]), "the bare base answers as the adapters do"

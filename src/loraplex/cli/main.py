@@ -3,7 +3,7 @@
 import typer
 
 import loraplex
-from loraplex.cli import adapters, bench, classify, cost, keys, plan, routes, sagemaker, serve, train
+from loraplex.cli import adapters, bench, calibrate, classify, cost, eval, keys, plan, routes, sagemaker, serve, train
 
 app = typer.Typer(
     help="Serve many fine-tuned LoRA classifiers from one base model.",
@@ -17,6 +17,8 @@ app.command("bench")(bench.bench)
 app.command("cost")(cost.cost)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
+app.command("eval")(eval.evaluate)
+app.command("calibrate")(calibrate.calibrate)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(routes.app, name="routes")
 app.add_typer(keys.app, name="keys")

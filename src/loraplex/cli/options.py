@@ -88,6 +88,7 @@ def _source(context: typer.Context, name: str) -> str:
     return "" if source is None else source.name
 
 
+BackendOption = _setting("backend", EngineConfig)
 DeviceOption = _setting("device", EngineConfig)
 DtypeOption = _setting("dtype", EngineConfig)
 

@@ -1,0 +1,112 @@
+"""Chooses a contract's threshold and its abstain gate from scores whose labels are known."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy
+
+from loraplex.errors import ConfigurationError
+from loraplex.evaluation.quality import Booleans, Floats
+
+DIGITS = 6  # of a threshold in a contract
+NUMBERS = {"precision-at-recall": 1.0, "recall-at-precision": 1.0, "cost": 1e6}  # objective -> its largest number
+OBJECTIVES = "f1, precision-at-recall=R, recall-at-precision=P, cost=RATIO or none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What a threshold is best at.
+
+    kind:    f1; precision-at-recall: the highest precision whose recall is at least `number`; recall-at-precision: the
+             other way round; cost: the lowest cost, where a missed positive costs `number` false alarms; none: the
+             threshold stays as it is.
+    """
+
+    kind: str
+    number: float = 0.0
+
+    def values(self, found: Floats, said: Floats, num: int) -> Floats:
+        """Return how good some thresholds are; -inf for one that the objective does not allow.
+
+        found:  [thresholds] conversations that are rightly answered with the positive label.
+        said:   [thresholds] conversations that are answered with it.
+        num:    conversations that have it.
+        """
+        precision, recall = found / numpy.maximum(said, 1), found / max(num, 1)
+        if self.kind == "f1":
+            return 2 * found / (said + num)
+        if self.kind == "precision-at-recall":
+            return numpy.where(recall >= self.number, precision, -numpy.inf)
+        if self.kind == "recall-at-precision":
+            return numpy.where((precision >= self.number) & (said > 0), recall, -numpy.inf)
+        return -((said - found) + self.number * (num - found))
+
+
+def read_objective(given: str) -> Objective:
+    """Return the objective that an option names. Raises ConfigurationError for another text."""
+    kind, separator, number = given.partition("=")
+    if kind in ("f1", "none") and not separator:
+        return Objective(kind=kind)
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= NUMBERS.get(kind, 0.0):
+        what = "is unknown" if kind not in NUMBERS else f"has no number above 0 and at most {NUMBERS[kind]:g}"
+        raise ConfigurationError(f"--objective {given}", what, remedy=f"give {OBJECTIVES}")
+    return Objective(kind=kind, number=value)
+
+
+def choose_threshold(scores: Seq[float], is_positive: Seq[bool], objective: Objective) -> float | None:
+    """Return the threshold that is best for the objective; of several, the one nearest to 0.5. None where no threshold
+    does what the objective asks.
+
+    scores:       [n] score of the positive label.
+    is_positive:  [n] whether it is right. At least one is.
+    """
+    values, right = _falling(scores, is_positive)
+    cuts = _cuts(values)
+    thresholds = _between(values)[cuts]
+    good = objective.values(numpy.append(0, numpy.cumsum(right))[cuts].astype(float), cuts.astype(float), right.sum())
+    if good.max() == -numpy.inf:
+        return None
+    best = thresholds[good >= good.max() - 1e-12]
+    return round(float(best[numpy.abs(best - 0.5).argmin()]), DIGITS)
+
+
+def choose_gate(confidences: Seq[float], is_right: Seq[bool], most_wrong: float) -> float | None:
+    """Return the lowest `abstain_below` above which at most a share `most_wrong` of the answers is wrong; 0 where
+    nothing has to be marked. None where even the surest answers are wrong more often.
+
+    confidences:  [n] score of the answered label.
+    """
+    values, right = _falling(confidences, is_right)
+    cuts = _cuts(values)[1:]  # something is let through
+    wrong = numpy.cumsum(~right)[cuts - 1] / cuts
+    allowed = cuts[wrong <= most_wrong]
+    if not len(allowed):
+        return None
+    kept = int(allowed.max())
+    return 0.0 if kept == len(values) else round(float(_between(values)[kept]), DIGITS)
+
+
+def _falling(scores: Seq[float], flags: Seq[bool]) -> tuple[Floats, Booleans]:
+    values = numpy.asarray(scores, dtype=float)
+    order = numpy.argsort(-values, kind="stable")
+    return values[order], numpy.asarray(flags, dtype=bool)[order]
+
+
+def _cuts(values: Floats) -> numpy.ndarray:
+    """Return how many of the falling values a threshold may keep: equal ones only together. None of them cannot be kept
+    out where the first is 1, which no threshold exceeds."""
+    inner = numpy.flatnonzero(numpy.diff(values)) + 1
+    first = [0] if values[0] < 1.0 - 10.0**-DIGITS else []
+    return numpy.concatenate([numpy.asarray(first, dtype=int), inner, [len(values)]])
+
+
+def _between(values: Floats) -> Floats:
+    """Return for each number of values that is kept the threshold in the middle: between the last of them and the
+    next."""
+    before, after = numpy.append(1.0, values), numpy.append(values, 0.0)
+    middle: Floats = (before + after) / 2
+    return middle
