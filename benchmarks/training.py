@@ -2,10 +2,10 @@
 
     python -m benchmarks.training BASE --data FILE --adapters 16 --out DIR     writes DIR/report.json
 
-BASE is a folder with config.json, weights and a tokenizer. Both train adapters of one rank on the same prompts, in steps of
-the same size: FILE's first conversations, once. Each system is a process of its own, which has loaded the base before its
-time counts; they take turns. In each round PEFT trains `--peft-adapters` of the adapters, and each time counts as often as
-there are adapters: to train all of them would take it again and again. The weights are thrown away.
+BASE is a folder with config.json, weights and a tokenizer. Both train adapters of one rank on the same prompts, in
+steps of the same size: FILE's first conversations, once. Each system is a process of its own, which has loaded the base
+before its time counts; they take turns. In each round PEFT trains `--peft-adapters` of the adapters, and each time counts
+as often as there are adapters: to train all of them would take it again and again. The weights are thrown away.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from loraplex.measuring.about import about
 from loraplex.measuring.files import write_report
 from loraplex.measuring.memory import peak_rss_bytes
 from loraplex.model.loader import resolve_device, resolve_dtype
-from loraplex.training import run
 from loraplex.training.asked import Asked
 from loraplex.training.fit import Fit
+from loraplex.training.prepared import Prepared, prepare, targets_of
 from loraplex.training.settings import TrainSettings
 from loraplex.training.trainee import Trainee
 
@@ -40,7 +40,7 @@ OURS, PEFT = "at once", "PEFT"
 KINDS = ("alora", "lora")
 
 
-def ours(prepared: run.Prepared, settings: TrainSettings) -> Callable[[int], float]:
+def ours(prepared: Prepared, settings: TrainSettings) -> Callable[[int], float]:
     """Load the base, and return what trains all adapters once and tells the seconds that it took."""
     trainee = _trainee(prepared, settings)
     asked, ids = prepared.of("train"), [task.label_ids for task in prepared.tasks]
@@ -54,7 +54,7 @@ def ours(prepared: run.Prepared, settings: TrainSettings) -> Callable[[int], flo
     return train
 
 
-def _trainee(prepared: run.Prepared, settings: TrainSettings) -> Trainee:
+def _trainee(prepared: Prepared, settings: TrainSettings) -> Trainee:
     device = resolve_device(settings.device)
     return Trainee.load(
         prepared.base,
@@ -65,11 +65,11 @@ def _trainee(prepared: run.Prepared, settings: TrainSettings) -> Trainee:
         num_adapters=len(prepared.tasks),
         rank=settings.rank,
         alpha=settings.scale,
-        targets=run.targets_of(prepared.layers, settings.targets),
+        targets=targets_of(prepared.layers, settings.targets),
     )
 
 
-def peft(prepared: run.Prepared, settings: TrainSettings) -> Callable[[int], float]:
+def peft(prepared: Prepared, settings: TrainSettings) -> Callable[[int], float]:
     """Load the base, and return what trains one adapter once with transformers' Trainer, as its users do: the loss on
     the label alone, rows of one length together, autocast where the base is in bfloat16."""
     from peft import LoraConfig, get_peft_model
@@ -77,7 +77,7 @@ def peft(prepared: run.Prepared, settings: TrainSettings) -> Callable[[int], flo
 
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
-    base = AutoModelForCausalLM.from_pretrained(prepared.base, dtype=dtype, local_files_only=True)
+    base: Any = AutoModelForCausalLM.from_pretrained(prepared.base, dtype=dtype, local_files_only=True)
 
     def train(number: int) -> float:
         nonlocal base
@@ -85,8 +85,8 @@ def peft(prepared: run.Prepared, settings: TrainSettings) -> Callable[[int], flo
         task = prepared.tasks[index]
         config = LoraConfig(
             r=settings.rank,
-            lora_alpha=settings.scale,
-            target_modules=sorted(run.targets_of(prepared.layers, settings.targets)),
+            lora_alpha=settings.scale,  # type: ignore[arg-type]  # PEFT takes any number
+            target_modules=sorted(targets_of(prepared.layers, settings.targets)),
             task_type="CAUSAL_LM",
             alora_invocation_tokens=None if task.invocation is None else list(task.invocation),
         )
@@ -95,7 +95,7 @@ def peft(prepared: run.Prepared, settings: TrainSettings) -> Callable[[int], flo
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 output_dir=folder,
-                num_train_epochs=settings.epochs,
+                num_train_epochs=1,
                 per_device_train_batch_size=settings.batch,
                 learning_rate=settings.learning_rate,
                 lr_scheduler_type="cosine",
@@ -143,7 +143,7 @@ def _serve(connection: Connection, system: str, base: str, data: Path, settings:
     """Train as often as the parent says, and tell the seconds; at last, the most memory."""
     choose_threads()
     names = _names(data)[:num]
-    train = (ours if system == OURS else peft)(run.prepare(base, data, settings, names), settings)
+    train = (ours if system == OURS else peft)(prepare(base, data, settings, names), settings)
     connection.send(None)
     while (number := connection.recv()) is not None:
         connection.send(train(number))
@@ -190,7 +190,7 @@ def compare(base: str, data: Path, settings: TrainSettings, args: argparse.Names
         for _ in range(args.peft_adapters):
             one_by_one.append(systems[PEFT].train(next_adapter))
             next_adapter += 1
-    prepared = run.prepare(base, data, settings, _names(data)[: args.adapters])
+    prepared = prepare(base, data, settings, _names(data)[: args.adapters])
     asked, num = prepared.of("train"), len(prepared.tasks)
     prefixes = {(one.row, one.prefix) for one in asked}
     ours_tokens = sum(len(prefix) for _, prefix in prefixes) + sum(len(one.suffix) for one in asked)

@@ -38,7 +38,8 @@ def convert(gguf: Path, target: Path) -> None:
     config = model.config
     if hasattr(config, "quantization_config"):  # of the file, not of the weights as they are now
         del config.quantization_config
-    plain = LlamaForCausalLM(config).to(torch.bfloat16)
+    plain: Any = LlamaForCausalLM(config)
+    plain.to(torch.bfloat16)
     plain.load_state_dict(model.state_dict(), strict=False)
     plain.tie_weights()
     plain.save_pretrained(target)
