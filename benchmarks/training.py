@@ -3,9 +3,9 @@
     python -m benchmarks.training BASE --data FILE --adapters 16 --out DIR     writes DIR/report.json
 
 BASE is a folder with config.json, weights and a tokenizer. Both train adapters of one rank on the same prompts, in
-steps of the same size: FILE's first conversations, once. Each system is a process of its own, which has loaded the base
-before its time counts; they take turns. In each round PEFT trains `--peft-adapters` of the adapters, and each time counts
-as often as there are adapters: to train all of them would take it again and again. The weights are thrown away.
+steps of the same size: FILE's first conversations, once. Each system is a process of its own, which has loaded the
+base before its time counts; they take turns. In each round PEFT trains `--peft-adapters` of the adapters, and each time
+counts as often as there are adapters: to train all of them would take it again and again. The weights are thrown away.
 """
 
 import argparse
