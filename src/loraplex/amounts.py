@@ -1,6 +1,10 @@
 """Amounts for people: sizes in powers of ten, times and money."""
 
+import re
 from decimal import Decimal
+
+DURATION = re.compile(r"(\d{1,4})([smhd])|0")
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def size(num_bytes: float) -> str:
@@ -13,6 +17,12 @@ def size(num_bytes: float) -> str:
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:,.1f}"
+
+
+def duration_s(written: str) -> int | None:
+    """Return the seconds of a duration such as 90s, 30m, 12h or 7d, and of 0; None where it is none."""
+    found = DURATION.fullmatch(written)
+    return None if found is None else int(found[1] or 0) * SECONDS[found[2] or "s"]
 
 
 def counted(number: int, noun: str) -> str:

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from loraplex.amounts import duration_s
 from loraplex.disk import refuse_pointers
 from loraplex.errors import BundleError, ConfigurationError
 from loraplex.problems import NumbersAreNoBooleans, Problem, find_problem, wrong
@@ -41,6 +42,12 @@ def _budget(value: str) -> str:
     if float(match["share"] or 0) > 100:
         raise wrong("is more than all of the free memory", "write 100% at most, or a size such as 2GiB")
     return value
+
+
+def _duration(value: str) -> str:
+    if duration_s(value) is None:
+        raise wrong("is no duration", "write 30m, 12h, 7d or 0")
+    return value if duration_s(value) else "0"
 
 
 def valid_device(value: str) -> str:
@@ -84,9 +91,8 @@ def _root_path(value: str) -> str:
 
 # A choice may be written in either case.
 EitherCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
-Budget = Annotated[
-    str, AfterValidator(_budget), BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)
-]
+AsText = BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)
+Budget = Annotated[str, AfterValidator(_budget), AsText]
 
 
 class EngineConfig(NumbersAreNoBooleans):
@@ -216,6 +222,20 @@ class ServerConfig(NumbersAreNoBooleans):
         le=MOST,
         description="number of newest verdicts kept for statistics and feedback; 0 keeps none",
     )
+    keep_inputs: Annotated[str, AfterValidator(_duration), AsText] = Field(
+        "0",
+        description="store the texts of all classified requests for so long, such as 7d, for `loraplex routes export`; "
+        "0 stores none",
+    )
+    keep_inputs_bytes: int = Field(
+        256 * 2**20, ge=1024, le=MOST, description="maximum bytes of stored texts; beyond it the oldest are erased"
+    )
+
+    @model_validator(mode="after")
+    def _has_verdicts(self) -> Self:
+        if self.keep_inputs != "0" and not self.keep_verdicts:
+            raise wrong("'keep_inputs' has no effect without verdicts", "give 'keep_verdicts' a number above 0")
+        return self
 
 
 class RouteSettings(NumbersAreNoBooleans):

@@ -13,7 +13,8 @@ from loraplex.discovery import SkippedFolder
 from loraplex.errors import NotReadyError
 from loraplex.generation import GenerateRequest, GenerateResult
 from loraplex.messages import conversation_of, prompt_of
-from loraplex.routing.router import Router, start_router
+from loraplex.routing.router import Router
+from loraplex.routing.start import start_router
 from loraplex.service.named_adapters import add_adapters
 from loraplex.service.preparation import Preparation, check_effects, prepare
 from loraplex.types import (

@@ -248,6 +248,30 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A request whose text was kept (`--keep-inputs`), with labels of its verdicts.
+
+    id:         the request's own; the ids of its verdicts begin with it.
+    input:      text, or messages as a body holds them.
+    labels:     requested name -> the label that feedback gave; without feedback, the one that was answered.
+    corrected:  the names whose label feedback gave.
+    """
+
+    id: str
+    input: str | tuple[dict[str, Any], ...]
+    labels: Mapping[str, str]
+    corrected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """A page of examples, oldest first. after: gives the next page; None: this is the last one."""
+
+    examples: tuple[Example, ...]
+    after: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """A name that leads to one of its adapters by weight.
 

@@ -54,6 +54,13 @@ STATS = {
         }
     ],
 }
+EXAMPLES = {
+    "examples": [
+        {"id": "cls-1", "input": "hi", "labels": {"r": "yes"}, "corrected": ["r"]},
+        {"id": "cls-2", "input": [{"role": "user", "content": "hi"}], "labels": {"r": "no"}},
+    ],
+    "after": "1.2",
+}
 OK = httpx.codes.OK
 Step = httpx.Response | Exception
 
@@ -148,10 +155,11 @@ CALLS: list[tuple[str, tuple[Any, ...], str, str, Any, Any]] = [
     ("delete_route", ("r",), "DELETE", "/v1/routes/r", None, {"name": "r", "state": "deleted"}),
     ("rollback_route", ("r",), "POST", "/v1/routes/r/rollback", None, ROUTE),
     ("route_stats", ("r",), "GET", "/v1/routes/r/stats", None, STATS),
+    ("examples", ("r",), "POST", "/v1/examples", {"classifiers": ["r"], "only": "corrected"}, EXAMPLES),
     ("ready", (), "GET", "/ready", None, {"status": "ok"}),
 ]
 # They change nothing.
-SAFE = {"classify", "models", "adapters", "skipped", "adapter", "routes", "route", "route_stats"}
+SAFE = {"classify", "models", "adapters", "skipped", "adapter", "routes", "route", "route_stats", "examples"}
 
 
 @pytest.mark.parametrize(("method", "args", "verb", "path", "body", "answer"), CALLS)
@@ -194,6 +202,8 @@ def test_answers_are_typed(ask: Ask) -> None:
     assert isinstance(result, ClassifyResult) and result["a"].scores == {"yes": 0.75, "no": 0.25}
     stats = ask(Script([httpx.Response(OK, json=STATS)]), "route_stats", "r").targets[0]
     assert (stats.latency_ms.p99, stats.accuracy.low, stats.agreement) == (2.0, 0.1, None)
+    page = ask(Script([httpx.Response(OK, json=EXAMPLES)]), "examples", since_s=60, is_corrected=False, after="0.0")
+    assert page.after == "1.2" and page.examples[1].input == ({"role": "user", "content": "hi"},)
     base, adapter = ask(Script([httpx.Response(OK, json=CALLS[3][5])]), "models")
     assert (base.id, base.parent, adapter.parent) == ("base", None, "base")
 

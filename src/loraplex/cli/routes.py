@@ -3,15 +3,19 @@
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from loraplex.amounts import counted, duration_s
+from loraplex.cli.examples import rows_of, write_rows
 from loraplex.cli.options import stderr, stdout
 from loraplex.cli.remote import URL, JsonOption, NameArgument, UrlOption, asking, print_fields, print_json
-from loraplex.types import TargetStats
+from loraplex.errors import ConfigurationError
+from loraplex.types import Example, TargetStats
 
 app = typer.Typer(
     help="Manage routes, which split requests between adapters by weight: canaries, A/B tests, shadows.\n\n"
@@ -192,3 +196,66 @@ def feedback(
         typer.echo(json.dumps({kind: id, "num_answers": num_answers}))
     else:
         stderr.print(f"the label applies to {num_answers} answers")
+
+
+@app.command()
+def export(
+    name: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME", help="Routes, or classifiers that were asked by their own names; '*' for all."),
+    ],
+    since: Annotated[
+        str, typer.Option(metavar="DURATION", help="Only requests of the last 30m, 12h or 7d.", show_default=False)
+    ],
+    only: Annotated[
+        str,
+        typer.Option(
+            metavar="[corrected|all]",
+            help="corrected: labels that feedback gave. all: also what was answered and nobody corrected; a model that "
+            "is trained on that learns its own mistakes.",
+        ),
+    ] = "corrected",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A .jsonl or .jsonl.gz file. Default: standard output.")
+    ] = None,
+    url: UrlOption = URL,
+) -> None:
+    """Write kept texts with the labels of their verdicts, as `loraplex train --data` reads them.
+
+    Needs a server with --keep-inputs, and an admin key where there are keys.
+
+    Example: [bold]loraplex routes export issueResolved --since 7d --out corrected.jsonl[/]
+    """
+    seconds = duration_s(since)
+    if not seconds:
+        raise typer.BadParameter(f"{since!r} is no duration: write 30m, 12h or 7d", param_hint="--since")
+    if only not in ("corrected", "all"):
+        raise typer.BadParameter(f"{only!r} is neither corrected nor all", param_hint="--only")
+    with asking(url) as client:
+        found: list[Example] = []
+        after: str | None = None
+        while True:
+            page = client.examples(name, since_s=seconds, is_corrected=only == "corrected", after=after)
+            found += page.examples
+            if (after := page.after) is None:
+                break
+        rows = rows_of(found)
+        if not rows:
+            raise ConfigurationError(
+                f"--since {since}",
+                f"no kept text of {', '.join(name)} has a label that feedback gave"
+                if only == "corrected"
+                else f"no text of {', '.join(name)} is kept",
+                remedy="give feedback first: loraplex routes feedback VERDICT_ID LABEL; or export --only all"
+                if only == "corrected"
+                else "ask it first; texts are kept from the start with --keep-inputs on, for the time that it says",
+            )
+        write_rows(rows, out)
+    num_labels = sum(len(row["labels"]) for row in rows)
+    where = "" if out is None else f" in {out}"
+    stderr.print(f"{counted(len(rows), 'conversation')} with {counted(num_labels, 'label')}{where}", markup=False)
+    stderr.print(
+        "these are texts of your users: delete them after the training, and train with --golden 0 to keep them out of "
+        "the contract",
+        markup=False,
+    )

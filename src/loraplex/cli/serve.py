@@ -91,7 +91,8 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
         for warning in (*warnings, unread(os.environ, read)):
             if warning is not None:
                 logger.warning("%s", warning)
-        from loraplex.routing.router import Router, open_stores, start_router
+        from loraplex.routing.router import Router
+        from loraplex.routing.start import open_stores, start_router
         from loraplex.service.named_adapters import add_adapters
         from loraplex.service.preparation import check_effects, prepare
 
@@ -101,7 +102,12 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
         bundle = add_adapters(bundle, adapters, engine_config, lambda line: _say(line, as_json))
         bundle = replace(bundle, require_all=server_config.require_all)
         preparation = prepare(bundle, engine_config)
-        stores = open_stores(engine_config.state_dir, max_verdicts=server_config.keep_verdicts)
+        stores = open_stores(
+            engine_config.state_dir,
+            max_verdicts=server_config.keep_verdicts,
+            keep_inputs=server_config.keep_inputs,
+            max_input_bytes=server_config.keep_inputs_bytes,
+        )
         sock = process.listen(server_config, api_keys)
         _say(f"loading {bundle.base} with {len(bundle.adapters)} adapters …", as_json)
         from loraplex.service.start import open_executor, start

@@ -14,7 +14,17 @@ from loraplex.client.exchange import POLL_S, Connection, Exchange, Outcome
 from loraplex.client.many import Conversation, check, id_and_input, in_tasks, progress_bar
 from loraplex.discovery import SkippedFolder
 from loraplex.errors import LoraplexError
-from loraplex.types import AdapterInfo, ClassifyResult, Input, ModelInfo, Roles, Route, RouteStats, classifier_names
+from loraplex.types import (
+    AdapterInfo,
+    ClassifyResult,
+    Examples,
+    Input,
+    ModelInfo,
+    Roles,
+    Route,
+    RouteStats,
+    classifier_names,
+)
 
 
 class AsyncClient:
@@ -168,6 +178,17 @@ class AsyncClient:
     async def route_stats(self, name: str) -> RouteStats:
         """Return how each version of each target and shadow answered. See `Client.route_stats`."""
         return await self._ask(call.route_stats(name))
+
+    async def examples(
+        self,
+        classifiers: str | Iterable[str] = "*",
+        *,
+        since_s: float | None = None,
+        is_corrected: bool = True,
+        after: str | None = None,
+    ) -> Examples:
+        """Return a page of the texts that the server keeps, with their labels. See `Client.examples`."""
+        return await self._ask(call.examples(classifiers, since_s, is_corrected, after))
 
     async def ready(self) -> bool:
         """Return whether the server accepts requests now. Never raises. See `Client.ready`."""

@@ -8,7 +8,17 @@ from urllib.parse import quote
 
 from loraplex.discovery import SkippedFolder
 from loraplex.messages import conversation_of, message_json
-from loraplex.types import AdapterInfo, ClassifyResult, Input, ModelInfo, Roles, Route, RouteStats, classifier_names
+from loraplex.types import (
+    AdapterInfo,
+    ClassifyResult,
+    Examples,
+    Input,
+    ModelInfo,
+    Roles,
+    Route,
+    RouteStats,
+    classifier_names,
+)
 
 Answer = TypeVar("Answer")
 
@@ -148,3 +158,12 @@ def rollback_route(name: str) -> Call[Route]:
 
 def route_stats(name: str) -> Call[RouteStats]:
     return _get(_path("routes", name, "stats"), RouteStats)
+
+
+def examples(
+    classifiers: str | Iterable[str], since_s: float | None, is_corrected: bool, after: str | None
+) -> Call[Examples]:
+    names = classifier_names(classifiers)
+    body = {"classifiers": names, "only": "corrected" if is_corrected else "all", "since_s": since_s, "after": after}
+    body = {name: value for name, value in body.items() if value is not None}
+    return Call(method="POST", path="/v1/examples", answer=Examples, body=body, is_safe=True)

@@ -15,7 +15,17 @@ from loraplex.client.exchange import POLL_S, Connection, Exchange, Outcome
 from loraplex.client.many import Conversation, check, id_and_input, in_threads, progress_bar
 from loraplex.discovery import SkippedFolder
 from loraplex.errors import LoraplexError
-from loraplex.types import AdapterInfo, ClassifyResult, Input, ModelInfo, Roles, Route, RouteStats, classifier_names
+from loraplex.types import (
+    AdapterInfo,
+    ClassifyResult,
+    Examples,
+    Input,
+    ModelInfo,
+    Roles,
+    Route,
+    RouteStats,
+    classifier_names,
+)
 
 
 class Client:
@@ -234,6 +244,25 @@ class Client:
         """Return how each version of each target and shadow answered. Raises UnknownRouteError if no route or
         classifier has this name."""
         return self._ask(call.route_stats(name))
+
+    def examples(
+        self,
+        classifiers: str | Iterable[str] = "*",
+        *,
+        since_s: float | None = None,
+        is_corrected: bool = True,
+        after: str | None = None,
+    ) -> Examples:
+        """Return a page of the texts that the server keeps (`--keep-inputs`), oldest first, with the labels of their
+        verdicts.
+
+        classifiers:   names of routes, or of classifiers that were asked by their own; "*" for all.
+        since_s:       only requests of the last so many seconds.
+        is_corrected:  only labels that feedback gave; False: also what was answered and not corrected.
+        after:         the `after` of the page before. A page may be empty; the last one has None.
+
+        Raises UnknownRouteError for an unknown name, and InvalidRequestError if no texts are kept."""
+        return self._ask(call.examples(classifiers, since_s, is_corrected, after))
 
     def ready(self) -> bool:
         """Return whether the server accepts requests now. Never raises: a server that does not answer is not ready."""

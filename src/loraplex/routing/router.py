@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from loraplex.bundle import check_name, check_routes
@@ -34,7 +33,7 @@ from loraplex.routing.draw import choose
 from loraplex.routing.route_store import RouteStore
 from loraplex.routing.shadows import Shadow, Shadows
 from loraplex.routing.verdict_log import LoggedVerdict, VerdictLog
-from loraplex.types import ClassifyRequest, ClassifyResult, ErrorInfo, Route, RouteStats, Verdict
+from loraplex.types import ClassifyRequest, ClassifyResult, ErrorInfo, Examples, Names, Route, RouteStats, Verdict
 
 if TYPE_CHECKING:  # the service imports torch
     from loraplex.service.service import Service
@@ -195,6 +194,8 @@ class Router:
             for index, (name, adapter) in enumerate(adapters.items())
         )
         if self._log is not None:
+            if self._log.inputs is not None:
+                self._log.inputs.add(result.id, request)
             total_ms = result.timings.total_ms
             logged = (
                 LoggedVerdict.of(
@@ -299,10 +300,27 @@ class Router:
         """Raise InvalidRequestError if one of the adapters has labels, and not this one."""
         for target in targets:
             info = self.service.adapter(target) if self.service.knows(target) else None
-            if info is not None and info.labels and label not in info.labels:
+            if info is not None and info.labels and label.strip() not in map(str.strip, info.labels):
                 raise InvalidRequestError(
                     f"{quoted(label)} is no label of {target!r}", remedy=f"use one of: {', '.join(info.labels)}"
                 )
+
+    async def examples(self, names: Names, since_s: float | None, is_corrected: bool, after: str | None) -> Examples:
+        """Return kept texts with their labels; see `VerdictLog.examples`. Raises UnknownRouteError for an unknown name,
+        InvalidRequestError if no texts are kept, and StateError if the files cannot be read."""
+        for name in () if names == "*" else names:
+            if not self.knows(name):
+                raise UnknownRouteError(name)
+        log = await self._kept()
+        if log.inputs is None:
+            raise InvalidRequestError("no texts are kept", remedy="start the server with --keep-inputs, such as 7d")
+        with state_errors("the texts cannot be read"):
+            return await self._in_files(log.examples, names, since_s, is_corrected, after)
+
+    @property
+    def keeps_inputs(self) -> str | None:
+        """For how long texts are kept, such as 7d; None if they are not."""
+        return None if self._log is None or self._log.inputs is None else self._log.inputs.keep
 
     def num_shadows_shed(self) -> int:
         return self._shadows.num_shed
@@ -352,31 +370,6 @@ class Router:
         while True:
             await asyncio.sleep(FLUSH_EVERY_S)
             await self._in_files(self._log.try_to_flush)
-
-
-async def start_router(
-    service: "Service",
-    from_file: Mapping[str, RouteSettings],
-    store: RouteStore | None = None,
-    log: VerdictLog | None = None,
-) -> Router:
-    """Return a router that has started. If the start fails, the service is closed."""
-    router = Router(service, from_file, store, log)
-    try:
-        await router.start()
-    except BaseException:
-        await router.close()
-        raise
-    return router
-
-
-def open_stores(state_dir: str | None, *, max_verdicts: int) -> tuple[RouteStore, VerdictLog | None]:
-    """Open the stores for routes and verdicts in `state_dir`; None keeps both in memory. The newest `max_verdicts`
-    verdicts are kept; 0 keeps none. Raises StateError if a file cannot be read or written."""
-    folder = None if state_dir is None else Path(state_dir)
-    store = RouteStore(None if folder is None else folder / "routes.sqlite")
-    file = None if folder is None else folder / "verdicts.sqlite"
-    return store, VerdictLog(file, max_verdicts=max_verdicts) if max_verdicts else None
 
 
 def _unchanged(route: str) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""The newest verdicts: target, label, confidence, latency, and feedback. Never holds a conversation."""
+"""The newest verdicts: target, label, confidence, latency, and feedback. Holds no conversation; `KeptInputs` may."""
 
 import logging
 import math
@@ -14,7 +14,18 @@ from typing import NamedTuple, Self
 from loraplex.database import Database
 from loraplex.errors import StateError, UnknownVerdictError, quoted
 from loraplex.measuring.samples import wilson
-from loraplex.types import Accuracy, Agreement, Latency, RouteStats, TargetStats, Verdict
+from loraplex.routing.kept_inputs import KeptInputs
+from loraplex.types import (
+    Accuracy,
+    Agreement,
+    Example,
+    Examples,
+    Latency,
+    Names,
+    RouteStats,
+    TargetStats,
+    Verdict,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +61,15 @@ UPGRADES = {
 }
 # Answers to a request that was sent by one key; ?2 is NULL for all keys.
 OF_REQUEST = "request_id = ?1 AND (?2 IS NULL OR key = ?2) AND NOT is_shadow AND error IS NULL"
-# One row for each target, version and role.
+# Answers to the request ?1. Their ids are its own, "-" and a number; "." comes behind "-".
+OF_INPUT = """
+    SELECT route, label, truth FROM verdicts
+    WHERE id > ?1 || '-' AND id < ?1 || '.' AND NOT is_shadow AND coalesce(truth, label) IS NOT NULL ORDER BY number
+"""
+# One row for each target, version and role. A space before a label belongs to its token, not to its name.
 COUNTS = """
     SELECT target, version, is_shadow, count(*), count(error), avg(confidence), avg(latency_ms), count(latency_ms),
-        count(truth) FILTER (WHERE label IS NOT NULL), count(*) FILTER (WHERE label = truth)
+        count(truth) FILTER (WHERE label IS NOT NULL), count(*) FILTER (WHERE trim(label) = trim(truth))
     FROM verdicts WHERE route = ? GROUP BY target, version, is_shadow ORDER BY is_shadow, min(number)
 """
 LABELS = """
@@ -67,7 +83,7 @@ LATENCY = """
     ORDER BY latency_ms LIMIT 1 OFFSET ?
 """
 AGREEMENT = """
-    SELECT count(*), count(*) FILTER (WHERE shadow.label = answered.label)
+    SELECT count(*), count(*) FILTER (WHERE trim(shadow.label) = trim(answered.label))
     FROM verdicts AS shadow JOIN verdicts AS answered ON answered.id = shadow.id AND NOT answered.is_shadow
     WHERE shadow.route = ? AND shadow.target = ? AND shadow.version IS ? AND shadow.is_shadow
         AND shadow.label IS NOT NULL AND answered.label IS NOT NULL
@@ -125,9 +141,10 @@ class VerdictLog:
     """Verdicts in a SQLite file. New verdicts wait in memory until `flush`; every reading method counts them. Any
     thread may call. Methods raise StateError if the file cannot be read or written."""
 
-    def __init__(self, path: Path | None = None, *, max_verdicts: int) -> None:
+    def __init__(self, path: Path | None = None, *, max_verdicts: int, inputs: KeptInputs | None = None) -> None:
         """path: a SQLite file; None keeps the verdicts in memory, until the process ends. max_verdicts: beyond this
-        number, the oldest are deleted."""
+        number, the oldest are deleted. inputs: keeps the texts, too."""
+        self.inputs = inputs
         self._database = Database(path, format=FORMAT, schema=SCHEMA, upgrades=UPGRADES)
         self._max_verdicts = max_verdicts
         # A deque: one thread may append while another pops.
@@ -168,6 +185,8 @@ class VerdictLog:
 
     def close(self) -> None:
         """Flush for the last time, and say what is lost."""
+        if self.inputs is not None:
+            self.inputs.close()
         self.try_to_flush()
         if self._added:
             logger.error("%d verdicts could not be written, and are lost", len(self._added))
@@ -246,6 +265,23 @@ class VerdictLog:
         if not updated.rowcount:
             raise UnknownVerdictError(quoted(verdict_id))
         return updated.rowcount
+
+    def examples(self, names: Names, since_s: float | None, is_corrected: bool, after: str | None) -> Examples:
+        """Return kept texts with the labels of their verdicts, a page at a time; see `Client.examples`. Texts without
+        such a label are left out, so a page may be empty. Raises InvalidRequestError if `after` is no page's."""
+        assert self.inputs is not None, "texts are kept"
+        kept, after = self.inputs.read(since_s, after)
+        examples = []
+        with self._all() as database:
+            for one in kept:
+                labels, corrected = {}, []
+                for route, label, truth in database.execute(OF_INPUT, (one.id,)):
+                    if (names == "*" or route in names) and not (is_corrected and truth is None):
+                        labels[route] = label if truth is None else truth
+                        corrected += [] if truth is None else [route]
+                if labels:
+                    examples.append(Example(id=one.id, input=one.input, labels=labels, corrected=tuple(corrected)))
+        return Examples(examples=tuple(examples), after=after)
 
     def stats(self, route: str) -> RouteStats:
         """Return the statistics of a route, for each version of each target, over the verdicts that are kept."""

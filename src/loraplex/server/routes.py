@@ -174,12 +174,13 @@ async def metrics(request: Request) -> Response:
 @router.head("/health", include_in_schema=False)
 @router.get("/health", tags=["health"])
 async def health(request: Request) -> dict[str, str]:
-    """Answer 200 while the engine is alive or still loads."""
+    """Answer 200 while the engine is alive or still loads. `keeps_inputs` says for how long texts are stored, if any
+    are."""
     return {"status": "ok"} if request.app.state.lifecycle.phase == "loading" else _alive(request)
 
 
 @router.head("/ready", include_in_schema=False)
-@router.get("/ready", tags=["health"])
+@router.get("/ready", tags=["health"], response_model_exclude_none=True)
 async def ready(request: Request) -> Readiness:
     """Answer 200 while requests are accepted: the base is loaded, the preloaded adapters are loaded or have failed, and
     the server is not stopping. `failed` names the adapters that cannot be used, if a key is sent or none is needed."""
@@ -187,7 +188,7 @@ async def ready(request: Request) -> Readiness:
 
 
 @router.head("/ping", include_in_schema=False)
-@router.get("/ping", tags=["health"])
+@router.get("/ping", tags=["health"], response_model_exclude_none=True)
 async def ping(request: Request) -> Readiness:
     """Answer SageMaker's health check, as /ready does."""
     return _ready(request)
@@ -197,11 +198,11 @@ def _ready(request: Request) -> Readiness:
     request.app.state.lifecycle.check_ready()
     _alive(request)
     failed, record = service_of(request).failed(), logs.current()
+    keeps_inputs = router_of(request).keeps_inputs
     if not record.is_trusted and record.key is None:
-        return Readiness(num_failed=len(failed))
-    return Readiness(
-        num_failed=len(failed), failed=[FailedAdapter(name=name, code=code) for name, code in failed.items()]
-    )
+        return Readiness(num_failed=len(failed), keeps_inputs=keeps_inputs)
+    named = [FailedAdapter(name=name, code=code) for name, code in failed.items()]
+    return Readiness(num_failed=len(failed), failed=named, keeps_inputs=keeps_inputs)
 
 
 def _alive(request: Request) -> dict[str, str]:
@@ -209,4 +210,5 @@ def _alive(request: Request) -> dict[str, str]:
         raise NotReadyError(
             "the engine is not running", remedy="see the server's log; restart the server if this persists"
         )
-    return {"status": "ok"}
+    keeps_inputs = router_of(request).keeps_inputs
+    return {"status": "ok"} if keeps_inputs is None else {"status": "ok", "keeps_inputs": keeps_inputs}

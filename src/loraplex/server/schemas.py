@@ -210,6 +210,21 @@ class FeedbackResult(BaseModel):
     )
 
 
+class ExamplesBody(Body):
+    """Which kept texts to return."""
+
+    classifiers: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Tag("list"), Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)],
+        either("a name or a list of names"),
+    ] = Field("*", description='names of routes, or of classifiers that were asked by their own; "*" for all')
+    since_s: float | None = Field(None, gt=0, le=1e9, description="only requests of the last so many seconds")
+    only: Literal["corrected", "all"] = Field(
+        "corrected", description="corrected: labels that feedback gave; all: also what was answered and not corrected"
+    )
+    after: str | None = Field(None, description="the `after` of the page before")
+
+
 class ErrorBody(BaseModel):
     error: ErrorInfo
 
@@ -253,6 +268,9 @@ class Readiness(BaseModel):
     num_failed: int = Field(description="number of adapters that cannot be used")
     failed: list[FailedAdapter] = Field(
         [], description="these adapters; empty for a caller who has to send a key and sends none"
+    )
+    keeps_inputs: str | None = Field(
+        None, description="for how long the texts of requests are stored, such as 7d; missing if none are"
     )
 
 

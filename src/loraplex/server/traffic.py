@@ -6,8 +6,8 @@ from loraplex.config import RouteSettings
 from loraplex.server import logs
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.routes import router_of
-from loraplex.server.schemas import FeedbackBody, FeedbackResult, RouteList, errors
-from loraplex.types import Route, RouteStats
+from loraplex.server.schemas import ExamplesBody, FeedbackBody, FeedbackResult, RouteList, errors
+from loraplex.types import Examples, Route, RouteStats, classifier_names
 
 router = APIRouter(tags=["routes"], route_class=JsonRoute)
 
@@ -61,6 +61,16 @@ async def route_stats(request: Request, name: str) -> RouteStats:
     `name` can also be a classifier that is requested by its own name.
     """
     return await router_of(request).stats(name)
+
+
+@router.post("/v1/examples", responses=UNKNOWN)
+async def examples(request: Request, body: ExamplesBody) -> Examples:
+    """Return the texts that `--keep-inputs` keeps, with the labels of their verdicts, a page at a time.
+
+    A page may be empty; the last one has no `after`.
+    """
+    names = classifier_names(body.classifiers)
+    return await router_of(request).examples(names, body.since_s, body.only == "corrected", body.after)
 
 
 @router.post("/v1/feedback", responses=NO_VERDICT, response_model_exclude_none=True)
