@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from loraplex.cli.options import errors_to_exit, origins, quiet_libraries, settings_options, stderr, stdout
+from loraplex.cli.options import errors_to_exit, origins, quiet_libraries, settings_options, stderr, stdout, tell
 from loraplex.config import read_yaml, resolve, validate
 from loraplex.errors import ConfigurationError, listed
 from loraplex.labelled import numbers
@@ -60,6 +60,7 @@ def train(
             if not is_installed(package):
                 raise ConfigurationError("train", f"{name} is not installed", remedy="pip install 'loraplex[train]'")
         quiet_libraries()
+        from loraplex.cli.train_load import check_server, load_shadows, told
         from loraplex.training.contracts import read_questions
         from loraplex.training.prepared import prepare
         from loraplex.training.run import train as run
@@ -78,6 +79,8 @@ def train(
                     f"already holds {listed(there)}",
                     remedy="give another folder, or --overwrite; --resume goes on with an interrupted run",
                 )
+            if inputs.load is not None:
+                check_server(inputs.load, out, [task.name for task in prepared.tasks])
             log_dir = None if inputs.log_dir is None else Path(inputs.log_dir)
             with screen.stopping():
                 is_whole = run(prepared, out, settings, screen, resume=inputs.resume, log_dir=log_dir)
@@ -92,6 +95,10 @@ def train(
             stderr.print(f"interrupted: {out} holds the best adapters so far, and --resume goes on", markup=False)
             raise typer.Exit(INTERRUPTED)
         stderr.print(f"serve it: loraplex serve {out}", markup=False)
+        if inputs.load is not None:
+            loaded = load_shadows(inputs.load, out, [task.name for task in prepared.tasks], tell)
+            for line in told(inputs.load, loaded):
+                tell(line)
 
 
 def _read(

@@ -30,6 +30,9 @@ class TrainInputs(NumbersAreNoBooleans):
     dry_run: bool = Field(False, description="report on the data, and end")
     resume: bool = Field(False, description="go on where an interrupted run with the same data and options ended")
     overwrite: bool = Field(False, description="replace adapters that the folder of --out already holds")
+    load: str | None = Field(
+        None, description="URL of a running server to load the adapters into, as shadows of what answers there now"
+    )
 
 
 class TrainSettings(NumbersAreNoBooleans):
