@@ -105,6 +105,11 @@ def test_a_key_that_may_only_ask_is_enough(
     assert "unauthorized" in run("eval", url, "--data", data, code=1).stderr
 
 
+def test_one_classifiers_labels_need_no_name(tiny_bundle: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", [{"text": text, "label": False} for text in TEXTS[:2]])
+    assert report(tiny_bundle, "--data", data, "--classifiers", "task0")["classifiers"]["task0"]["n"] == 2
+
+
 def test_a_question_that_fails_is_counted_and_named(tiny_bundle: Path, tmp_path: Path) -> None:
     messages = [{"role": "wizard", "content": "hello"}]
     rows: list[dict[str, Any]] = [

@@ -93,7 +93,7 @@ def loaded(
     bundle = add_adapters(bundle, adapters or {}, config, tell)
     contracts = {one.name: one.contract.labels for one in bundle.adapters if one.contract is not None}
     checked = {name: contracts[name] for name in wanted or contracts if name in contracts}
-    rows = sample(read_labelled(data, checked), num, data)
+    rows = sample(read_labelled(data, checked, wanted[0] if len(wanted) == 1 else None), num, data)
     names = [one.name for one in bundle.adapters]
     planned = plan(rows, dict.fromkeys(names, True), wanted, data)
     asked = {name for one in planned.questions for name in one.classifiers}

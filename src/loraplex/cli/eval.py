@@ -151,7 +151,8 @@ def _at_server(url: str, data: Path, wanted: Seq[str], num: int | None, concurre
         listed = {name: found.get(leads_to.get(name, name)) for name in names}
         labels = {name: one.labels for name, one in listed.items() if one is not None and one.labels is not None}
         known = {name: one is None or one.state != "ready" or name in labels for name, one in listed.items()}
-        all_rows = read_labelled(data, {name: labels[name] for name in wanted or labels if name in labels})
+        checked = {name: labels[name] for name in wanted or labels if name in labels}
+        all_rows = read_labelled(data, checked, wanted[0] if len(wanted) == 1 else None)
         planned = plan(sample(all_rows, num, data), known, wanted, data)
         started = time.monotonic()
         with progress(len(planned.questions)) as advance:
