@@ -14,7 +14,7 @@ from loraplex.training.settings import TrainSettings
 from loraplex.training.split import DataReport
 
 WORDS = "order hotel room flight table booking seat ticket payment card city date time name".split()
-CLUES = {"isThankful": "thanks", "isFraud": "stolen"}
+CLUES = {"isThankful": "bravo", "isFraud": "stolen"}  # of many tokens: one token alone is learned more slowly
 TEMPLATE = "{conversation}<|ask|>\n"  # of tiny.save_base's tokenizer
 
 

@@ -191,20 +191,28 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_best(
     assert (tmp_path / "out" / "isFraud").is_dir() == (bad_step > 1)
     if bad_step > 1:
         with Loraplex.load(tmp_path / "out", dtype="float32") as loraplex:
-            assert loraplex.classify("Customer: thanks")["isThankful"].scores is not None
+            assert loraplex.classify("Customer: bravo")["isThankful"].scores is not None
 
 
 def test_each_adapter_stops_by_itself_and_keeps_its_best_weights(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = SETTINGS.model_copy(update={"patience": 2, "epochs": 3})
     seen: list[list[torch.Tensor]] = []
-    scores = {0: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 1: [0.5, 0.6, 0.4, 0.3, 0.9, 0.9]}
+    settings = SETTINGS.model_copy(update={"patience": 2, "epochs": 4})
+    scores = {0: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.7], 1: [0.5, 0.6, 0.4, 0.3, 0.4, 0.4, 0.9, 0.9]}
+    log_losses = {0: [0.5] * 8, 1: [0.5, 0.5, 0.5, 0.4, 0.4, 0.4, 0.1, 0.1]}  # a falling one is no miss
 
     def evaluate(self: Fit, asked: Any) -> list[Quality]:
         seen.append([one.detach().clone() for one in self._trainee.parameters()])
         return [
-            Quality(n=9, accuracy=0.5, f1=scores[adapter][len(seen) - 1], auc=0.5, log_loss=0.5) for adapter in (0, 1)
+            Quality(
+                n=9,
+                accuracy=0.5,
+                f1=scores[adapter][len(seen) - 1],
+                auc=0.5,
+                log_loss=log_losses[adapter][len(seen) - 1],
+            )
+            for adapter in (0, 1)
         ]
 
     monkeypatch.setattr(Fit, "evaluate", evaluate)
@@ -224,14 +232,14 @@ def test_each_adapter_stops_by_itself_and_keeps_its_best_weights(
     loop = Fit(trainee, settings, run.of("train"), run.of("dev"), label_ids, run.weights)
     told: list[Told] = []
     loop.run(lambda one: told.append(one))
-    assert [one.stopped for one in told if one.quality] == [[False, False]] * 3 + [[False, True]] * 3
-    assert [loop.best_step(0), loop.best_step(1)] == [24, 8]
-    assert all(loss is None for one in told[16:] for loss in one.losses[1:]) and told[15].losses[1] is not None
+    assert [one.stopped for one in told if one.quality] == [[False, False]] * 5 + [[False, True]] * 3
+    assert [loop.best_step(0), loop.best_step(1)] == [32, 8]
+    assert all(one.losses[1] is None for one in told[24:]) and told[23].losses[1] is not None
     loop.restore_best()
-    for parameter, last, second in zip(trainee.parameters(), seen[5], seen[1], strict=True):
+    for parameter, last, second in zip(trainee.parameters(), seen[7], seen[1], strict=True):
         assert torch.equal(parameter[0], last[0]) and torch.equal(parameter[1], second[1])
-    for fourth, sixth in zip(seen[3], seen[5], strict=True):
-        assert torch.equal(fourth[1], sixth[1]), "a stopped adapter is not trained on"
+    for sixth, last in zip(seen[5], seen[7], strict=True):
+        assert torch.equal(sixth[1], last[1]), "a stopped adapter is not trained on"
 
 
 def test_weights_against_imbalance_are_taken_off_again(tmp_path: Path, base: Path) -> None:

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,13 +55,18 @@ class Told:
 
 @dataclass(slots=True)
 class _Best:
-    """The best weights of each adapter so far."""
+    """The best weights of each adapter so far.
+
+    misses:      evaluations since the last better one.
+    log_losses:  the lowest of each adapter. While it falls, nothing is missed: F1 may stand still before it rises.
+    """
 
     scores: list[float]
     quality: list[Quality | None]
     weights: list[torch.Tensor]
     steps: list[int]
-    misses: list[int] = field(default_factory=list)
+    misses: list[int]
+    log_losses: list[float]
 
 
 class Fit:
@@ -90,7 +95,12 @@ class Fit:
         n = trainee.num_adapters
         self._step = 0
         self._best = _Best(
-            [-math.inf] * n, [None] * n, [one.detach().clone() for one in trainee.parameters()], [0] * n, [0] * n
+            scores=[-math.inf] * n,
+            quality=[None] * n,
+            weights=[one.detach().clone() for one in trainee.parameters()],
+            steps=[0] * n,
+            misses=[0] * n,
+            log_losses=[math.inf] * n,
         )
 
     @property
@@ -109,7 +119,7 @@ class Fit:
 
     @property
     def stopped(self) -> list[bool]:
-        """Which adapters have stopped: no evaluation was better for `patience` times."""
+        """Which adapters have stopped: no evaluation was better for `patience` times, by log-loss neither."""
         return [misses >= self._settings.patience for misses in self._best.misses]
 
     def run(
@@ -186,6 +196,7 @@ class Fit:
                 "weights": self._best.weights,
                 "steps": self._best.steps,
                 "misses": self._best.misses,
+                "log_losses": self._best.log_losses,
                 "quality": [
                     None if one is None else [one.n, one.accuracy, one.f1, one.auc, one.log_loss]
                     for one in self._best.quality
@@ -202,16 +213,17 @@ class Fit:
         self._optimizer.load_state(state["optimizer"])
         best = state["best"]
         self._best = _Best(
-            best["scores"],
-            [
+            scores=best["scores"],
+            quality=[
                 None
                 if one is None
                 else Quality(**dict(zip(("n", "accuracy", "f1", "auc", "log_loss"), one, strict=True)))
                 for one in best["quality"]
             ],
-            best["weights"],
-            best["steps"],
-            best["misses"],
+            weights=best["weights"],
+            steps=best["steps"],
+            misses=best["misses"],
+            log_losses=best["log_losses"],
         )
 
     def _learn(self, batch: Seq[Conversation]) -> tuple[list[float | None], int]:
@@ -250,12 +262,15 @@ class Fit:
             is_best.append(better)
             if better:
                 self._best.scores[adapter], self._best.quality[adapter] = score, one
-                self._best.steps[adapter], self._best.misses[adapter] = self._step, 0
+                self._best.steps[adapter] = self._step
                 with torch.no_grad():
                     for best, parameter in zip(self._best.weights, self._trainee.parameters(), strict=True):
                         best[adapter].copy_(parameter[adapter])
-            elif one is not None:
-                self._best.misses[adapter] += 1
+            if one is not None:
+                is_lower = one.log_loss < self._best.log_losses[adapter]
+                self._best.log_losses[adapter] = min(one.log_loss, self._best.log_losses[adapter])
+                is_miss = self.stopped[adapter] or not (better or is_lower)
+                self._best.misses[adapter] = self._best.misses[adapter] + 1 if is_miss else 0
         return is_best
 
     def _rate(self, step: int) -> float:
