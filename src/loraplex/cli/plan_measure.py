@@ -15,10 +15,10 @@ from typing import Any
 from unittest.mock import patch
 
 from loraplex.errors import EngineError
+from loraplex.planning.asked import MOST_TOGETHER
 
 KV_CACHE = "64MiB"  # enough to see, and soon full
 TIMEOUT_S = 900
-MOST_TOGETHER = 16
 NUM_FIRST, NUM_KEPT = 10, 16  # conversations, each of two turns
 NUM_WORDS = 10, 120
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from loraplex.amounts import counted
 from loraplex.cli.options import errors_to_exit, origins, quiet_libraries, settings_options, stderr, stdout, tell
 from loraplex.config import read_yaml, resolve, validate
 from loraplex.errors import ConfigurationError, listed
@@ -174,7 +175,7 @@ class _Screen:
     def started(self, names: Seq[str], num_parameters: int, num_steps: int, first_step: int) -> None:
         self._names, self._is_running = names, True
         stderr.print(
-            f"training {len(names)} adapters at once: {num_parameters / 1e6:.1f} M parameters, {num_steps} steps"
+            f"training {counted(len(names), 'adapter')} at once: {num_parameters / 1e6:.1f} M parameters, {num_steps} steps"
             + (f", {first_step} of them done" if first_step else ""),
             markup=False,
         )
@@ -228,7 +229,7 @@ def _warnings(report: "DataReport") -> Iterator[str]:
         yield f"{name}: no conversation of {side} has the label {label!r}"
     for side, use in (("dev", "nothing says how good they are"), ("calibration", "their scores are not calibrated")):
         if report.split[side] < FEW:
-            yield f"{side} has {report.split[side]} conversations: too few, so {use}"
+            yield f"{side} has {counted(report.split[side], 'conversation')}: too few, so {use}"
 
 
 def _some(lines: Seq[int]) -> str:

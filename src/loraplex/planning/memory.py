@@ -11,12 +11,11 @@ from loraplex.machine import budget_of
 from loraplex.model.decoder import MEMO_MEMORY
 from loraplex.model.loader import step_token_bytes
 from loraplex.model.step_memo import MAX_MEMOS, SMALL_STEP
-from loraplex.planning.adapter_size import AdapterSize
+from loraplex.planning.adapter_size import FLOAT32_BYTES, AdapterSize
 from loraplex.planning.allowances import allowances
 from loraplex.planning.base_shape import BaseSizes
 
 DEVICE, HOST = "device", "host"
-FLOAT32_BYTES = 4
 # Stacks of all adapters that are kept, with the holes that they leave in malloc's heap: where a call takes several
 # small steps, and where most of its steps are too large to be kept. Measured by benchmarks.plan.
 SPLIT_KINDS, LARGE_KINDS = MAX_MEMOS - 1, 2
