@@ -175,8 +175,8 @@ class _Screen:
     def started(self, names: Seq[str], num_parameters: int, num_steps: int, first_step: int) -> None:
         self._names, self._is_running = names, True
         stderr.print(
-            f"training {counted(len(names), 'adapter')} at once: {num_parameters / 1e6:.1f} M parameters, {num_steps} steps"
-            + (f", {first_step} of them done" if first_step else ""),
+            f"training {counted(len(names), 'adapter')} at once: {num_parameters / 1e6:.1f} M parameters, "
+            f"{counted(num_steps, 'step')}" + (f", {first_step} of them done" if first_step else ""),
             markup=False,
         )
         if sys.stderr.isatty():
