@@ -14,11 +14,13 @@ import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
 
 import tiny
 from dialogues import CLUES, TEMPLATE, dialogue, write
 from loraplex import Loraplex
 from loraplex.classifier import read_contract
+from loraplex.cli.main import app
 
 OPTIONS = ["--template", TEMPLATE, "--epochs", 3, "--evaluations", 1, "--learning-rate", 0.01, "--rank", 8, "--seed", 1]
 
@@ -54,11 +56,17 @@ def ask_peft(base: Path, folder: Path, text: str) -> list[float]:
     return [contract.decide(log_probs.tolist()).scores[label] for label in contract.labels]
 
 
+@pytest.fixture(autouse=True)
+def unchanged_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraplex.training.run.choose_threads", lambda: None)
+
+
 @pytest.mark.parametrize("kind", ["alora", "lora", "score"])
 def test_trained_classifiers_answer(tmp_path: Path, base: Path, kind: str) -> None:
     data, out = write(tmp_path / "data.jsonl", 400), tmp_path / "bundle"
-    done = run("--base", base, "--data", data, "--out", out, "--kind", kind, *OPTIONS)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--base", base, "--data", data, "--out", out, "--kind", kind, *OPTIONS]
+    done = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
     assert "isFraud" in done.stdout and "400 conversations: 320 train, 40 dev, 40 calibration" in done.stderr
     draw = random.Random(9)
     unseen = [dialogue(draw) for _ in range(60)]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import random
 import shutil
 import sys
@@ -426,5 +427,28 @@ def test_golden_examples_of_messages_are_texts(tmp_path: Path, base: Path) -> No
     asked = Asked(row=0, classifier=0, prefix=(), suffix=(1,), shares={0: 1.0})
     decision = contract.decide([-0.01, -9.0])
     assert [one.text for one in _golden(run.rows, [(asked, decision)], contract, 2)] == ["Customer: thanks"]
+    assert not _golden(run.rows, [(asked, decision)], contract.model_copy(update={"threshold": 0.95}), 2)
     unsure = replace(decision, confidence=0.6)
     assert not _golden(run.rows, [(asked, unsure)], contract, 2)
+
+
+def test_a_threshold_is_fitted_where_there_is_enough_to_fit_it_on(tmp_path: Path, base: Path) -> None:
+    from loraplex.training.asked import Asked
+    from loraplex.training.finish import _with_threshold
+
+    rows = [{"text": f"Customer: {index}", "label": index % 2 == 0} for index in range(8)]
+    contract = (
+        prepared(base, write_rows(tmp_path / "a.jsonl", rows), SETTINGS, classifiers=["isDone"]).tasks[0].contract
+    )
+
+    def scored(num: int) -> list[tuple[Asked, list[float]]]:
+        """Positives have scores from 0.2 to 0.4, negatives from 0 to 0.15."""
+        found = []
+        for index in range(num):
+            for truth, score in ((0, 0.2 + 0.2 * index / num), (1, 0.001 + 0.15 * index / num)):
+                one = Asked(row=index, classifier=0, prefix=(), suffix=(1,), shares={truth: 1.0})
+                found.append((one, [math.log(score), math.log(1 - score)]))
+        return found
+
+    assert 0.14 < (_with_threshold(contract, scored(40)).threshold or 0) < 0.2
+    assert _with_threshold(contract, scored(9)).threshold is None

@@ -57,9 +57,9 @@ def train(
             raise _missing("base" if inputs.base is None else "data")
         if inputs.out is None and not inputs.dry_run:
             raise _missing("out")
-        for package, name in (("peft", "peft"), ("sklearn", "scikit-learn")):
+        for package in ("peft", "scipy"):
             if not is_installed(package):
-                raise ConfigurationError("train", f"{name} is not installed", remedy="pip install 'loraplex[train]'")
+                raise ConfigurationError("train", f"{package} is not installed", remedy="pip install 'loraplex[train]'")
         quiet_libraries()
         from loraplex.cli.train_load import check_server, load_shadows, told
         from loraplex.training.contracts import read_questions
@@ -87,7 +87,7 @@ def train(
                 is_whole = run(prepared, out, settings, screen, resume=inputs.resume, log_dir=log_dir)
         except KeyboardInterrupt:
             screen.close()
-            stderr.print("interrupted: no adapter was written; --resume goes on where the last evaluation was")
+            stderr.print("interrupted; --resume goes on where the last evaluation was, if there was one")
             raise typer.Exit(INTERRUPTED) from None
         finally:
             screen.close()

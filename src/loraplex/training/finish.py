@@ -10,6 +10,7 @@ import torch
 
 from loraplex.classifier import Calibration, Contract, Decision, Golden, conversation_text
 from loraplex.evaluation.calibration import fit
+from loraplex.evaluation.objective import Objective, choose_threshold
 from loraplex.evaluation.quality import Quality, quality
 from loraplex.labelled import Labelled
 from loraplex.measuring.about import about
@@ -20,7 +21,8 @@ from loraplex.training.prepared import Prepared
 from loraplex.training.settings import TrainSettings
 from loraplex.training.trainee import Trainee
 
-LEAST_CONFIDENCE = 0.8  # of a golden example
+LEAST_CONFIDENCE, LEAST_MARGIN = 0.8, 0.1  # of a golden example; the margin is to the threshold
+LEAST_OF_LABEL = 20  # conversations of each label, without which a threshold would be chance
 
 
 def finish(
@@ -57,6 +59,8 @@ def finish(
                 )
             }
         )
+        if settings.threshold == "f1" and contract.threshold is None and len(labels) == 2:
+            contract = _with_threshold(contract, rows)
         decided = [
             (one, contract.decide(found)) for one, found in zip(dev, of_dev, strict=True) if one.classifier == index
         ]
@@ -103,11 +107,21 @@ def finish(
     write_bundle_settings(out, prepared.base, prepared.base_name)
 
 
+def _with_threshold(contract: Contract, rows: Seq[tuple[Asked, Seq[float]]]) -> Contract:
+    """Return the contract with the threshold that has the highest F1 on `rows`: prompts and their labels' log
+    probabilities. It stays as it is where they have too few of one label."""
+    is_positive = [one.truth == 0 for one, _ in rows]
+    if min(sum(is_positive), len(rows) - sum(is_positive)) < LEAST_OF_LABEL:
+        return contract
+    scores = [contract.decide(found).scores[contract.labels[0]] for _, found in rows]
+    return contract.model_copy(update={"threshold": choose_threshold(scores, is_positive, Objective(kind="f1"))})
+
+
 def _golden(
     rows: Seq[Labelled], decided: Seq[tuple[Asked, Decision]], contract: Contract, num: int
 ) -> tuple[Golden, ...]:
     """Return the shortest conversations of dev that are answered rightly and surely, `num` of each label. Messages are
-    written as text, where the contract writes them so too."""
+    written as text, where the contract writes them so, too."""
     found: list[Golden] = []
     for index, label in enumerate(contract.labels):
         right = [
@@ -117,6 +131,7 @@ def _golden(
             and one.truth == index
             and decision.label == label
             and decision.confidence >= LEAST_CONFIDENCE
+            and abs(decision.scores[contract.labels[0]] - (contract.threshold or 0.5)) >= LEAST_MARGIN
         ]
         found += [Golden(text=text, label=label) for text in sorted(dict.fromkeys(right), key=len)[:num]]
     return tuple(found)

@@ -74,7 +74,14 @@ class TrainSettings(NumbersAreNoBooleans):
         "weights", description="against rare labels: weights in the loss, taken off again by the calibration; or none"
     )
     dev: Share = Field(0.1, description="share of the conversations that choose the best weights")
-    calibration: Share = Field(0.1, description="share of the conversations that temperature and bias are fitted on")
+    calibration: Share = Field(
+        0.1, description="share of the conversations that temperature, bias and threshold are fitted on"
+    )
+    threshold: Annotated[Literal["f1", "none"], EitherCase] = Field(
+        "f1",
+        description="of classifiers with two labels: f1, the one with the highest F1; or none, which answers the "
+        "likelier label",
+    )
     select: Annotated[Literal["f1", "auc", "log_loss"], EitherCase] = Field(
         "f1", description="what the best weights are best at, on dev: f1, auc or log_loss"
     )
