@@ -1,5 +1,6 @@
 """Attention of a training pass: conversations by themselves, then questions over the conversation that they share."""
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import AttentionInterface
 
 from loraplex.errors import UnsupportedModelError
 from loraplex.training.batch import Group, Packed
+from loraplex.training.kept_kv import KV
 
 ATTENTION, PASS = "loraplex_training", "loraplex_training_pass"
 
@@ -18,19 +20,28 @@ _INERT = frozenset(
 )
 
 
+class PrefixDone(Exception):
+    """All layers have the conversations' keys and values: nothing more of them is needed."""
+
+
 @dataclass(slots=True)
 class Pass:
     """What runs now, shared by a model's attention layers.
 
-    packed:   the batch. is_prefix: whether its conversations run, or its questions.
-    kv:       layer -> keys and values of each conversation, [heads, length, head_dim] each. They need no gradient.
+    is_prefix: whether a conversation runs, or the questions of a batch.
+    prefix_kv: layer -> the keys and values of the conversation that runs, [heads, length, head_dim] each.
+    packed:   the batch.
+    kv:       the keys and values of each of its conversations. They need no gradient.
     masks:    window of attention -> the mask of each group; layers share them.
+    last_layer: the layer that attends last; None until a pass has shown it.
     """
 
+    is_prefix: bool = False
+    prefix_kv: KV = field(default_factory=dict)
     packed: Packed | None = None
-    is_prefix: bool = True
-    kv: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    kv: Seq[KV] = ()
     masks: dict[int | None, list[torch.Tensor | None]] = field(default_factory=dict)
+    last_layer: int | None = None
 
 
 def _attention(
@@ -50,7 +61,6 @@ def _attention(
     run, layer = getattr(module, PASS, None), getattr(module, "layer_idx", None)
     if not isinstance(run, Pass) or not isinstance(layer, int):
         raise _untrainable(module, "does not say its layer")
-    assert run.packed is not None
     if attention_mask is not None:
         raise _untrainable(module, "has a mask of its own")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -59,7 +69,7 @@ def _attention(
         if name not in _INERT and not (given is None or given is False or (name == "dropout" and given == 0)):
             raise _untrainable(module, f"uses {name!r}")
     q, k, v = query[0], key[0], value[0]
-    compute = _of_conversations if run.is_prefix else _of_questions
+    compute = _of_conversation if run.is_prefix else _of_questions
     attended = compute(run, layer, q, k, v, sliding_window, scaling=scaling, softcap=softcap, sinks=s_aux)
     return attended.transpose(0, 1)[None].contiguous(), None
 
@@ -70,22 +80,15 @@ def _untrainable(module: torch.nn.Module, what: str) -> UnsupportedModelError:
     )
 
 
-def _of_conversations(
+def _of_conversation(
     run: Pass, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, **options: Any
 ) -> torch.Tensor:
-    """Each conversation attends to itself, and leaves its keys and values."""
-    assert run.packed is not None
-    lengths = list(run.packed.lengths)
-    parts = [x.split(lengths, 1) for x in (q, k, v)]
-    run.kv[layer] = list(zip(parts[1], parts[2], strict=True))
-    attended = []
-    for one, keys, values in zip(*parts, strict=True):
-        positions = torch.arange(one.shape[1], device=q.device)
-        mask = None if window is None else _visible(positions, positions, window)
-        attended.append(
-            _attend(one, keys, values, mask, **options) if len(positions) else values.new_empty(len(q), 0, v.shape[-1])
-        )
-    return torch.cat(attended, 1)
+    """A conversation attends to itself, and leaves its keys and values. Raises PrefixDone at the last layer."""
+    run.prefix_kv[layer] = k, v
+    if layer == run.last_layer:
+        raise PrefixDone
+    positions = torch.arange(q.shape[1], device=q.device)
+    return _attend(q, k, v, None if window is None else _visible(positions, positions, window), **options)
 
 
 def _of_questions(
@@ -102,7 +105,7 @@ def _of_questions(
     for group, mask in zip(packed.groups, run.masks[window], strict=True):
         queries, keys, values = (x[:, group.rows] for x in (q, k, v))
         if group.conversation is not None:
-            before = run.kv[layer][group.conversation]
+            before = run.kv[group.conversation][layer]
             keys, values = torch.cat([before[0], keys], 1), torch.cat([before[1], values], 1)
             attended.append(_attend(queries, keys, values, mask, **options))
         else:

@@ -58,7 +58,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """Conversations as tensors: one row with the tokens of all conversations, and one with those of all questions.
+    """The questions about some conversations as tensors, in one row.
 
     lengths:        tokens of each conversation.
     input_ids:      [T] tokens of the questions, in the order of their adapters.
@@ -71,8 +71,6 @@ class Packed:
     answer_order:   [num_answers] the answer's place among all answers as the conversations list them.
     """
 
-    prefix_ids: torch.Tensor
-    prefix_positions: torch.Tensor
     lengths: tuple[int, ...]
     input_ids: torch.Tensor
     positions: torch.Tensor
@@ -137,8 +135,6 @@ def pack(conversations: Seq[Conversation], num_adapters: int, device: torch.devi
             )
         )
     return Packed(
-        prefix_ids=tensor([token for one in kept for token in one.token_ids]),
-        prefix_positions=tensor([position for one in kept for position in range(len(one.token_ids))]),
         lengths=tuple(len(one.token_ids) for one in kept),
         input_ids=tensor(found.input_ids),
         positions=tensor(found.positions),

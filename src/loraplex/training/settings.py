@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from loraplex.config import EitherCase, valid_device
+from loraplex.config import Budget, EitherCase, valid_device
 from loraplex.problems import NumbersAreNoBooleans, wrong
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -67,6 +67,11 @@ class TrainSettings(NumbersAreNoBooleans):
     )
     batch: int = Field(16, ge=1, le=4096, description="conversations in one step")
     step_tokens: int = Field(8192, ge=64, description="maximum tokens computed at once; a step takes several passes")
+    kv_memory: Budget = Field(
+        "30%",
+        description="memory for the conversations' keys and values, which are then computed once, and not in each pass "
+        "over the data: a size, or a share of what is free",
+    )
     warmup: Share = Field(0.05, description="share of the steps while the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     max_norm: float = Field(1.0, gt=0, description="largest gradient norm of an adapter; a larger one is scaled down")

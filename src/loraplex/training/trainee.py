@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import nn
 from loraplex.adapters.weights import BaseLayers
 from loraplex.errors import UnsupportedModelError
 from loraplex.model.loader import build_skeleton, load_transformers_model
-from loraplex.training.attention import ATTENTION, PASS, Pass
+from loraplex.training.attention import ATTENTION, PASS, Pass, PrefixDone
 from loraplex.training.batch import Answer, Conversation, Packed, Question, pack
+from loraplex.training.kept_kv import KV, Ids, KeptKV
 from loraplex.training.stacked_lora import Rows, StackedLoRA
 
 TRIAL_TOKENS = 24
@@ -39,10 +41,13 @@ class Trainee:
         alpha: float,
         targets: Collection[str],
         num_labels: Seq[int] | None = None,
+        kv_bytes: int = 0,
     ) -> None:
         """model: transformers', which this object changes and owns from now on. targets: the last parts of the paths of
-        the layers to train, such as "q_proj". num_labels: of each adapter that answers with a head of its own."""
+        the layers to train, such as "q_proj". num_labels: of each adapter that answers with a head of its own.
+        kv_bytes: memory for the conversations' keys and values, which are then computed once."""
         self.num_adapters, self.device = num_adapters, model.device
+        self._kv = KeptKV(kv_bytes, self._prefix_kv)
         self._model, self._rows, self._pass = model.requires_grad_(False).eval(), Rows(), Pass()
         _attend_by(self._pass, model)
         self.loras: dict[str, StackedLoRA] = {}
@@ -100,14 +105,12 @@ class Trainee:
 
     def _answers(self, conversations: Seq[Conversation]) -> tuple[torch.Tensor, Packed]:
         """Return float32 logits where an answer should follow, [num_answers, vocabulary or labels]."""
-        packed = pack(conversations, self.num_adapters, self.device)
-        self._pass.packed, self._pass.kv, self._pass.masks = packed, {}, {}
+        kept = [one for one in conversations if one.questions]
+        kv = self._kv.of([one.token_ids for one in kept])
+        packed = pack(kept, self.num_adapters, self.device)
+        self._pass.packed, self._pass.kv, self._pass.masks = packed, kv, {}
         try:
-            if len(packed.prefix_ids):
-                self._pass.is_prefix, self._rows.of_adapters = True, None
-                with torch.no_grad():
-                    self._run(packed.prefix_ids, packed.prefix_positions, torch.zeros(1, dtype=torch.long))
-            self._pass.is_prefix, self._rows.of_adapters = False, packed.rows
+            self._rows.of_adapters = packed.rows
             self._rows.is_dense = packed.rows.numel() == len(packed.input_ids)
             self._rows.num_tokens = len(packed.input_ids)
             logits = self._run(packed.input_ids, packed.positions, packed.answer_rows)
@@ -115,8 +118,21 @@ class Trainee:
                 scores = torch.einsum("ah,alh->al", logits.float(), self.score[packed.adapter_of])
                 logits = scores.masked_fill(~self._has_label[packed.adapter_of], -torch.inf)
         finally:
-            self._pass.packed, self._pass.kv, self._rows.of_adapters = None, {}, None
+            self._pass.packed, self._pass.kv, self._rows.of_adapters = None, (), None
         return logits.float(), packed
+
+    @torch.no_grad()
+    def _prefix_kv(self, ids: Ids) -> KV:
+        """Return a conversation's keys and values, as the base alone computes them."""
+        run, run.is_prefix, run.prefix_kv = self._pass, True, {}
+        try:
+            with suppress(PrefixDone):
+                tokens = torch.tensor(ids, device=self.device)
+                self._run(tokens, torch.arange(len(ids), device=self.device), torch.zeros(1, dtype=torch.long))
+            run.last_layer = next(reversed(run.prefix_kv))
+            return run.prefix_kv
+        finally:
+            run.is_prefix, run.prefix_kv = False, {}
 
     def _run(self, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """Return the logits of the rows `kept`, or the output head's input where the adapters have heads."""
@@ -156,7 +172,7 @@ def check_trainable(config: Any, base: Path) -> None:
     run = Pass()
     _attend_by(run, model)
     ids = torch.zeros(1, TRIAL_TOKENS, dtype=torch.long, device="meta")
-    run.packed = pack([_whole(TRIAL_TOKENS)], 1, torch.device("cpu"))
+    run.is_prefix = True
     try:
         with torch.no_grad():
             model(input_ids=ids, position_ids=torch.arange(TRIAL_TOKENS, device="meta")[None], use_cache=False)
@@ -164,13 +180,6 @@ def check_trainable(config: Any, base: Path) -> None:
         raise
     except Exception:  # such as experts, who look at values, which there are none of yet: `Trainee.load` compares them
         return
-
-
-def _whole(num_tokens: int) -> Conversation:
-    return Conversation(
-        token_ids=(0,) * num_tokens,
-        questions=(Question(adapter=0, token_ids=(0,), answers=(Answer(position=0, token_id=0),)),),
-    )
 
 
 def _attend_by(run: Pass, model: Any) -> None:
