@@ -91,7 +91,7 @@ def test_a_text_is_kept_for_its_time_and_not_longer(folder: Path | None, clock: 
 
 
 def test_texts_go_without_traffic_and_before_their_time_is_over(folder: Path | None) -> None:
-    inputs = KeptInputs(folder, keep="3s", max_bytes=MOST)
+    inputs = KeptInputs(folder, keep="4s", max_bytes=MOST)
     inputs.start()
     try:
         began = time.time()
@@ -102,7 +102,7 @@ def test_texts_go_without_traffic_and_before_their_time_is_over(folder: Path | N
             time.sleep(0.05)
         while b"a secret" in bytes_of(inputs, folder):
             time.sleep(0.05)
-            assert time.time() < began + 3.5
+            assert time.time() < began + 4
     finally:
         inputs.close()
 

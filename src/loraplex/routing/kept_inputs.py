@@ -174,10 +174,10 @@ class KeptInputs:
         return round(self._clock() * 1000)
 
     def _is_over(self, part: _Part, now_ms: int) -> bool:
-        """Return whether a part is erased now: somewhat before its end, so that a flush that comes late is not too
-        late. A part from the future has an unknown age, because the clock was put back."""
+        """Return whether a part is erased now: somewhat before its end, because the next flush may come late. A part
+        from the future has an unknown age, because the clock was put back."""
         is_from_future = part.began_ms > now_ms + min(CLOCK_MS, self._keep_ms)
-        return is_from_future or now_ms >= part.ends_ms - self._keep_ms // NUM_PARTS
+        return is_from_future or now_ms >= part.ends_ms - self._keep_ms // NUM_PARTS - FLUSH_EVERY_S * 1000
 
     def _write(self, at_ms: int, line: bytes) -> None:
         if len(line) > self._max_bytes:
