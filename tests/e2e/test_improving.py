@@ -34,14 +34,14 @@ def test_served_corrected_retrained_shadowed_promoted(tmp_path: Path) -> None:
     with serving.serve(base, *options, "--keep-inputs", "1h") as server, Client(server.url) as client:
         # Served and corrected, with a conversation that nobody corrects.
         client.classify("Customer: nobody looks at this", "isDone")
-        for text, label in dialogues(120, seed=0):
+        for text, label in dialogues(100, seed=0):
             verdict = client.classify(text, "isDone")["isDone"]
             client.feedback(verdict.id or "", label)
         run = serving.loraplex("routes", "export", "isDone", "--since", "1h", "--out", data, "--url", server.url)
         assert run.returncode == 0, run.stderr
         rows = [json.loads(line) for line in data.read_text().splitlines()]
         assert {row["text"]: row["labels"]["isDone"] for row in rows} == {
-            text: label == "yes" for text, label in dialogues(120, seed=0)
+            text: label == "yes" for text, label in dialogues(100, seed=0)
         }
 
         # Retrained, and loaded as a shadow.
@@ -66,7 +66,7 @@ def test_served_corrected_retrained_shadowed_promoted(tmp_path: Path) -> None:
         assert not any(row["text"] in contract for row in rows), "no text of a user's is in the contract"
 
         # Shadowed: its answers are counted, not returned.
-        unseen = dialogues(40, seed=1)
+        unseen = dialogues(25, seed=1)
         for text, label in unseen:
             verdict = client.classify(text, "isDone")["isDone"]
             assert verdict.adapter is not None and verdict.adapter.name == "isDone"
@@ -75,11 +75,11 @@ def test_served_corrected_retrained_shadowed_promoted(tmp_path: Path) -> None:
         while True:
             stats = {(one.target, one.role): one for one in client.route_stats("isDone").targets}
             shadow = stats.get(("isDone-v2", "shadow"))
-            if shadow is not None and shadow.agreement is not None and shadow.agreement.num_compared == 40:
+            if shadow is not None and shadow.agreement is not None and shadow.agreement.num_compared == 25:
                 break
             assert time.monotonic() < until
             time.sleep(0.1)
-        assert shadow.accuracy is not None and shadow.accuracy.num_labelled == 40
+        assert shadow.accuracy is not None and shadow.accuracy.num_labelled == 25
         assert shadow.accuracy.share > 0.8, shadow.accuracy
 
         # Promoted, and undone.
