@@ -18,11 +18,10 @@ from loraplex.executors.vllm_arguments import read_arguments
 from loraplex.executors.vllm_room import num_loras, rank_for
 from loraplex.machine import budget_of, free_bytes, swap_bytes, total_bytes
 from loraplex.model.loader import default_step_tokens, resolve_device, resolve_dtype
-from loraplex.planning.adapter_size import AdapterSize
+from loraplex.planning.adapter_size import FLOAT32_BYTES, AdapterSize
 from loraplex.planning.base_shape import BaseSizes, stored_sizes
 from loraplex.planning.memory import (
     DEVICE,
-    FLOAT32_BYTES,
     Line,
     Use,
     adapter_lines,
