@@ -14,7 +14,7 @@ from loraplex.errors import ConfigurationError, ContractError, QueueFullError
 from loraplex.evaluation.asking import Question
 from loraplex.evaluation.contract_file import changed, write
 from loraplex.evaluation.judged import Judged, judge
-from loraplex.evaluation.objective import Objective, choose_gate, choose_threshold, read_objective
+from loraplex.evaluation.objective import Objective, believed, choose_gate, choose_threshold, read_objective
 from loraplex.evaluation.recalibration import NotFitted, golden_questions, halves, raw, recalibrate, recalibrate_all
 from loraplex.labelled import Labelled
 from loraplex.types import ClassifyResult, Timings, Usage, Verdict
@@ -81,6 +81,8 @@ def test_a_threshold_lies_in_the_middle_and_near_a_half() -> None:
     assert choose_threshold([0.1, 0.2, 0.3], [False, False, False], Objective(kind="cost", number=1.0)) == 0.65
     assert choose_threshold([0.9, 0.1], [False, True], Objective(kind="recall-at-precision", number=0.9)) is None
     assert choose_threshold([1.0, 1.0], [False, True], F1) == 0.5
+    everything = Objective(kind="precision-at-recall", number=1.0)
+    assert choose_threshold([0.9, 0.7, 0.3], [0.7, 0.1, 0.1], everything) == pytest.approx(0.15)
 
 
 def test_a_gate_lets_through_as_much_as_the_wanted_error_allows() -> None:
@@ -89,6 +91,15 @@ def test_a_gate_lets_through_as_much_as_the_wanted_error_allows() -> None:
     assert choose_gate(sure, right, 0.2) == 0.75
     assert choose_gate(sure, [False, True, True, True], 0.2) is None
     assert choose_gate([0.9, 0.9, 0.5], [True, False, True], 0.4) == 0.0
+    assert choose_gate([1.0, 1.0, 0.6], [True, True, False], 0.1) == 0.8
+    assert choose_gate([1.0, 1.0], [True, True], 0.1) == 0.0
+
+
+def test_few_labels_are_believed_less_than_scores() -> None:
+    few = believed([True] * 3 + [False] * 300, [0.8] * 303)
+    assert few[0] == pytest.approx(0.8 + 0.2 * 3 / 103) and few[-1] == pytest.approx(0.8 * 100 / 103)
+    many = believed([True] * 9900 + [False] * 9900, [0.5] * 19800)
+    assert many[0] == pytest.approx(0.995) and many[-1] == pytest.approx(0.005)
 
 
 def test_halves_share_no_conversation_and_each_has_every_label() -> None:

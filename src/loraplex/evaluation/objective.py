@@ -6,9 +6,13 @@ from dataclasses import dataclass
 import numpy
 
 from loraplex.errors import ConfigurationError
-from loraplex.evaluation.quality import Booleans, Floats
+from loraplex.evaluation.quality import Floats
 
 DIGITS = 6  # of a threshold in a contract
+ROUNDING = 1e-9  # of sums
+# Labels of the rarer kind that say as much of a threshold as calibrated scores do. On the demo's 16 classifiers, with
+# 80 and 150 conversations each, thresholds by labels alone lost 0.005 F1 on other conversations; these gain 0.001.
+WORTH = 100.0
 NUMBERS = {"precision-at-recall": 1.0, "recall-at-precision": 1.0, "cost": 1e6}  # objective -> its largest number
 OBJECTIVES = "f1, precision-at-recall=R, recall-at-precision=P, cost=RATIO or none"
 
@@ -32,13 +36,13 @@ class Objective:
         said:   [thresholds] conversations that are answered with it.
         num:    conversations that have it.
         """
-        precision, recall = found / numpy.maximum(said, 1), found / max(num, 1)
+        precision, recall = found / numpy.maximum(said, 1), found / max(num, ROUNDING)
         if self.kind == "f1":
             return 2 * found / (said + num)
         if self.kind == "precision-at-recall":
-            return numpy.where(recall >= self.number, precision, -numpy.inf)
+            return numpy.where(recall >= self.number - ROUNDING, precision, -numpy.inf)
         if self.kind == "recall-at-precision":
-            return numpy.where((precision >= self.number) & (said > 0), recall, -numpy.inf)
+            return numpy.where((precision >= self.number - ROUNDING) & (said > 0), recall, -numpy.inf)
         return -((said - found) + self.number * (num - found))
 
 
@@ -57,20 +61,20 @@ def read_objective(given: str) -> Objective:
     return Objective(kind=kind, number=value)
 
 
-def choose_threshold(scores: Seq[float], is_positive: Seq[bool], objective: Objective) -> float | None:
+def choose_threshold(scores: Seq[float], positive: Seq[float], objective: Objective) -> float | None:
     """Return the threshold that is best for the objective; of several, the one nearest to 0.5. None where no threshold
     does what the objective asks.
 
-    scores:       [n] score of the positive label.
-    is_positive:  [n] whether it is right. At least one is.
+    scores:    [n] score of the positive label.
+    positive:  [n] whether it is right: 1 or 0, or how likely that is. Not all are 0.
     """
-    values, right = _falling(scores, is_positive)
+    values, right = _falling(scores, positive)
     cuts = _cuts(values)
     thresholds = _between(values)[cuts]
-    good = objective.values(numpy.append(0, numpy.cumsum(right))[cuts].astype(float), cuts.astype(float), right.sum())
+    good = objective.values(numpy.append(0.0, numpy.cumsum(right))[cuts], cuts.astype(float), right.sum())
     if good.max() == -numpy.inf:
         return None
-    best = thresholds[good >= good.max() - 1e-12]
+    best = thresholds[good >= good.max() - ROUNDING]
     return round(float(best[numpy.abs(best - 0.5).argmin()]), DIGITS)
 
 
@@ -79,21 +83,31 @@ def choose_gate(confidences: Seq[float], is_right: Seq[bool], most_wrong: float)
     nothing has to be marked. None where even the surest answers are wrong more often.
 
     confidences:  [n] score of the answered label.
+    is_right:     [n] whether it is right.
     """
     values, right = _falling(confidences, is_right)
-    cuts = _cuts(values)[1:]  # something is let through
-    wrong = numpy.cumsum(~right)[cuts - 1] / cuts
-    allowed = cuts[wrong <= most_wrong]
+    cuts = _cuts(values)
+    cuts = cuts[cuts > 0]  # something is let through
+    wrong = numpy.cumsum(1 - right)[cuts - 1] / cuts
+    allowed = cuts[wrong <= most_wrong + ROUNDING]
     if not len(allowed):
         return None
     kept = int(allowed.max())
     return 0.0 if kept == len(values) else round(float(_between(values)[kept]), DIGITS)
 
 
-def _falling(scores: Seq[float], flags: Seq[bool]) -> tuple[Floats, Booleans]:
+def believed(is_positive: Seq[bool], scores: Seq[float]) -> list[float]:
+    """Return how likely the positive label is, by the known label and by the calibrated score. The fewer labels of the
+    rarer kind are known, the more the scores count: what few labels say of a threshold is mostly chance."""
+    rarer = min(sum(is_positive), len(is_positive) - sum(is_positive))
+    share = rarer / (rarer + WORTH)
+    return [share * known + (1 - share) * score for known, score in zip(is_positive, scores, strict=True)]
+
+
+def _falling(scores: Seq[float], flags: Seq[float]) -> tuple[Floats, Floats]:
     values = numpy.asarray(scores, dtype=float)
     order = numpy.argsort(-values, kind="stable")
-    return values[order], numpy.asarray(flags, dtype=bool)[order]
+    return values[order], numpy.asarray(flags, dtype=float)[order]
 
 
 def _cuts(values: Floats) -> numpy.ndarray:

@@ -13,7 +13,7 @@ from loraplex.evaluation.asking import Outcome, Question
 from loraplex.evaluation.calibration import fit, raw_log_probs
 from loraplex.evaluation.figures import Figures, figures_of
 from loraplex.evaluation.judged import Judged
-from loraplex.evaluation.objective import Objective, choose_gate, choose_threshold
+from loraplex.evaluation.objective import Objective, believed, choose_gate, choose_threshold
 from loraplex.labelled import Labelled, conversation_id, label_shares
 from loraplex.types import Verdict
 
@@ -102,7 +102,7 @@ def recalibrate(
     truth = [judged.truth[index] for index in fitted]
     if objective.kind != "none" and len(contract.labels) == 2:
         scores = [made.decide(log_probs[index]).scores[contract.labels[0]] for index in fitted]
-        threshold = choose_threshold(scores, [one == 0 for one in truth], objective)
+        threshold = choose_threshold(scores, believed([one == 0 for one in truth], scores), objective)
         if threshold is None:
             wanted = objective.kind.replace("-at-", " at a ")
             raise NotFitted(f"no threshold reaches a {wanted} of {objective.number:g}")
