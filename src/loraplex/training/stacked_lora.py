@@ -56,9 +56,11 @@ class StackedLoRA(nn.Module):
                 remedy="name attention's layers, such as q_proj,k_proj,v_proj,o_proj",
             )
         own = flat if self._rows.is_dense else F.pad(flat, (0, 0, 0, 1))[rows.flatten()]
-        update = own.view(n, m, -1) @ self.lora_A.to(x.dtype).transpose(1, 2)
-        update = (update @ self.lora_B.to(x.dtype).transpose(1, 2)).flatten(0, 1) * self.scaling
+        # Scaled while it is small: a pass over [T, out] would take as long as the product.
+        down = (own.view(n, m, -1) @ self.lora_A.to(x.dtype).transpose(1, 2)) * self.scaling
+        up = self.lora_B.to(x.dtype).transpose(1, 2)
         if self._rows.is_dense:
-            return y + update.view_as(y)
+            return torch.baddbmm(y.view(n, m, -1), down, up).view_as(y)
+        update = (down @ up).flatten(0, 1)
         scattered = update.new_zeros(len(flat) + 1, update.shape[-1]).index_copy(0, rows.flatten(), update)
         return y + scattered[:-1].view_as(y)
