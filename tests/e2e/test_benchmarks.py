@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from benchmarks import bundles, gpu, other_tools
 
+import dialogues
 import serving
+import tiny
 from loraplex import Loraplex
 from loraplex.measuring.samples import Spread
 
@@ -62,6 +64,28 @@ def make(*arguments: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["bundles", *map(str, arguments)])
         bundles.main()
+
+
+def test_training_at_once_beside_peft(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    tiny.save_base(base, tiny.FAMILIES["llama"])
+    data = dialogues.write(tmp_path / "data.jsonl", 8)
+    command = [sys.executable, "-m", "benchmarks.training", str(base), "--data", str(data), "--adapters", "2"]
+    small = ["--conversations", "6", "--batch", "3", "--rank", "2", "--rounds", "1", "--warmups", "0"]
+    run = subprocess.run(
+        [*command, *small, "--template", dialogues.TEMPLATE, "--out", str(tmp_path / "out")],
+        cwd=serving.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    kinds = json.loads((tmp_path / "out" / "report.json").read_text())["kinds"]
+    assert kinds["alora"]["computed_tokens"] < kinds["alora"]["tokens"]
+    assert kinds["lora"]["computed_tokens"] == kinds["lora"]["tokens"]
+    for one in kinds.values():
+        assert one["adapters"] == 2 and one["conversations"] == 6 and one["ratio"]["median"] > 0
+        assert all(memory["peak_rss_bytes"] > 1e8 for memory in one["memory"].values())
 
 
 def test_random_adapters_of_two_kinds_ask_the_same_tokens(tiny_bundle: Path, tmp_path: Path) -> None:
