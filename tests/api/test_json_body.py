@@ -23,6 +23,7 @@ ROUTES = [
     ("POST", "/adapters"),
     ("PUT", "/v1/routes/any"),
     ("POST", "/v1/feedback"),
+    ("POST", "/v1/examples"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
 ]
