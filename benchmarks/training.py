@@ -1,4 +1,4 @@
-"""What it costs to train N adapters at once, against PEFT with transformers' Trainer, one adapter after the other.
+"""Measures the training of N adapters at once, against PEFT with transformers' Trainer, one adapter after the other.
 
     python -m benchmarks.training BASE --data FILE --adapters 16 --out DIR     writes DIR/report.json
 

@@ -1,4 +1,4 @@
-"""What `loraplex eval` and `loraplex calibrate` share: they load a bundle, and ask it about labelled conversations."""
+"""Loads a bundle and shows progress, for `loraplex eval` and `loraplex calibrate`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq

@@ -19,7 +19,7 @@ MEASURE = "measure with `loraplex bench BUNDLE --data FILE --sweep --out DIR`"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """What a system answered at saturation, or would answer by a plan.
+    """Says what a system answered at saturation, or would answer by a plan.
 
     is_computed:        whether nobody measured it.
     median, low, high:  conversations/s, each judged by all classifiers. A plan's median is its low.

@@ -37,7 +37,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is asked.
+    """Holds what is asked.
 
     left_out:  classifier -> why it has no figures.
     unknown:   name in the data -> conversations with a label for it, where no classifier has this name.

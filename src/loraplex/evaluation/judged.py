@@ -14,7 +14,7 @@ from loraplex.types import ErrorInfo, Verdict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """What one classifier said of the conversations that have a label for it.
+    """Holds what one classifier said of the conversations that have a label for it.
 
     labels:   the contract's, in order.
     rows:     [n] the conversations that it answered; verdicts: [n] its answers; truth: [n] the right labels' indices.

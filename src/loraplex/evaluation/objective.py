@@ -19,7 +19,7 @@ OBJECTIVES = "f1, precision-at-recall=R, recall-at-precision=P, cost=RATIO or no
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What a threshold is best at.
+    """Says what a threshold should be best at.
 
     kind:    f1; precision-at-recall: the highest precision whose recall is at least `number`; recall-at-precision: the
              other way round; cost: the lowest cost, where a missed positive costs `number` false alarms; none: the

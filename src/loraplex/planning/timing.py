@@ -14,7 +14,7 @@ from loraplex.planning.work import Run, Work, work
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """What is asked.
+    """Says what is asked.
 
     conversation_tokens:  of the whole conversation, which arrives in `turns` equal turns.
     suffix_tokens:        a classifier's own part of its prompt.
