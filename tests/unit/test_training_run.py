@@ -20,6 +20,7 @@ import tiny
 from dialogues import CLUES, TEMPLATE, Recorder, prepared, write, write_rows
 from families import config_of
 from loraplex import Loraplex
+from loraplex.classifier import Contract
 from loraplex.cli.main import app
 from loraplex.errors import ConfigurationError, UnsupportedModelError
 from loraplex.evaluation.quality import Quality
@@ -432,23 +433,12 @@ def test_golden_examples_of_messages_are_texts(tmp_path: Path, base: Path) -> No
     assert not _golden(run.rows, [(asked, unsure)], contract, 2)
 
 
-def test_a_threshold_is_fitted_where_there_is_enough_to_fit_it_on(tmp_path: Path, base: Path) -> None:
-    from loraplex.training.asked import Asked
+def test_a_threshold_is_chosen_as_calibrate_does_where_there_is_enough_to_choose_it_on() -> None:
     from loraplex.training.finish import _with_threshold
 
-    rows = [{"text": f"Customer: {index}", "label": index % 2 == 0} for index in range(8)]
-    contract = (
-        prepared(base, write_rows(tmp_path / "a.jsonl", rows), SETTINGS, classifiers=["isDone"]).tasks[0].contract
-    )
-
-    def scored(num: int) -> list[tuple[Asked, list[float]]]:
-        """Positives have scores from 0.2 to 0.4, negatives from 0 to 0.15."""
-        found = []
-        for index in range(num):
-            for truth, score in ((0, 0.2 + 0.2 * index / num), (1, 0.001 + 0.15 * index / num)):
-                one = Asked(row=index, classifier=0, prefix=(), suffix=(1,), shares={truth: 1.0})
-                found.append((one, [math.log(score), math.log(1 - score)]))
-        return found
-
-    assert 0.14 < (_with_threshold(contract, scored(40)).threshold or 0) < 0.2
-    assert _with_threshold(contract, scored(9)).threshold is None
+    contract = Contract(labels=("yes", "no"))
+    scores, truth = [0.9] * 10 + [0.6] * 10 + [0.1] * 20, [0] * 10 + [1] * 30
+    log_probs = [[math.log(score), math.log(1 - score)] for score in scores]
+    # By the labels alone, which may be chance, it would be 0.75. The scores say that six in ten at 0.6 are positive.
+    assert _with_threshold(contract, log_probs, truth).threshold == 0.35
+    assert _with_threshold(contract, log_probs[1:], truth[1:]).threshold is None

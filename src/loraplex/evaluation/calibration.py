@@ -1,7 +1,9 @@
 """Fits temperature and bias, so that a classifier's scores are probabilities that can be trusted."""
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy
 
@@ -10,6 +12,20 @@ import numpy
 PRIOR_WEIGHT = 4.0
 MAX_LOG_TEMPERATURE, MAX_BIAS = 3.0, 20.0
 LEAST = 1e-300
+DIGITS = 4  # of temperature and bias in a contract
+
+
+def fitted(
+    labels: Seq[str], log_probs: Seq[Seq[float]], shares: Seq[Mapping[int, float]], known_bias: Seq[float]
+) -> dict[str, Any]:
+    """Return the keys of a contract's calibration.
+
+    labels:  the contract's. shares: [n] label's index -> its share. See `fit` for the others.
+    """
+    truth = [[one.get(label, 0.0) for label in range(len(labels))] for one in shares]
+    temperature, bias = fit(log_probs, truth, known_bias)
+    by = {label: round(one, DIGITS) for label, one in zip(labels, bias, strict=True) if round(one, DIGITS)}
+    return {"temperature": round(temperature, DIGITS)} | ({"bias": by} if by else {})
 
 
 def fit(log_probs: Seq[Seq[float]], shares: Seq[Seq[float]], known_bias: Seq[float]) -> tuple[float, list[float]]:

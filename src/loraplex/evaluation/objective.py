@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import numpy
 
+from loraplex.classifier import Contract
 from loraplex.errors import ConfigurationError
 from loraplex.evaluation.quality import Floats
 
+LEAST = 10  # conversations of each of two labels, without which nothing is fitted
 DIGITS = 6  # of a threshold in a contract
 ROUNDING = 1e-9  # of sums
 # Labels of the rarer kind that say as much of a threshold as calibrated scores do. On the demo's 16 classifiers, with
@@ -59,6 +61,18 @@ def read_objective(given: str) -> Objective:
         what = "is unknown" if kind not in NUMBERS else f"has no number above 0 and at most {NUMBERS[kind]:g}"
         raise ConfigurationError(f"--objective {given}", what, remedy=f"give {OBJECTIVES}")
     return Objective(kind=kind, number=value)
+
+
+def fit_threshold(
+    contract: Contract, log_probs: Seq[Seq[float]], truth: Seq[int], objective: Objective
+) -> float | None:
+    """Return the threshold that is best for a contract of two labels; None where none does what the objective asks.
+
+    log_probs:  [n, 2] log probabilities of the labels, which the contract's calibration makes scores of.
+    truth:      [n] index of the right label.
+    """
+    scores = [contract.decide(one).scores[contract.labels[0]] for one in log_probs]
+    return choose_threshold(scores, believed([one == 0 for one in truth], scores), objective)
 
 
 def choose_threshold(scores: Seq[float], positive: Seq[float], objective: Objective) -> float | None:

@@ -10,15 +10,12 @@ from loraplex.bundle import CONTRACT, AdapterSource
 from loraplex.classifier import Calibration, Contract
 from loraplex.errors import LoraplexError, quoted
 from loraplex.evaluation.asking import Outcome, Question
-from loraplex.evaluation.calibration import fit, raw_log_probs
+from loraplex.evaluation.calibration import fitted, raw_log_probs
 from loraplex.evaluation.figures import Figures, figures_of
 from loraplex.evaluation.judged import Judged
-from loraplex.evaluation.objective import Objective, believed, choose_gate, choose_threshold
+from loraplex.evaluation.objective import LEAST, Objective, choose_gate, fit_threshold
 from loraplex.labelled import Labelled, conversation_id, label_shares
 from loraplex.types import Verdict
-
-LEAST = 10  # conversations of each of two labels, without which nothing can be fitted and judged
-DIGITS = 4  # of temperature and bias in a contract
 
 
 class NotFitted(Exception):
@@ -89,27 +86,21 @@ def recalibrate(
         told = ", ".join(f"{counts[index]} are {label!r}" for index, label in enumerate(contract.labels))
         raise NotFitted(f"two labels with {LEAST} conversations each are needed, and of these {told}")
     log_probs = [raw(verdict, contract) for verdict in judged.verdicts]
-    fitted, shown = halves([conversation_id(row) for row in judged.rows], judged.truth)
+    ours, shown = halves([conversation_id(row) for row in judged.rows], judged.truth)
+    fit_on, truth = [log_probs[index] for index in ours], [judged.truth[index] for index in ours]
+    shares = [label_shares(judged.rows[index].labels[name], contract.labels, name) for index in ours]
     bias = [contract.calibration.bias.get(label, 0.0) for label in contract.labels]
-    shares = [label_shares(judged.rows[index].labels[name], contract.labels, name) for index in fitted]
-    temperature, moved = fit(
-        [log_probs[index] for index in fitted],
-        [[one.get(label, 0.0) for label in range(len(contract.labels))] for one in shares],
-        bias,
-    )
-    keys: dict[str, Any] = {"calibration": _calibration(contract.labels, temperature, moved)}
+    keys: dict[str, Any] = {"calibration": fitted(contract.labels, fit_on, shares, bias)}
     made = _with(contract, keys)
-    truth = [judged.truth[index] for index in fitted]
     if objective.kind != "none" and len(contract.labels) == 2:
-        scores = [made.decide(log_probs[index]).scores[contract.labels[0]] for index in fitted]
-        threshold = choose_threshold(scores, believed([one == 0 for one in truth], scores), objective)
+        threshold = fit_threshold(made, fit_on, truth, objective)
         if threshold is None:
             wanted = objective.kind.replace("-at-", " at a ")
             raise NotFitted(f"no threshold reaches a {wanted} of {objective.number:g}")
         keys["threshold"] = threshold
         made = _with(contract, keys)
     if abstain_error is not None:
-        decided = [made.decide(log_probs[index]) for index in fitted]
+        decided = [made.decide(one) for one in fit_on]
         is_right = [one.label == contract.labels[right] for one, right in zip(decided, truth, strict=True)]
         gate = choose_gate([one.confidence for one in decided], is_right, abstain_error)
         if gate is None:
@@ -120,7 +111,7 @@ def recalibrate(
     return Recalibration(
         contract=made,
         keys=keys,
-        num_fitted=len(fitted),
+        num_fitted=len(ours),
         before=_figures(contract, others),
         after=_figures(made, others),
     )
@@ -164,12 +155,6 @@ def _check_golden(name: str, old: Contract, new: Contract, answers: Seq[Outcome]
                 else f"would be answered {quoted(label)}, not {quoted(golden.label)}"
             )
             raise NotFitted(f"its golden example {quoted(golden.text)} {now}")
-
-
-def _calibration(labels: Seq[str], temperature: float, bias: Seq[float]) -> dict[str, Any]:
-    found: dict[str, Any] = {"temperature": round(temperature, DIGITS)}
-    by = {label: round(one, DIGITS) for label, one in zip(labels, bias, strict=True) if round(one, DIGITS)}
-    return found | ({"bias": by} if by else {})
 
 
 def _with(contract: Contract, keys: Mapping[str, Any]) -> Contract:

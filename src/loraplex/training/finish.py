@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from loraplex.classifier import Calibration, Contract, Decision, Golden, conversation_text
-from loraplex.evaluation.calibration import fit
-from loraplex.evaluation.objective import Objective, choose_threshold
+from loraplex.evaluation.calibration import fitted
+from loraplex.evaluation.objective import LEAST, Objective, fit_threshold
 from loraplex.evaluation.quality import Quality, quality
 from loraplex.labelled import Labelled
 from loraplex.measuring.about import about
@@ -22,7 +22,6 @@ from loraplex.training.settings import TrainSettings
 from loraplex.training.trainee import Trainee
 
 LEAST_CONFIDENCE, LEAST_MARGIN = 0.8, 0.1  # of a golden example; the margin is to the threshold
-LEAST_OF_LABEL = 20  # conversations of each label, without which a threshold would be chance
 
 
 def finish(
@@ -46,21 +45,12 @@ def finish(
     for index, (task, weights) in enumerate(zip(prepared.tasks, prepared.weights, strict=True)):
         labels = task.contract.labels
         rows = [(one, found) for one, found in zip(calibration, of_calibration, strict=True) if one.classifier == index]
-        temperature, bias = fit(
-            [found for _, found in rows],
-            [[one.shares.get(label, 0.0) for label in range(len(labels))] for one, _ in rows],
-            [-math.log(weight) for weight in weights],
-        )
-        contract = task.contract.model_copy(
-            update={
-                "calibration": Calibration(
-                    temperature=round(temperature, 4),
-                    bias={label: round(by, 4) for label, by in zip(labels, bias, strict=True) if round(by, 4)},
-                )
-            }
-        )
+        log_probs = [found for _, found in rows]
+        known_bias = [-math.log(weight) for weight in weights]
+        keys = fitted(labels, log_probs, [one.shares for one, _ in rows], known_bias)
+        contract = task.contract.model_copy(update={"calibration": Calibration(**keys)})
         if settings.threshold == "f1" and contract.threshold is None and len(labels) == 2:
-            contract = _with_threshold(contract, rows)
+            contract = _with_threshold(contract, log_probs, [one.truth for one, _ in rows])
         decided = [
             (one, contract.decide(found)) for one, found in zip(dev, of_dev, strict=True) if one.classifier == index
         ]
@@ -107,14 +97,12 @@ def finish(
     write_bundle_settings(out, prepared.base, prepared.base_name)
 
 
-def _with_threshold(contract: Contract, rows: Seq[tuple[Asked, Seq[float]]]) -> Contract:
-    """Return the contract with the threshold that has the highest F1 on `rows`: prompts and their labels' log
-    probabilities. It stays as it is where they have too few of one label."""
-    is_positive = [one.truth == 0 for one, _ in rows]
-    if min(sum(is_positive), len(rows) - sum(is_positive)) < LEAST_OF_LABEL:
+def _with_threshold(contract: Contract, log_probs: Seq[Seq[float]], truth: Seq[int]) -> Contract:
+    """Return the contract with the threshold that has the highest F1, as `loraplex calibrate` chooses it. It stays as
+    it is where there are too few conversations of one label."""
+    if min(truth.count(0), truth.count(1)) < LEAST:
         return contract
-    scores = [contract.decide(found).scores[contract.labels[0]] for _, found in rows]
-    return contract.model_copy(update={"threshold": choose_threshold(scores, is_positive, Objective(kind="f1"))})
+    return contract.model_copy(update={"threshold": fit_threshold(contract, log_probs, truth, Objective(kind="f1"))})
 
 
 def _golden(
