@@ -119,7 +119,24 @@ def test_a_classifier_with_a_head_needs_no_tokens_of_its_labels(tokenizer: Token
 def test_shares_of_votes_sum_to_one() -> None:
     assert label_shares({"b": 0.6, "a": 0.4}, ["a", "b", "c"], "mood") == {1: 0.6, 0: 0.4}
     assert label_shares(False, ["yes", "no"], "done") == {1: 1.0}
-    assert seen_labels([row("", a="calm"), row("", a={"angry": 1.0}), row("")], "a") == ("calm", "angry")
+
+
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [
+        (["calm", {"angry": 1.0}, "Bored"], ("angry", "Bored", "calm")),
+        ([False, True], ("yes", "no")),
+        ([False], ("yes", "no")),
+        (["maybe", "No", "Yes"], ("Yes", "maybe", "No")),
+        (["false", "true"], ("true", "false")),
+        (["0", "1"], ("1", "0")),
+        (["negative", "positive"], ("positive", "negative")),
+        (["not yet", "yes"], ("yes", "not yet")),
+    ],
+)
+def test_the_order_of_labels_does_not_depend_on_the_order_of_lines(labels: list[Any], order: tuple[str, ...]) -> None:
+    rows = [row("", a=label) for label in labels] + [row("")]
+    assert seen_labels(rows, "a") == seen_labels(rows[::-1], "a") == order
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ class _Screen:
     def data(self, report: "DataReport", weights: Mapping[str, Mapping[str, float]]) -> None:
         sides = ", ".join(f"{count} {side}" for side, count in report.split.items())
         stderr.print(f"{report.num_conversations} conversations: {sides}", markup=False)
-        table = Table("classifier", "labels", "without a label", "weights in the loss", box=None)
+        table = Table("classifier", "labels, the positive first", "without a label", "weights in the loss", box=None)
         for name, counts in report.counts.items():
             total = sum(counts.values()) or 1
             labels = ", ".join(f"{label} {count:g} ({count / total:.0%})" for label, count in counts.items())

@@ -15,6 +15,7 @@ from loraplex.text.template import Template
 from loraplex.training.settings import TrainSettings
 from loraplex.types import Message
 
+POSITIVE = ("yes", "true", "1", "positive")
 LEAST_ACTIVE = 2  # tokens that an adapter acts on at least, before the label
 PLAIN = f"{CONVERSATION}\n\nAnswer:"  # for a base without a chat template
 PLAIN_QUESTION = f"{CONVERSATION}\n\nQuestion: {QUESTION}\nAnswer:"
@@ -51,15 +52,16 @@ def read_questions(path: Path) -> Mapping[str, Mapping[str, Any]]:
 
 
 def seen_labels(rows: Seq[Labelled], name: str) -> tuple[str, ...]:
-    """Return the labels that a classifier has in the data: yes and no for booleans, else as they first appear."""
-    found: dict[str, None] = {}
+    """Return the labels that a classifier has in the data: yes and no for booleans. The order of the lines does not
+    matter: words that say yes come first, which makes them the positive label, and others follow by alphabet."""
+    found: set[str] = set()
     for row in rows:
         label: Label | None = row.labels.get(name)
         if isinstance(label, bool):
-            found.update(yes=None, no=None)
+            found.update(("yes", "no"))
         elif label is not None:
-            found.update(dict.fromkeys([label] if isinstance(label, str) else label))
-    return tuple(found)
+            found.update([label] if isinstance(label, str) else label)
+    return tuple(sorted(found, key=lambda one: (one.strip().casefold() not in POSITIVE, one.casefold(), one)))
 
 
 def make_task(

@@ -22,7 +22,9 @@ class TrainInputs(NumbersAreNoBooleans):
         tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
     ] = Field((), description="train this one; all that have labels by default")
     questions: str | None = Field(
-        None, description="YAML file: classifier -> its question, or keys of its contract such as labels"
+        None,
+        description="YAML file: classifier -> its question, or keys of its contract, such as labels with the positive "
+        "one first; by default that is yes, true, 1 or positive, else the first in the alphabet",
     )
     log_dir: str | None = Field(
         None, description="folder for log.csv, and for TensorBoard's files if it is installed; by default OUT/.training"
