@@ -17,6 +17,7 @@ from loraplex.types import Message
 
 Label = bool | str | Mapping[str, float]  # yes or no, a label's name, or a share for each label
 TEXTS = ("conversation", "text", "messages")  # one of these keys holds the conversation
+EXPORTED = "ids"  # of requests: only rows of `loraplex routes export` have this key
 ITEM = "item"  # does so in mellea's files; beside one of the others it may mean anything
 YES_NO = (("yes", "no"), ("true", "false"))  # what true and false stand for, where a contract has such labels
 
@@ -27,11 +28,13 @@ class Labelled:
 
     line:    its line in the file, from 1.
     labels:  classifier -> label. May be empty, and may name classifiers that nobody asks.
+    is_exported:  whether `loraplex routes export` wrote it, so that a server keeps it for a bounded time.
     """
 
     line: int
     input: str | tuple[Message, ...]
     labels: Mapping[str, Label]
+    is_exported: bool = False
 
 
 def read_labelled(
@@ -139,7 +142,9 @@ def _row(number: int, line: bytes, classifier: str | None) -> Labelled:
     labels = row.get("labels", {})
     if classifier is not None and "labels" not in row and "label" in row:
         labels = {classifier: row["label"]}
-    return Labelled(line=number, input=_input(given[0], row[given[0]]), labels=_labels(labels))
+    return Labelled(
+        line=number, input=_input(given[0], row[given[0]]), labels=_labels(labels), is_exported=EXPORTED in row
+    )
 
 
 def _input(key: str, value: Any) -> str | tuple[Message, ...]:

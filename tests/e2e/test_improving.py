@@ -56,7 +56,7 @@ def test_served_corrected_retrained_shadowed_promoted(tmp_path: Path) -> None:
             "--load",
             server.url,
         ]
-        command += ["--template", "{conversation}<|ask|>\n", "--golden", 0, "--seed", 1]
+        command += ["--template", "{conversation}<|ask|>\n", "--seed", 1]
         command += ["--epochs", 5, "--learning-rate", 0.01, "--rank", 8, "--dtype", "float32"]
         done = serving.loraplex(*command)
         assert done.returncode == 0, done.stderr

@@ -329,6 +329,7 @@ def test_a_dry_run_reports_on_the_data_and_ends(tmp_path: Path, base: Path) -> N
     ]
     rows += [rows[0], {**rows[1], "labels": {"isDone": True}}, {"text": "x", "labels": {"other": True}}]
     rows += [{"text": "long " * 400, "labels": {"isDone": True}}]
+    rows[3]["ids"] = ["cls-1"]
     data = write_rows(tmp_path / "data.jsonl", rows)
     code, said = invoke(
         "--base",
@@ -346,6 +347,8 @@ def test_a_dry_run_reports_on_the_data_and_ends(tmp_path: Path, base: Path) -> N
     assert code == 0, said
     for told in (
         "43 conversations: ",
+        "labels, the positive first",
+        "1 conversation comes from `loraplex routes export`, so its text becomes no golden example",
         "warning: 1 conversations have no label for these classifiers",
         "warning: 2 conversations were there before",
         "warning: 1 labels contradict",
@@ -429,6 +432,8 @@ def test_golden_examples_of_messages_are_texts(tmp_path: Path, base: Path) -> No
     decision = contract.decide([-0.01, -9.0])
     assert [one.text for one in _golden(run.rows, [(asked, decision)], contract, 2)] == ["Customer: thanks"]
     assert not _golden(run.rows, [(asked, decision)], contract.model_copy(update={"threshold": 0.95}), 2)
+    exported = [replace(one, is_exported=True) for one in run.rows]
+    assert not _golden(exported, [(asked, decision)], contract, 2), "it would stay for longer than the server keeps it"
     unsure = replace(decision, confidence=0.6)
     assert not _golden(run.rows, [(asked, unsure)], contract, 2)
 

@@ -255,7 +255,6 @@ def export(
     where = "" if out is None else f" in {out}"
     stderr.print(f"{counted(len(rows), 'conversation')} with {counted(num_labels, 'label')}{where}", markup=False)
     stderr.print(
-        "these are texts of your users: delete them after the training, and train with --golden 0 to keep them out of "
-        "the contract",
+        "these are texts of your users: delete the file after the training, which writes none of them into a contract",
         markup=False,
     )

@@ -169,6 +169,12 @@ class _Screen:
             given = ", ".join(f"{label} {weight:.2f}" for label, weight in weights.get(name, {}).items())
             table.add_row(name, labels, str(report.missing[name]), given)
         stderr.print(table)
+        if num := report.num_exported:
+            come, texts = ("comes", "its text becomes") if num == 1 else ("come", "their texts become")
+            stderr.print(
+                f"{counted(num, 'conversation')} {come} from `loraplex routes export`, so {texts} no golden example",
+                markup=False,
+            )
         for line in _warnings(report):
             stderr.print(f"warning: {line}", markup=False)
 

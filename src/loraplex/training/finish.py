@@ -109,13 +109,15 @@ def _golden(
     rows: Seq[Labelled], decided: Seq[tuple[Asked, Decision]], contract: Contract, num: int
 ) -> tuple[Golden, ...]:
     """Return the shortest conversations of dev that are answered rightly and surely, `num` of each label. Messages are
-    written as text, where the contract writes them so, too."""
+    written as text, where the contract writes them so, too. None is from an export: a server keeps such texts for a
+    bounded time, and a contract keeps them for ever."""
     found: list[Golden] = []
     for index, label in enumerate(contract.labels):
         right = [
             said if isinstance(said := rows[one.row].input, str) else conversation_text(said, contract.roles)
             for one, decision in decided
             if (contract.format == "lines" or isinstance(rows[one.row].input, str))
+            and not rows[one.row].is_exported
             and one.truth == index
             and decision.label == label
             and decision.confidence >= LEAST_CONFIDENCE

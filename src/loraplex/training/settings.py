@@ -94,7 +94,13 @@ class TrainSettings(NumbersAreNoBooleans):
     )
     patience: int = Field(8, ge=1, description="an adapter stops after so many evaluations without a better one")
     evaluations: int = Field(4, ge=1, description="evaluations in each pass, every 4th step at most")
-    golden: int = Field(2, ge=0, le=100, description="examples of each label that the contract keeps, to prove a load")
+    golden: int = Field(
+        2,
+        ge=0,
+        le=100,
+        description="examples of each label that the contract keeps, to prove a load; texts that `loraplex routes "
+        "export` wrote are never among them",
+    )
     seed: int = Field(0, ge=0, description="draws the split, the order of the conversations and the first weights")
     device: Annotated[str, AfterValidator(valid_device), EitherCase] = Field(
         "auto", description="where to compute: auto, cpu, cuda or cuda:N"

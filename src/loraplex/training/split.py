@@ -30,6 +30,7 @@ class DataReport:
     missing:       classifier -> conversations without a label for it.
     num_duplicates: conversations that are there before, word for word; they stay on one side of the split.
     contradictions: classifier -> conversations that are there twice with different labels.
+    num_exported:  conversations from `loraplex routes export`.
     cut, left_out:  lines with a prompt that lost its oldest turns, and with one that did not fit at all.
     unseen:        (classifier, label, side) where no conversation of this side has the label.
     """
@@ -40,6 +41,7 @@ class DataReport:
     missing: Mapping[str, int]
     num_duplicates: int
     contradictions: Mapping[str, int]
+    num_exported: int
     cut: tuple[int, ...]
     left_out: tuple[int, ...]
     unseen: tuple[tuple[str, str, str], ...]
@@ -125,6 +127,7 @@ def report_on(
         missing=missing,
         num_duplicates=num_duplicates,
         contradictions=contradictions,
+        num_exported=sum(row.is_exported for row in rows),
         cut=_lines(rows, (one.row for one in too_long if not one.is_left_out)),
         left_out=_lines(rows, (one.row for one in too_long if one.is_left_out)),
         unseen=tuple(
