@@ -87,7 +87,7 @@ ONLY_IN = {
     "huggingface_hub": {"bundle", "adapters/hub"},
     "boto3": {"adapters/s3", "sagemaker"},
     "prometheus_client": {"metrics"},
-    "yaml": {"config", "training/output", "evaluation/contract_file"},
+    "yaml": {"config", "evaluation/contract_file"},
     "sqlite3": {"database", "routing/route_store", "routing/verdict_log"},
 }
 

@@ -1,4 +1,4 @@
-"""Changes keys of a `classifier.yaml`, and leaves the rest of the file as it was written."""
+"""Writes a `classifier.yaml`, or changes keys of one and leaves the rest of the file as it was written."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,13 @@ from loraplex.classifier import Contract
 from loraplex.config import read_yaml, validate
 from loraplex.errors import ContractError
 from loraplex.measuring.files import write_text
+
+WIDTH = 110  # of lines in a new file
+
+
+def text_of(keys: Mapping[str, Any]) -> str:
+    """Return a contract's keys as the text of a file."""
+    return yaml.safe_dump(dict(keys), sort_keys=False, allow_unicode=True, width=WIDTH)
 
 
 def changed(path: Path, keys: Mapping[str, Any]) -> str:
@@ -26,7 +33,7 @@ def changed(path: Path, keys: Mapping[str, Any]) -> str:
         is_same = yaml.safe_load(text) == after
     except yaml.YAMLError:
         is_same = False
-    return text if is_same else yaml.safe_dump(after, sort_keys=False, allow_unicode=True)
+    return text if is_same else text_of(after)
 
 
 def write(path: Path, text: str) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save
 
 from loraplex.adapters.peft_config import SCORE_HEADS
@@ -17,6 +16,7 @@ from loraplex.adapters.tensor_names import PREFIX
 from loraplex.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT, SETTINGS, open_base
 from loraplex.classifier import Contract
 from loraplex.errors import ConfigurationError
+from loraplex.evaluation.contract_file import text_of
 from loraplex.hub_cache import in_cache
 from loraplex.measuring.files import write_text
 from loraplex.training.trainee import Trainee
@@ -115,9 +115,7 @@ def write_adapter(
         (part / ADAPTER_WEIGHTS).write_bytes(save(saved, {"format": "pt"}))
         config.save_pretrained(str(part))
         assert (part / ADAPTER_CONFIG).is_file()
-        (part / CONTRACT).write_text(
-            yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8"
-        )
+        (part / CONTRACT).write_text(text_of(written), encoding="utf-8")
         (part / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
