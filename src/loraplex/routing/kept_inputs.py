@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 from loraplex.amounts import duration_s
 from loraplex.errors import InvalidRequestError, StateError, quoted
 from loraplex.messages import message_json
+from loraplex.routing.failures import Failures
 from loraplex.types import ClassifyRequest
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,9 @@ class KeptInputs:
         self._last: _Part | None = None  # takes more texts; parts of an earlier start do not
         self._lock = threading.RLock()  # held while parts are used
         self._closed = threading.Event()
-        self._problem = ""  # why the last flush failed
+        self._failures = Failures(
+            logger, "texts are not kept now, or NOT ERASED IN TIME", "texts are kept, and erased in time again"
+        )
         self._was_full = False
         if folder is not None:
             with self._state_errors():
@@ -123,17 +126,9 @@ class KeptInputs:
             raise
 
     def try_to_flush(self) -> None:
-        """Flush. A failure is only logged, once, because it must not cost an answer."""
-        before, self._problem = self._problem, ""
-        try:
+        """Flush. A failure is only logged, because it must not cost an answer."""
+        with self._failures.only_logged():
             self.flush()
-        except StateError as exc:
-            self._problem = str(exc)
-            if self._problem != before:
-                logger.error("texts are not kept now, or NOT ERASED IN TIME: %s", exc)
-        else:
-            if before:
-                logger.warning("texts are kept, and erased in time again")
 
     def read(self, since_s: float | None, after: str | None) -> tuple[list[KeptInput], str | None]:
         """Return a page of texts, oldest first, and what gives the next page; None: there is no other.

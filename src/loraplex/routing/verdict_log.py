@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 from loraplex.database import Database
 from loraplex.errors import StateError, UnknownVerdictError, quoted
 from loraplex.measuring.samples import wilson
+from loraplex.routing.failures import Failures
 from loraplex.routing.kept_inputs import KeptInputs
 from loraplex.types import (
     Accuracy,
@@ -150,7 +151,9 @@ class VerdictLog:
         # A deque: one thread may append while another pops.
         self._added: deque[LoggedVerdict] = deque(maxlen=max_verdicts)
         self._flushing = threading.Lock()
-        self._problem = ""  # why the last flush failed
+        self._failures = Failures(
+            logger, "verdicts cannot be written, and wait in memory", "verdicts are written again"
+        )
 
     def add(self, verdicts: Iterable[LoggedVerdict]) -> None:
         self._added.extend(verdicts)
@@ -171,17 +174,9 @@ class VerdictLog:
                 raise
 
     def try_to_flush(self) -> None:
-        """Flush. A failure is only logged, once, because a full disk must not cost an answer."""
-        before, self._problem = self._problem, ""
-        try:
+        """Flush. A failure is only logged, because it must not cost an answer."""
+        with self._failures.only_logged():
             self.flush()
-        except StateError as exc:
-            self._problem = str(exc)
-            if self._problem != before:
-                logger.error("verdicts cannot be written, and wait in memory: %s", exc)
-        else:
-            if before:
-                logger.warning("verdicts are written again")
 
     def close(self) -> None:
         """Flush for the last time, and say what is lost."""
