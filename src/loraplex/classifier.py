@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from loraplex.config import read_yaml, validate
 from loraplex.errors import ContractError, InvalidRequestError, quoted, shortened
 from loraplex.problems import NumbersAreNoBooleans, wrong
-from loraplex.types import Message, Roles
+from loraplex.types import Message, Roles, Verdict
 
 CONVERSATION, QUESTION = "{conversation}", "{question}"
 DEFAULT_ROLES: Roles = {"user": "Customer", "assistant": "Agent"}
@@ -170,6 +170,19 @@ class Decision:
     label_mass: float
     abstained: bool
     warnings: tuple[str, ...]
+
+    def verdict(self, classifier: str) -> Verdict:
+        """Return the classifier's verdict."""
+        return Verdict(
+            classifier=classifier,
+            label=self.label,
+            confidence=self.confidence,
+            scores=self.scores,
+            value=self.value,
+            label_mass=self.label_mass,
+            abstained=self.abstained,
+            warnings=self.warnings or None,
+        )
 
 
 def _low_mass(label_mass: float, least: float) -> str:

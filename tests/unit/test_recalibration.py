@@ -112,8 +112,7 @@ def test_halves_share_no_conversation_and_each_has_every_label() -> None:
 
 
 def verdict(log_probs: list[float], contract: Contract = CONTRACT) -> Verdict:
-    found = contract.decide(log_probs)
-    return Verdict(classifier="done", label=found.label, confidence=found.confidence, scores=found.scores)
+    return contract.decide(log_probs).verdict("done")
 
 
 def test_a_verdict_gives_back_what_its_scores_were_made_of() -> None:

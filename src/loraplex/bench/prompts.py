@@ -15,7 +15,7 @@ from loraplex.model.base_weights import BaseWeights
 from loraplex.model.loader import max_positions, read_config, read_layers, read_stop_ids
 from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierChecker, ClassifierReader, ClassifierVersion
-from loraplex.service.evaluation import render
+from loraplex.service.verdict import render
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.prompt import Prompt
 from loraplex.text.tokenizer import Conversations, Tokenizer

@@ -132,17 +132,7 @@ async def _of_base(loraplex: Loraplex, request: ClassifyRequest) -> ClassifyResu
             verdicts.append(Verdict(classifier=name, error=error))
             continue
         log_probs = [await _log_prob(service, prompt, template.label_ids[label]) for label in contract.labels]
-        decision = contract.decide(log_probs)
-        verdicts.append(
-            Verdict(
-                classifier=name,
-                label=decision.label,
-                confidence=decision.confidence,
-                scores=decision.scores,
-                label_mass=decision.label_mass,
-                abstained=decision.abstained,
-            )
-        )
+        verdicts.append(contract.decide(log_probs).verdict(name))
     return ClassifyResult(id="", verdicts=tuple(verdicts), usage=Usage(), timings=Timings())
 
 

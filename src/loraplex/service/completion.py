@@ -10,8 +10,8 @@ from loraplex.errors import InvalidRequestError, quoted
 from loraplex.generation import MAX_TOP, GeneratedToken, GenerateRequest, GenerateResult, LikelyToken, OnToken
 from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
-from loraplex.service.evaluation import make_sequence, render
 from loraplex.service.scoring import scored_tokens, scoring_sequences
+from loraplex.service.verdict import make_sequence, render
 from loraplex.text.detokenizer import Detokenizer
 from loraplex.text.prompt import Prompt, chat, tokenized, verbatim
 from loraplex.text.tokenizer import Conversations

@@ -11,7 +11,7 @@ from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
 from loraplex.service.completion import Completion
 from loraplex.service.computing import Computing, num_chars
-from loraplex.service.evaluation import render
+from loraplex.service.verdict import render
 from loraplex.service.versions import Versions
 from loraplex.text.tokenizer import Conversations
 from loraplex.types import ClassifyRequest

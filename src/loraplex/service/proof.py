@@ -9,7 +9,7 @@ from loraplex.engine.sequence import Outcome, Sequence, SequenceOutput, Target
 from loraplex.errors import AdapterError, BadInputError, ContractError, InputTooLongError, LoraplexError
 from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
-from loraplex.service.evaluation import Evaluation, make_sequence, render
+from loraplex.service.verdict import Evaluation, make_sequence, render
 from loraplex.text.tokenizer import Conversations
 from loraplex.types import ClassifyRequest
 

@@ -8,7 +8,7 @@ from itertools import chain, repeat
 from loraplex.engine.sequence import Sequence, SequenceOutput, Target
 from loraplex.generation import LikelyToken, PromptToken
 from loraplex.service.classifiers import ClassifierVersion
-from loraplex.service.evaluation import make_sequence
+from loraplex.service.verdict import make_sequence
 from loraplex.text.prompt import Prompt
 
 WINDOW = 256  # tokens that one sequence scores

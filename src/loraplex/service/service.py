@@ -19,10 +19,10 @@ from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
 from loraplex.service.completion import Completion
 from loraplex.service.computing import Computing, num_chars
-from loraplex.service.evaluation import Evaluation
 from loraplex.service.prompts import Prompts
 from loraplex.service.registry import AdapterRegistry
 from loraplex.service.state import AdapterState
+from loraplex.service.verdict import Evaluation
 from loraplex.service.versions import Versions
 from loraplex.text.tokenizer import Conversations
 from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Stats, Timings, Usage

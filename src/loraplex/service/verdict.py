@@ -1,4 +1,4 @@
-"""One classifier's part of a call: makes its sequences, and its verdict from their outcomes."""
+"""One classifier's verdict in a call: makes its prompt and sequences, and the verdict from their outcomes."""
 
 import math
 from collections.abc import Sequence as Seq
@@ -64,18 +64,8 @@ class Evaluation:
         contract, labels = self.version.source.contract, self.version.labels
         if contract is not None:
             decision = contract.decide(_label_log_probs(self.outputs, self.version))
-            return Verdict(
-                id=id,
-                classifier=self.name,
-                label=decision.label,
-                confidence=decision.confidence,
-                scores=decision.scores,
-                value=decision.value,
-                label_mass=decision.label_mass,
-                abstained=decision.abstained,
-                adapter=ref,
-                warnings=self.prompt.warnings + decision.warnings or None,
-            )
+            warnings = self.prompt.warnings + decision.warnings or None
+            return replace(decision.verdict(self.name), id=id, adapter=ref, warnings=warnings)
         [output] = self.outputs
         if labels is None:
             label, confidence, scores = (
