@@ -138,7 +138,7 @@ def _row(number: int, line: bytes, classifier: str | None) -> Labelled:
         raise _Wrong(f"is a {type(row).__name__}, not an object")
     given = [key for key in TEXTS if key in row] or [key for key in (ITEM,) if key in row]
     if len(given) != 1:
-        raise _Wrong(f"has {listed(given) if given else 'no text'}: give one of {listed(TEXTS)}")
+        raise _Wrong(f"has {listed(given) if given else 'no text'}: give one of {listed((*TEXTS, ITEM))}")
     labels = row.get("labels", {})
     if classifier is not None and "labels" not in row and "label" in row:
         labels = {classifier: row["label"]}

@@ -83,7 +83,7 @@ def test_every_malformed_line_is_named(tmp_path: Path) -> None:
     message = caught.value.message
     for told in (
         "lines 1, 14-15: is not JSON",
-        "line 3: has no text",
+        "line 3: has no text: give one of 'conversation', 'text', 'messages', 'item'",
         "line 4: has 'conversation', 'text'",
         "line 5: 'text' is a int",
         "line 6: 'text' is empty",
