@@ -137,7 +137,7 @@ class UnknownRouteError(LoraplexError):
     status = 404
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"no route named {quoted(name)}", remedy="GET /v1/routes lists them")
+        super().__init__(f"no route named {quoted(name)}", remedy="`loraplex routes list` or GET /v1/routes lists them")
 
 
 class UnknownVerdictError(LoraplexError):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loraplex.cli.examples import rows_of, write_rows
+from loraplex.cli.examples import check_file, rows_of, write_rows
 from loraplex.config import ServerConfig, validate
 from loraplex.errors import ConfigurationError, InvalidRequestError, StateError
 from loraplex.labelled import read_labelled
@@ -392,8 +392,15 @@ def test_requests_with_one_conversation_are_one_row(tmp_path: Path) -> None:
         assert [one.input for one in read] == ["hello", (Message(role="user", content="Danke, das wär's"),)]
         assert [dict(one.labels) for one in read] == [row["labels"] for row in rows]
     before = (tmp_path / "rows.jsonl.gz").read_bytes()
+    with pytest.raises(ConfigurationError, match="is there already"):
+        check_file(tmp_path / "rows.jsonl.gz")
+    with pytest.raises(ConfigurationError, match="cannot be written: File exists"):
+        write_rows(rows, tmp_path / "rows.jsonl.gz")
+    (tmp_path / "rows.jsonl.gz").unlink()
     write_rows(rows, tmp_path / "rows.jsonl.gz")
     assert (tmp_path / "rows.jsonl.gz").read_bytes() == before
+    with pytest.raises(ConfigurationError, match=r"is no .jsonl.*write --out rows.jsonl"):
+        check_file(tmp_path / "rows.txt")
     with pytest.raises(ConfigurationError, match="cannot be written"):
         write_rows(rows, tmp_path / "missing" / "rows.jsonl")
 

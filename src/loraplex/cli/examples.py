@@ -38,15 +38,25 @@ def rows_of(found: Iterable[Example]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def check_file(out: Path) -> None:
+    """Raise ConfigurationError where rows cannot be written to this file, or a file is there already."""
+    if not out.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ConfigurationError(
+            f"--out {out}", "is no .jsonl and no .jsonl.gz file", remedy=f"write --out {out.stem or 'corrected'}.jsonl"
+        )
+    if out.exists():
+        raise ConfigurationError(f"--out {out}", "is there already", remedy="name another file, or remove this one")
+
+
 def write_rows(rows: Seq[dict[str, Any]], out: Path | None) -> None:
-    """Write rows as JSON lines: to a file that only its owner may read, or to standard output."""
+    """Write rows as JSON lines: to a new file that only its owner may read, or to standard output."""
     written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if out is None:
         sys.stdout.buffer.write(written)
         sys.stdout.buffer.flush()
         return
     try:
-        with open(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        with open(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(gzip.compress(written, mtime=0) if out.suffix == ".gz" else written)
     except OSError as exc:
         raise ConfigurationError(

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loraplex.amounts import counted, duration_s
-from loraplex.cli.examples import rows_of, write_rows
+from loraplex.cli.examples import check_file, rows_of, write_rows
 from loraplex.cli.options import stderr, stdout
 from loraplex.cli.remote import URL, JsonOption, NameArgument, UrlOption, asking, print_fields, print_json
 from loraplex.errors import ConfigurationError
@@ -216,7 +216,7 @@ def export(
         ),
     ] = "corrected",
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A .jsonl or .jsonl.gz file. Default: standard output.")
+        Path | None, typer.Option(metavar="FILE", help="A new .jsonl or .jsonl.gz file. Default: standard output.")
     ] = None,
     url: UrlOption = URL,
 ) -> None:
@@ -232,6 +232,8 @@ def export(
     if only not in ("corrected", "all"):
         raise typer.BadParameter(f"{only!r} is neither corrected nor all", param_hint="--only")
     with asking(url) as client:
+        if out is not None:
+            check_file(out)
         found: list[Example] = []
         after: str | None = None
         while True:
