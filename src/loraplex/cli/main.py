@@ -1,5 +1,7 @@
 """`loraplex`: the command line. Gathers the commands; each has a file of its own."""
 
+import inspect
+
 import typer
 
 import loraplex
@@ -23,6 +25,19 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(routes.app, name="routes")
 app.add_typer(keys.app, name="keys")
 app.add_typer(sagemaker.app, name="sagemaker")
+
+
+def _unwrap(commands: typer.Typer) -> None:
+    """Let each paragraph of the commands' help fill the terminal: the docstrings' own line ends would stay."""
+    for command in commands.registered_commands:
+        paragraphs = inspect.cleandoc(command.help or getattr(command.callback, "__doc__", None) or "").split("\n\n")
+        command.help = "\n\n".join(" ".join(one.split()) for one in paragraphs)
+    for group in commands.registered_groups:
+        if group.typer_instance is not None:
+            _unwrap(group.typer_instance)
+
+
+_unwrap(app)
 
 
 def _version(wanted: bool) -> None:

@@ -52,7 +52,8 @@ def _setting(name: str, model: type[BaseModel], *, has_variable: bool = True) ->
     number = kind.__name__ if kind in (int, float) else None
     if number is not None:
         kind = str  # read by the settings, whose message shows the value and says where it was given
-    default = "" if field.default in (None, (), False) else f" (default: {field.default})"
+    has_default = field.default is not None and field.default is not False and field.default != ()
+    default = f" (default: {field.default})" if has_default else ""
     what = field.description or ""
     repeatable = " Repeatable." if kind == list[str] else ""
     return Annotated[
