@@ -198,6 +198,12 @@ def unknown_field(
     return f"unknown {noun} {quoted(place)}{hint}", f"use: {', '.join(known)}" if known else "leave it out"
 
 
+def similar(names: Iterable[str], known: Iterable[str]) -> str:
+    """Return which of the known names the user may have meant, as a question; empty where none is like another."""
+    near = {name: difflib.get_close_matches(name[:MAX_QUOTED], list(known), 1) for name in names}
+    return "; ".join(f"did you mean {found[0]} for {name}?" for name, found in near.items() if found)
+
+
 def _path(error: Any, value: Any) -> tuple[str | int, ...]:
     """Return the path in `value` of a pydantic error, without the union members that pydantic tried."""
     path: list[str | int] = []

@@ -340,7 +340,7 @@ def test_a_dry_run_reports_on_the_data_and_ends(tmp_path: Path, base: Path) -> N
         "--template",
         TEMPLATE,
         "--classifier",
-        "isDone",
+        "isDone, mood,isDone",
         "--classifier",
         "mood",
     )
@@ -349,15 +349,16 @@ def test_a_dry_run_reports_on_the_data_and_ends(tmp_path: Path, base: Path) -> N
         "43 conversations: ",
         "labels, the positive first",
         "1 conversation comes from `loraplex routes export`, so its text becomes no golden example",
-        "warning: 1 conversations have no label for these classifiers",
-        "warning: 2 conversations were there before",
-        "warning: 1 labels contradict",
-        "warning: line 44: the prompt is too long",
-        "mood has fewer than 10 conversations with 'sad'",
-        "mood: no conversation of dev has the label 'sad'",
+        "warning: 1 conversation without a label for these classifiers",
+        "warning: 2 conversations like an earlier one",
+        "warning: 1 label unlike that of the same conversation elsewhere",
+        "warning: line 44: too long, and cut; of line 44, the prompt has ",
+        " at most; its beginning was cut, and ",
+        "warning: mood: fewer than 10 conversations with 'sad', and none with 'sad' in dev, 'sad' in calibration",
         "weights in the loss",
     ):
         assert told in said, said
+    assert said.count("mood:") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -365,7 +366,12 @@ def test_a_dry_run_reports_on_the_data_and_ends(tmp_path: Path, base: Path) -> N
     ("yaml_text", "options", "what"),
     [
         ("rank: 0\n", [], "train.yaml, key 'rank'"),
-        ("rnak: 4\n", [], "rnak"),
+        (
+            "rnak: 4\nover_write: true\n",
+            [],
+            "unknown key 'over_write'; did you mean overwrite?; unknown key 'rnak'; did",
+        ),
+        ("rnak: 4\n", [], "remedy: use: base, data, out, classifier"),
         ("rank: 4\n", ["--rank", "0"], "--rank 0"),
         ("device: gpu\n", [], "is no device"),
         ("dry_run: maybe\n", [], "dry_run"),
@@ -373,6 +379,7 @@ def test_a_dry_run_reports_on_the_data_and_ends(tmp_path: Path, base: Path) -> N
         ("", ["--kind", "lora", "--invocation", "x"], "no effect with kind lora"),
         ("targets: q_proj,nose\n", [], "has no layers 'nose'"),
         ("classifier: nobody\n", [], "no conversation has a label for it"),
+        ("classifier: isfraud\n", [], "remedy: did you mean isFraud for isfraud? The data has: "),
         ("questions: none.yaml\n", [], "none.yaml"),
         ("base: null\n", ["--data", "x"], "--base: is missing"),
     ],

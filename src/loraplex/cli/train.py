@@ -18,6 +18,7 @@ from loraplex.cli.options import errors_to_exit, origins, quiet_libraries, setti
 from loraplex.config import read_yaml, resolve, validate
 from loraplex.errors import ConfigurationError, listed
 from loraplex.labelled import numbers
+from loraplex.problems import unknown_field
 from loraplex.service.preparation import is_installed
 from loraplex.training.settings import TrainInputs, TrainSettings
 
@@ -49,7 +50,8 @@ def train(
 
     Ctrl-C ends the training after the step, and writes the best adapters so far; a second one ends it at once.
 
-    Exit code 0: all adapters are written; 1: something failed; 2: wrong usage; 130: interrupted.
+    Exit code 0: all adapters are written; 1: an error, told with its remedy; 2: an error of the command line, told
+    with its usage; 130: interrupted.
     """
     with errors_to_exit():
         inputs, settings = _read(config, options, origins(context))
@@ -107,6 +109,9 @@ def _read(
 ) -> tuple[TrainInputs, TrainSettings]:
     """Return the options of the command line over those of the YAML file."""
     file = {} if config is None else read_yaml(config, ConfigurationError)
+    known = [*TrainInputs.model_fields, *TrainSettings.model_fields]
+    if unknown := [unknown_field(str(key), key, known, "key") for key in file if key not in known]:
+        raise ConfigurationError(config, "; ".join(what for what, _ in unknown), remedy=unknown[0][1])
     ours = {key: file.pop(key) for key in list(file) if key in TrainInputs.model_fields}
     validate(TrainInputs, ours, config)
     validate(TrainSettings, file, config)  # so that an error names the file
@@ -161,7 +166,7 @@ class _Screen:
 
     def data(self, report: "DataReport", weights: Mapping[str, Mapping[str, float]]) -> None:
         sides = ", ".join(f"{count} {side}" for side, count in report.split.items())
-        stderr.print(f"{report.num_conversations} conversations: {sides}", markup=False)
+        stderr.print(f"{counted(report.num_conversations, 'conversation')}: {sides}", markup=False)
         table = Table("classifier", "labels, the positive first", "without a label", "weights in the loss", box=None)
         for name, counts in report.counts.items():
             total = sum(counts.values()) or 1
@@ -213,26 +218,29 @@ class _Screen:
         self.results.add_row(name, *figures, "0" if after is None else str(after.n), str(folder))
 
     def close(self) -> None:
-        self._bars.stop()
+        if self._bars.live.is_started:  # rich would write an empty line
+            self._bars.stop()
 
 
 def _warnings(report: "DataReport") -> Iterator[str]:
     """Yield what is odd in the data."""
-    if report.num_unlabelled:
-        yield f"{report.num_unlabelled} conversations have no label for these classifiers, and are left out"
-    if report.num_duplicates:
-        yield f"{report.num_duplicates} conversations were there before; all copies stay on one side of the split"
-    if sum(report.contradictions.values()):
-        yield f"{sum(report.contradictions.values())} labels contradict those of the same conversation elsewhere"
-    if report.cut:
-        yield f"{_some(report.cut)}: the prompt is too long, and its oldest turns are cut"
-    if report.left_out:
-        yield f"{_some(report.left_out)}: the prompt does not fit, and is left out"
+    if num := report.num_unlabelled:
+        yield f"{counted(num, 'conversation')} without a label for these classifiers: left out"
+    if num := report.num_duplicates:
+        yield f"{counted(num, 'conversation')} like an earlier one; all copies stay on one side of the split"
+    if num := sum(report.contradictions.values()):
+        yield f"{counted(num, 'label')} unlike that of the same conversation elsewhere"
+    for lines, what in ((report.cut, "cut"), (report.left_out, "left out")):
+        if lines:
+            yield f"{_some(lines)}: too long, and {what}; of line {lines[0]}, {report.too_long[lines[0]]}"
     for name, counts in report.counts.items():
+        told = []
         if rare := [f"{label!r}" for label, count in counts.items() if count < FEW]:
-            yield f"{name} has fewer than {FEW} conversations with {', '.join(rare)}"
-    for name, label, side in report.unseen:
-        yield f"{name}: no conversation of {side} has the label {label!r}"
+            told.append(f"fewer than {FEW} conversations with {', '.join(rare)}")
+        if unseen := [f"{label!r} in {side}" for of, label, side in report.unseen if of == name]:
+            told.append(f"none with {', '.join(unseen)}")
+        if told:
+            yield f"{name}: {', and '.join(told)}"
     for side, use in (("dev", "nothing says how good they are"), ("calibration", "their scores are not calibrated")):
         if report.split[side] < FEW:
             yield f"{side} has {counted(report.split[side], 'conversation')}: too few, so {use}"

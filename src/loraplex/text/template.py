@@ -99,7 +99,7 @@ class Template:
                 conversation, ids = self._truncate(end, len(ids), conversations)
                 warnings.append(
                     f"cut_conversation: the prompt has {num_tokens} tokens, {self._room} at most; "
-                    f"the oldest turns were cut, and {len(ids)} tokens are left"
+                    f"its beginning was cut, and {len(ids)} tokens are left"
                 )
                 break
         head, tail = self.parts(conversation, conversations)

@@ -36,11 +36,12 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TooLong:
-    """A row whose prompt was cut, or did not fit at all."""
+    """A row whose prompt was cut, or did not fit at all. why: how many tokens it has, and how many may be."""
 
     row: int
     classifier: int
     is_left_out: bool
+    why: str
 
 
 def ask(
@@ -67,16 +68,18 @@ def ask(
                 continue
             try:
                 prompt = template.prompt(row.input, conversations)
-            except InputTooLongError:
-                too_long.append(TooLong(row=index, classifier=classifier, is_left_out=True))
+            except InputTooLongError as exc:
+                too_long.append(TooLong(row=index, classifier=classifier, is_left_out=True, why=exc.message))
                 continue
             except InvalidRequestError as exc:
                 lines = wrong.setdefault(exc.message, [])
                 if row.line not in lines[-1:]:
                     lines.append(row.line)
                 continue
-            if any(warning.startswith("cut_conversation") for warning in prompt.warnings):
-                too_long.append(TooLong(row=index, classifier=classifier, is_left_out=False))
+            for warning in prompt.warnings:
+                code, _, why = warning.partition(": ")
+                if code == "cut_conversation":
+                    too_long.append(TooLong(row=index, classifier=classifier, is_left_out=False, why=why))
             at = prompt.activation if is_shared else 0
             asked.append(
                 Asked(

@@ -10,6 +10,7 @@ from loraplex.classifier import CONVERSATION, QUESTION, Contract
 from loraplex.config import read_yaml, validate
 from loraplex.errors import ConfigurationError, ContractError, listed, quoted
 from loraplex.labelled import Label, Labelled
+from loraplex.problems import similar
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.template import Template
 from loraplex.training.settings import TrainSettings
@@ -161,7 +162,7 @@ def check_names(names: Seq[str], rows: Seq[Labelled]) -> tuple[str, ...]:
             raise ConfigurationError(
                 f"--classifier {name}",
                 "no conversation has a label for it",
-                remedy=f"the data has: {listed(list(known)) or 'none'}",
+                remedy=f"{similar([name], known)} The data has: {listed(list(known)) or 'none'}".strip(),
             )
     if not known:
         raise ConfigurationError(

@@ -74,7 +74,9 @@ def prepare(
         for name, given in questions.items()
         if isinstance(given.get("labels"), list)
     }
-    rows = read_labelled(data, known, classifiers[0] if len(classifiers) == 1 else None)
+    rows = read_labelled(
+        data, known, classifiers[0] if len(classifiers) == 1 else None, option="--classifier", new=classifiers
+    )
     names = check_names(classifiers, rows)
     for name in names:
         check_name(name, f"classifier {name!r}")

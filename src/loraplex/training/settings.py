@@ -10,17 +10,24 @@ from loraplex.problems import NumbersAreNoBooleans, wrong
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+def _each_once(given: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of a list in which several may stand with commas."""
+    return tuple(dict.fromkeys(name.strip() for one in given for name in one.split(",") if name.strip()))
+
+
 class TrainInputs(NumbersAreNoBooleans):
     """What is trained, from what and to where. Paths are relative to the working directory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str | None = Field(None, description="the base to train adapters for: a folder, or an id on the hub")
-    data: str | None = Field(None, description="labelled conversations: a file .jsonl or .jsonl.gz")
+    data: str | None = Field(None, description="labelled conversations: a .jsonl or .jsonl.gz file")
     out: str | None = Field(None, description="the folder to write the adapters into, a bundle")
     classifier: Annotated[
-        tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
-    ] = Field((), description="train this one; all that have labels by default")
+        tuple[str, ...],
+        AfterValidator(_each_once),
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    ] = Field((), description="train these, with commas; all that have labels by default")
     questions: str | None = Field(
         None,
         description="YAML file: classifier -> its question, or keys of its contract, such as labels with the positive "
@@ -53,13 +60,16 @@ class TrainSettings(NumbersAreNoBooleans):
     rank: int = Field(16, ge=1, le=1024, description="rank of each LoRA update")
     alpha: float | None = Field(None, gt=0, description="scale of the updates; twice the rank by default")
     targets: str = Field(
-        "all-linear", description="layers to train: all-linear, or the ends of their names with commas"
+        "all-linear",
+        description="layers to train: all-linear, or the ends of their names with commas, such as q_proj,v_proj",
     )
     template: str | None = Field(None, description="the prompt, with {conversation}; by default from the chat template")
     invocation: str | None = Field(
         None, description="with kind alora: the text in the prompt from which on the adapter acts; by default its end"
     )
-    max_length: int | None = Field(None, ge=8, description="maximum tokens of a prompt; older turns are cut")
+    max_length: int | None = Field(
+        None, ge=8, description="maximum tokens of a prompt, by default the base's; older turns are cut"
+    )
     learning_rate: float = Field(1e-3, gt=0, le=1, description="the highest; it rises, then falls as a cosine")
     epochs: float | None = Field(
         None,

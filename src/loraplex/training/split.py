@@ -31,7 +31,8 @@ class DataReport:
     num_duplicates: conversations that are there before, word for word; they stay on one side of the split.
     contradictions: classifier -> conversations that are there twice with different labels.
     num_exported:  conversations from `loraplex routes export`.
-    cut, left_out:  lines with a prompt that lost its oldest turns, and with one that did not fit at all.
+    cut, left_out:  lines with a prompt that lost its beginning, and with one that did not fit at all.
+    too_long:      such a line -> how many tokens its prompt has, and how many it may have.
     unseen:        (classifier, label, side) where no conversation of this side has the label.
     """
 
@@ -44,6 +45,7 @@ class DataReport:
     num_exported: int
     cut: tuple[int, ...]
     left_out: tuple[int, ...]
+    too_long: Mapping[int, str]
     unseen: tuple[tuple[str, str, str], ...]
     split: Mapping[str, int]
 
@@ -130,6 +132,7 @@ def report_on(
         num_exported=sum(row.is_exported for row in rows),
         cut=_lines(rows, (one.row for one in too_long if not one.is_left_out)),
         left_out=_lines(rows, (one.row for one in too_long if one.is_left_out)),
+        too_long={rows[one.row].line: one.why for one in reversed(too_long)},
         unseen=tuple(
             (name, label, side)
             for name, of in labels.items()
