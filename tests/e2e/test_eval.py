@@ -129,11 +129,14 @@ def test_a_question_that_fails_is_counted_and_named(tiny_bundle: Path, tmp_path:
     ("rows", "arguments", "told"),
     [
         ([{"text": "a", "labels": {"task0": "maybe"}}], [], "line 1: label 'maybe' of 'task0' is not among"),
-        ([{"text": "a", "labels": {"task0": 3}}], [], "line 1: the label of 'task0' is no label"),
+        ([{"text": "a", "labels": {"task0": 3}}], [], "line 1: the label of 'task0' is 3, a number"),
+        ([{"text": "a", "label": True}], [], "line 1: has a 'label' for no classifier: give one --classifier NAME"),
         ([{"text": "a", "labels": {"other": True}}], [], "no conversation has a label that can be asked for"),
         ([{"text": "a", "labels": {"task0": True}}], ["--classifiers", "task0,isFraud"], "named 'isFraud'"),
         ([{"text": "a", "labels": {"task0": True}}], ["--conversations", "2"], "holds 1"),
         ([{"text": "a", "labels": {"task0": True}}], ["--html", "no/such/folder.html"], "no such folder"),
+        ([{"text": "a", "labels": {"task0": True}}], ["--html", "."], "--html .: is a folder"),
+        ([{"text": "a", "labels": {"task0": True}}], ["--html", "DATA"], "is the file of --data"),
         ([], [], "holds no conversations"),
     ],
 )
@@ -144,10 +147,12 @@ def test_wrong_input_is_told_before_anything_is_loaded(
     shutil.copytree(tiny_bundle, broken)
     (broken / "model.safetensors").write_bytes(b"")
     data = write(tmp_path / "data.jsonl", rows)
+    arguments = [str(data) if one == "DATA" else one for one in arguments]
     for command in ("eval", "calibrate"):
         if command == "eval" or "--html" not in arguments:
             done = run(command, broken, "--data", data, *arguments, code=1)
             assert told in done.stderr and "remedy" in done.stderr
+    assert [json.loads(line) for line in data.read_text().splitlines()] == rows
 
 
 @pytest.mark.parametrize(
@@ -160,6 +165,22 @@ def test_wrong_input_is_told_before_anything_is_loaded(
 )
 def test_options_without_an_effect_are_refused(arguments: list[str], told: str) -> None:
     assert told in run("eval", *arguments, "--data", "x.jsonl", code=2).stderr
+
+
+def test_figures_are_shown_on_80_columns_also_where_the_page_cannot_be_written(tiny_bundle: Path, data: Path) -> None:
+    page = data.parent / f"{'long' * 60}.html"  # a name that fits, but not with the end of a half-written file's
+    done = run("eval", tiny_bundle, "--data", data, "--html", page, code=1, COLUMNS="80")
+    assert "cannot be written: File name too long" in done.stderr
+    head = done.stdout.splitlines()
+    assert head[1].split() == ["classifier", "n", "accuracy", "F1", "AUC", "ECE", "through", "of", "these"]
+    assert max(map(len, head[:5])) <= 80 and all(head), head
+
+
+def test_a_url_is_the_server_s_alone(tiny_server: serving.Server, data: Path) -> None:
+    assert (
+        "give the server's URL without a path" in run("eval", f"{tiny_server.url}/foo", "--data", data, code=1).stderr
+    )
+    assert "contracts are files of a bundle" in run("calibrate", tiny_server.url, "--data", data, code=1).stderr
 
 
 def test_a_server_that_is_not_there_is_an_error(data: Path) -> None:
@@ -263,6 +284,7 @@ def test_what_is_not_fitted_has_a_reason(bundle: Path, labelled: Path) -> None:
     done = run("calibrate", bundle, "--data", labelled, "--dtype", "float32", code=1)
     assert "calm: left as it is, because two labels with 10 conversations each are needed" in done.stdout
     assert "done/classifier.yaml: written" in done.stdout and "threshold" in done.stdout
+    assert all(done.stdout.splitlines()) and max(map(len, done.stdout.splitlines()[:4])) <= 80, done.stdout
     assert (bundle / "calm" / "classifier.yaml").read_text() == CONTRACT
     assert "--objective F2" in run("calibrate", bundle, "--data", labelled, "--objective", "F2", code=1).stderr
     assert "--abstain-error" in run("calibrate", bundle, "--data", labelled, "--abstain-error", "2", code=2).stderr

@@ -71,10 +71,12 @@ def test_a_classifier_is_asked_where_it_has_a_label() -> None:
 
 
 def test_nothing_to_ask_and_unknown_names_are_refused() -> None:
-    with pytest.raises(UnknownClassifierError, match="'doen'"):
+    with pytest.raises(UnknownClassifierError, match=r"'doen' \(did you mean done for doen\? Or use one of: done"):
         plan([row(1, done=True)], {"done": True}, ("doen",), DATA)
-    with pytest.raises(ConfigurationError, match="can be asked for"):
+    with pytest.raises(ConfigurationError, match="labels for 'other', and asked can be 'done'"):
         plan([row(1, other=True)], {"done": True}, (), DATA)
+    with pytest.raises(ConfigurationError, match=r"did you mean done for doen\?"):
+        plan([row(1, doen=True)], {"done": True}, (), DATA)
     with pytest.raises(ConfigurationError, match="can be asked for"):
         plan([row(1, verbatim=True)], {"verbatim": False}, (), DATA)
     for num in (0, 3):
@@ -133,8 +135,23 @@ def test_the_report_has_plain_figures_and_their_intervals(tmp_path: Path) -> Non
     assert [line[0] for line in rows(found, ("f1",))] == ["done", "calm", "mean"]
     assert rows(found, ("f1",))[0][5].startswith("0.667 (") and rows(found, ())[1][1:3] == ["0", "-"]
     told = "\n".join(remarks(found))
-    assert "calm: 2 times not answered, input_too_long (line 8" in told and "verbatim: no figures" in told
-    assert "idle: no figures, because no conversation" in told and "labels for other (1 conv" in told
+    assert "calm: 2 times not answered, input_too_long (line 8" in told and "no figures (verbatim): it has no" in told
+    assert "no figures (idle): no conversation" in told and "labels for other (1 conversation), and no" in told
+    assert rows(found, (), ("f1", "n"))[1:] == [["calm", "-", "0"], ["mean", "0.667", "4"]]
+
+
+def test_remarks_are_few(tmp_path: Path) -> None:
+    names = {f"task{number}": True for number in range(16)}
+    planned = plan([row(1, task0=True, tsak1=True, stranger=True)], names, (), DATA)
+    found = {
+        "classifiers": {"task0": {"failures": []}},
+        "left_out": planned.left_out,
+        "unknown_labels": planned.unknown,
+    }
+    warning, rest = remarks(found | {"trained_on_data": []})
+    assert warning.startswith("warning: the data has labels for stranger (1 conversation), tsak1 (1 conversation), and")
+    assert warning.endswith("; did you mean task1 for tsak1?")
+    assert rest == f"no figures (task1, task2, task3, task4, task5, … (15 in all)): {UNLABELLED}"
 
 
 class Page(HTMLParser):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from loraplex.bundle import Bundle, open_bundle
 from loraplex.cli.options import quiet_libraries, stderr, tell
@@ -21,14 +22,23 @@ if TYPE_CHECKING:  # they import numpy
     from loraplex.evaluation.asking import Plan
     from loraplex.inprocess import Loraplex
 
+OPTION = "--classifier"  # which names those that are asked
 INTERRUPTED = 130  # as a shell says of a command that Ctrl-C ended
 
 DataOption = Annotated[
     Path,
-    typer.Option("--data", metavar="FILE", help="Labelled conversations: .jsonl or .jsonl.gz.", show_default=False),
+    typer.Option(
+        "--data", metavar="FILE", help="Labelled conversations: a .jsonl or .jsonl.gz file.", show_default=False
+    ),
 ]
 ClassifiersOption = Annotated[
-    str, typer.Option("--classifiers", metavar="NAMES", help="With commas. Default: all that the data has labels for.")
+    list[str] | None,
+    typer.Option(
+        OPTION,
+        "--classifiers",
+        metavar="NAMES",
+        help="With commas, or repeated. Default: all that the data has labels for.",
+    ),
 ]
 ConversationsOption = Annotated[
     int | None,
@@ -53,14 +63,26 @@ class Loaded:
     about: Mapping[str, Any]
 
 
-def names_of(given: str) -> tuple[str, ...]:
-    """Return the names of an option that takes several, with commas."""
-    return tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+def names_of(given: Seq[str] | None) -> tuple[str, ...]:
+    """Return the names of an option that takes several, with commas or repeated. Each counts once."""
+    return tuple(dict.fromkeys(name.strip() for one in given or () for name in one.split(",") if name.strip()))
+
+
+def figures_table(*titles: str) -> Table:
+    """Return an empty table of figures. It is as narrow as they are: where the terminal is narrower, names fold."""
+    table = Table(*(one.replace(" ", "\n", 1) for one in titles), box=None, collapse_padding=True, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    return table
 
 
 @contextmanager
 def progress(num: int) -> Iterator[Callable[[], None]]:
-    """Show on standard error how many conversations were asked. Yields a function to call after each."""
+    """Show on standard error, if it is a terminal, how many conversations were asked. Yields a function to call after
+    each."""
+    if not stderr.is_interactive:  # rich would write an empty line
+        yield lambda: None
+        return
     columns = (TextColumn("asked"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr) as bars:
         task = bars.add_task("", total=num)
@@ -93,7 +115,7 @@ def loaded(
     bundle = add_adapters(bundle, adapters or {}, config, tell)
     contracts = {one.name: one.contract.labels for one in bundle.adapters if one.contract is not None}
     checked = {name: contracts[name] for name in wanted or contracts if name in contracts}
-    rows = sample(read_labelled(data, checked, wanted[0] if len(wanted) == 1 else None), num, data)
+    rows = sample(read_labelled(data, checked, wanted[0] if len(wanted) == 1 else None, option=OPTION), num, data)
     names = [one.name for one in bundle.adapters]
     planned = plan(rows, dict.fromkeys(names, True), wanted, data)
     asked = {name for one in planned.questions for name in one.classifiers}

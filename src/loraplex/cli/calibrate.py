@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
+from loraplex.amounts import counted
 from loraplex.cli.asked import (
     INTERRUPTED,
     ClassifiersOption,
     ConversationsOption,
     DataOption,
+    figures_table,
     loaded,
     names_of,
     progress,
@@ -32,6 +33,7 @@ from loraplex.errors import ConfigurationError
 from loraplex.service.preparation import is_installed
 
 if TYPE_CHECKING:  # they import numpy
+    from loraplex.evaluation.asking import Plan
     from loraplex.evaluation.recalibration import Recalibration
 
 SHOWN = {
@@ -48,7 +50,7 @@ def calibrate(
     context: typer.Context,
     path: PathArgument,
     data: DataOption,
-    classifiers: ClassifiersOption = "",
+    classifiers: ClassifiersOption = None,
     conversations: ConversationsOption = None,
     objective: Annotated[
         str,
@@ -81,11 +83,18 @@ def calibrate(
 
     Example: [bold]loraplex calibrate bundle --data labelled.jsonl --objective cost=5 --abstain-error 0.01[/]
 
-    Exit code 0: all were fitted; 1: one was left as it is, or something failed; 2: wrong usage; 130: interrupted.
+    Exit code 0: all were fitted; 1: an error, told with its remedy, or one was left as it is; 2: an error of the
+    command line, told with its usage; 130: interrupted.
     """
     if abstain_error is not None and not 0 <= abstain_error < 1:
         raise typer.BadParameter(f"{abstain_error} is not a share from 0 to below 1", param_hint="--abstain-error")
     with errors_to_exit():
+        if path.startswith(("http://", "https://")):
+            raise ConfigurationError(
+                path,
+                "is a server's URL, and contracts are files of a bundle",
+                remedy="give the bundle; then let the server read it again: loraplex adapters load NAME NAME",
+            )
         if not is_installed("scipy"):
             raise ConfigurationError("calibrate", "SciPy is not installed", remedy="pip install 'loraplex[train]'")
         from loraplex.evaluation.asking import ask_in_process
@@ -119,8 +128,9 @@ def calibrate(
     if as_json:
         typer.echo(json.dumps(_json(done, kept, failed, is_written=not dry_run), ensure_ascii=False, allow_nan=False))
     else:
-        _show(done, kept | dict(found.plan.left_out), failed)
-        stdout.print("nothing was written (--dry-run)" if dry_run else "\n".join(f"{file}: written" for file in texts))
+        _show(done, kept, failed, found.plan)
+        for line in ["nothing was written (--dry-run)"] if dry_run else [f"{file}: written" for file in texts]:
+            stdout.print(line, markup=False)
     if kept or failed:
         raise typer.Exit(1)
 
@@ -146,26 +156,34 @@ def _json(
     }
 
 
-def _show(done: "Mapping[str, Recalibration]", kept: Mapping[str, str], failed: Mapping[str, int]) -> None:
-    from loraplex.evaluation.report import cell, number
+def _show(
+    done: "Mapping[str, Recalibration]", kept: Mapping[str, str], failed: Mapping[str, int], plan: "Plan"
+) -> None:
+    from loraplex.evaluation.report import cell, left_out_lines, number, stranger_lines
 
-    table = Table("classifier", "fitted to", "judged on", *SHOWN.values(), box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    for line in stranger_lines(plan.unknown, [*done, *kept, *plan.left_out]):
+        stdout.print(line, markup=False)
+    table = figures_table("classifier", "contract", *SHOWN.values())
     for name, one in done.items():
-        pairs = (f"{cell(number(one.before, key))} > {cell(number(one.after, key))}" for key in SHOWN)
-        table.add_row(escape(name), f"{one.num_fitted:,}", f"{one.after.n:,}", *pairs)
+        table.add_row(escape(name), "before", *(cell(number(one.before, key)) for key in SHOWN))
+        table.add_row("", "after", *(cell(number(one.after, key)) for key in SHOWN))
     if done:
         stdout.print(table)
     for name, one in done.items():
-        stdout.print(f"{name}: {json.dumps(one.keys, ensure_ascii=False)[1:-1]}", markup=False)
+        stdout.print(
+            f"{name}: fitted to {counted(one.num_fitted, 'conversation')}, judged on {one.after.n:,}: "
+            f"{json.dumps(one.keys, ensure_ascii=False)[1:-1]}",
+            markup=False,
+        )
         worse = [title for key, title in SHOWN.items() if key in ("f1", "log_loss") and _is_worse(key, one)]
         if worse:
             stdout.print(f"warning: {name}: {' and '.join(worse)} became worse on the other half", markup=False)
     for name, why in kept.items():
         stdout.print(f"{name}: left as it is, because {why}", markup=False)
+    for line in left_out_lines(plan.left_out, "left as they are"):
+        stdout.print(line, markup=False)
     for name, num in failed.items():
-        stdout.print(f"{name}: {num:,} questions were not answered", markup=False)
+        stdout.print(f"{name}: {counted(num, 'question')} not answered", markup=False)
 
 
 def _is_worse(key: str, one: "Recalibration") -> bool:

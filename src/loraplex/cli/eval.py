@@ -1,6 +1,7 @@
 """`loraplex eval`: how well the classifiers of a bundle or a server answer labelled conversations."""
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
+from loraplex.amounts import counted
 from loraplex.cli.asked import (
     INTERRUPTED,
+    OPTION,
     ClassifiersOption,
     ConversationsOption,
     DataOption,
+    figures_table,
     loaded,
     names_of,
     progress,
@@ -32,7 +35,7 @@ from loraplex.cli.options import (
     stdout,
 )
 from loraplex.cli.remote import JsonOption
-from loraplex.errors import ConfigurationError, ForbiddenError
+from loraplex.errors import ConfigurationError, ForbiddenError, NotFoundError
 
 if TYPE_CHECKING:
     from loraplex.evaluation.asking import Outcome, Plan
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
 CONCURRENCY = 8  # conversations that a server is asked about at once
 TIMEOUT_S = 300.0
+# The columns that 80 characters hold. --json and --html have all figures.
+SHOWN = ("n", "accuracy", "f1", "auc", "ece", "coverage", "wrong_above_gate")
 
 Evaluated = tuple[dict[str, "Judged"], dict[str, Any]]  # by classifier, and the report
 
@@ -55,7 +60,7 @@ def evaluate(
         ),
     ],
     data: DataOption,
-    classifiers: ClassifiersOption = "",
+    classifiers: ClassifiersOption = None,
     conversations: ConversationsOption = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page with plots, and the texts of the worst mistakes.")
@@ -79,9 +84,10 @@ def evaluate(
 
     Example: [bold]loraplex eval examples/support_desk/bundle --data dev.jsonl.gz --html report.html[/]
 
-    Example: [bold]loraplex eval http://127.0.0.1:8000 --data dev.jsonl.gz --classifiers isFraud --json[/]
+    Example: [bold]loraplex eval http://127.0.0.1:8000 --data dev.jsonl.gz --classifier isFraud --json[/]
 
-    Exit code 0: every question was answered; 1: something failed; 2: wrong usage; 130: interrupted.
+    Exit code 0: every question was answered; 1: an error, told with its remedy, or a question without an answer; 2: an
+    error of the command line, told with its usage; 130: interrupted.
     """
     given, wanted, adapters = origins(context), names_of(classifiers), named_adapters(adapter)
     is_url = source.startswith(("http://", "https://"))
@@ -91,8 +97,8 @@ def evaluate(
                 f"has no effect on a {'running server' if is_url else 'bundle'}", param_hint=given[name].strip()
             )
     with errors_to_exit():
-        if html is not None and not html.absolute().parent.is_dir():
-            raise ConfigurationError(f"--html {html}", "there is no such folder", remedy="make it, or correct the path")
+        if html is not None:
+            _check_page(html, data)
         try:
             if is_url:
                 judged, report = _at_server(source, data, wanted, conversations, concurrency or CONCURRENCY)
@@ -102,14 +108,29 @@ def evaluate(
         except KeyboardInterrupt:
             stderr.print("interrupted")
             raise typer.Exit(INTERRUPTED) from None
-        if html is not None:
+        if as_json:
+            typer.echo(json.dumps(report, ensure_ascii=False, allow_nan=False))
+        else:
+            _show(report)
+        if html is not None:  # at the end, so that an error costs no figures
             _write(html, judged, report)
-    if as_json:
-        typer.echo(json.dumps(report, ensure_ascii=False, allow_nan=False))
-    else:
-        _show(report)
     if report["mean"]["failed"]:
         raise typer.Exit(1)
+
+
+def _check_page(path: Path, data: Path) -> None:
+    """Raise ConfigurationError where the page could not be written, or would replace the data."""
+    what = ""
+    if not path.absolute().parent.is_dir():
+        what = "there is no such folder"
+    elif path.is_dir():
+        what = "is a folder"
+    elif path.exists() and data.exists() and path.samefile(data):
+        what = "is the file of --data"
+    elif not os.access(path.absolute().parent, os.W_OK):
+        what = "its folder cannot be written to"
+    if what:
+        raise ConfigurationError(f"--html {path}", what, remedy="name another file, such as report.html")
 
 
 def _in_process(
@@ -140,7 +161,12 @@ def _at_server(url: str, data: Path, wanted: Seq[str], num: int | None, concurre
 
     about = {"started": now(), "command": command(), "versions": versions(("loraplex",))}
     with Client(url, timeout=TIMEOUT_S) as client:
-        names = [one.id for one in client.models() if one.parent is not None]
+        try:
+            names = [one.id for one in client.models() if one.parent is not None]
+        except NotFoundError as exc:
+            raise ConfigurationError(
+                url, f"has no models: {exc.message}", remedy="give the server's URL without a path"
+            ) from None
         try:
             found = {one.name: one for one in client.adapters()}
             leads_to = {one.name: next(iter(one.targets)) for one in client.routes()}
@@ -152,7 +178,7 @@ def _at_server(url: str, data: Path, wanted: Seq[str], num: int | None, concurre
         labels = {name: one.labels for name, one in listed.items() if one is not None and one.labels is not None}
         known = {name: one is None or one.state != "ready" or name in labels for name, one in listed.items()}
         checked = {name: labels[name] for name in wanted or labels if name in labels}
-        all_rows = read_labelled(data, checked, wanted[0] if len(wanted) == 1 else None)
+        all_rows = read_labelled(data, checked, wanted[0] if len(wanted) == 1 else None, option=OPTION)
         planned = plan(sample(all_rows, num, data), known, wanted, data)
         started = time.monotonic()
         with progress(len(planned.questions)) as advance:
@@ -193,15 +219,13 @@ def _write(path: Path, judged: "Mapping[str, Judged]", report: Mapping[str, Any]
 def _show(report: Mapping[str, Any]) -> None:
     from loraplex.evaluation.report import HEAD, remarks, rows
 
-    table = Table("classifier", *HEAD.values(), box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows(report, ("f1",)):
+    table = figures_table("classifier", *(HEAD[name] for name in SHOWN))
+    for row in rows(report, ("f1",), SHOWN):
         table.add_row(*map(escape, row))
     stdout.print(table)
     for line in remarks(report):
         stdout.print(line, markup=False)
     stdout.print(
-        f"{report['data']['conversations']:,} conversations, {report['verdicts']:,} verdicts in "
-        f"{report['seconds']:.1f} s: {report['verdicts_per_s']:.1f} a second"
+        f"{counted(report['data']['conversations'], 'conversation')}, {counted(report['verdicts'], 'verdict')} in "
+        f"{report['seconds']:.1f} s: {report['verdicts_per_s']:.1f} a second; all figures: --json, --html"
     )

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from loraplex.client import Client
 from loraplex.client.many import in_threads
-from loraplex.errors import ConfigurationError, LoraplexError, QueueFullError, UnknownClassifierError
+from loraplex.errors import ConfigurationError, LoraplexError, QueueFullError, UnknownClassifierError, listed
 from loraplex.generation import GenerateRequest
 from loraplex.inprocess import Loraplex
 from loraplex.labelled import Labelled
+from loraplex.problems import similar
 from loraplex.routing.batch import in_turns
 from loraplex.types import ClassifyRequest, ClassifyResult, ErrorInfo, Timings, Usage, Verdict
 
@@ -55,7 +56,10 @@ def plan(rows: Seq[Labelled], known: Mapping[str, bool], wanted: Seq[str], data:
     wanted:  the classifiers that the user named; none means all.
     Raises UnknownClassifierError for a name that is not known, and ConfigurationError where nothing is left to ask."""
     if strangers := [name for name in wanted if name not in known]:
-        raise UnknownClassifierError(strangers, [*known])
+        error = UnknownClassifierError(strangers, [*known])
+        if hint := similar(strangers, known):
+            error.remedy = f"{hint} Or {error.remedy}"
+        raise error
     counts = Counter(name for row in rows for name in row.labels)
     left_out = {
         name: UNLABELLED if not counts[name] else NO_LABELS
@@ -65,13 +69,16 @@ def plan(rows: Seq[Labelled], known: Mapping[str, bool], wanted: Seq[str], data:
     names = [name for name in wanted or known if name not in left_out]
     questions = [Question(row=row, classifiers=tuple(name for name in names if name in row.labels)) for row in rows]
     asked = tuple(one for one in questions if one.classifiers)
+    unknown = {name: num for name, num in sorted(counts.items()) if name not in known}
     if not asked:
         raise ConfigurationError(
             data,
-            "no conversation has a label that can be asked for",
-            remedy=f'write "labels": {{"{next(iter(wanted or known), "NAME")}": true}} beside the conversations',
+            "no conversation has a label that can be asked for: the data has labels for "
+            f"{listed(sorted(counts)) or 'no classifier'}, and asked can be "
+            f"{listed([name for name in wanted or known if known[name]]) or 'none'}",
+            remedy=similar(unknown, known)
+            or f'write "labels": {{"{next(iter(wanted or known), "NAME")}": true}} beside the conversations',
         )
-    unknown = {name: num for name, num in sorted(counts.items()) if name not in known}
     return Plan(questions=asked, left_out=left_out, unknown=unknown)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from loraplex.amounts import counted
 from loraplex.errors import shortened
 from loraplex.evaluation.judged import Judged
 from loraplex.evaluation.plots import plots
@@ -32,8 +33,9 @@ def html(report: Mapping[str, Any], judged: Mapping[str, Judged]) -> str:
     head = Section(
         title="Evaluation",
         texts=[
-            f"{data['conversations']:,} conversations of `{data['file']}` and {len(judged)} classifiers of "
-            f"`{report['source']}`: {report['verdicts']:,} verdicts, {report['verdicts_per_s']:.1f} a second. "
+            f"{counted(data['conversations'], 'conversation')} of `{data['file']}` and "
+            f"{counted(len(judged), 'classifier')} of `{report['source']}`: {counted(report['verdicts'], 'verdict')}, "
+            f"{report['verdicts_per_s']:.1f} a second. "
             f"{about['started']}.",
             WORDS,
         ],

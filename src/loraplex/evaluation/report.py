@@ -1,20 +1,23 @@
 """What an evaluation found, as JSON and as the rows of a table."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
+from loraplex.amounts import counted
 from loraplex.evaluation.asking import NO_LABELS, Plan
 from loraplex.evaluation.figures import NUMBERS, Figure, Figures
 from loraplex.evaluation.judged import Judged
 from loraplex.evaluation.quality import mean_of
 from loraplex.labelled import Labelled
 from loraplex.measuring.files import sha256
+from loraplex.problems import similar
 from loraplex.types import ErrorInfo
 
 FORMAT = 1
 MOST_LINES = 20  # of failed questions of one kind
+MOST_NAMES = 5  # in a remark
 HEAD = {
     "n": "n",
     "accuracy": "accuracy",
@@ -106,19 +109,21 @@ def _failures(failed: Seq[tuple[Labelled, ErrorInfo]]) -> list[dict[str, Any]]:
     ]
 
 
-def rows(report: Mapping[str, Any], intervals: Collection[str]) -> list[list[str]]:
+def rows(report: Mapping[str, Any], intervals: Collection[str], shown: Iterable[str] = HEAD) -> list[list[str]]:
     """Return the table's rows: a classifier in each, and their means in the last where there are several.
 
-    intervals:  the figures whose interval is shown."""
-    found = [[name, *_cells(one, intervals)] for name, one in report["classifiers"].items()]
-    return found + ([["mean", *_cells(report["mean"], ())]] if len(found) > 1 else [])
+    intervals:  the figures whose interval is shown.
+    shown:      the table's columns, keys of HEAD."""
+    shown = list(shown)
+    found = [[name, *_cells(one, intervals, shown)] for name, one in report["classifiers"].items()]
+    return found + ([["mean", *_cells(report["mean"], (), shown)]] if len(found) > 1 else [])
 
 
-def _cells(one: Mapping[str, Any], intervals: Collection[str]) -> list[str]:
+def _cells(one: Mapping[str, Any], intervals: Collection[str], shown: Iterable[str]) -> list[str]:
     bounds = one.get("intervals", {})
     return [
-        f"{one['n']:,}",
-        *(cell(one[name], bounds.get(name) if name in intervals else None) for name in [*HEAD][1:]),
+        f"{one['n']:,}" if name == "n" else cell(one[name], bounds.get(name) if name in intervals else None)
+        for name in shown
     ]
 
 
@@ -130,18 +135,37 @@ def cell(value: float | None, bounds: Seq[float] | None = None) -> str:
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:
-    """Return what a reader must know beside the table: what failed, what was not asked, and what was left out."""
-    lines = [
+    """Return what a reader must know beside the table: names that no classifier has, what failed, and what was left
+    out."""
+    lines = stranger_lines(report["unknown_labels"], [*report["classifiers"], *report["left_out"]])
+    lines += [
         f"{name}: {_times(one['num'])} not answered, {one['code']} (line {one['lines'][0]}: {one['message']})"
         for name, found in report["classifiers"].items()
         for one in found["failures"]
     ]
-    lines += [f"{name}: no figures, because {why}" for name, why in report["left_out"].items()]
-    lines += [
-        f"the data has labels for {name} ({num:,} conversations), which is no classifier here"
-        for name, num in report["unknown_labels"].items()
-    ]
-    return lines
+    return lines + left_out_lines(report["left_out"], "no figures")
+
+
+def stranger_lines(unknown: Mapping[str, int], known: Seq[str]) -> list[str]:
+    """Return a warning about names in the data that no classifier has. unknown: name -> conversations with a label."""
+    if not unknown:
+        return []
+    told = _some([f"{name} ({counted(num, 'conversation')})" for name, num in unknown.items()])
+    hint = similar(unknown, known)
+    return [f"warning: the data has labels for {told}, and no classifier has this name{'; ' if hint else ''}{hint}"]
+
+
+def left_out_lines(left_out: Mapping[str, str], what: str) -> list[str]:
+    """Return a line for each reason, with the classifiers that it holds for. what: what they lack."""
+    names: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        names.setdefault(why, []).append(name)
+    return [f"{what} ({_some(of)}): {why}" for why, of in names.items()]
+
+
+def _some(names: Seq[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
 
 
 def _times(num: int) -> str:
