@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,8 +139,9 @@ class _Wrong(ValueError):
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is no plain file" if path.exists() else "there is no such file"
+    if not os.path.isfile(path):  # unlike Path's own, it takes names that are too long
+        is_there = os.path.exists(path)
+        what = "is a folder" if os.path.isdir(path) else "is no plain file" if is_there else "there is no such file"
         raise ConfigurationError(
             path, what, remedy="give a .jsonl or .jsonl.gz file; not standard input, because it is read more than once"
         )

@@ -168,7 +168,7 @@ def test_options_without_an_effect_are_refused(arguments: list[str], told: str) 
 
 
 def test_figures_are_shown_on_80_columns_also_where_the_page_cannot_be_written(tiny_bundle: Path, data: Path) -> None:
-    page = data.parent / f"{'long' * 60}.html"  # a name that fits, but not with the end of a half-written file's
+    page = data.parent / f"{'long' * 62}.html"  # a name that fits, but not with the end of a half-written file's
     done = run("eval", tiny_bundle, "--data", data, "--html", page, code=1, COLUMNS="80")
     assert "cannot be written: File name too long" in done.stderr
     head = done.stdout.splitlines()

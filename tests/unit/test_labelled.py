@@ -176,7 +176,11 @@ def test_what_is_no_file_in_utf_8_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "wide.jsonl").write_text('{"text": "a"}\n', encoding="utf-16")
     with pytest.raises(ConfigurationError, match=r"is written in UTF-16 \(save it as UTF-8"):
         read_labelled(tmp_path / "wide.jsonl")
-    for path, told in ((tmp_path, "is a folder"), (Path("-"), "no such file.*not standard input")):
+    for path, told in (
+        (tmp_path, "is a folder"),
+        (Path("-"), "no such file.*not standard input"),
+        (Path("x" * 300), "no such"),
+    ):
         with pytest.raises(ConfigurationError, match=told):
             read_labelled(path)
 

@@ -123,9 +123,9 @@ def _check_page(path: Path, data: Path) -> None:
     what = ""
     if not path.absolute().parent.is_dir():
         what = "there is no such folder"
-    elif path.is_dir():
+    elif os.path.isdir(path):  # unlike Path's own, it takes names that are too long
         what = "is a folder"
-    elif path.exists() and data.exists() and path.samefile(data):
+    elif os.path.exists(path) and os.path.exists(data) and path.samefile(data):
         what = "is the file of --data"
     elif not os.access(path.absolute().parent, os.W_OK):
         what = "its folder cannot be written to"
