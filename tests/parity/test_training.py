@@ -122,11 +122,13 @@ def test_gradients_are_those_of_peft(family: tuple[Path, PreTrainedConfig, BaseL
     for adapter in range(NUM_ADAPTERS):
         expected = peft_gradients(folder, trainee, adapter, batch, is_shared)
         assert torch.allclose(losses[adapter], expected.pop("loss"), rtol=1e-5)
+        largest = max(float(gradient.abs().max()) for gradient in expected.values())
         for name, gradient in expected.items():
             path, part = name.split()
             found = getattr(trainee.loras[path], part).grad[adapter]
             assert gradient.abs().max() > 1e-4, f"{name}: nothing to compare"
-            assert (found - gradient).abs().max() <= 1e-5 * max(1, float(gradient.abs().max())), name
+            # Rounding follows the size of what is summed, so it is measured against the adapter's largest gradient.
+            assert (found - gradient).abs().max() <= 1e-5 * max(1, largest), name
     assert weights.tolist() == pytest.approx([6.0, 6.0, 6.0])
 
 

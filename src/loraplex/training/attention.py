@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from loraplex.errors import UnsupportedModelError
@@ -101,17 +102,18 @@ def _of_questions(
     if window not in run.masks:
         lengths = [0 if one.conversation is None else packed.lengths[one.conversation] for one in packed.groups]
         run.masks[window] = [_mask(one, length, window) for one, length in zip(packed.groups, lengths, strict=True)]
+    # One selection for all groups: the gradient of one for each would be as many tensors of the whole batch's size.
+    sizes = [len(one.rows) for one in packed.groups]
+    parts = [x.index_select(1, packed.group_rows).split(sizes, 1) for x in (q, k, v)]
     attended = []
-    for group, mask in zip(packed.groups, run.masks[window], strict=True):
-        queries, keys, values = (x[:, group.rows] for x in (q, k, v))
+    for group, mask, queries, keys, values in zip(packed.groups, run.masks[window], *parts, strict=True):
         if group.conversation is not None:
             before = run.kv[group.conversation][layer]
-            keys, values = torch.cat([before[0], keys], 1), torch.cat([before[1], values], 1)
-            attended.append(_attend(queries, keys, values, mask, **options))
+            attended.append(_attend_beyond(before, queries, keys, values, mask, **options))
         else:
             batch = [x.unflatten(1, (group.num_questions, -1)).transpose(0, 1) for x in (queries, keys, values)]
             attended.append(_attend(batch[0], batch[1], batch[2], mask, **options).transpose(0, 1).flatten(1, 2))
-    return torch.cat(attended, 1)[:, packed.order]
+    return torch.cat(attended, 1).index_select(1, packed.order)
 
 
 def _mask(group: Group, length: int, window: int | None) -> torch.Tensor | None:
@@ -130,6 +132,63 @@ def _visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> t
     """Return which keys each query sees, by their positions: [queries, keys]."""
     distance = queries[:, None] - keys[None]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _attend_beyond(
+    before: tuple[torch.Tensor, torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend to a conversation's keys and values, which need no gradient, and to one's own."""
+    if softcap is None and sinks is None:
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        found: torch.Tensor = _Beyond.apply(q, k, v, *before, mask, scale)  # type: ignore[no-untyped-call]
+        return found
+    return _attend(q, torch.cat([before[0], k], 1), torch.cat([before[1], v], 1), mask, scaling, softcap, sinks)
+
+
+class _Beyond(torch.autograd.Function):
+    """PyTorch's fused attention, whose own way back would compute the gradients of the conversation's keys and values,
+    too. This one leaves them out, and keeps no scores: it computes them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,  # [H, Q, D]
+        k: torch.Tensor,  # [G, Q, D]
+        v: torch.Tensor,  # [G, Q, E]
+        k_before: torch.Tensor,  # [G, P, D]
+        v_before: torch.Tensor,  # [G, P, E]
+        mask: torch.Tensor,  # [Q, P + Q]
+        scale: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v, k_before, v_before, mask)
+        ctx.scale = scale
+        return _attend(q, torch.cat([k_before, k], 1), torch.cat([v_before, v], 1), mask, scale, None, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, k_before, v_before, mask = ctx.saved_tensors
+        num_groups, past = k_before.shape[:2]
+        # The heads that share keys are rows of one product: [G, heads of a group * Q, …].
+        queries = (q.float() * ctx.scale).reshape(num_groups, -1, q.shape[-1])
+        gradient = gradient.float().reshape(num_groups, -1, v.shape[-1])
+        keys, values = torch.cat([k_before, k], 1).float(), torch.cat([v_before, v], 1).float()
+        hidden = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, -torch.inf)
+        scores = (queries @ keys.transpose(1, 2)).unflatten(1, (-1, q.shape[1])).add_(hidden)
+        shares = scores.softmax(-1).flatten(1, 2)
+        to_scores = gradient @ values.transpose(1, 2)
+        to_scores.sub_((to_scores * shares).sum(-1, keepdim=True)).mul_(shares)
+        to_q = (to_scores @ keys).mul_(ctx.scale).view(q.shape)
+        to_k = to_scores[..., past:].transpose(1, 2) @ queries
+        to_v = shares[..., past:].transpose(1, 2) @ gradient
+        return to_q.to(q.dtype), to_k.to(k.dtype), to_v.to(v.dtype), None, None, None, None
 
 
 def _attend(

@@ -65,7 +65,8 @@ class Packed:
     rows:           [num_adapters, most tokens of an adapter] where each adapter's tokens are in `input_ids`; T stands
                     for none.
     groups:         what attends together. Each token is in one of them.
-    order:          [T] where each token is in the rows of all groups, one after the other.
+    group_rows:     [T] the rows of all groups, one after the other.
+    order:          [T] where each token is in `group_rows`.
     answer_rows, answer_ids, weights, adapter_of: [num_answers] the answers: row in `input_ids` after which the token
                     should follow, the token, its weight, and the adapter.
     answer_order:   [num_answers] the answer's place among all answers as the conversations list them.
@@ -76,6 +77,7 @@ class Packed:
     positions: torch.Tensor
     rows: torch.Tensor
     groups: tuple[Group, ...]
+    group_rows: torch.Tensor
     order: torch.Tensor
     answer_rows: torch.Tensor
     answer_ids: torch.Tensor
@@ -134,6 +136,7 @@ def pack(conversations: Seq[Conversation], num_adapters: int, device: torch.devi
                 num_questions=len(spans),
             )
         )
+    group_rows = torch.cat([one.rows for one in groups])
     return Packed(
         lengths=tuple(len(one.token_ids) for one in kept),
         input_ids=tensor(found.input_ids),
@@ -142,7 +145,8 @@ def pack(conversations: Seq[Conversation], num_adapters: int, device: torch.devi
             -1, longest
         ),
         groups=tuple(groups),
-        order=torch.cat([one.rows for one in groups]).argsort(),
+        group_rows=group_rows,
+        order=group_rows.argsort(),
         answer_rows=tensor([row for row, _, _, _, _ in answers]),
         answer_ids=tensor([token for _, token, _, _, _ in answers]),
         weights=tensor([weight for _, _, weight, _, _ in answers], torch.float32),
