@@ -14,6 +14,7 @@ import tiny
 from families import DENSE, MIXTURES, VISION_LANGUAGE, config_of
 from loraplex.adapters.weights import BaseLayers
 from loraplex.model.loader import read_config, read_layers
+from loraplex.training import stacked_lora
 from loraplex.training.batch import Answer, Conversation, Question
 from loraplex.training.trainee import Trainee
 
@@ -230,3 +231,48 @@ def test_a_base_that_is_served_can_be_trained(name: str, tmp_path: Path) -> None
     losses, _ = trainee.losses(conversations(True)[:1])
     losses.sum().backward()
     assert any(one.grad is not None and one.grad.any() for one in trainee.parameters())
+
+
+def test_rows_that_are_unevenly_spread_cost_no_more_than_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One adapter has nearly all of them, as after corrections of one classifier: filling up gives the same."""
+    torch.manual_seed(0)
+    counts = (40, 0, 3)
+    total = sum(counts)
+    layer = torch.nn.Linear(8, 6)
+    x = torch.randn(1, total, 8)
+    found = []
+    for most in (1.5, 100.0):
+        monkeypatch.setattr(stacked_lora, "MOST_FILLED", most)
+        rows = stacked_lora.Rows()
+        starts = [sum(counts[:one]) for one in range(3)]
+        rows.of_adapters = torch.tensor(
+            [
+                [start + at if at < count else total for at in range(40)]
+                for start, count in zip(starts, counts, strict=True)
+            ]
+        )
+        rows.counts, rows.num_tokens = counts, total
+        torch.manual_seed(1)
+        lora = stacked_lora.StackedLoRA(layer, (6, 8), rows, 3, 2, 0.5)
+        torch.nn.init.normal_(lora.lora_B)
+        y = lora(x)
+        y.square().sum().backward()
+        assert lora.lora_A.grad is not None and lora.lora_B.grad is not None
+        found.append((y.detach(), lora.lora_A.grad, lora.lora_B.grad))
+        assert rows.is_uneven == (most == 1.5)
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_kept_keys_and_values_take_no_more_memory_than_is_counted(tmp_path: Path) -> None:
+    """Phi-3 computes queries, keys and values in one product, and a view of it would keep all of it."""
+    tiny.save_base(tmp_path, tiny.FAMILIES["phi3"])
+    config = read_config(tmp_path)
+    layers = read_layers(config, tmp_path)[0]
+    trainee = Trainee.load(
+        tmp_path, config, layers, torch.float32, torch.device("cpu"),
+        num_adapters=1, rank=2, alpha=2, targets={"o_proj"}, kv_memory="1GiB",
+    )  # fmt: skip
+    for pair in trainee._prefix_kv(tuple(range(5, 25))).values():
+        for part in pair:
+            assert part.untyped_storage().nbytes() == part.nbytes

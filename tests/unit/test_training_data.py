@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import tiny
 from loraplex.errors import ConfigurationError, ContractError
 from loraplex.evaluation.calibration import fit
 from loraplex.labelled import Label, Labelled, label_shares
 from loraplex.text.chat_template import ChatTemplate
-from loraplex.text.tokenizer import Tokenizer
+from loraplex.text.tokenizer import Conversations, Tokenizer
 from loraplex.training.asked import ask, to_score, to_train
 from loraplex.training.contracts import make_task, read_questions, seen_labels
 from loraplex.training.settings import TrainSettings
@@ -107,6 +110,48 @@ def test_lines_that_do_not_fit_and_lines_that_make_no_prompt_are_told_apart(chat
                 ),
             ]
         )
+
+
+LLAMA_3 = (  # how Llama 3 cuts a text into words: a full stop takes the line breaks behind it
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("prompt", ["short", "question"])
+@pytest.mark.parametrize("words", ["gpt2", "llama3"])
+def test_the_invocation_is_what_stands_in_the_prompt_where_its_text_merges_with_its_neighbours(
+    tmp_path: Path, prompt: Any, words: str
+) -> None:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words == "gpt2")
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = (
+        byte_level
+        if words == "gpt2"
+        else pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(LLAMA_3), "isolated"), byte_level])
+    )
+    bpe.decoder = decoders.ByteLevel()
+    corpus = ["no.\n\nAnswer: yes", "hello?\n\nAnswer: no", "I said so.\n\nQuestion: Is it done?\nAnswer: yes"] * 20
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    settings = TrainSettings(prompt=prompt)
+    task = make_task(
+        "done", {"question": "Is it done?"}, ("yes", "no"), ChatTemplate(tokenizer, None, "b"), settings, 256
+    )
+    assert task.invocation is not None and len(task.invocation) >= 2
+    acts_on = "Question: Is it done?\nAnswer:" if prompt == "question" else "Answer:"
+    for text in ("I said so.", "is it", "it is 12", "why?!"):
+        found = task.template.prompt(text, Conversations())
+        active = "".join(map(tokenizer.decode, found.token_ids[found.activation :]))
+        assert active.strip("\n") == acts_on
+
+
+def test_a_template_with_a_question_asks_it() -> None:
+    """Whatever --prompt says."""
+    with pytest.raises(ConfigurationError, match="has no question, and its prompt asks one"):
+        make_task("done", {}, ("yes", "no"), None, TrainSettings(template="{conversation} {question}"), 256)  # type: ignore[arg-type]
 
 
 def test_a_classifier_with_a_head_needs_no_tokens_of_its_labels(tokenizer: Tokenizer) -> None:

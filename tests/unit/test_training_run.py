@@ -95,6 +95,40 @@ def test_a_state_of_other_settings_or_a_broken_one_is_refused(tmp_path: Path, ba
         train(run, tmp_path / "out", SETTINGS, Recorder(), resume=True)
 
 
+@pytest.mark.parametrize("kind", ["alora", "lora"])
+def test_the_size_of_a_pass_changes_no_gradient_and_is_kept(base: Path, data: Path, kind: Any) -> None:
+    """Plain adapters share nothing, so even one conversation's questions may be in several passes."""
+    settings = SETTINGS.model_copy(update={"kind": kind, "epochs": 1, "dev": 0.0, "calibration": 0.0})
+    run = prepared(base, data, settings)
+    sizes: list[int] = []
+    found = []
+    for step_tokens in (100_000, 64):
+        torch.manual_seed(0)
+        trainee = Trainee.load(
+            run.base, run.config, run.layers, torch.float32, torch.device("cpu"),
+            num_adapters=len(run.tasks), rank=2, alpha=4, targets={"q_proj", "down_proj"}, kv_memory="1GiB",
+        )  # fmt: skip
+        losses = trainee.losses
+        trainee.losses = lambda some, losses=losses: (  # type: ignore[method-assign]
+            sizes.append(sum(len(one.token_ids) + sum(len(q.token_ids) for q in one.questions) for one in some))
+            or losses(some)
+        )
+        loop = Fit(
+            trainee,
+            settings.model_copy(update={"step_tokens": step_tokens}),
+            run.of("train")[:30], [], [task.label_ids for task in run.tasks], run.weights,
+        )  # fmt: skip
+        steps: list[Told] = []
+        loop.run(steps.append)
+        found.append([parameter.detach() for parameter in trainee.parameters()])
+    longest = max(len(one.prefix) + len(one.suffix) for one in run.asked)
+    assert len(sizes) > 3 * len(steps) and max(sizes[len(steps) :]) <= max(
+        64, 3 * longest if kind == "alora" else longest
+    )
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
 def test_tensorboard_gets_what_the_file_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for TensorBoard's writer, which need not be installed."""
     seen: dict[str, tuple[float, int]] = {}
@@ -174,7 +208,7 @@ def test_a_disk_that_fills_up_is_an_error_that_resume_cures(
 
 
 @pytest.mark.parametrize("bad_step", [1, 9])
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_best(
+def test_an_adapter_that_diverges_is_stopped_with_its_best_weights_and_the_others_go_on(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, bad_step: int
 ) -> None:
     right, num = Trainee.losses, 0
@@ -189,11 +223,10 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_best(
     watcher = Recorder()
     with pytest.raises(ConfigurationError, match=f"'{list(CLUES)[1]}' is no number at step {bad_step} of 16"):
         train(prepared(base, data, SETTINGS), tmp_path / "out", SETTINGS, watcher)
-    assert len(watcher.steps) == bad_step - 1
+    assert len(watcher.steps) == 16 and watcher.steps[-1].losses[1] is None
     assert (tmp_path / "out" / "isFraud").is_dir() == (bad_step > 1)
-    if bad_step > 1:
-        with Loraplex.load(tmp_path / "out", dtype="float32") as loraplex:
-            assert loraplex.classify("Customer: bravo")["isThankful"].scores is not None
+    with Loraplex.load(tmp_path / "out", dtype="float32") as loraplex:
+        assert loraplex.classify("Customer: bravo")["isThankful"].scores is not None
 
 
 def test_each_adapter_stops_by_itself_and_keeps_its_best_weights(

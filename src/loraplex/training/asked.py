@@ -63,6 +63,7 @@ def ask(
     wrong: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         conversations = Conversations()
+        prefixes: dict[tuple[int, ...], tuple[int, ...]] = {}  # the classifiers' are equal, and kept once
         for classifier, (name, template) in enumerate(zip(names, templates, strict=True)):
             if name not in row.labels:
                 continue
@@ -72,7 +73,7 @@ def ask(
                 too_long.append(TooLong(row=index, classifier=classifier, is_left_out=True, why=exc.message))
                 continue
             except InvalidRequestError as exc:
-                lines = wrong.setdefault(exc.message, [])
+                lines = wrong.setdefault(f"{exc.message} ({exc.remedy})", [])
                 if row.line not in lines[-1:]:
                     lines.append(row.line)
                 continue
@@ -81,11 +82,12 @@ def ask(
                 if code == "cut_conversation":
                     too_long.append(TooLong(row=index, classifier=classifier, is_left_out=False, why=why))
             at = prompt.activation if is_shared else 0
+            prefix = prompt.token_ids[:at]
             asked.append(
                 Asked(
                     row=index,
                     classifier=classifier,
-                    prefix=prompt.token_ids[:at],
+                    prefix=prefixes.setdefault(prefix, prefix),
                     suffix=prompt.token_ids[at:],
                     shares=label_shares(row.labels[name], labels[classifier], name),
                 )

@@ -85,7 +85,8 @@ def _of_conversation(
     run: Pass, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, **options: Any
 ) -> torch.Tensor:
     """A conversation attends to itself, and leaves its keys and values. Raises PrefixDone at the last layer."""
-    run.prefix_kv[layer] = k, v
+    # A layer that computes queries, keys and values in one product gives views of it, which would keep all of it.
+    run.prefix_kv[layer] = k.contiguous(), v.contiguous()
     if layer == run.last_layer:
         raise PrefixDone
     positions = torch.arange(q.shape[1], device=q.device)

@@ -62,6 +62,7 @@ class Packed:
 
     lengths:        tokens of each conversation.
     input_ids:      [T] tokens of the questions, in the order of their adapters.
+    counts:         [num_adapters] tokens of each.
     rows:           [num_adapters, most tokens of an adapter] where each adapter's tokens are in `input_ids`; T stands
                     for none.
     groups:         what attends together. Each token is in one of them.
@@ -75,6 +76,7 @@ class Packed:
     lengths: tuple[int, ...]
     input_ids: torch.Tensor
     positions: torch.Tensor
+    counts: tuple[int, ...]
     rows: torch.Tensor
     groups: tuple[Group, ...]
     group_rows: torch.Tensor
@@ -141,6 +143,7 @@ def pack(conversations: Seq[Conversation], num_adapters: int, device: torch.devi
         lengths=tuple(len(one.token_ids) for one in kept),
         input_ids=tensor(found.input_ids),
         positions=tensor(found.positions),
+        counts=tuple(map(len, by_adapter)),
         rows=tensor([row for rows in by_adapter for row in (*rows, *[total] * (longest - len(rows)))]).view(
             -1, longest
         ),

@@ -18,6 +18,7 @@ from loraplex.types import Message
 
 POSITIVE = ("yes", "true", "1", "positive")
 LEAST_ACTIVE = 2  # tokens that an adapter acts on at least, before the label
+PROBE_ENDS = ("hello", "no.", "is it done?", "yes!", "room 12", '(a "quote")')  # ends that may merge with what follows
 PLAIN = f"{CONVERSATION}\n\nAnswer:"  # for a base without a chat template
 PLAIN_QUESTION = f"{CONVERSATION}\n\nQuestion: {QUESTION}\nAnswer:"
 
@@ -79,12 +80,12 @@ def make_task(
     labels:  those that the data has.
     Raises ConfigurationError or ContractError, which say what is missing.
     """
-    asks = settings.prompt == "question"
+    asks = settings.prompt == "question" or QUESTION in str(given.get("template", settings.template or ""))
     if asks and not given.get("question"):
         raise ConfigurationError(
-            f"--prompt question, classifier {name!r}",
-            "has no question",
-            remedy="give --questions FILE with `name: the question`, or --prompt short",
+            f"classifier {name!r}",
+            "has no question, and its prompt asks one",
+            remedy="give --questions FILE with `name: the question`, or --prompt short without {question}",
         )
     values: dict[str, Any] = {key: value for key, value in given.items() if key != "question" or asks}
     if settings.template is not None:
@@ -132,7 +133,8 @@ def _invocation(
     if settings.invocation is not None:
         return tuple(tokenizer.encode(settings.invocation, add_special_tokens=False))
     probe = Template(chat, contract, max_model_len, f"classifier {name}")
-    tails = {probe.parts(text)[1] for text in ("Customer: hello", "Customer: is it done?")}
+    parts = [probe.parts(f"Customer: {end}") for end in PROBE_ENDS]
+    tails = {tail for _, tail in parts}
     [tail] = tails if len(tails) == 1 else [None]
     if not tail:
         raise ConfigurationError(
@@ -140,18 +142,29 @@ def _invocation(
             "the tokens between the conversation and the label are not always the same",
             remedy="give a --template with {conversation} and, behind it, a special token",
         )
-    before_question = tail.partition(contract.question)[0] if contract.question else tail
-    ids = tokenizer.encode(before_question, add_special_tokens=False)
-    starts = [at for at, token in enumerate(ids) if token in tokenizer.special_ids]
+    # In the prompt, not by itself: a line break merges with a full stop before it, a space with the word behind it.
+    always = _common_end([tokenizer.encode(head + tail, add_special_tokens=False) for head, _ in parts])
+    before_question = tokenizer.encode(tail.partition(contract.question or tail)[0], add_special_tokens=False)
+    is_apart = contract.question and always[: len(before_question)] == before_question
+    ids = before_question if is_apart else always
     least = 1 if contract.question else LEAST_ACTIVE
-    start = next((at for at in reversed(starts) if len(ids) - at >= least), 0)
-    if not ids:
+    if len(ids) < least:
         raise ConfigurationError(
             f"classifier {name!r}",
-            f"nothing stands between the conversation and the question ({quoted(tail)})",
+            f"too little stands between the conversation and the label ({quoted(tail)}) for an adapter to act on",
             remedy="write a special token or a line there, in --template",
         )
+    starts = [at for at, token in enumerate(ids) if token in tokenizer.special_ids]
+    start = next((at for at in reversed(starts) if len(ids) - at >= least), 0)
     return tuple(ids[start:])
+
+
+def _common_end(rows: Seq[Seq[int]]) -> list[int]:
+    """Return the tokens that all rows end with."""
+    length = 0
+    while length < min(map(len, rows)) and len({row[-1 - length] for row in rows}) == 1:
+        length += 1
+    return list(rows[0][len(rows[0]) - length :])
 
 
 def check_names(names: Seq[str], rows: Seq[Labelled]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,8 @@ POOL = 50  # batches that are sorted by length together, so that the passes of a
 
 
 class DivergedError(Exception):
-    """A loss or a gradient of `adapters` is infinite or no number. The weights are those before the step."""
+    """A loss or a gradient of `adapters` was infinite or no number, first at `step`. Their weights are the best before
+    that."""
 
     def __init__(self, step: int, adapters: Seq[int]) -> None:
         super().__init__(step, adapters)
@@ -102,6 +103,7 @@ class Fit:
             misses=[0] * n,
             log_losses=[math.inf] * n,
         )
+        self._diverged: dict[int, int] = {}  # adapter -> step
 
     @property
     def has_best(self) -> bool:
@@ -128,7 +130,7 @@ class Fit:
         """Train until the last step, or until every adapter has stopped, or `tell` returns that the run is to end.
 
         save:  takes the loop's state after each evaluation, and at the end that `tell` wanted.
-        Returns whether the run came to its own end. Raises DivergedError."""
+        Returns whether the run came to its own end. Raises DivergedError, at the end where others are sound."""
         for batch in self._batches():
             if all(self.stopped):
                 break
@@ -152,6 +154,8 @@ class Fit:
             if tell(told) and self._step < self.num_steps:
                 save(self.state())
                 return False
+        if self._diverged:
+            raise DivergedError(min(self._diverged.values()), sorted(self._diverged))
         return True
 
     def restore_best(self) -> list[Quality | None]:
@@ -178,12 +182,20 @@ class Fit:
         """Return each adapter's figures; None for those that no prompt is for. What the weights of labels added to the
         scores is taken off, as the contract's calibration will."""
         found: list[list[tuple[list[float], int, int]]] = [[] for _ in range(self._trainee.num_adapters)]
+        diverged: set[int] = set()
         for one, log_probs in zip(asked, self.log_probs(asked), strict=True):
             if not all(map(math.isfinite, log_probs)):
-                raise DivergedError(self._step, [one.classifier])
+                diverged.add(one.classifier)
+                continue
             scores = (torch.tensor(log_probs) + torch.tensor(self._bias[one.classifier])).softmax(-1).tolist()
             found[one.classifier].append((scores, one.truth, max(range(len(scores)), key=scores.__getitem__)))
-        return [quality(*zip(*rows, strict=True)) if rows else None for rows in found]
+        self._freeze(diverged)
+        if diverged and diverged == {one.classifier for one in asked}:
+            raise DivergedError(self._step, sorted(diverged))
+        return [
+            quality(*zip(*rows, strict=True)) if rows and adapter not in diverged else None
+            for adapter, rows in enumerate(found)
+        ]
 
     def state(self) -> dict[str, Any]:
         """Return what `load_state` goes on from."""
@@ -191,6 +203,7 @@ class Fit:
             "step": self._step,
             "parameters": [one.detach() for one in self._trainee.parameters()],
             "optimizer": self._optimizer.state(),
+            "diverged": self._diverged,
             "best": {
                 "scores": self._best.scores,
                 "weights": self._best.weights,
@@ -211,6 +224,7 @@ class Fit:
             for parameter, saved in zip(self._trainee.parameters(), state["parameters"], strict=True):
                 parameter.copy_(saved)
         self._optimizer.load_state(state["optimizer"])
+        self._diverged = state["diverged"]
         best = state["best"]
         self._best = _Best(
             scores=best["scores"],
@@ -249,10 +263,38 @@ class Fit:
             if sound[included].all():
                 sound &= self._optimizer.step(rates, included.to(self._trainee.device)).isfinite().cpu()
             if not sound[included].all():
-                raise DivergedError(self._step + 1, [one for one in range(n) if included[one] and not sound[one]])
+                self._freeze(self._diverging(batch, [one for one in range(n) if included[one] and not sound[one]]))
+                if all(self.stopped[one] for one in range(n) if included[one]):
+                    raise DivergedError(self._step + 1, sorted(self._diverged))
+                return self._learn(batch)
         return [
             float(loss / total) if total > 0 else None for loss, total in zip(losses, totals, strict=True)
         ], num_tokens
+
+    def _diverging(self, batch: Seq[Conversation], adapters: Seq[int]) -> Seq[int]:
+        """Return which of the adapters have a gradient that is no number by themselves: in a common pass, it spreads to
+        the others that attend to the same conversation."""
+        for parameter in self._trainee.parameters():
+            parameter.grad = None
+        found = []
+        for adapter in adapters if len(adapters) > 1 else ():
+            others = [one != adapter for one in range(self._trainee.num_adapters)]
+            for some in _passes([_without(one, others) for one in batch], self._settings.step_tokens):
+                loss = self._trainee.losses(some)[0][adapter]
+                gradients = torch.autograd.grad(loss, self._trainee.parameters())
+                if not all(bool(one.isfinite().all()) for one in (loss, *gradients)):
+                    found.append(adapter)
+                    break
+        return found or adapters
+
+    def _freeze(self, adapters: Iterable[int]) -> None:
+        """Stop adapters that diverged, with their best weights, so that the others go on."""
+        for adapter in adapters:
+            self._diverged[adapter] = self._step + 1
+            self._best.misses[adapter] = self._settings.patience
+            with torch.no_grad():
+                for parameter, best in zip(self._trainee.parameters(), self._best.weights, strict=True):
+                    parameter[adapter].copy_(best[adapter])
 
     def _keep(self, found: Seq[Quality | None]) -> list[bool]:
         is_best = []
@@ -317,11 +359,16 @@ def _num_tokens(one: Conversation) -> int:
     return len(one.token_ids) + sum(len(question.token_ids) for question in one.questions)
 
 
+def _apart(one: Conversation) -> list[Conversation]:
+    return [Conversation(token_ids=(), questions=(question,)) for question in one.questions]
+
+
 def _passes(conversations: Seq[Conversation], step_tokens: int) -> Iterator[list[Conversation]]:
-    """Yield the conversations that have questions, in parts of at most `step_tokens` tokens, or of one conversation."""
+    """Yield the conversations that have questions, in parts of at most `step_tokens` tokens, or of one conversation.
+    Where the base computes nothing of it, its questions share nothing, and may be in different parts."""
     part: list[Conversation] = []
     size = 0
-    for one in conversations:
+    for one in (part for whole in conversations for part in ([whole] if whole.token_ids else _apart(whole))):
         if not one.questions:
             continue
         if part and size + _num_tokens(one) > step_tokens:

@@ -10,7 +10,7 @@ import torch
 
 from loraplex.errors import ConfigurationError, listed
 from loraplex.evaluation.quality import Quality
-from loraplex.machine import budget_bytes, choose_threads
+from loraplex.machine import choose_threads
 from loraplex.model.loader import resolve_device, resolve_dtype
 from loraplex.training.finish import finish
 from loraplex.training.fit import DivergedError, Fit, Told
@@ -76,7 +76,7 @@ def train(
         rank=settings.rank,
         alpha=settings.scale,
         targets=targets_of(prepared.layers, settings.targets),
-        kv_bytes=budget_bytes(settings.kv_memory, device),
+        kv_memory=settings.kv_memory,
         num_labels=[len(task.contract.labels) for task in tasks] if settings.kind == "score" else None,
     )
     num_parameters = sum(one.numel() for one in trainee.parameters())

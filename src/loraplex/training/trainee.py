@@ -12,6 +12,7 @@ from torch import nn
 
 from loraplex.adapters.weights import BaseLayers
 from loraplex.errors import UnsupportedModelError
+from loraplex.machine import budget_bytes
 from loraplex.model.loader import build_skeleton, load_transformers_model
 from loraplex.training.attention import ATTENTION, PASS, Pass, PrefixDone
 from loraplex.training.batch import Answer, Conversation, Packed, Question, pack
@@ -71,14 +72,26 @@ class Trainee:
 
     @classmethod
     def load(
-        cls, base: Path, config: Any, layers: BaseLayers, dtype: torch.dtype, device: torch.device, **lora: Any
+        cls,
+        base: Path,
+        config: Any,
+        layers: BaseLayers,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        kv_memory: str = "0",
+        **lora: Any,
     ) -> "Trainee":
-        """Load the base's weights, frozen, in `dtype`. lora: as for `Trainee`. Raises UnsupportedModelError where the
-        base does not answer in a training pass as it does by itself."""
+        """Load the base's weights, frozen, in `dtype`.
+
+        kv_memory:  for the conversations' keys and values: a size, or a share of what the base leaves free.
+        lora:       as for `Trainee`.
+        Raises UnsupportedModelError where the base does not answer in a training pass as it does by itself.
+        """
         check_trainable(config, base)
         model = load_transformers_model(config, base, dtype, device, ATTENTION)
         expected = _ask_alone(model)
-        trainee = cls(model, layers, **lora)
+        trainee = cls(model, layers, kv_bytes=budget_bytes(kv_memory, device), **lora)
         trainee._check(expected)
         return trainee
 
@@ -111,8 +124,7 @@ class Trainee:
         self._pass.packed, self._pass.kv, self._pass.masks = packed, kv, {}
         try:
             self._rows.of_adapters = packed.rows
-            self._rows.is_dense = packed.rows.numel() == len(packed.input_ids)
-            self._rows.num_tokens = len(packed.input_ids)
+            self._rows.counts, self._rows.num_tokens = packed.counts, len(packed.input_ids)
             logits = self._run(packed.input_ids, packed.positions, packed.answer_rows)
             if self.score is not None:
                 scores = torch.einsum("ah,alh->al", logits.float(), self.score[packed.adapter_of])
