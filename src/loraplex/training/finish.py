@@ -43,6 +43,8 @@ def finish(
     of_calibration, of_dev = loop.log_probs(calibration), loop.log_probs(dev)
     head = about(device, dtype)
     for index, (task, weights) in enumerate(zip(prepared.tasks, prepared.weights, strict=True)):
+        if loop.is_lost(index):
+            continue
         labels = task.contract.labels
         rows = [(one, found) for one, found in zip(calibration, of_calibration, strict=True) if one.classifier == index]
         log_probs = [found for _, found in rows]

@@ -119,6 +119,10 @@ class Fit:
         """Return after which step the adapter was best on dev; None where it was never evaluated."""
         return self._best.steps[adapter] if self._best.scores[adapter] > -math.inf else None
 
+    def is_lost(self, adapter: int) -> bool:
+        """Return whether the adapter diverged before it was ever evaluated."""
+        return adapter in self._diverged and self.best_step(adapter) is None
+
     @property
     def stopped(self) -> list[bool]:
         """Which adapters have stopped: no evaluation was better for `patience` times, by log-loss neither."""
