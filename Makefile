@@ -47,7 +47,7 @@ $(VENV)/.dev: $(VENV)/.serving requirements-dev.lock
 	@$(BIN)/$(PIP_INSTALL) --no-deps -r requirements-dev.lock | $(SHOW)
 	@touch $@
 
-serve: setup
+serve: setup $(if $(findstring smollm,$(BUNDLE)),smollm)
 	$(BIN)/loraplex serve $(BUNDLE) --port $(PORT)
 
 smollm: build/smollm/model.safetensors
