@@ -1,7 +1,6 @@
 """Reads conversations with labels: a JSON object on each line of a .jsonl or .jsonl.gz file."""
 
 import gzip
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from loraplex.types import Message
 
 Label = bool | str | Mapping[str, float]  # yes or no, a label's name, or a share for each label
 TEXTS = ("conversation", "text", "messages")  # one of these keys holds the conversation
+CONVERSATION_ID = "conversation_id"  # the same in all lines of one conversation
 EXPORTED = "ids"  # of requests: only rows of `loraplex routes export` have this key
 ITEM = "item"  # does so in mellea's files; beside one of the others it may mean anything
 YES_NO = (("yes", "no"), ("true", "false"))  # what true and false stand for, where a contract has such labels
@@ -34,12 +34,14 @@ class Labelled:
     line:    its line in the file, from 1.
     labels:  classifier -> label. May be empty, and may name classifiers that nobody asks.
     is_exported:  whether `loraplex routes export` wrote it, so that a server keeps it for a bounded time.
+    conversation_id:  what the file says; rows with the same one are of one conversation, such as its turns.
     """
 
     line: int
     input: str | tuple[Message, ...]
     labels: Mapping[str, Label]
     is_exported: bool = False
+    conversation_id: str | None = None
 
 
 def read_labelled(
@@ -116,11 +118,6 @@ def label_shares(label: Label, labels: Sequence[str], name: str) -> Mapping[int,
     return {labels.index(hard_label(label, labels, name)): 1.0}
 
 
-def conversation_id(row: Labelled) -> str:
-    """Identify a conversation by its words: the same one twice must not lie on both sides of a split."""
-    return hashlib.sha256(" ".join(said_in(row).split()).casefold().encode()).hexdigest()
-
-
 def said_in(row: Labelled) -> str:
     """Return the conversation as text, with a line for each message."""
     return row.input if isinstance(row.input, str) else "\n".join(f"{one.role}: {one.content}" for one in row.input)
@@ -187,8 +184,15 @@ def _row(number: int, line: bytes, classifier: str | None, option: str | None) -
             labels = {classifier: row["label"]}
         elif option is not None:
             raise _Wrong(f"has a 'label' for no classifier: give one {option} NAME, or write \"labels\": {{NAME: …}}")
+    id = row.get(CONVERSATION_ID)
+    if not isinstance(id, str | int | None):
+        raise _Wrong(f"{quoted(CONVERSATION_ID)} is a {type(id).__name__}, not text")
     return Labelled(
-        line=number, input=_input(given[0], row[given[0]]), labels=_labels(labels), is_exported=EXPORTED in row
+        line=number,
+        input=_input(given[0], row[given[0]]),
+        labels=_labels(labels),
+        is_exported=EXPORTED in row,
+        conversation_id=None if id is None else str(id),
     )
 
 

@@ -255,12 +255,14 @@ class Example:
     input:      text, or messages as a body holds them.
     labels:     requested name -> the label that feedback gave; without feedback, the one that was answered.
     corrected:  the names whose label feedback gave.
+    conversation_id:  the request's, if it had one.
     """
 
     id: str
     input: str | tuple[dict[str, Any], ...]
     labels: Mapping[str, str]
     corrected: tuple[str, ...] = ()
+    conversation_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

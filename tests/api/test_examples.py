@@ -80,7 +80,13 @@ def test_a_request_is_kept_once_with_all_its_corrections(own: httpx.Client, stat
     correct(own, answer["verdicts"][2]["id"], "yes")
     [one] = every(own)
     labels = {"task0": "no", "task2": "yes"}
-    assert one == {"id": answer["id"], "input": text, "labels": labels, "corrected": ["task0", "task2"]}
+    assert one == {
+        "id": answer["id"],
+        "input": text,
+        "labels": labels,
+        "corrected": ["task0", "task2"],
+        "conversation_id": None,
+    }
     assert every(own, classifiers="task2")[0]["labels"] == {"task2": "yes"}
     assert every(own, classifiers=["task1"]) == []
     [one] = every(own, classifiers="task1", only="all")

@@ -431,3 +431,17 @@ def test_a_line_is_json_of_its_own(tmp_path: Path, clock: Clock, caplog: pytest.
     [line] = file.read_bytes().splitlines()
     assert json.loads(line) == {"id": "x", "at": round(clock.now * 1000), "input": "a\nb\u2028c\x00 x"}
     assert "a\\nb" not in caplog.text
+
+
+def test_an_export_names_the_conversation_that_its_turns_are_of(
+    folder: Path | None, clock: Clock, tmp_path: Path
+) -> None:
+    log = VerdictLog(max_verdicts=100, inputs=kept(folder, clock))
+    assert log.inputs is not None
+    for id, conversation in (("cls-1", "chat"), ("cls-2", "chat"), ("cls-3", None)):
+        log.inputs.add(id, ClassifyRequest(input=f"text {id}", conversation_id=conversation))
+        log.add([verdict(f"{id}-0", "done")])
+    rows = rows_of(log.examples("*", None, False, None).examples)
+    assert [row.get("conversation_id") for row in rows] == ["chat", "chat", None]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    assert [row.conversation_id for row in read_labelled(tmp_path / "rows.jsonl")] == ["chat", "chat", None]

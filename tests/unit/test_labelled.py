@@ -213,3 +213,10 @@ def test_true_and_false_stand_for_yes_and_no() -> None:
     assert hard_label({"calm": 0.4, "angry": 0.6}, ("calm", "angry")) == "angry"
     with pytest.raises(ValueError, match="true or false"):
         hard_label(True, ("calm", "angry"), "mood")
+
+
+def test_a_conversation_s_id_is_text_or_a_number(tmp_path: Path) -> None:
+    rows = [{"text": "a", "conversation_id": one} for one in ("x", 7, None)]
+    assert [one.conversation_id for one in read_labelled(save(tmp_path / "a.jsonl", *rows))] == ["x", "7", None]
+    with pytest.raises(ConfigurationError, match="line 1: 'conversation_id' is a list"):
+        read_labelled(save(tmp_path / "b.jsonl", {"text": "a", "conversation_id": []}))

@@ -30,7 +30,7 @@ LAYERS = [
         "hardware",
     },
     {"classifier", "client", "discovery"},
-    {"bundle", "io_yaml", "labelled"},
+    {"bundle", "io_yaml", "labelled", "same_conversation"},
     {"text", "ops"},
     {"model", "adapters"},
     {"engine"},

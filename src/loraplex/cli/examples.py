@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.errors import ConfigurationError
-from loraplex.labelled import EXPORTED
+from loraplex.labelled import CONVERSATION_ID, EXPORTED
 from loraplex.types import Example
 
 YES_NO: dict[str, bool | str] = {"yes": True, "no": False}  # as people write them
@@ -20,8 +20,8 @@ def rows_of(found: Iterable[Example]) -> list[dict[str, Any]]:
     """Return a row for each conversation, in the order in which the conversations first came. Requests with the same
     conversation are merged: a label that feedback gave wins over an answer, and a later label over an earlier one.
 
-    A row has `text` or `messages`, `labels`, and the requests' ids in `ids`. By these `loraplex train` knows
-    that the text must not stay in a contract."""
+    A row has `text` or `messages`, `labels`, the first `conversation_id` that a request gave, and the requests' ids in
+    `ids`. By these `loraplex train` knows that the text must not stay in a contract."""
     rows: dict[str, dict[str, Any]] = {}
     corrected: set[tuple[str, str]] = set()  # (conversation, classifier)
     for one in found:
@@ -29,6 +29,8 @@ def rows_of(found: Iterable[Example]) -> list[dict[str, Any]]:
         conversation = json.dumps(one.input)
         row = rows.setdefault(conversation, {key: one.input, "labels": {}, EXPORTED: []})
         row[EXPORTED].append(one.id)
+        if one.conversation_id is not None:
+            row.setdefault(CONVERSATION_ID, one.conversation_id)
         for name, label in one.labels.items():
             if name in one.corrected or (conversation, name) not in corrected:
                 row["labels"][name] = YES_NO.get(label.strip(), label.strip())

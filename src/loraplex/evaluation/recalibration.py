@@ -14,7 +14,8 @@ from loraplex.evaluation.calibration import fitted, raw_log_probs
 from loraplex.evaluation.figures import Figures, figures_of
 from loraplex.evaluation.judged import Judged
 from loraplex.evaluation.objective import LEAST, Objective, choose_gate, fit_threshold
-from loraplex.labelled import Labelled, conversation_id, label_shares
+from loraplex.labelled import Labelled, label_shares
+from loraplex.same_conversation import conversations
 from loraplex.types import Verdict
 
 
@@ -86,7 +87,7 @@ def recalibrate(
         told = ", ".join(f"{counts[index]} are {label!r}" for index, label in enumerate(contract.labels))
         raise NotFitted(f"two labels with {LEAST} conversations each are needed, and of these {told}")
     log_probs = [raw(verdict, contract) for verdict in judged.verdicts]
-    ours, shown = halves([conversation_id(row) for row in judged.rows], judged.truth)
+    ours, shown = halves(conversations(judged.rows), judged.truth)
     fit_on, truth = [log_probs[index] for index in ours], [judged.truth[index] for index in ours]
     shares = [label_shares(judged.rows[index].labels[name], contract.labels, name) for index in ours]
     bias = [contract.calibration.bias.get(label, 0.0) for label in contract.labels]
@@ -126,9 +127,9 @@ def raw(verdict: Verdict, contract: Contract) -> list[float]:
 
 def halves(ids: Seq[str], truth: Seq[int]) -> tuple[list[int], list[int]]:
     """Return the conversations of two halves, always the same ones. Each has half of the conversations of each label,
-    and the same conversation is in one half only.
+    and the same conversation is in one half only, with all of its turns.
 
-    ids:    [n] what identifies the conversation's words.
+    ids:    [n] what identifies the conversation.
     truth:  [n] index of the right label.
     """
     places: dict[str, list[int]] = {}

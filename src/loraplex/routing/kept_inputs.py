@@ -36,10 +36,11 @@ PLACE = re.compile(r"(?P<began>\d{1,15})\.(?P<offset>\d{1,15})")
 
 
 class KeptInput(NamedTuple):
-    """id: the request's. input: text, or messages as a body holds them."""
+    """id, conversation_id: the request's. input: text, or messages as a body holds them."""
 
     id: str
     input: str | tuple[dict[str, Any], ...]
+    conversation_id: str | None = None
 
 
 @dataclass(slots=True)
@@ -250,7 +251,10 @@ def _line(id: str, at_ms: int, request: ClassifyRequest) -> bytes:
     if not isinstance(kept, str):
         left_out = {role.lower() for role, name in (request.roles or {}).items() if name is None}
         kept = [message_json(one) for one in kept if one.role.lower() not in left_out]
-    written = json.dumps({"id": id, "at": at_ms, "input": kept}, ensure_ascii=False)
+    row = {"id": id, "at": at_ms, "input": kept}
+    if request.conversation_id is not None:
+        row["conversation_id"] = request.conversation_id
+    written = json.dumps(row, ensure_ascii=False)
     return written.encode(errors="replace") + b"\n"
 
 
@@ -264,7 +268,6 @@ def _page(content: bytes, start: int, since_ms: int) -> tuple[list[KeptInput], i
         with suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
             if row["at"] >= since_ms:
-                kept.append(
-                    KeptInput(row["id"], row["input"] if isinstance(row["input"], str) else tuple(row["input"]))
-                )
+                said = row["input"] if isinstance(row["input"], str) else tuple(row["input"])
+                kept.append(KeptInput(row["id"], said, row.get("conversation_id")))
     return kept, stop

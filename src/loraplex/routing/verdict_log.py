@@ -275,7 +275,15 @@ class VerdictLog:
                         labels[route] = label if truth is None else truth
                         corrected += [] if truth is None else [route]
                 if labels:
-                    examples.append(Example(id=one.id, input=one.input, labels=labels, corrected=tuple(corrected)))
+                    examples.append(
+                        Example(
+                            id=one.id,
+                            input=one.input,
+                            labels=labels,
+                            corrected=tuple(corrected),
+                            conversation_id=one.conversation_id,
+                        )
+                    )
         return Examples(examples=tuple(examples), after=after)
 
     def stats(self, route: str) -> RouteStats:

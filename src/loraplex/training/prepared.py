@@ -1,7 +1,8 @@
 """A run, checked before any weights are read: data, classifiers, prompts and the base against each other."""
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -113,8 +114,11 @@ def prepare(
         replace(row, labels={name: row.labels[name] for index, name in enumerate(names) if (number, index) in fit})
         for number, row in enumerate(rows)
     )
-    split = split_rows(rows, dev=settings.dev, calibration=settings.calibration, seed=settings.seed)
-    report = report_on(rows, plain, split, too_long, num_unlabelled=num_rows - len(rows))
+    prompts: dict[int, list[Hashable]] = defaultdict(list)
+    for one in asked:
+        prompts[one.row].append((one.classifier, one.prefix, one.suffix))
+    split = split_rows(rows, dev=settings.dev, calibration=settings.calibration, seed=settings.seed, prompts=prompts)
+    report = report_on(rows, plain, split, too_long, num_unlabelled=num_rows - len(rows), prompts=prompts)
     for name, num_labels in report.num_trained.items():
         if num_labels < 2:
             raise ConfigurationError(

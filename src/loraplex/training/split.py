@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from loraplex.labelled import Labelled, conversation_id, label_shares
+from loraplex.labelled import Labelled, label_shares
+from loraplex.same_conversation import NO_PROMPTS, Prompts, conversations, copies
 from loraplex.training.asked import TooLong
 
 SIDES = ("train", "dev", "calibration")
@@ -28,7 +29,8 @@ class DataReport:
     num_unlabelled: conversations that were left out, because they have no label for any of the classifiers.
     counts:        classifier -> label -> conversations (soft labels count by their shares).
     missing:       classifier -> conversations without a label for it.
-    num_duplicates: conversations that are there before, word for word; they stay on one side of the split.
+    num_duplicates: conversations that are there before, word for word or as the same prompt; they stay on one side of
+                   the split.
     contradictions: classifier -> conversations that are there twice with different labels.
     num_exported:  conversations from `loraplex routes export`.
     cut, left_out:  lines with a prompt that lost its beginning, and with one that did not fit at all.
@@ -56,15 +58,18 @@ class DataReport:
         return {name: len(counts) - missing[name] for name, counts in self.counts.items()}
 
 
-def split_rows(rows: Seq[Labelled], *, dev: float, calibration: float, seed: int) -> Split:
-    """Divide the conversations. The same conversation is on one side only. Each side has its share of rare labels:
-    conversations with the same rarest label are dealt out together, the first of them to train on.
+def split_rows(
+    rows: Seq[Labelled], *, dev: float, calibration: float, seed: int, prompts: Prompts = NO_PROMPTS
+) -> Split:
+    """Divide the conversations. The same conversation is on one side only, with all of its turns. Each side has its
+    share of rare labels: conversations with the same rarest label are dealt out together, the first of them to train
+    on.
 
-    dev, calibration: shares of the conversations.
+    dev, calibration: shares of the conversations. prompts: of the rows; see `same_conversation`.
     """
     groups: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        groups[conversation_id(row)].append(index)
+    for index, id in enumerate(conversations(rows, prompts)):
+        groups[id].append(index)
     frequency = Counter(one for row in rows for one in _likeliest(row))
 
     def rarest(group: Seq[int]) -> tuple[int, tuple[str, str]]:
@@ -103,16 +108,17 @@ def report_on(
     too_long: Seq[TooLong],
     *,
     num_unlabelled: int = 0,
+    prompts: Prompts = NO_PROMPTS,
 ) -> DataReport:
-    """Return what the data holds. labels: classifier -> its labels. num_unlabelled: as in the report."""
+    """Return what the data holds. labels: classifier -> its labels. num_unlabelled: as in the report. prompts: of the
+    rows; see `same_conversation`."""
     counts = {name: dict.fromkeys(of, 0.0) for name, of in labels.items()}
     missing, contradictions = dict.fromkeys(labels, 0), dict.fromkeys(labels, 0)
     side_of = {index: side for side in SIDES for index in getattr(split, side)}
-    seen: dict[str, Labelled] = {}
     seen_on: set[tuple[str, str, str]] = set()
     num_duplicates = 0
-    for number, row in enumerate(rows):
-        first = seen.setdefault(conversation_id(row), row)
+    for number, (row, copied) in enumerate(zip(rows, copies(rows, prompts), strict=True)):
+        first = rows[copied]
         num_duplicates += first is not row
         for name, of in labels.items():
             if name not in row.labels:
