@@ -17,6 +17,7 @@ from loraplex.evaluation.judged import Judged, judge
 from loraplex.evaluation.objective import Objective, believed, choose_gate, choose_threshold, read_objective
 from loraplex.evaluation.recalibration import NotFitted, golden_questions, halves, raw, recalibrate, recalibrate_all
 from loraplex.labelled import Labelled
+from loraplex.same_conversation import conversations
 from loraplex.types import ClassifyResult, Timings, Usage, Verdict
 
 DATA = Path("data.jsonl")
@@ -151,6 +152,33 @@ def test_temperature_and_bias_are_found_again_whatever_the_contract_was() -> Non
         assert found.after.log_loss < found.before.log_loss
         assert found.contract.threshold == contract.threshold and "threshold" not in found.keys
         assert found.num_fitted + found.after.n == 3000 and found.after.n == found.before.n
+
+
+def test_a_good_temperature_is_not_spoiled_by_few_conversations() -> None:
+    """As after a training whose own slice was large."""
+    good = Contract(labels=("yes", "no"), calibration=Calibration(temperature=8.0))
+    draw = numpy.random.default_rng(0)
+    questions, outcomes = [], []
+    for line in range(44):
+        logit = draw.normal()
+        truth = bool(draw.random() < 1 / (1 + math.exp(-logit)))
+        row = Labelled(line=line + 1, input=f"Customer: {line}", labels={"done": truth})
+        questions.append(Question(row=row, classifiers=("done",)))
+        shown = 8 * logit
+        outcomes.append(answer(verdict([-math.log1p(math.exp(-shown)), -math.log1p(math.exp(shown))], good)))
+    found, _ = judge(questions, outcomes, {}, DATA)
+    made = recalibrate("done", good, found["done"], Objective(kind="none"), None).contract.calibration
+    assert made.temperature == pytest.approx(8.0, rel=0.2)
+
+
+def test_the_turns_of_a_chat_are_in_one_half() -> None:
+    one = judged(40)
+    rows = tuple(
+        Labelled(line=row.line, input=f"chat {place % 20}" + "\nmore" * (place // 20), labels=row.labels)
+        for place, row in enumerate(one.rows)
+    )
+    for half in halves(conversations(rows), one.truth):
+        assert {place % 20 for place in half if place < 20} == {place % 20 for place in half if place >= 20}
 
 
 def test_threshold_and_gate_do_what_was_asked() -> None:

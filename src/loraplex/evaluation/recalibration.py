@@ -90,8 +90,9 @@ def recalibrate(
     ours, shown = halves(conversations(judged.rows), judged.truth)
     fit_on, truth = [log_probs[index] for index in ours], [judged.truth[index] for index in ours]
     shares = [label_shares(judged.rows[index].labels[name], contract.labels, name) for index in ours]
-    bias = [contract.calibration.bias.get(label, 0.0) for label in contract.labels]
-    keys: dict[str, Any] = {"calibration": fitted(contract.labels, fit_on, shares, bias)}
+    known = contract.calibration
+    bias = [known.bias.get(label, 0.0) for label in contract.labels]
+    keys: dict[str, Any] = {"calibration": fitted(contract.labels, fit_on, shares, bias, known.temperature)}
     made = _with(contract, keys)
     if objective.kind != "none" and len(contract.labels) == 2:
         threshold = fit_threshold(made, fit_on, truth, objective)
