@@ -15,7 +15,7 @@ import torch
 
 from loraplex.measuring.about import about, command
 from loraplex.measuring.cores import BusyCores
-from loraplex.measuring.files import write_report
+from loraplex.measuring.files import write_report, write_text
 from loraplex.measuring.limits import bandwidth, gemm_rate
 from loraplex.measuring.memory import PeakMemory, peak_rss_bytes, rss_bytes, tree
 from loraplex.measuring.samples import Spread, percentile, wilson
@@ -141,3 +141,16 @@ def test_the_command_is_as_it_is_typed(
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(sys, "argv", [path, "a b"])
     assert command() == expected
+
+
+def test_a_written_file_keeps_its_permissions_and_a_link_its_file(tmp_path: Path) -> None:
+    file, link = tmp_path / "there" / "file", tmp_path / "link"
+    write_text(file, "first", is_private=True)
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o640)
+    link.symlink_to(file)
+    write_text(link, "second")
+    assert link.is_symlink() and file.read_text() == "second" and file.stat().st_mode & 0o777 == 0o640
+    write_text(tmp_path / "plain", "third")
+    assert (tmp_path / "plain").stat().st_mode & 0o044 == 0o044
+    assert sorted(one.name for one in tmp_path.rglob("*")) == ["file", "link", "plain", "there"]

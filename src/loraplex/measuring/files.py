@@ -3,16 +3,25 @@
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one piece. Its folder is made where it is missing."""
+def write_text(path: Path, text: str, *, is_private: bool = False) -> None:
+    """Write a file in one piece. Its folder is made where it is missing. A file that is there keeps its permissions,
+    and a link leads to the new file as it led to the old one.
+
+    is_private:  whether only its owner may read a new file."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.unlink(missing_ok=True)
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if is_private else 0o666), "wb") as file:
+        if path.exists():
+            os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+        file.write(text.encode())
     os.replace(part, path)
 
 
