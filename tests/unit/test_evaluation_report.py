@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import pytest
 
+from loraplex.bundle import AdapterSource
 from loraplex.errors import ConfigurationError, QueueFullError, UnknownClassifierError
 from loraplex.evaluation.asking import UNLABELLED, Outcome, Question, plan, sample
 from loraplex.evaluation.judged import Judged, judge
@@ -17,6 +18,7 @@ from loraplex.evaluation.page import HOLDS_TEXTS, html
 from loraplex.evaluation.plots import roc
 from loraplex.evaluation.report import remarks, report, rows
 from loraplex.labelled import Labelled
+from loraplex.measuring.files import sha256
 from loraplex.types import ClassifyResult, ErrorInfo, Message, Timings, Usage, Verdict
 
 HOSTILE = "<script>alert('x')</script>\"&`$^$_"
@@ -152,6 +154,23 @@ def test_remarks_are_few(tmp_path: Path) -> None:
     assert warning.startswith("warning: the data has labels for stranger (1 conversation), tsak1 (1 conversation), and")
     assert warning.endswith("; did you mean task1 for tsak1?")
     assert rest == f"no figures (task1, task2, task3, task4, task5, … (15 in all)): {UNLABELLED}"
+
+
+def test_a_file_that_was_trained_on_is_told(tmp_path: Path) -> None:
+    from loraplex.cli.eval import _trained_on
+
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}\n")
+    for name, digest in (("done", sha256(data)), ("calm", "0"), ("own", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "training.json").write_text(json.dumps({"data": {"sha256": digest}} if digest else []))
+    sources = [
+        AdapterSource(name=name, path=tmp_path / name, contract=None) for name in ("done", "calm", "own", "bare")
+    ]
+    assert _trained_on(data, sources) == ["done"]
+    found = {"done": judged([(True, 0.9), (False, 0.1)])}
+    assert "'done' learned from this very file" in " ".join(remarks(a_report(found, tmp_path, trained=["done"])))
+    assert "learned from" not in " ".join(remarks(a_report(found, tmp_path)))
 
 
 class Page(HTMLParser):

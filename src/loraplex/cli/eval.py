@@ -38,6 +38,7 @@ from loraplex.cli.remote import JsonOption
 from loraplex.errors import ConfigurationError, ForbiddenError, NotFoundError
 
 if TYPE_CHECKING:
+    from loraplex.bundle import AdapterSource
     from loraplex.evaluation.asking import Outcome, Plan
     from loraplex.evaluation.judged import Judged
 
@@ -150,7 +151,25 @@ def _in_process(
         with progress(len(found.plan.questions)) as advance:
             outcomes = ask_in_process(found.loraplex, found.plan.questions, advance, bare_base=bare_base)
         seconds = time.monotonic() - started
-    return _evaluated(found.plan, outcomes, found.labels, data, path, seconds, {**found.about, "bare_base": bare_base})
+    about = {**found.about, "bare_base": bare_base}
+    asked = {name for one in found.plan.questions for name in one.classifiers}
+    trained = [] if bare_base else _trained_on(data, [one for one in found.bundle.adapters if one.name in asked])
+    return _evaluated(found.plan, outcomes, found.labels, data, path, seconds, about, trained)
+
+
+def _trained_on(data: Path, sources: "Seq[AdapterSource]") -> list[str]:
+    """Return the names of the adapters that `loraplex train` made of this very file."""
+    from loraplex.measuring.files import sha256
+    from loraplex.training.output import RECORD
+
+    def trained_on(folder: Path) -> Any:
+        try:
+            return json.loads((folder / RECORD).read_bytes())["data"]["sha256"]
+        except (OSError, ValueError, LookupError, TypeError):  # none, or another program's
+            return None
+
+    own = sha256(data)
+    return [one.name for one in sources if trained_on(one.path) == own]
 
 
 def _at_server(url: str, data: Path, wanted: Seq[str], num: int | None, concurrency: int) -> Evaluated:
@@ -195,12 +214,15 @@ def _evaluated(
     source: str,
     seconds: float,
     about: Mapping[str, Any],
+    trained: Seq[str] = (),
 ) -> Evaluated:
     from loraplex.evaluation.judged import judge
     from loraplex.evaluation.report import report
 
     judged, without = judge(planned.questions, outcomes, labels, data)
-    return judged, report(judged, planned, without, source=source, data=data, seconds=seconds, about=about)
+    return judged, report(
+        judged, planned, without, source=source, data=data, seconds=seconds, about=about, trained=trained
+    )
 
 
 def _write(path: Path, judged: "Mapping[str, Judged]", report: Mapping[str, Any]) -> None:
@@ -208,7 +230,7 @@ def _write(path: Path, judged: "Mapping[str, Judged]", report: Mapping[str, Any]
     from loraplex.measuring.files import write_text
 
     try:
-        write_text(path, html(report, judged))
+        write_text(path, html(report, judged), is_private=True)
     except OSError as exc:
         raise ConfigurationError(
             f"--html {path}", f"cannot be written: {exc.strerror}", remedy="give another file"

@@ -41,9 +41,11 @@ def report(
     data: Path,
     seconds: float,
     about: Mapping[str, Any],
+    trained: Seq[str] = (),
 ) -> dict[str, Any]:
     """Return the report of an evaluation.
 
+    trained:  classifiers that were trained on this data.
     without:  classifiers whose verdicts have no scores.
     source:   the bundle or the server that was asked.
     seconds:  from the first question to the last answer.
@@ -58,6 +60,7 @@ def report(
         "left_out": {**plan.left_out, **dict.fromkeys(without, NO_LABELS)},
         "unknown_labels": dict(plan.unknown),
         "data": {"file": data.name, "sha256": sha256(data), "conversations": len(plan.questions)},
+        "trained_on_data": list(trained),
         "verdicts": num,
         "seconds": seconds,
         "verdicts_per_s": num / seconds,
@@ -135,9 +138,11 @@ def cell(value: float | None, bounds: Seq[float] | None = None) -> str:
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:
-    """Return what a reader must know beside the table: names that no classifier has, what failed, and what was left
-    out."""
+    """Return what a reader must know beside the table: names that no classifier has, classifiers that learned from the
+    data, what failed, and what was left out."""
     lines = stranger_lines(report["unknown_labels"], [*report["classifiers"], *report["left_out"]])
+    if report["trained_on_data"]:
+        lines.append(f"warning: {_some(report['trained_on_data'])} learned from this very file: the figures are too good")
     lines += [
         f"{name}: {_times(one['num'])} not answered, {one['code']} (line {one['lines'][0]}: {one['message']})"
         for name, found in report["classifiers"].items()
