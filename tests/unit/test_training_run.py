@@ -487,3 +487,32 @@ def test_a_threshold_is_chosen_as_calibrate_does_where_there_is_enough_to_choose
     # By the labels alone, which may be chance, it would be 0.75. The scores say that six in ten at 0.6 are positive.
     assert _with_threshold(contract, log_probs, truth).threshold == 0.35
     assert _with_threshold(contract, log_probs[1:], truth[1:]).threshold is None
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--dry-run", "--load", "http://127.0.0.1:1"], "--load: has no effect with --dry-run"),
+        (["--dry-run", "--resume"], "--resume: has no effect with --dry-run"),
+        (["--dev", "0", "--golden", "2", "--select", "auc"], "'select', 'golden' has no effect with dev 0"),
+        (["--dev", "0", "--patience", "3"], "'patience' has no effect with dev 0"),
+    ],
+)
+def test_options_without_an_effect_are_refused(base: Path, data: Path, options: list[str], what: str) -> None:
+    code, said = invoke("--base", base, "--data", data, "--out", "never", "--template", TEMPLATE, *options)
+    assert code and what in said.replace("│ ", ""), said
+
+
+def test_ctrl_c_during_the_load_says_what_is_there(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loraplex.cli.train_load.check_server", lambda *_: None)
+    monkeypatch.setattr("loraplex.cli.train_load.load_shadows", interrupted)
+    monkeypatch.setattr("loraplex.training.run.train", lambda *_, **__: True)
+    code, said = invoke(
+        "--base", base, "--data", data, "--out", tmp_path, "--template", TEMPLATE, "--load", "http://127.0.0.1:1"
+    )
+    assert code == 130 and "holds the trained adapters" in said and "--adapter-root" in said and "interrupted" in said
+
+

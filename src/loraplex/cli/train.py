@@ -54,7 +54,11 @@ def train(
     with its usage; 130: interrupted.
     """
     with errors_to_exit():
-        inputs, settings = _read(config, options, origins(context))
+    given = origins(context)
+    for name in ("load", "resume") if options["dry_run"] else ():
+        if name in given:
+            raise typer.BadParameter("has no effect with --dry-run", param_hint=given[name].strip())
+        inputs, settings = _read(config, options, given)
         if inputs.base is None or inputs.data is None:
             raise _missing("base" if inputs.base is None else "data")
         if inputs.out is None and not inputs.dry_run:
@@ -99,7 +103,18 @@ def train(
             raise typer.Exit(INTERRUPTED)
         stderr.print(f"serve it: loraplex serve {out}", markup=False)
         if inputs.load is not None:
-            loaded = load_shadows(inputs.load, out, [task.name for task in prepared.tasks], tell)
+            names = [task.name for task in prepared.tasks]
+            try:
+                loaded = load_shadows(inputs.load, out, names, tell)
+            except BaseException as exc:
+                tell(
+                    f"{out} holds the trained adapters; to load them later: loraplex adapters load NAME "
+                    f"{out.resolve()}/{names[0]}, below an --adapter-root of the server"
+                )
+                if not isinstance(exc, KeyboardInterrupt):
+                    raise
+                tell("interrupted")
+                raise typer.Exit(INTERRUPTED) from None
             for line in told(inputs.load, loaded):
                 tell(line)
 

@@ -5,8 +5,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from loraplex.config import Budget, EitherCase, valid_device
+from loraplex.errors import listed
 from loraplex.problems import NumbersAreNoBooleans, wrong
 
+OF_DEV = ("select", "patience", "golden")  # settings that say what is made of dev
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -38,7 +40,9 @@ class TrainInputs(NumbersAreNoBooleans):
     )
     dry_run: bool = Field(False, description="report on the data, and end")
     resume: bool = Field(False, description="go on where an interrupted run with the same data and options ended")
-    overwrite: bool = Field(False, description="replace adapters that the folder of --out already holds")
+    overwrite: bool = Field(
+        False, description="replace adapters that the folder of --out already holds, and an interrupted run's state"
+    )
     load: str | None = Field(
         None, description="URL of a running server to load the adapters into, as shadows of what answers there now"
     )
@@ -125,6 +129,9 @@ class TrainSettings(NumbersAreNoBooleans):
             raise wrong("'dev' and 'calibration' leave nothing to train on", "give shares such as 0.1 and 0.1")
         if self.invocation is not None and self.kind != "alora":
             raise wrong(f"'invocation' has no effect with kind {self.kind}", "leave it out")
+        without = [name for name in OF_DEV if name in self.model_fields_set] if self.dev == 0 else []
+        if without:
+            raise wrong(f"{listed(without)} has no effect with dev 0", "leave it out")
         return self
 
     @property
