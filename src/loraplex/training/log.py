@@ -25,7 +25,7 @@ class Log:
         columns = [*OF_STEP, *(f"{name} {what}" for name in names for what in ("loss", *OF_DEV))]
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            kept = self._rows(first_step) if first_step and self._path.is_file() else []
+            kept = self._rows(columns, first_step) if first_step and self._path.is_file() else []
             self._file = self._path.open("w", newline="", encoding="utf-8")
             self._csv = csv.DictWriter(self._file, columns, extrasaction="ignore")
             self._csv.writeheader()
@@ -37,9 +37,15 @@ class Log:
 
             self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
-    def _rows(self, last_step: int) -> list[dict[str, str]]:
-        with self._path.open(newline="", encoding="utf-8") as file:
-            return [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
+    def _rows(self, columns: Seq[str], last_step: int) -> list[dict[str, str]]:
+        """Return the rows up to a step, but for those that are not whole, as after a power cut; none where the file is
+        another run's."""
+        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # the last is cut short
+        found = [cells for line in lines if (cells := _cells(line)) is not None]
+        if found[:1] != [list(columns)]:
+            return []
+        rows = [dict(zip(columns, cells, strict=True)) for cells in found[1:] if len(cells) == len(columns)]
+        return [row for row in rows if row["step"].isdecimal() and int(row["step"]) <= last_step]
 
     def step(self, told: Told) -> None:
         """Write a step's row. Raises ConfigurationError where the disk is full."""
@@ -68,3 +74,13 @@ class Log:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _cells(line: str) -> list[str] | None:
+    """Return the cells of a line; None where it is no line of a CSV file."""
+    if "\0" in line:
+        return None
+    try:
+        return next(csv.reader([line]), None)
+    except csv.Error:
+        return None
