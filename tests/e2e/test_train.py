@@ -101,7 +101,7 @@ def test_ctrl_c_leaves_the_best_adapters_and_resume_goes_on(tmp_path: Path, base
         assert {one.classifier for one in loraplex.classify("Customer: bravo").verdicts} == set(CLUES)
     steps = len(log.read_text().splitlines()) - 1
     changed = run("--config", tmp_path / "train.yaml", "--resume", "--seed", 5)
-    assert changed.returncode == 1 and "other data or other settings" in changed.stderr
+    assert changed.returncode == 1 and "a run with another --seed" in changed.stderr
     again = run("--config", tmp_path / "train.yaml")
     assert again.returncode == 1 and "--overwrite" in again.stderr
     process = subprocess.Popen(

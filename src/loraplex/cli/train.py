@@ -48,16 +48,17 @@ def train(
     "messages" may stand in place of "text". A label may be missing, and may be shares of votes: {"calm": 0.7,
     "angry": 0.3}. With one --classifier, a line may be {"text": "…", "label": true}.
 
-    Ctrl-C ends the training after the step, and writes the best adapters so far; a second one ends it at once.
+    Ctrl-C ends the training after the step, and writes the best adapters so far, if they were evaluated; a second one
+    ends it at once.
 
     Exit code 0: all adapters are written; 1: an error, told with its remedy; 2: an error of the command line, told
     with its usage; 130: interrupted.
     """
-    with errors_to_exit():
     given = origins(context)
     for name in ("load", "resume") if options["dry_run"] else ():
         if name in given:
             raise typer.BadParameter("has no effect with --dry-run", param_hint=given[name].strip())
+    with errors_to_exit():
         inputs, settings = _read(config, options, given)
         if inputs.base is None or inputs.data is None:
             raise _missing("base" if inputs.base is None else "data")
@@ -90,7 +91,15 @@ def train(
                 check_server(inputs.load, out, [task.name for task in prepared.tasks])
             log_dir = None if inputs.log_dir is None else Path(inputs.log_dir)
             with screen.stopping():
-                is_whole = run(prepared, out, settings, screen, resume=inputs.resume, log_dir=log_dir)
+                is_whole = run(
+                    prepared,
+                    out,
+                    settings,
+                    screen,
+                    resume=inputs.resume,
+                    overwrite=inputs.overwrite,
+                    log_dir=log_dir,
+                )
         except KeyboardInterrupt:
             screen.close()
             stderr.print("interrupted; --resume goes on where the last evaluation was, if there was one")
@@ -99,7 +108,10 @@ def train(
             screen.close()
         stdout.print(screen.results)
         if not is_whole:
-            stderr.print(f"interrupted: {out} holds the best adapters so far, and --resume goes on", markup=False)
+            written = (
+                f"{out} holds the best adapters so far" if screen.results.row_count else "no adapter is written yet"
+            )
+            stderr.print(f"interrupted: {written}, and --resume goes on", markup=False)
             raise typer.Exit(INTERRUPTED)
         stderr.print(f"serve it: loraplex serve {out}", markup=False)
         if inputs.load is not None:

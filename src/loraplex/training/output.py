@@ -1,9 +1,11 @@
 """Writes a trained adapter as a servable folder: PEFT's two files, the contract, and how it was made."""
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,9 +39,29 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def check_out(out: Path, base: Path) -> None:
-    """Make the bundle's folder. Raises ConfigurationError where nothing can be written there, or where it is a bundle
-    of another base."""
+@contextmanager
+def locked(folder: Path, out: Path) -> Iterator[None]:
+    """Let no other run write into `out` while the block runs. Raises ConfigurationError where one does.
+
+    folder:  of the lock; made where it is missing."""
+    with writing(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("wb")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"--out {out}", "another run writes there now", remedy="wait for its end, or give another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def check_out(out: Path, base: Path, names: Seq[str]) -> None:
+    """Make the bundle's folder. Raises ConfigurationError where nothing can be written there, where it is a bundle of
+    another base, or where something else than an adapter has the name of one of the classifiers."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".loraplex-probe"
@@ -52,6 +74,18 @@ def check_out(out: Path, base: Path) -> None:
                 f"--out {out}",
                 f"is a bundle of another base, {there}",
                 remedy="give another folder, or the base of this one",
+            )
+    for folder in (out / name for name in names):
+        part, old = _beside(folder)
+        with writing(folder):
+            if old.is_dir() and not os.path.lexists(folder):  # a kill while it was replaced
+                os.replace(old, folder)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            part.rmdir()
+        if os.path.lexists(folder) and (folder.is_symlink() or not (folder / ADAPTER_CONFIG).is_file()):
+            raise ConfigurationError(
+                folder, f"is there, and is no folder with {ADAPTER_CONFIG}", remedy="move it, or give another --out"
             )
 
 
@@ -81,7 +115,7 @@ def write_adapter(
     dtype: torch.dtype,
     record: Mapping[str, Any],
 ) -> None:
-    """Write one adapter's folder in one piece; a folder that was there is replaced.
+    """Write one adapter's folder in one piece; a folder that was there is replaced, when the new one is whole.
 
     dtype:   of the weights in the file.
     record:  how it was trained, for training.json.
@@ -107,7 +141,7 @@ def write_adapter(
         inference_mode=True,
     )
     written = contract.model_dump(mode="json", exclude_defaults=True)
-    part = folder.with_name(f".{folder.name}.part")
+    part, old = _beside(folder)
     with writing(folder):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -117,8 +151,16 @@ def write_adapter(
         assert (part / ADAPTER_CONFIG).is_file()
         (part / CONTRACT).write_text(text_of(written), encoding="utf-8")
         (part / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(part, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Return where a folder is while it is written, and where the one is that it replaces."""
+    return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
 
 
 def write_bundle_settings(out: Path, base: Path, base_name: str) -> None:

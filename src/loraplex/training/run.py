@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
@@ -14,8 +13,9 @@ from loraplex.machine import choose_threads
 from loraplex.model.loader import resolve_device, resolve_dtype
 from loraplex.training.finish import finish
 from loraplex.training.fit import DivergedError, Fit, Told
+from loraplex.training.identity import identity
 from loraplex.training.log import Log
-from loraplex.training.output import check_out, check_room
+from loraplex.training.output import check_out, check_room, locked
 from loraplex.training.prepared import Prepared, targets_of
 from loraplex.training.settings import TrainSettings
 from loraplex.training.split import DataReport
@@ -46,20 +46,40 @@ def train(
     watcher: Watcher,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     log_dir: Path | None = None,
 ) -> bool:
     """Train, calibrate and write the adapters into the bundle `out`.
 
-    resume:   go on from the state in `out`.
-    log_dir:  folder of log.csv; `out/.training` by default.
-    Returns False where the watcher ended the run early. The best weights so far are written all the same, and the state
-    stays. Raises ConfigurationError where `out` cannot be written, and where the training diverges.
+    resume:     go on from the state in `out`.
+    overwrite:  begin anew where `out` holds the state of an interrupted run. It stays until this run has one.
+    log_dir:    folder of log.csv; `out/.training` by default.
+    Returns False where the watcher ended the run early. The best weights so far are written all the same, unless no
+    evaluation has found any; the state stays. Raises ConfigurationError where `out` cannot be written or another run
+    writes there, and where the training diverges.
     """
-    check_out(out, prepared.base)
-    state = State(out / HIDDEN / "state.pt", _identity(prepared, settings))
+    with locked(out / HIDDEN, out):
+        return _train(prepared, out, settings, watcher, resume, overwrite, log_dir)
+
+
+def _train(
+    prepared: Prepared,
+    out: Path,
+    settings: TrainSettings,
+    watcher: Watcher,
+    resume: bool,
+    overwrite: bool,
+    log_dir: Path | None,
+) -> bool:
+    check_out(out, prepared.base, [task.name for task in prepared.tasks])
+    state = State(out / HIDDEN / "state.pt", identity(prepared, settings))
     begun = state.load() if resume else None
-    if not resume:
-        state.remove()
+    if state.is_there and not (resume or overwrite):
+        raise ConfigurationError(
+            f"--out {out}",
+            "holds the state of an interrupted run",
+            remedy="--resume goes on with it, and --overwrite begins anew; or give another folder",
+        )
     watcher.data(prepared.report, prepared.label_weights)
     choose_threads()
     device = resolve_device(settings.device)
@@ -99,7 +119,7 @@ def train(
         diverged, is_whole = exc, False
     finally:
         log.close()
-    if diverged is None or loop.has_best:
+    if is_whole or loop.has_best:
         finish(prepared, out, settings, loop, trainee, watcher.finished, device, dtype)
     if diverged is not None:
         written = f"{out} holds the best adapters before it" if loop.has_best else "no adapter is written"
@@ -112,14 +132,3 @@ def train(
     if is_whole:
         state.remove()
     return is_whole
-
-
-def _identity(prepared: Prepared, settings: TrainSettings) -> str:
-    """Identify what a state belongs to: the same base, data, classifiers, prompts and settings."""
-    parts = [
-        prepared.base_name,
-        prepared.data_sha256,
-        settings.model_dump_json(),
-        *(f"{task.name} {task.contract}" for task in prepared.tasks),
-    ]
-    return sha256("\n".join(parts).encode()).hexdigest()
