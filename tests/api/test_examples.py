@@ -234,7 +234,7 @@ def test_the_command_writes_what_a_training_reads(own: httpx.Client, tmp_path: P
     correct(own, ids[2], "yes")
     correct(own, ids[3], "no")
     done = export("exported", "task1", "--since", "1h", "--out", out)
-    assert done.returncode == 0 and "delete them after the training" in done.stderr, done.stderr
+    assert done.returncode == 0 and "delete the file after the training" in done.stderr, done.stderr
     last = json.loads(out.read_text().splitlines()[-1])
     assert last["text"] == "Customer: export b" and last["labels"] == {"exported": True, "task1": False}
     assert ids[2].startswith(last["ids"][0])

@@ -49,13 +49,12 @@ def test_an_interrupted_run_is_not_forgotten_without_a_question(tmp_path: Path, 
     with pytest.raises(ConfigurationError, match="holds the state of an interrupted run"):
         train(run, tmp_path / "out", SETTINGS, Recorder())
 
-    def ended(told: Told) -> None:
-        raise KeyboardInterrupt
+    class Ended(Recorder):
+        def step(self, told: Told) -> bool:
+            raise KeyboardInterrupt
 
-    watcher = Recorder()
-    watcher.step = ended  # type: ignore[assignment,method-assign]
     with pytest.raises(KeyboardInterrupt):
-        train(run, tmp_path / "out", SETTINGS, watcher, overwrite=True)
+        train(run, tmp_path / "out", SETTINGS, Ended(), overwrite=True)
     assert state.read_bytes() == before, "the new run has no state yet"
 
 
