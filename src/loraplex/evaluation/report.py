@@ -142,7 +142,9 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
     data, what failed, and what was left out."""
     lines = stranger_lines(report["unknown_labels"], [*report["classifiers"], *report["left_out"]])
     if report["trained_on_data"]:
-        lines.append(f"warning: {_some(report['trained_on_data'])} learned from this very file: the figures are too good")
+        lines.append(
+            f"warning: {_some(report['trained_on_data'])} learned from this very file: the figures are too good"
+        )
     lines += [
         f"{name}: {_times(one['num'])} not answered, {one['code']} (line {one['lines'][0]}: {one['message']})"
         for name, found in report["classifiers"].items()
