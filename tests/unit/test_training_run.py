@@ -3,9 +3,13 @@
 import csv
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,6 +26,7 @@ from families import config_of
 from loraplex import Loraplex
 from loraplex.classifier import Contract
 from loraplex.cli.main import app
+from loraplex.cli.train import _Screen
 from loraplex.errors import ConfigurationError, UnsupportedModelError
 from loraplex.evaluation.quality import Quality
 from loraplex.training.fit import Fit, Told
@@ -577,3 +582,24 @@ def test_a_threshold_is_chosen_as_calibrate_does_where_there_is_enough_to_choose
     # By the labels alone, which may be chance, it would be 0.75. The scores say that six in ten at 0.6 are positive.
     assert _with_threshold(contract, log_probs, truth).threshold == 0.35
     assert _with_threshold(contract, log_probs[1:], truth[1:]).threshold is None
+
+
+def test_ctrl_c_that_an_import_swallows_ends_the_run_before_its_first_step() -> None:
+    screen = _Screen()
+    with screen.stopping():
+        with suppress(KeyboardInterrupt):  # as `except BaseException` in a library does
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        with pytest.raises(KeyboardInterrupt):
+            screen.started(["isDone"], 10, 10, 0)
+
+
+def test_a_result_of_no_use_is_told_and_so_is_a_slot_that_is_none(tmp_path: Path, base: Path) -> None:
+    rows = [{"text": f"Customer: {index}", "labels": {"isDone": index % 2 == 0}} for index in range(60)]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    arguments = ["--base", base, "--data", data, "--out", tmp_path / "out", "--template", "{foo} " + TEMPLATE]
+    arguments += ["--epochs", "0.1", "--learning-rate", "1e-9", "--dtype", "float32", "--threshold", "none"]
+    done = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    assert "--template holds '{foo}', which stays in every prompt as it is" in done.stderr
+    assert "no better than chance on dev: 'isDone'; label more" in " ".join(done.stderr.split())

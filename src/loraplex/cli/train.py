@@ -1,5 +1,6 @@
 """`loraplex train`: from labelled conversations to a bundle."""
 
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loraplex.amounts import counted
+from loraplex.classifier import CONVERSATION, QUESTION
 from loraplex.cli.options import errors_to_exit, origins, quiet_libraries, settings_options, stderr, stdout, tell
 from loraplex.config import read_yaml, resolve, validate
 from loraplex.errors import ConfigurationError, listed
@@ -67,45 +69,19 @@ def train(
         for package in ("peft", "scipy"):
             if not is_installed(package):
                 raise ConfigurationError("train", f"{package} is not installed", remedy="pip install 'loraplex[train]'")
-        quiet_libraries()
-        from loraplex.cli.train_load import check_server, load_shadows, told
-        from loraplex.training.contracts import read_questions
-        from loraplex.training.prepared import prepare
-        from loraplex.training.run import train as run
-
-        asked = {} if inputs.questions is None else read_questions(Path(inputs.questions))
         screen = _Screen()
         try:
-            prepared = prepare(inputs.base, Path(inputs.data), settings, inputs.classifier, asked)
-            if inputs.dry_run or inputs.out is None:
-                return screen.data(prepared.report, prepared.label_weights)
-            out = Path(inputs.out)
-            there = [task.name for task in prepared.tasks if (out / task.name).exists()]
-            if there and not (inputs.overwrite or inputs.resume):
-                raise ConfigurationError(
-                    f"--out {out}",
-                    f"already holds {listed(there)}",
-                    remedy="give another folder, or --overwrite; --resume goes on with an interrupted run",
-                )
-            if inputs.load is not None:
-                check_server(inputs.load, out, [task.name for task in prepared.tasks])
-            log_dir = None if inputs.log_dir is None else Path(inputs.log_dir)
             with screen.stopping():
-                is_whole = run(
-                    prepared,
-                    out,
-                    settings,
-                    screen,
-                    resume=inputs.resume,
-                    overwrite=inputs.overwrite,
-                    log_dir=log_dir,
-                )
+                is_whole = _train(inputs, settings, screen)
         except KeyboardInterrupt:
             screen.close()
             stderr.print("interrupted; --resume goes on where the last evaluation was, if there was one")
             raise typer.Exit(INTERRUPTED) from None
         finally:
             screen.close()
+        if inputs.dry_run:
+            return
+        out = Path(inputs.out or "")
         stdout.print(screen.results)
         if not is_whole:
             written = (
@@ -113,9 +89,17 @@ def train(
             )
             stderr.print(f"interrupted: {written}, and --resume goes on", markup=False)
             raise typer.Exit(INTERRUPTED)
+        if screen.no_better_than_chance:
+            stderr.print(
+                f"warning: no better than chance on dev: {listed(screen.no_better_than_chance)}; label more "
+                "conversations, or train longer",
+                markup=False,
+            )
         stderr.print(f"serve it: loraplex serve {out}", markup=False)
         if inputs.load is not None:
-            names = [task.name for task in prepared.tasks]
+            from loraplex.cli.train_load import load_shadows, told
+
+            names = screen.names
             try:
                 loaded = load_shadows(inputs.load, out, names, tell)
             except BaseException as exc:
@@ -129,6 +113,36 @@ def train(
                 raise typer.Exit(INTERRUPTED) from None
             for line in told(inputs.load, loaded):
                 tell(line)
+
+
+def _train(inputs: TrainInputs, settings: TrainSettings, screen: "_Screen") -> bool:
+    """Run, or only report on the data with `dry_run`. Return whether the run came to its own end."""
+    quiet_libraries()
+    from loraplex.cli.train_load import check_server
+    from loraplex.training.contracts import read_questions
+    from loraplex.training.prepared import prepare
+    from loraplex.training.run import train as run
+
+    asked = {} if inputs.questions is None else read_questions(Path(inputs.questions))
+    assert inputs.base is not None and inputs.data is not None
+    prepared = prepare(inputs.base, Path(inputs.data), settings, inputs.classifier, asked)
+    if strange := set(re.findall(r"\{\w+\}", settings.template or "")) - {CONVERSATION, QUESTION}:
+        tell(f"warning: --template holds {listed(sorted(strange))}, which stays in every prompt as it is")
+    if inputs.dry_run or inputs.out is None:
+        screen.data(prepared.report, prepared.label_weights)
+        return True
+    out, names = Path(inputs.out), [task.name for task in prepared.tasks]
+    there = [name for name in names if (out / name).exists()]
+    if there and not (inputs.overwrite or inputs.resume):
+        raise ConfigurationError(
+            f"--out {out}",
+            f"already holds {listed(there)}",
+            remedy="give another folder, or --overwrite; --resume goes on with an interrupted run",
+        )
+    if inputs.load is not None:
+        check_server(inputs.load, out, names)
+    log_dir = None if inputs.log_dir is None else Path(inputs.log_dir)
+    return run(prepared, out, settings, screen, resume=inputs.resume, overwrite=inputs.overwrite, log_dir=log_dir)
 
 
 def _read(
@@ -170,8 +184,9 @@ class _Screen:
             console=stderr,
             speed_estimate_period=600,
         )
-        self._names: Seq[str] = ()
-        self._is_running = self._ends = False
+        self.names: Seq[str] = ()
+        self._is_running = self._ends = self._is_interrupted = False
+        self.no_better_than_chance: list[str] = []
         self.results = Table("classifier", "F1 on dev", "AUC", "accuracy", "log-loss", "n", "folder", box=None)
 
     @contextmanager
@@ -180,6 +195,7 @@ class _Screen:
 
         def handle(number: int, frame: FrameType | None) -> None:
             if not self._is_running or self._ends:
+                self._is_interrupted = True
                 raise KeyboardInterrupt
             self._ends = True
             stderr.print("stopping after this step; once more ends it at once, without writing adapters")
@@ -211,7 +227,9 @@ class _Screen:
             stderr.print(f"warning: {line}", markup=False)
 
     def started(self, names: Seq[str], num_parameters: int, num_steps: int, first_step: int) -> None:
-        self._names, self._is_running = names, True
+        if self._is_interrupted:  # and a library that was being imported swallowed the exception
+            raise KeyboardInterrupt
+        self.names, self._is_running = names, True
         stderr.print(
             f"training {counted(len(names), 'adapter')} at once: {num_parameters / 1e6:.1f} M parameters, "
             f"{counted(num_steps, 'step')}" + (f", {first_step} of them done" if first_step else ""),
@@ -232,7 +250,7 @@ class _Screen:
             found = [one.f1 for one in told.quality if one is not None and one.f1 is not None]
             each = ", ".join(
                 f"{name} {one.f1:.3f}" + ("*" if best else "") + (" stopped" if stopped else "")
-                for name, one, best, stopped in zip(self._names, told.quality, told.is_best, told.stopped, strict=True)
+                for name, one, best, stopped in zip(self.names, told.quality, told.is_best, told.stopped, strict=True)
                 if one is not None and one.f1 is not None
             )
             mean = f"mean F1 on dev {sum(found) / len(found):.3f} ({each})" if found else "no F1 on dev"
@@ -242,6 +260,8 @@ class _Screen:
     def finished(self, name: str, before: "Quality | None", after: "Quality | None", folder: Path) -> None:
         values = [] if after is None else [after.f1, after.auc, after.accuracy, after.log_loss]
         figures = ["-" if value is None else f"{value:.3f}" for value in values] or ["-"] * 4
+        if after is not None and (after.f1 == 0 or (after.auc is not None and after.auc <= 0.5)):
+            self.no_better_than_chance.append(name)
         self.results.add_row(name, *figures, "0" if after is None else str(after.n), str(folder))
 
     def close(self) -> None:
