@@ -125,7 +125,8 @@ def _read(file: Path | None) -> str:
 def _bars(scores: Mapping[str, float], *, is_unicode: bool) -> str:
     """Return a line for each label, with its score as a bar. Of many labels, the likeliest."""
     shown = sorted(scores, key=scores.__getitem__, reverse=True)[:MOST_BARS] if len(scores) > MOST_BARS else [*scores]
-    width, full, empty = max(map(len, shown), default=0), *("█░" if is_unicode else "#.")
+    width = max(map(len, shown), default=0)
+    full, empty = ("█", "░") if is_unicode else ("#", ".")
     lines = []
     for label in shown:
         length = round(scores[label] * BAR)
