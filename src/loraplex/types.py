@@ -40,9 +40,29 @@ def classifier_names(given: str | Iterable[str]) -> Names:
     return "*" if names == ("*",) else names
 
 
+QuestionType = Literal["predicate", "choice", "score"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A question that no adapter was trained for: the bare base answers it (`--adhoc-questions`).
+
+    type:          predicate (two labels: the first one holds or the second does), choice (one of the labels) or score
+                   (labels are levels, from the lowest to the highest).
+    instructions:  what is asked, in words.
+    labels:        in the order of the request.
+    descriptions:  label -> what it means; may be empty, or name some labels only.
+    """
+
+    type: QuestionType
+    instructions: str
+    labels: tuple[str, ...] = ("yes", "no")
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifyRequest:
-    """One conversation, and the classifiers that judge it.
+    """One conversation, and the classifiers and questions that judge it.
 
     input:            text, or the turns in order.
     classifiers:      names, in the order of the answer's verdicts, or "*" for every classifier.
@@ -51,6 +71,7 @@ class ClassifyRequest:
     roles:            roles that differ from the contracts' `roles`.
     request_id:       kept with the verdicts, so that feedback can name the request instead of a verdict.
     key:              name of the API key that asks, kept with `request_id`.
+    questions:        name -> a question for the bare base. Its verdict comes under this name, behind the classifiers'.
     """
 
     input: str | tuple[Message, ...]
@@ -60,6 +81,7 @@ class ClassifyRequest:
     roles: Roles | None = None
     request_id: str | None = None
     key: str | None = None
+    questions: Mapping[str, Question] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +110,8 @@ class Verdict:
     """One classifier's answer: either `label` and the fields that describe it, or `error`.
 
     id:          identifies the verdict, for feedback.
-    classifier:  the name in the request: a classifier's or a route's. `adapter` is the adapter that answered.
+    classifier:  the name in the request: a classifier's, a route's or a question's.
+    adapter:     the adapter that answered; None where the bare base answered a question (or nobody, with `error`).
     confidence:  score of the returned label.
     scores:      label -> calibrated probability; the sum is 1.
     value:       expected value of the contract's `values` under the scores; None where the contract has none.
