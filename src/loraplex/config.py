@@ -127,6 +127,14 @@ class EngineConfig(NumbersAreNoBooleans):
     adapter_root: tuple[str, ...] = Field(
         (), description="folder below which adapters may be loaded at run time, besides the bundle"
     )
+    adhoc_questions: bool = Field(
+        False,
+        description="let requests ask questions that no adapter was trained for: the bare base answers them, zero-shot",
+    )
+    adhoc_correction: Annotated[Literal["orders", "none"], EitherCase] = Field(
+        "orders",
+        description="with --adhoc-questions: orders, which asks with the labels in both orders and averages, or none",
+    )
     state_dir: str | None = Field(None, description="folder that keeps adapters, routes and verdicts across restarts")
 
 
