@@ -115,6 +115,7 @@ class Verdict:
     confidence:  score of the returned label.
     scores:      label -> calibrated probability; the sum is 1.
     value:       expected value of the contract's `values` under the scores; None where the contract has none.
+    score:       expected level, from 0; None where the contract's `type` is not score.
     label_mass:  probability of all labels together, over the whole vocabulary, before calibration.
     abstained:   whether the score is below the contract's `abstain_below`; `label` is still the best one.
     warnings:    each is "code: sentence". The codes: left_out_tool_calls, escaped_special_tokens, cut_conversation,
@@ -128,6 +129,7 @@ class Verdict:
     confidence: float | None = None
     scores: Mapping[str, float] | None = None
     value: float | None = None
+    score: float | None = None
     label_mass: float | None = None
     abstained: bool = False
     adapter: AdapterRef | None = None
@@ -209,6 +211,7 @@ class AdapterInfo:
     error:      why the last load failed; a version that was ready before still answers.
     warnings:   what is odd about the version that answers, such as another base in its config.
     num_bytes:  bytes on the device.
+    type:       what the contract says is asked.
     template:   what writes the prompts of /v1/classify: the contract's `template`, the chat template, or nothing (None:
                 the text is taken verbatim).
     chat_template, tokenizer:  whether they are the adapter's own, or the base's.
@@ -221,6 +224,7 @@ class AdapterInfo:
     num_parameters: int | None = None
     num_bytes: int | None = None
     labels: tuple[str, ...] | None = None
+    type: QuestionType | None = None
     question: str | None = None
     path: str
     pinned: bool = False

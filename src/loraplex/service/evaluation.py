@@ -71,6 +71,7 @@ class Evaluation:
                 confidence=decision.confidence,
                 scores=decision.scores,
                 value=decision.value,
+                score=decision.score,
                 label_mass=decision.label_mass,
                 abstained=decision.abstained,
                 adapter=ref,

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 
 from loraplex.adapters.residence import Lease
 from loraplex.adapters.slots import NO_ADAPTER
-from loraplex.classifier import valid_unicode
+from loraplex.classifier import Contract, valid_unicode
 from loraplex.discovery import SkippedFolder
 from loraplex.engine.sequence import Sequence, SequenceOutput
 from loraplex.errors import (
@@ -103,6 +103,11 @@ class Service:
     def adapter(self, name: str) -> AdapterInfo:
         """Return the adapter of that name. Raises UnknownClassifierError where there is none."""
         return self.registry.adapter(name)
+
+    def contract(self, name: str) -> Contract | None:
+        """Return the contract of that adapter, or None where it has none. Raises UnknownClassifierError where there is
+        no such adapter."""
+        return self.versions.entry(name).source.contract
 
     def names(self) -> tuple[str, ...]:
         """Return the classifiers that `"*"` asks."""
