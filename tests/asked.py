@@ -8,7 +8,7 @@ from transformers import MistralConfig, PreTrainedConfig
 import tiny
 from loraplex.types import Question
 
-CHATML = "{% for m in messages %}<|ask|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}<|ask|>assistant\n"
+CHATML = "{% for m in messages %}<|ask|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}{{ '<|ask|>assistant\n' }}"
 QUESTIONS = {
     "isDone": Question(type="predicate", instructions="Is the payment done?"),
     "topic": Question(

@@ -1,5 +1,6 @@
 """Questions that no adapter was trained for: who answers them, with which probabilities, and what is computed."""
 
+import asyncio
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,12 +76,12 @@ def test_a_verdict_says_that_no_adapter_answered(loraplex: Loraplex) -> None:
 
 def test_without_the_option_no_question_is_answered(bundle: Path) -> None:
     with Loraplex.load(bundle, dtype="float32") as loraplex:
+        before = loraplex.service.stats().num_step_tokens
         with pytest.raises(UnknownClassifierError, match="isDone") as caught:
             ask(loraplex, classifiers=("task0",))
         assert "--adhoc-questions" in caught.value.remedy
-        assert loraplex.service.stats().num_step_sequences == ask(loraplex, {}, ("task0",)).usage.prompt_tokens * 0 + (
-            loraplex.service.stats().num_step_sequences
-        )
+        assert loraplex.service.stats().num_step_tokens == before
+        assert ask(loraplex, {}, ("task0",))["task0"].label
 
 
 def test_probabilities_are_those_of_the_base_after_the_prompt(uncorrected: Loraplex, bundle: Path) -> None:
@@ -103,9 +104,11 @@ def test_probabilities_are_those_of_the_base_after_the_prompt(uncorrected: Lorap
         with torch.inference_mode():
             probabilities = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
         found = []
-        for code in codes.split():
+        for code in codes.split():  # each in all its spellings
             spelled = {code, f" {code}", code.capitalize(), f" {code.capitalize()}"}
-            found.append(sum(probabilities[one].item() for one in {tokenizer(text)["input_ids"][0] for text in spelled}))
+            found.append(
+                sum(probabilities[one].item() for one in {tokenizer(text)["input_ids"][0] for text in spelled})
+            )
         # Spellings that begin with the same token, such as a space, tell nothing.
         own = [probabilities[tokenizer(code)["input_ids"][0]].item() for code in codes.split()]
         assert verdicts[name].label_mass is not None
@@ -119,8 +122,6 @@ def test_the_same_question_gets_the_same_probability_in_any_mix(loraplex: Lorapl
     random_ = random.Random(26)
 
     async def together(requests: list[ClassifyRequest]) -> list[ClassifyResult]:
-        import asyncio
-
         return list(await asyncio.gather(*map(loraplex.router.classify, requests)))
 
     for _ in range(25):
@@ -159,7 +160,8 @@ def test_the_state_is_computed_once_for_classifiers_and_questions(bundle: Path) 
     tokenizer = AutoTokenizer.from_pretrained(bundle)
     state = len(tokenizer(TEXT)["input_ids"])
     own = short.usage.computed_tokens - len(tokenizer("<|ask|>user\nx</s>\n<|ask|>")["input_ids"])
-    assert both.usage.computed_tokens <= trained.usage.computed_tokens + own
+    # The base computes the activation's first token, too.
+    assert both.usage.computed_tokens <= trained.usage.computed_tokens + own + 1
     assert trained.usage.computed_tokens == shorter.usage.computed_tokens + state - 1
     assert both.usage.prompt_tokens > 8 * state
 
@@ -183,7 +185,9 @@ async def _sequences(loraplex: Loraplex) -> Any:
 def test_texts_of_a_question_write_no_special_tokens(loraplex: Loraplex) -> None:
     told = Question(type="choice", instructions="a</s>b<|ask|>c", labels=("<s>", "</s>x"))
     verdict = ask(loraplex, {"q": told})["q"]
-    assert verdict.error is None and tuple(verdict.scores or ()) == ("<s>", "</s>x"), "the answer has the labels as given"
+    assert verdict.error is None and tuple(verdict.scores or ()) == ("<s>", "</s>x"), (
+        "the answer has the labels as given"
+    )
 
 
 def test_messages_are_written_as_for_classifiers(loraplex: Loraplex) -> None:
@@ -192,7 +196,9 @@ def test_messages_are_written_as_for_classifiers(loraplex: Loraplex) -> None:
         Message(role="assistant", content="at what time?"),
         Message(role="user", content="at seven, thanks"),
     )
-    assert scores(ask(loraplex, input=messages)) == pytest.approx(scores(ask(loraplex)))
+    by_text = scores(ask(loraplex))
+    for name, found in scores(ask(loraplex, input=messages)).items():
+        assert found == pytest.approx(by_text[name], abs=EXACT)
 
 
 @pytest.mark.parametrize(
@@ -246,3 +252,77 @@ def test_a_base_without_a_chat_template_is_asked_in_plain_text(tmp_path: Path) -
     with Loraplex.load(tmp_path, dtype="float32", adhoc_questions=True) as loraplex:
         result = ask(loraplex, classifiers=())
     assert all(verdict.error is None for verdict in result.verdicts) and math.isfinite(result["hurry"].score or 0)
+
+
+@pytest.fixture(scope="module")
+def http(bundle: Path) -> Iterator[httpx.Client]:
+    with serving.serve(bundle, "--dtype", "float32", "--adhoc-questions") as server, serving.client(server) as client:
+        yield client
+
+
+BODIES: Mapping[str, Any] = {
+    "isDone": {"type": "predicate", "instructions": "Is the payment done?"},
+    "topic": {
+        "type": "choice",
+        "instructions": "What is it about?",
+        "criteria": {"table": "a table for two", "payment": None, "other": ""},
+    },
+    "hurry": {"type": "score", "instructions": "How urgent is it?", "labels": ["calm", "soon", "now"]},
+    "untold": {"type": "choice", "labels": ["hello", "thanks"]},
+}
+
+
+def test_over_http_beside_classifiers(http: httpx.Client, loraplex: Loraplex) -> None:
+    response = http.post("/v1/classify", json={"input": TEXT, "classifiers": ["task0"], "questions": BODIES})
+    assert response.status_code == 200, response.text
+    verdicts = {verdict.pop("classifier"): verdict for verdict in response.json()["verdicts"]}
+    assert list(verdicts) == ["task0", *QUESTIONS]
+    expected = scores(ask(loraplex))
+    for name, found in expected.items():
+        assert verdicts[name]["scores"] == pytest.approx(found, abs=EXACT)
+        assert "adapter" not in verdicts[name] and verdicts[name]["warnings"][0].startswith("zero_shot: ")
+    assert "adapter" in verdicts["task0"]
+    several = http.post("/v1/classify", json={"inputs": [TEXT, "hi"], "classifiers": [], "questions": BODIES}).json()
+    assert [len(one["verdicts"]) for one in several["results"]] == [4, 4]
+    assert several["results"][0]["verdicts"][1]["scores"] == pytest.approx(expected["topic"], abs=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("question", "told"),
+    [
+        ({"instructions": "Is it?"}, "questions.q.type: is missing"),
+        ({"type": "noul", "instructions": "Is it?"}, "predicate"),
+        ({"type": "predicate"}, "'q' has no instructions"),
+        ({"type": "choice", "instructions": "Which?"}, "'q' has 0 labels"),
+        ({"type": "choice", "labels": ["a", "a"]}, "the same"),
+        ({"type": "choice", "labels": ["a", "b"], "criteria": {"c": "d"}}, "describes 'c'"),
+        ({"type": "choice", "labels": ["a", "b"], "options": ["a"]}, "questions.q.options"),
+        ({"type": "score", "labels": "calm"}, "a list"),
+        ({"type": "choice", "labels": list(map(str, range(300)))}, "255"),
+    ],
+)
+def test_a_wrong_question_is_named_with_what_to_give(http: httpx.Client, question: Any, told: str) -> None:
+    response = http.post("/v1/classify", json={"input": TEXT, "questions": {**BODIES, "q": question}})
+    error = response.json()["error"]
+    assert response.status_code == 422 and error["code"] == "invalid_request"
+    assert told in f"{error['message']} {error['remedy']}"
+
+
+def test_without_the_option_the_answer_is_404(tiny_server: serving.Server) -> None:
+    with serving.client(tiny_server) as client:
+        response = client.post("/v1/classify", json={"input": TEXT, "questions": BODIES})
+    assert response.status_code == 404 and response.json()["error"]["code"] == "unknown_classifier"
+    assert "--adhoc-questions" in response.json()["error"]["remedy"]
+
+
+def test_feedback_and_metrics_know_questions(http: httpx.Client) -> None:
+    """Under one name in the metrics: callers may name questions and labels in any way."""
+    answer = http.post("/v1/classify", json={"input": TEXT, "classifiers": [], "questions": BODIES}).json()
+    ids = [verdict["id"] for verdict in answer["verdicts"]]
+    assert len(set(ids)) == 4
+    told = http.post("/v1/feedback", json={"verdict_id": ids[1], "label": "payment"})
+    assert told.status_code == 200 and told.json()["num_answers"] == 1
+    metrics = http.get("/metrics").text
+    [line] = [one for one in metrics.splitlines() if one.startswith("loraplex_verdicts_total") and "(question)" in one]
+    assert float(line.split()[-1]) >= 4
+    assert "topic" not in metrics and "payment" not in metrics
