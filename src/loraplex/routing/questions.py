@@ -69,28 +69,25 @@ async def plan(
     aliases: Collection[str] = (),
     roles: Roles | None = None,
     strict: bool = False,
-    adhoc: bool = False,
 ) -> Plan:
     """Return what is asked for typed questions about a state.
 
     field:    the state's name in the request, for errors.
     model:    a classifier or a route, which then answers every question; or the base, "*" or one of `aliases`, and each
-              question's name is the classifier's or route's.
+              question's name is the classifier's or route's. The bare base answers the others, where it answers any.
     strict:   refuse a question whose words contradict the contract's, instead of warning.
-    adhoc:    let the bare base answer a question whose name is none of a classifier.
 
     Raises UnknownClassifierError for names that are unknown, and InvalidRequestError, which names the question, where
     the classifier has other labels, or none, and where a message's role is unknown."""
     routes = {one.name: one for one in router.routes()}
     known = list(dict.fromkeys((*routes, *router.service.names())))
-    names = _names(router, known, asked, model, aliases, adhoc)
+    names = _names(router, known, asked, model, aliases)
     questions = {name: one.question for one, name in zip(asked, names, strict=True) if not router.knows(name)}
     warnings: dict[tuple[int, str], tuple[str, ...]] = {}
     _check_text(state)
     first = {} if isinstance(state, str) else {one.role: index for index, one in reversed([*enumerate(state)])}
     for index, (one, name) in enumerate(zip(asked, names, strict=True)):
         if name in questions:
-            _check_adhoc(one)
             continue
         targets = routes[name].targets if name in routes else {name: 1}
         for adapter in (adapter for adapter, weight in targets.items() if weight):
@@ -105,44 +102,26 @@ async def plan(
     return Plan(asked=asked, request=request, names=names, warnings=warnings)
 
 
-def _names(
-    router: Router, known: list[str], asked: Seq[Asked], model: str, aliases: Collection[str], adhoc: bool
-) -> list[str]:
+def _names(router: Router, known: list[str], asked: Seq[Asked], model: str, aliases: Collection[str]) -> list[str]:
     """Return for each question the name that its verdict will have."""
     if router.knows(model):
         return [model] * len(asked)
     if model != EVERYTHING and model not in aliases and model not in router.service.base_names:
         raise UnknownClassifierError(model, known)
     names: list[str] = []
-    own: dict[str, Question] = {}  # names of questions that no adapter was trained for
+    own: dict[str, Question] = {}  # questions that no adapter was trained for
     for index, one in enumerate(asked):
         name = one.name
-        if name is not None and router.knows(name):
-            names.append(name)
-            continue
-        if not adhoc:
-            if name is None:
-                message = "is missing, and names the classifier that answers"
-                remedy = f"give a name, one of: {listed(known)}; or give a classifier as `model`"
-                raise _wrong(f"{one.place}.name", message, remedy)
+        if name is None and not router.service.answers_questions:
+            remedy = f"give a name, one of: {listed(known)}; or give a classifier as `model`"
+            raise _wrong(f"{one.place}.name", "is missing, and names the classifier that answers", remedy)
+        if name is None or not router.knows(name):
+            name = f"question {index}" if name is None else name
+            while own.get(name, one.question) != one.question or router.knows(name):
+                name = f"{name} {index}"
             own[name] = one.question
-            continue
-        name = f"question {index}" if name is None else name
-        while own.get(name, one.question) != one.question or router.knows(name):
-            name = f"{name} {index}"
-        own[name] = one.question
         names.append(name)
-    if own and not adhoc:
-        raise UnknownClassifierError([*own], known)
     return names
-
-
-def _check_adhoc(one: Asked) -> None:
-    question = one.question
-    if len(set(question.labels)) != len(question.labels):
-        raise _wrong(f"{one.place}.{one.options}", f"two of {listed(question.labels)} are the same", "give each once")
-    if question.type == "predicate" and not (question.instructions.strip() or any(question.descriptions.values())):
-        raise _wrong(f"{one.place}.instructions", "are missing", "say in words what is asked")
 
 
 async def _contract_of(router: Router, adapter: str, place: str) -> tuple[Contract | None, tuple[str, ...] | None]:

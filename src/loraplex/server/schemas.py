@@ -327,6 +327,17 @@ class ModelCard(BaseModel):
     parent: str | None = None
 
 
+class TypeSafeModel(BaseModel):
+    """A model as TypeSafe's API lists it. release_date: the day on which this server was started."""
+
+    name: str
+    description: str
+    release_date: str
+
+
 class ModelList(BaseModel):
+    """OpenAI's list, and the same for TypeSafe's client."""
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    models: list[TypeSafeModel]
