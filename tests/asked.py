@@ -28,12 +28,12 @@ def config() -> PreTrainedConfig:
     return tiny.fitted(MistralConfig(**values))
 
 
-def save_chat_bundle(folder: Path) -> Path:
-    """A base that chats, and three activated adapters whose prompts the chat template writes."""
+def save_chat_bundle(folder: Path, *, is_activated: bool = True) -> Path:
+    """A base that chats, and three adapters whose prompts the chat template writes."""
     tokenizer = tiny.byte_level_tokenizer()
     tokenizer.chat_template = CHATML
     tiny.save_base(folder, config(), tokenizer)
-    invocation = [tiny.SPECIAL_TOKENS.index("<|ask|>")]
+    invocation = [tiny.SPECIAL_TOKENS.index("<|ask|>")] if is_activated else None
     for index in range(3):
         tiny.save_adapter(
             folder,

@@ -323,6 +323,8 @@ def test_feedback_and_metrics_know_questions(http: httpx.Client) -> None:
     told = http.post("/v1/feedback", json={"verdict_id": ids[1], "label": "payment"})
     assert told.status_code == 200 and told.json()["num_answers"] == 1
     metrics = http.get("/metrics").text
-    [line] = [one for one in metrics.splitlines() if one.startswith("loraplex_verdicts_total") and "(question)" in one]
+    [line] = [
+        one for one in metrics.splitlines() if one.startswith("loraplex_classifications_total") and "(question)" in one
+    ]
     assert float(line.split()[-1]) >= 4
     assert "topic" not in metrics and "payment" not in metrics
