@@ -80,14 +80,14 @@ class QuestionEvaluation:
                 f"low_label_mass: the labels have a probability of {mass:.2g} together, less than {MIN_LABEL_MASS:g}; "
                 "the base expects another text here, so the scores say little"
             )
-        levels = enumerate(scores.values()) if self.question.type == "score" else None
+        is_score = self.question.type == "score"
         return Verdict(
             id=id,
             classifier=self.name,
             label=label,
             confidence=scores[label],
             scores=scores,
-            value=None if levels is None else math.fsum(level * score for level, score in levels),
+            score=math.fsum(level * one for level, one in enumerate(scores.values())) if is_score else None,
             label_mass=min(1.0, mass),
             warnings=tuple(dict.fromkeys((*warnings, *(one for prompt in self.prompts for one in prompt.warnings)))),
         )
