@@ -175,6 +175,9 @@ def decide(
 
 def _question(name: str, question: Question) -> dict[str, Any]:
     body: dict[str, Any] = {"type": question.type, "name": name, "instructions": question.instructions}
+    if question.type == "predicate" and question.descriptions:
+        described = (question.descriptions.get(label) for label in question.labels)
+        body["x_criteria"] = dict(zip(("true", "false"), described, strict=True))
     options, label = {"choice": ("choices", "value"), "score": ("levels", "label")}.get(question.type, ("", ""))
     if options:
         body[options] = [
