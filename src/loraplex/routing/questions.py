@@ -79,13 +79,15 @@ async def plan(
 
     Raises UnknownClassifierError for names that are unknown, and InvalidRequestError, which names the question, where
     the classifier has other labels, or none, and where a message's role is unknown."""
+    _check_text(state, asked)
     routes = {one.name: one for one in router.routes()}
     known = list(dict.fromkeys((*routes, *router.service.names())))
     names = _names(router, known, asked, model, aliases)
     questions = {name: one.question for one, name in zip(asked, names, strict=True) if not router.knows(name)}
     warnings: dict[tuple[int, str], tuple[str, ...]] = {}
-    _check_text(state)
-    first = {} if isinstance(state, str) else {one.role: index for index, one in reversed([*enumerate(state)])}
+    first: dict[str, int] = {}
+    for index, message in enumerate(() if isinstance(state, str) else state):
+        first.setdefault(message.role, index)
     for index, (one, name) in enumerate(zip(asked, names, strict=True)):
         if name in questions:
             continue
@@ -191,7 +193,11 @@ def _same(text: str, other: str | None) -> bool:
     return other is not None and text.split() == other.split()
 
 
-def _check_text(state: State) -> None:
+def _check_text(state: State, asked: Seq[Asked]) -> None:
+    for one in asked:
+        question = one.question
+        for text in (one.name or "", question.instructions, *question.labels, *question.descriptions.values()):
+            valid_unicode(text)
     for text in (state,) if isinstance(state, str) else (one.content for one in state):
         valid_unicode(text)
     if not (state.strip() if isinstance(state, str) else state):
