@@ -18,6 +18,7 @@ QUESTIONS = {
         descriptions={"table": "a table for two"},
     ),
     "hurry": Question(type="score", instructions="How urgent is it?", labels=("calm", "soon", "now")),
+    "alike": Question(type="choice", instructions="When?", labels=("done today", "done soon")),
     "untold": Question(type="choice", instructions="", labels=("hello", "thanks")),
 }
 

@@ -119,7 +119,7 @@ class Verdict:
     label_mass:  probability of all labels together, over the whole vocabulary, before calibration.
     abstained:   whether the score is below the contract's `abstain_below`; `label` is still the best one.
     warnings:    each is "code: sentence". The codes: left_out_tool_calls, escaped_special_tokens, cut_conversation,
-                 low_label_mass.
+                 low_label_mass, zero_shot (the bare base answered).
     Without a contract or a score head, `label` is the decoded top token and `confidence` its probability.
     """
 

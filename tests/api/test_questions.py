@@ -91,11 +91,12 @@ def test_probabilities_are_those_of_the_base_after_the_prompt(uncorrected: Lorap
     written = {
         "isDone": ("Is the payment done?\nAnswer with one word, yes or no.", "yes no"),
         "topic": (
-            "What is it about?\nA. table: a table for two\nB. payment\nC. other\nAnswer with the letter of one option.",
-            "A B C",
+            "What is it about?\n- table: a table for two\n- payment\n- other\nAnswer with the name of one option.",
+            "table payment other",
         ),
         "hurry": ("How urgent is it?\n0. calm\n1. soon\n2. now\nAnswer with the number of one level.", "0 1 2"),
-        "untold": ("Which option fits best?\nA. hello\nB. thanks\nAnswer with the letter of one option.", "A B"),
+        "alike": ("When?\nA. done today\nB. done soon\nAnswer with the letter of one option.", "A B"),
+        "untold": ("Which option fits best?\n- hello\n- thanks\nAnswer with the name of one option.", "hello thanks"),
     }
     verdicts = ask(uncorrected)
     for name, (text, codes) in written.items():
@@ -167,12 +168,12 @@ def test_the_state_is_computed_once_for_classifiers_and_questions(bundle: Path) 
 
 
 def test_the_order_of_the_labels_changes_nothing(loraplex: Loraplex, uncorrected: Loraplex) -> None:
-    question = QUESTIONS["topic"]
-    turned = replace(question, labels=question.labels[::-1])
-    one, other = (scores(ask(loraplex, {"q": asked}))["q"] for asked in (question, turned))
-    assert one == pytest.approx(other, abs=EXACT)
-    one, other = (scores(ask(uncorrected, {"q": asked}))["q"] for asked in (question, turned))
-    assert one != pytest.approx(other, abs=EXACT), "the base prefers places in the list"
+    for question in (QUESTIONS["topic"], QUESTIONS["alike"]):
+        turned = replace(question, labels=question.labels[::-1])
+        one, other = (scores(ask(loraplex, {"q": asked}))["q"] for asked in (question, turned))
+        assert one == pytest.approx(other, abs=EXACT)
+        one, other = (scores(ask(uncorrected, {"q": asked}))["q"] for asked in (question, turned))
+        assert one != pytest.approx(other, abs=EXACT), "the base prefers places in the list"
     assert len(loraplex.run(_sequences(loraplex))) == 2 * len(loraplex.run(_sequences(uncorrected)))
 
 
@@ -268,6 +269,7 @@ BODIES: Mapping[str, Any] = {
         "criteria": {"table": "a table for two", "payment": None, "other": ""},
     },
     "hurry": {"type": "score", "instructions": "How urgent is it?", "labels": ["calm", "soon", "now"]},
+    "alike": {"type": "choice", "instructions": "When?", "labels": ["done today", "done soon"]},
     "untold": {"type": "choice", "labels": ["hello", "thanks"]},
 }
 
@@ -283,7 +285,7 @@ def test_over_http_beside_classifiers(http: httpx.Client, loraplex: Loraplex) ->
         assert "adapter" not in verdicts[name] and verdicts[name]["warnings"][0].startswith("zero_shot: ")
     assert "adapter" in verdicts["task0"]
     several = http.post("/v1/classify", json={"inputs": [TEXT, "hi"], "classifiers": [], "questions": BODIES}).json()
-    assert [len(one["verdicts"]) for one in several["results"]] == [4, 4]
+    assert [len(one["verdicts"]) for one in several["results"]] == [5, 5]
     assert several["results"][0]["verdicts"][1]["scores"] == pytest.approx(expected["topic"], abs=EXACT)
 
 
@@ -319,12 +321,12 @@ def test_feedback_and_metrics_know_questions(http: httpx.Client) -> None:
     """Under one name in the metrics: callers may name questions and labels in any way."""
     answer = http.post("/v1/classify", json={"input": TEXT, "classifiers": [], "questions": BODIES}).json()
     ids = [verdict["id"] for verdict in answer["verdicts"]]
-    assert len(set(ids)) == 4
+    assert len(set(ids)) == 5
     told = http.post("/v1/feedback", json={"verdict_id": ids[1], "label": "payment"})
     assert told.status_code == 200 and told.json()["num_answers"] == 1
     metrics = http.get("/metrics").text
     [line] = [
         one for one in metrics.splitlines() if one.startswith("loraplex_classifications_total") and "(question)" in one
     ]
-    assert float(line.split()[-1]) >= 4
+    assert float(line.split()[-1]) >= 5
     assert "topic" not in metrics and "payment" not in metrics

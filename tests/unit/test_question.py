@@ -52,24 +52,28 @@ def test_the_question_stands_in_a_message_of_its_own_behind_the_text(made: Made)
     one, turned = written(prompts(made(tiny.byte_level_tokenizer())), QUESTIONS["topic"])
     head = f"<|ask|>user\n{TEXT}</s>\n<|ask|>user\nQuestion about the text above: What is it about?\n"
     assert one == head + (
-        "A. table: a table for two\nB. payment\nC. other\nAnswer with the letter of one option.</s>\n<|ask|>assistant\n"
+        "- table: a table for two\n- payment\n- other\nAnswer with the name of one option.</s>\n<|ask|>assistant\n"
     )
     assert turned == head + (
-        "A. other\nB. payment\nC. table: a table for two\nAnswer with the letter of one option.</s>\n<|ask|>assistant\n"
+        "- other\n- payment\n- table: a table for two\nAnswer with the name of one option.</s>\n<|ask|>assistant\n"
     )
 
 
-def test_words_and_digits_keep_their_meaning_in_the_reverse_order(made: Made) -> None:
+def test_only_letters_change_hands_in_the_reverse_order(made: Made) -> None:
     questions = prompts(made(tiny.byte_level_tokenizer()))
     for name, end, end_turned in (
         ("isDone", "done?\nAnswer with one word, yes or no.", "done?\nAnswer with one word, no or yes."),
         ("hurry", "0. calm\n1. soon\n2. now\n", "2. now\n1. soon\n0. calm\n"),
+        ("topic", "table for two\n- payment\n", "- payment\n- table"),
     ):
         one, turned = written(questions, QUESTIONS[name])
         assert end in one and end_turned in turned
         first, second = questions.present(QUESTIONS[name])
         assert first.ids == second.ids
-    first, second = questions.present(QUESTIONS["topic"])
+    one, turned = written(questions, QUESTIONS["alike"])
+    assert "A. done today\nB. done soon\nAnswer with the letter" in one
+    assert "A. done soon\nB. done today\nAnswer with the letter" in turned
+    first, second = questions.present(QUESTIONS["alike"])
     assert first.ids == second.ids[::-1]
 
 
@@ -149,20 +153,32 @@ def test_each_code_begins_with_a_token_that_no_other_code_begins_with(made: Made
     for tokenizer in (tiny.byte_level_tokenizer(), tiny.metaspace_tokenizer(), tiny.metaspace_tokenizer("always")):
         codes = Codes(made(tokenizer), f"hello{end}", add_special_tokens=True)
         for type, num in (("predicate", 2), ("choice", 2), ("choice", 20), ("score", 5), ("score", 10)):
-            found = codes.of(type, num)  # type: ignore[arg-type]
-            tokens = [token for ids in found.values() for token in ids]
-            assert len(found) == num and all(found.values()) and len(set(tokens)) == len(tokens)
+            coding = codes.of(type, [f"label {i}" for i in range(num)])  # type: ignore[arg-type]
+            tokens = [token for ids in coding.tokens for token in ids]
+            assert len(coding.tokens) == num and all(coding.tokens) and len(set(tokens)) == len(tokens)
+
+
+def labels(num: int) -> list[str]:
+    return [f"label {i}" for i in range(num)]
+
+
+def test_labels_that_begin_differently_stand_for_themselves(made: Made) -> None:
+    codes = Codes(made(words("hello", "paid", "Paid", "not", "open", "A", "B")), "hello", add_special_tokens=False)
+    coding = codes.of("choice", ["paid", "not paid"])
+    assert (coding.kind, coding.codes, coding.tokens) == ("names", ("paid", "not paid"), ((2, 3), (4,)))
+    for alike in (["not paid", "not open"], ["paid", "open " * 9], ["paid", "paid"], ["paid", "unknown"]):
+        assert codes.of("choice", alike).kind == "letters"
 
 
 def test_unknown_words_are_not_told_apart(made: Made) -> None:
     codes = Codes(made(words("hello", "A", "B", "no", "0", "1")), "hello", add_special_tokens=False)
-    assert list(codes.of("choice", 2)) == ["A", "B"] and list(codes.of("score", 2)) == ["0", "1"]
-    assert list(codes.of("predicate", 2)) == ["A", "B"], "yes is unknown"
+    assert codes.of("choice", labels(2)).codes == ("A", "B") and codes.of("score", labels(2)).codes == ("0", "1")
+    assert codes.of("predicate", labels(2)).codes == ("A", "B"), "yes is unknown"
     with pytest.raises(InvalidRequestError, match=r"4 labels.*keeps 2 apart"):
-        codes.of("choice", 4)
+        codes.of("choice", labels(4))
 
 
 def test_more_than_26_labels_get_two_letters(made: Made) -> None:
     codes = Codes(made(words("hello", *LETTERS, *PAIRS)), "hello", add_special_tokens=False)
-    assert list(codes.of("choice", 26)) == list(LETTERS)
-    assert list(codes.of("choice", 255)) == list(PAIRS[:255]) and list(codes.of("score", 30)) == list(PAIRS[:30])
+    assert codes.of("choice", labels(26)).codes == LETTERS
+    assert codes.of("choice", labels(255)).codes == codes.of("score", labels(255)).codes == PAIRS[:255]

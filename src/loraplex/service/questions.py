@@ -9,11 +9,12 @@ from loraplex.engine.sequence import Outcome, Sequence, SequenceOutput, Target
 from loraplex.errors import LoraplexError
 from loraplex.service.base import Base
 from loraplex.text.prompt import Prompt
-from loraplex.text.question import Presentation
+from loraplex.text.question import Presentation, num_chars
 from loraplex.text.tokenizer import Conversations
 from loraplex.types import ClassifyRequest, ErrorInfo, Question, Verdict
 
 MIN_LABEL_MASS = 0.05  # a contract's default
+NUM_TRIES = 10
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +33,11 @@ class QuestionEvaluation:
     @property
     def num_prompt_tokens(self) -> int:
         return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def num_chars(self) -> int:
+        """About how many characters are tokenized: a prompt is tried on several texts before its first use."""
+        return NUM_TRIES * num_chars(self.question)
 
     def tokenize(self, request: ClassifyRequest, base: Base, conversations: Conversations) -> None:
         """Make the prompts and the sequences, or record the error."""

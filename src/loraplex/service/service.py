@@ -267,7 +267,7 @@ class Service:
         for one, lease in leased:
             one.version, one.slot = lease.version, lease.slot
         try:
-            num = num_chars(request.input) + sum(len(one.question.instructions) for one in questions)
+            num = num_chars(request.input) + sum(one.num_chars for one in questions)
             work = await self.computing.tokenize(tokenize, num, deadline_s, release)
             tokenized = time.monotonic()
             outcomes = iter(await self.computing.compute(work))

@@ -8,14 +8,21 @@ from dataclasses import dataclass
 from loraplex.classifier import CONVERSATION, QUESTION, Contract, normalized, valid_unicode
 from loraplex.errors import ConfigurationError, ContractError, InputTooLongError, InvalidRequestError, quoted, shortened
 from loraplex.text.chat_template import ChatTemplate
-from loraplex.text.codes import DIGITS, WORDS, Codes
+from loraplex.text.codes import WORDS, Codes, Kind
 from loraplex.text.template import Template
 from loraplex.types import Message, Question, QuestionType
 
 MAX_LABELS = 255
 PLAIN = f"{CONVERSATION}\n\n{QUESTION}\nAnswer:"  # for a base without a chat template
 NO_THINKING = {"enable_thinking": False, "thinking": False}  # for bases that else think before they answer
-MAX_CACHED = 256  # questions
+MAX_CACHED, MAX_CACHED_CHARS = 256, 4096  # questions whose prompts are kept, and how long each may be
+ENDS: Mapping[Kind, str] = {
+    "names": "Answer with the name of one option.",
+    "words": "Answer with one word, {} or {}.",
+    "digits": "Answer with the number of one level.",
+    "letters": "Answer with the letter of one option.",
+    "pairs": "Answer with the letters of one option.",
+}
 TRUTHS = ({"yes", "no"}, {"true", "false"})
 WITHOUT_INSTRUCTIONS: Mapping[QuestionType, str] = {
     "predicate": "Which of the two holds?",
@@ -54,33 +61,32 @@ class QuestionPrompts:
         """Return the question with its labels in each order that is asked. Raises InvalidRequestError where the
         tokenizer does not keep the labels apart, and InputTooLongError where the question leaves no room for a text."""
         described = tuple((label, question.descriptions.get(label, "")) for label in question.labels)
-        return self._present(question.type, question.instructions, described)
+        present = self._present if num_chars(question) <= MAX_CACHED_CHARS else self._make
+        return present(question.type, question.instructions, described)
 
     def _make(
         self, type: QuestionType, instructions: str, described: tuple[tuple[str, str], ...]
     ) -> tuple[Presentation, ...]:
-        tokens = self._codes.of(type, len(described))
-        codes = list(tokens)
-        texts = self._texts(described, is_predicate=codes == list(WORDS))
-        orders = [list(range(len(described)))]
-        if self._in_both_orders:
-            orders.append(orders[0][::-1])
+        labels, descriptions = (tuple(map(self._text, texts)) for texts in zip(*described, strict=True))
+        coding = self._codes.of(type, labels)
+        says_all = coding.kind == "names" or (coding.kind == "words" and {one.lower() for one in labels} in TRUTHS)
+        shown = ("",) * len(labels) if says_all else labels
+        texts = [": ".join(filter(None, one)) for one in zip(shown, descriptions, strict=True)]
+        asked = self._text(instructions) or WITHOUT_INSTRUCTIONS[type]
+        indices = range(len(labels))
         made = []
-        for order in orders:
-            # A word or a digit belongs to what it means, a letter to a place in the list.
-            is_fixed = codes[0] in (WORDS[0], DIGITS[0])
-            code_of = dict(enumerate(codes)) if is_fixed else dict(zip(order, codes, strict=True))
-            asked = self._text(instructions) or WITHOUT_INSTRUCTIONS[type]
-            written = _written(asked, [(code_of[index], texts[index]) for index in order])
-            ids = tuple(tokens[code_of[index]] for index in sorted(order))
-            made.append(Presentation(template=self._bind(written), ids=ids))
+        for order in (indices, indices[::-1]) if self._in_both_orders else (indices,):
+            # A letter belongs to a place in the list, any other code to its label.
+            is_placed = coding.kind in ("letters", "pairs")
+            number_of = (
+                dict(zip(order, indices, strict=True)) if is_placed else dict(zip(indices, indices, strict=True))
+            )
+            options = [(coding.codes[number_of[index]], texts[index]) for index in order]
+            template = self._bind(_written(coding.kind, asked, options))
+            made.append(
+                Presentation(template=template, ids=tuple(coding.tokens[number_of[index]] for index in indices))
+            )
         return tuple(made)
-
-    def _texts(self, described: Seq[tuple[str, str]], *, is_predicate: bool) -> list[str]:
-        """Return what stands behind each label's code. "yes" and "true" say nothing that the code does not say."""
-        says_nothing = is_predicate and {label.lower() for label, _ in described} in TRUTHS
-        both = [("" if says_nothing else label, description) for label, description in described]
-        return [": ".join(filter(None, map(self._text, one))) for one in both]
 
     def _text(self, given: str) -> str:
         """Return a text of the caller's as a prompt holds it: only the chat template writes special tokens."""
@@ -95,6 +101,11 @@ class QuestionPrompts:
                 f"a question leaves no room for a text: the base takes {self._max_model_len} tokens",
                 remedy="shorten the instructions, or ask with fewer labels",
             ) from None
+
+
+def num_chars(question: Question) -> int:
+    """Return how many characters of a question there are to tokenize."""
+    return sum(map(len, (question.instructions, *question.labels, *question.descriptions.values())))
 
 
 def check_question(name: str, question: Question) -> None:
@@ -143,13 +154,11 @@ def _template(chat: ChatTemplate) -> str:
     )
 
 
-def _written(instructions: str, options: Seq[tuple[str, str]]) -> str:
+def _written(kind: Kind, instructions: str, options: Seq[tuple[str, str]]) -> str:
     """Return a question in words. options: (code, text) in the order in which they are shown."""
-    codes = [code for code, _ in options]
     lines = [f"Question about the text above: {instructions}"]
-    if any(text for _, text in options):
+    if kind == "names":
+        lines += [f"- {code}: {text}" if text else f"- {code}" for code, text in options]
+    elif any(text for _, text in options):
         lines += [f"{code}. {text}" if text else f"{code}." for code, text in options]
-    if set(codes) == set(WORDS):
-        return "\n".join([*lines, f"Answer with one word, {codes[0]} or {codes[1]}."])
-    what = "number of one level" if set(codes) <= set(DIGITS) else f"letter{'s' * (len(codes[0]) - 1)} of one option"
-    return "\n".join([*lines, f"Answer with the {what}."])
+    return "\n".join([*lines, ENDS[kind].format(*(code for code, _ in options))])
