@@ -132,28 +132,6 @@ def ask(request: pytest.FixtureRequest) -> Ask:
 # method, arguments, HTTP method, path, body, answer
 CALLS: list[tuple[str, tuple[Any, ...], str, str, Any, Any]] = [
     ("classify", ("x", "a"), "POST", "/v1/classify", {"input": "x", "classifiers": ["a"]}, RESULT),
-    (
-        "decide",
-        ("x", {"a": Question(type="predicate", instructions="Is it?", descriptions={"yes": "done"})}, "m"),
-        "POST",
-        "/v1/decisions",
-        {
-            "model": "m",
-            "input": "x",
-            "questions": [
-                {
-                    "type": "predicate",
-                    "name": "a",
-                    "instructions": "Is it?",
-                    "x_criteria": {"true": "done", "false": None},
-                }
-            ],
-        },
-        {
-            "answers": [{"type": "predicate", "name": "a", "probability": 0.5}],
-            "usage": {"input_tokens": 3, "input_tokens_details": {"cached_tokens": 1}},
-        },
-    ),
     ("feedback", ("v", "yes"), "POST", "/v1/feedback", {"verdict_id": "v", "label": "yes"}, {"num_answers": 2}),
     (
         "feedback_on_request",
@@ -179,6 +157,28 @@ CALLS: list[tuple[str, tuple[Any, ...], str, str, Any, Any]] = [
     ("route_stats", ("r",), "GET", "/v1/routes/r/stats", None, STATS),
     ("examples", ("r",), "POST", "/v1/examples", {"classifiers": ["r"], "only": "corrected"}, EXAMPLES),
     ("ready", (), "GET", "/ready", None, {"status": "ok"}),
+    (
+        "decide",
+        ("x", {"a": Question(type="predicate", instructions="Is it?", descriptions={"yes": "done"})}, "m"),
+        "POST",
+        "/v1/decisions",
+        {
+            "model": "m",
+            "input": "x",
+            "questions": [
+                {
+                    "type": "predicate",
+                    "name": "a",
+                    "instructions": "Is it?",
+                    "x_criteria": {"true": "done", "false": None},
+                }
+            ],
+        },
+        {
+            "answers": [{"type": "predicate", "name": "a", "probability": 0.5}],
+            "usage": {"input_tokens": 3, "input_tokens_details": {"cached_tokens": 1}},
+        },
+    ),
 ]
 # They change nothing.
 SAFE = {"classify", "decide", "models", "adapters", "skipped", "adapter", "routes", "route", "route_stats", "examples"}
