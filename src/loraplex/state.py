@@ -27,8 +27,7 @@ def state_of(value: Any, field: str = "state") -> State:
         return value
     if value in ({}, []):
         return ""
-    if isinstance(value, tuple) and all(isinstance(one, Message) for one in value):
-        return value
+    value = [*value] if isinstance(value, Iterator) else value
     inner = value["messages"] if isinstance(value, Mapping) and value.keys() == {"messages"} else value
     if not (isinstance(inner, Sequence) and inner and all(map(_is_message, inner))):
         return compact_json(value)
@@ -109,6 +108,8 @@ def _said(item: Mapping[str, Any], place: str) -> tuple[Message, ...]:
 
 
 def _is_message(value: Any) -> bool:
+    if isinstance(value, Message):
+        return True
     return isinstance(value, Mapping) and isinstance(value.get("role"), str) and not value.keys().isdisjoint(SAYING)
 
 

@@ -29,7 +29,7 @@ CONTRACTS: dict[str, dict[str, Any]] = {
     "broken": {},
 }
 PREDICATE = {"type": "predicate", "name": "task0", "instructions": "Is it done?"}
-TOPIC = {"type": "choice", "name": "topic", "instructions": "Is it done?"}
+TOPIC: dict[str, Any] = {"type": "choice", "name": "topic", "instructions": "Is it done?"}
 TOPIC |= {"choices": [{"value": one} for one in ("hello", "table", "payment")]}
 ANGER = {"type": "score", "name": "anger", "instructions": "Is it done?", "levels": [{"label": one} for one in LEVELS]}
 NOULS = {
@@ -62,8 +62,8 @@ def http(server: serving.Server) -> Iterator[httpx.Client]:
         yield client
 
 
-def post(http: httpx.Client, path: str, body: Any, status: int = 200, **headers: str) -> Any:
-    response = http.post(path, content=json.dumps(body), headers=JSON | headers)
+def post(http: httpx.Client, path: str, body: Any, status: int = 200, headers: Any = None) -> Any:
+    response = http.post(path, content=json.dumps(body), headers=JSON | (headers or {}))
     assert response.status_code == status, response.text
     return response.json()
 
@@ -188,7 +188,7 @@ def test_json_is_judged_as_its_text(http: httpx.Client) -> None:
 
 
 def test_tool_items_are_turns_where_the_contract_names_them(http: httpx.Client) -> None:
-    items = [
+    items: list[Any] = [
         {"role": "system", "content": "Be kind."},
         *TURNS,
         {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
@@ -198,7 +198,7 @@ def test_tool_items_are_turns_where_the_contract_names_them(http: httpx.Client) 
     said = [*TURNS, {"role": "tool", "content": "a table"}]
     [same] = decisions(http, {**PREDICATE, "name": "withTools"}, input=said)
     assert answer["probability"] == pytest.approx(same["probability"], abs=1e-4)
-    body = {"model": "*", "input": items, "questions": [PREDICATE]}
+    body: dict[str, Any] = {"model": "*", "input": items, "questions": [PREDICATE]}
     assert post(http, "/v1/decisions", body, 422)["error"]["param"] == "input.0"
     body = {"model": "*", "input": items[1:], "questions": [PREDICATE], "roles": {"tool": None}}
     assert post(http, "/v1/decisions", body)["answers"][0]["type"] == "predicate"
@@ -258,9 +258,9 @@ def test_sagemaker_takes_both_bodies(http: httpx.Client) -> None:
         answer = post(http, path, {"model": "task1", "input": TEXT, "questions": [PREDICATE]})
         assert answer["answers"][0]["probability"] == pytest.approx(expected, abs=1e-4)
         header = {"X-Amzn-SageMaker-Adapter-Identifier": "task1"}
-        answer = post(http, path, {"state": TEXT, "questions": {"x": {"type": "noul"}}}, **header)
+        answer = post(http, path, {"state": TEXT, "questions": {"x": {"type": "noul"}}}, headers=header)
         assert answer["answers"]["x"]["noul"] == pytest.approx(expected, abs=1e-4)
-        answer = post(http, path, {"input": TEXT, "questions": [PREDICATE]}, **header)
+        answer = post(http, path, {"input": TEXT, "questions": [PREDICATE]}, headers=header)
         assert answer["answers"][0]["probability"] == pytest.approx(expected, abs=1e-4)
     assert "answers" in post(http, "/invocations", {"state": TEXT, "questions": {"task0": {"type": "noul"}}})
 
@@ -437,11 +437,11 @@ def test_python_answers_the_same_over_http_and_in_process(server: serving.Server
             assert found[:4] == [value if value is None else pytest.approx(value, abs=1e-4) for value in facts(one)[:4]]
         assert remote["unsure"].abstained and remote["broken"].error is not None
         assert remote.usage.prompt_tokens == local.usage.prompt_tokens
-        for one in (client, loraplex):
+        for asked in (client, loraplex):
             with pytest.raises(UnknownClassifierError):
-                one.decide(TEXT, {"nope": Question(type="predicate", instructions="x")})
+                asked.decide(TEXT, {"nope": Question(type="predicate", instructions="x")})
             with pytest.raises(InvalidRequestError, match="are not the labels"):
-                one.decide({"a": 1}, {"topic": Question(type="choice", instructions="x", labels=("a", "b"))})
+                asked.decide({"a": 1}, {"topic": Question(type="choice", instructions="x", labels=("a", "b"))})
 
 
 @pytest.mark.anyio

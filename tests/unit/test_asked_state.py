@@ -19,6 +19,7 @@ READ = (Message(role="user", content="hello"), Message(role="assistant", content
         ('[{"role": "user", "content": "x"}]', '[{"role": "user", "content": "x"}]'),  # text is never parsed
         ({"b": [1, 2.5], "a": "é"}, '{"b":[1,2.5],"a":"é"}'),
         (["a", "b"], '["a","b"]'),
+        (iter([READ[0], TURNS[1]]), READ),
         (TURNS, READ),
         ({"messages": TURNS}, READ),
         ({"messages": TURNS, "plan": "pro"}, None),
@@ -75,6 +76,8 @@ def test_what_is_no_item_is_named(items: Any, mentions: str) -> None:
     assert mentions in caught.value.message
 
 
-def test_a_number_that_json_cannot_write_is_refused() -> None:
+def test_what_json_cannot_write_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="too large"):
         state_of({"a": float("inf")})
+    with pytest.raises(InvalidRequestError, match="no JSON"):
+        state_of({"a": object()})

@@ -113,17 +113,27 @@ def classify(
 
 
 @dataclass(frozen=True, slots=True)
+class InputDetails:
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionsUsage:
+    input_tokens: int
+    input_tokens_details: InputDetails
+
+
+@dataclass(frozen=True, slots=True)
 class DecisionsAnswer:
     """The answer of /v1/decisions, as far as `Decisions` needs it."""
 
     answers: tuple[dict[str, Any], ...]
-    usage: dict[str, Any]
+    usage: DecisionsUsage
 
     def decisions(self, questions: Mapping[str, Question]) -> Decisions:
         """Return the answers to the questions that were asked."""
         answers = zip(questions.items(), self.answers, strict=True)
-        num_prompt = int(self.usage["input_tokens"])
-        num_cached = int(self.usage["input_tokens_details"]["cached_tokens"])
+        num_prompt, num_cached = self.usage.input_tokens, self.usage.input_tokens_details.cached_tokens
         return Decisions(
             answers={name: _answer(name, question, answer) for (name, question), answer in answers},
             usage=Usage(prompt_tokens=num_prompt, computed_tokens=num_prompt - num_cached, cached_tokens=num_cached),
@@ -175,6 +185,9 @@ def decide(
 
 def _question(name: str, question: Question) -> dict[str, Any]:
     body: dict[str, Any] = {"type": question.type, "name": name, "instructions": question.instructions}
+    if question.type == "predicate" and question.descriptions:
+        described = (question.descriptions.get(label) for label in question.labels)
+        body["x_criteria"] = dict(zip(("true", "false"), described, strict=True))
     options, label = {"choice": ("choices", "value"), "score": ("levels", "label")}.get(question.type, ("", ""))
     if options:
         body[options] = [

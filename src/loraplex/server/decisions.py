@@ -43,8 +43,14 @@ class _Question(Body):
         return given if isinstance(given, str) else "\n".join(one.content for one in given)
 
 
+class CriteriaBody(Body):
+    true: str | None = None
+    false: str | None = None
+
+
 class PredicateQuestion(_Question):
     type: Literal["predicate"]
+    x_criteria: CriteriaBody | None = Field(None, description="what either answer means; Loraplex's own")
 
 
 class ChoiceBody(Body):
@@ -207,6 +213,8 @@ def _asked(place: str, given: PredicateQuestion | ChoiceQuestion | ScoreQuestion
         options, descriptions = "levels", {one.label: one.description for one in given.levels}
     else:
         labels = ("yes", "no")
+        if given.x_criteria is not None:
+            descriptions = {"yes": given.x_criteria.true, "no": given.x_criteria.false}
     question = Question(
         type=given.type,
         instructions=given.words(),
