@@ -88,7 +88,9 @@ def check_effects(config: EngineConfig, given: Collection[str]) -> None:
             )
     if "adhoc_correction" in given and config.adhoc_correction == "none" and not config.adhoc_questions:
         raise ConfigurationError(
-            "--adhoc-correction none", "has no effect without --adhoc-questions", remedy="leave it out, or give both"
+            "--adhoc-correction none",
+            "has no effect without --adhoc-questions",
+            remedy="leave it out, or give --adhoc-questions",
         )
     if config.cuda_graphs and config.device == "cpu":
         raise UnsupportedModelError(
