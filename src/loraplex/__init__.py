@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from loraplex.errors import ConfigurationError, LoraplexError, UnknownClassifierError
-from loraplex.types import ClassifyRequest, ClassifyResult, Message, Verdict
+from loraplex.types import ClassifyRequest, ClassifyResult, Message, Question, Verdict
 
 if TYPE_CHECKING:
     from loraplex.client import AsyncClient, Client
@@ -19,6 +19,7 @@ __all__ = [
     "Loraplex",
     "LoraplexError",
     "Message",
+    "Question",
     "UnknownClassifierError",
     "Verdict",
     "__version__",

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from loraplex.config import read_yaml, validate
 from loraplex.errors import ContractError, InvalidRequestError, quoted, shortened
 from loraplex.problems import NumbersAreNoBooleans, wrong
-from loraplex.types import Message, Roles, Verdict
+from loraplex.types import Message, QuestionType, Roles, Verdict
 
 CONVERSATION, QUESTION = "{conversation}", "{question}"
 DEFAULT_ROLES: Roles = {"user": "Customer", "assistant": "Agent"}
@@ -50,7 +50,11 @@ class Contract(NumbersAreNoBooleans):
                     message of the chat template. chat: each is a message of the chat template, and the question is a
                     last message of the user.
     answer_start:   what the model writes before the label, such as the quote of a JSON text. It is given to the model.
-    labels:         in order; the first is the positive one.
+    labels:         in order. Of a predicate the first is the one that holds; of a score they are levels, from the
+                    lowest to the highest.
+    type:           what is asked: whether something holds (predicate), which of several (choice), or how much (score).
+                    By default two labels are a predicate, and more are a choice.
+    descriptions:   label -> what it means, in words. They are shown to people and clients, and change no prompt.
     values:         label -> the number that it stands for; verdicts then have an expected value.
     threshold:      only with two labels: answer labels[0] where its score is at least this.
     abstain_below:  mark a verdict as abstained where its label's score is lower.
@@ -67,6 +71,8 @@ class Contract(NumbersAreNoBooleans):
     format: Literal["lines", "chat"] = "lines"
     answer_start: str = ""
     labels: tuple[str, ...]
+    type: QuestionType | None = None
+    descriptions: dict[str, str] | None = None
     values: dict[str, Annotated[float, Field(ge=-1e9, le=1e9)]] | None = None
     threshold: Probability | None = None
     abstain_below: Probability = 0.0
@@ -83,6 +89,16 @@ class Contract(NumbersAreNoBooleans):
             raise wrong(f"'labels' needs at least two, got {said}", "name them: labels: ['yes', 'no']")
         if len(set(labels)) != len(labels) or "" in labels:
             raise wrong(f"'labels' must be distinct and not empty, got {said}", "name each label once")
+        if self.type == "predicate" and len(labels) != 2:
+            raise wrong(
+                f"'type' is 'predicate', which has two labels, and there are {len(labels)}",
+                "write type: choice, or type: score for labels that are levels",
+            )
+        for label in self.descriptions or ():
+            if label not in labels:
+                raise wrong(
+                    f"'descriptions' names {quoted(label)}, which is not among the labels {said}", "use a label's text"
+                )
         if self.threshold is not None and len(labels) != 2:
             raise wrong(f"'threshold' needs exactly two labels, there are {len(labels)}", "remove 'threshold'")
         for label in self.calibration.bias:
@@ -121,6 +137,11 @@ class Contract(NumbersAreNoBooleans):
             raise wrong(f"'roles' {what}", "remove it, or name a role: roles: {user: Customer}")
         return self
 
+    @property
+    def question_type(self) -> QuestionType:
+        """The type of the question: `type`, or what the number of labels says."""
+        return self.type or ("predicate" if len(self.labels) == 2 else "choice")
+
     def decide(self, log_probs: Sequence[float]) -> "Decision":
         """Return the decision from label log probabilities.
 
@@ -145,6 +166,7 @@ class Contract(NumbersAreNoBooleans):
             value=None
             if self.values is None
             else math.fsum(score * self.values[label] for label, score in zip(self.labels, scores, strict=True)),
+            score=math.fsum(level * score for level, score in enumerate(scores)) if self.type == "score" else None,
             label_mass=label_mass,
             abstained=scores[winner] < self.abstain_below,
             warnings=(_low_mass(label_mass, self.min_label_mass),) if label_mass < self.min_label_mass else (),
@@ -167,6 +189,7 @@ class Decision:
     confidence: float
     scores: Mapping[str, float]
     value: float | None
+    score: float | None
     label_mass: float
     abstained: bool
     warnings: tuple[str, ...]
@@ -179,6 +202,7 @@ class Decision:
             confidence=self.confidence,
             scores=self.scores,
             value=self.value,
+            score=self.score,
             label_mass=self.label_mass,
             abstained=self.abstained,
             warnings=self.warnings or None,

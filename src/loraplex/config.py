@@ -1,6 +1,5 @@
 """Settings: frozen, validated once; unknown keys raise. Flags override the environment, which overrides the file."""
 
-import ipaddress
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from loraplex.addresses import valid_network, valid_origin, valid_root_path
 from loraplex.amounts import duration_s
 from loraplex.disk import refuse_pointers
 from loraplex.errors import BundleError, ConfigurationError
@@ -31,8 +31,6 @@ MOST, A_DAY_S = 10**9, 86_400  # limits of numbers and of seconds, so that none 
 BUDGET = re.compile(r"(?P<share>\d{1,9}(\.\d{1,9})?)%|\d{1,9}(\.\d{1,9})?[KMG]iB|0")
 SERVED_NAME = re.compile(r"[A-Za-z0-9._/:@+-]{1,256}")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
-ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
-ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
 def _budget(value: str) -> str:
@@ -60,32 +58,6 @@ def valid_device(value: str) -> str:
 def _served_name(value: str) -> str:
     if not SERVED_NAME.fullmatch(value):
         raise wrong("cannot name the base", "use letters, digits and any of ._-/:@+, 256 at most")
-    return value
-
-
-def _origin(value: str) -> str:
-    """Return an origin as browsers send it."""
-    value = value.lower()
-    if value in ("*", "null"):
-        return value
-    if not ORIGIN.fullmatch(value):
-        raise wrong("is no origin", "write the scheme and the host without a path, such as https://app.example.com")
-    return value.removesuffix(":443" if value.startswith("https:") else ":80")
-
-
-def _network(value: str) -> str:
-    try:
-        return str(ipaddress.ip_network(value, strict=False))
-    except ValueError:
-        raise wrong(
-            "is no address and no network", "write an address or a network, such as 10.0.0.5 or 10.0.0.0/8"
-        ) from None
-
-
-def _root_path(value: str) -> str:
-    value = value.rstrip("/")
-    if value and not ROOT_PATH.fullmatch(value):
-        raise wrong("is no path", "write a path such as /llm, of letters, digits, '.', '_', '~' and '-'")
     return value
 
 
@@ -155,6 +127,14 @@ class EngineConfig(NumbersAreNoBooleans):
     adapter_root: tuple[str, ...] = Field(
         (), description="folder below which adapters may be loaded at run time, besides the bundle"
     )
+    adhoc_questions: bool = Field(
+        False,
+        description="let requests ask questions that no adapter was trained for: the bare base answers them, zero-shot",
+    )
+    adhoc_correction: Annotated[Literal["orders", "none"], EitherCase] = Field(
+        "orders",
+        description="with --adhoc-questions: orders, which asks with the labels in both orders and averages, or none",
+    )
     state_dir: str | None = Field(None, description="folder that keeps adapters, routes and verdicts across restarts")
 
 
@@ -175,15 +155,15 @@ class ServerConfig(NumbersAreNoBooleans):
     key_concurrency: int | None = Field(
         None, ge=1, le=MOST, description="maximum requests in flight for one API key; above it 429"
     )
-    root_path: Annotated[str, AfterValidator(_root_path)] = Field(
+    root_path: Annotated[str, AfterValidator(valid_root_path)] = Field(
         "", description="path under which a proxy offers this server, such as /llm; the proxy may remove it or not"
     )
-    trusted_proxy: tuple[Annotated[str, AfterValidator(_network)], ...] = Field(
+    trusted_proxy: tuple[Annotated[str, AfterValidator(valid_network)], ...] = Field(
         (),
         description="address or network of a proxy whose X-Forwarded-For or Forwarded tells the client's address, such "
         "as 10.0.0.0/8",
     )
-    cors_origin: tuple[Annotated[str, AfterValidator(_origin)], ...] = Field(
+    cors_origin: tuple[Annotated[str, AfterValidator(valid_origin)], ...] = Field(
         (), description="origin whose web pages may ask this server, such as https://app.example.com, or * for all"
     )
     max_body_bytes: int = Field(
@@ -210,6 +190,16 @@ class ServerConfig(NumbersAreNoBooleans):
     )
     drain_timeout: int = Field(
         25, ge=0, le=A_DAY_S, description="seconds that requests in flight get to finish at SIGTERM"
+    )
+    decisions_instructions: Annotated[Literal["warn", "strict"], EitherCase] = Field(
+        "warn",
+        description="a typed question in other words than its classifier's: warn in the answer, or strict, which gives "
+        "422",
+    )
+    decisions_alias: tuple[str, ...] = Field(
+        ("jev-latest", "gpt-6-luna"),
+        description="model that clients of /v1/decisions and /v1/systemone name by default; each question's name is "
+        "then the classifier's",
     )
     log_format: Annotated[Literal["text", "json"], EitherCase] = Field("text", description="text or json")
     log_level: Annotated[Literal["debug", "info", "warning", "error"], EitherCase] = Field(

@@ -67,10 +67,12 @@ def listed(values: Sequence[object]) -> str:
 
 
 class LoraplexError(Exception):
-    """Base of all errors for users. `message` names the value at fault, `remedy` says what to do."""
+    """Base of all errors for users. `message` names the value at fault, `remedy` says what to do. param: the path of
+    the field at fault, if one is."""
 
     code: str = "error"
     status: int = 500
+    param: str | None = None
 
     def __init__(self, message: str, *, remedy: str) -> None:
         super().__init__(message)

@@ -3,25 +3,30 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from loraplex.bundle import Bundle, open_bundle
 from loraplex.config import EngineConfig, resolve
+from loraplex.decisions import Decisions
 from loraplex.discovery import SkippedFolder
 from loraplex.errors import NotReadyError
 from loraplex.generation import GenerateRequest, GenerateResult
 from loraplex.messages import conversation_of, prompt_of
+from loraplex.routing.questions import Asked, plan
 from loraplex.routing.router import Router
 from loraplex.routing.start import start_router
 from loraplex.service.named_adapters import add_adapters
 from loraplex.service.preparation import Preparation, check_effects, prepare
+from loraplex.state import state_of
 from loraplex.types import (
     AdapterInfo,
     ClassifyRequest,
     ClassifyResult,
     Input,
+    Question,
     Roles,
     classifier_names,
 )
@@ -117,6 +122,31 @@ class Loraplex:
                 )
             )
         )
+
+    def decide(
+        self,
+        state: Any,
+        questions: Mapping[str, Question],
+        model: str = "*",
+        *,
+        conversation_id: str | None = None,
+        deadline_ms: float | None = None,
+        roles: Roles | None = None,
+    ) -> Decisions:
+        """Return an answer to each typed question about a state: what `Client.decide` does, without HTTP."""
+        asked = [
+            Asked(place=f"questions.{name}", options="labels", name=name, question=one)
+            for name, one in questions.items()
+        ]
+
+        async def answer() -> Decisions:
+            made = await plan(self._router, asked, state_of(state), field="state", model=model, roles=roles)
+            result = await self._router.classify(
+                replace(made.request, deadline_ms=deadline_ms, conversation_id=conversation_id)
+            )
+            return Decisions(answers=dict(zip(questions, made.answers(result), strict=True)), usage=result.usage)
+
+        return self.run(answer())
 
     def generate(self, prompt: Input | Iterable[int], adapter: str | None = None, **sampling: Any) -> GenerateResult:
         """Return the tokens that follow `prompt` under an adapter, or under the bare base where `adapter` is None.

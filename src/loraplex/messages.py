@@ -12,8 +12,9 @@ from loraplex.problems import at, either, find_problem, wrong_at
 from loraplex.types import Input, Message, ToolCall
 
 MAX_ITEMS = 10_000  # in a list of a body
-TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type -> its field
-HINTS = ("cache_control",)  # fields that change no answer, whatever they hold
+# type -> its field
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "input_json": "data"}
+HINTS = ("cache_control", "prompt_cache_breakpoint")  # fields that change no answer, whatever they hold
 UNREAD = ("annotations", "audio", "function_call", "logprobs")  # known fields that must be empty
 
 
@@ -39,11 +40,12 @@ class _Fields(BaseModel):
 
 
 class PartBody(_Fields):
-    """A part of a message's content. Only text can be read."""
+    """A part of a message's content. Only text can be read, and JSON, which becomes text."""
 
     type: str = Field(description=f"one of: {', '.join(TEXT_PARTS)}")
     text: str | None = None
     refusal: str | None = None
+    data: Any = None
 
     @model_validator(mode="before")
     @classmethod
@@ -61,7 +63,7 @@ class PartBody(_Fields):
 
     @property
     def content(self) -> str:
-        return getattr(self, TEXT_PARTS[self.type]) or ""
+        return compact_json(self.data) if self.type == "input_json" else getattr(self, TEXT_PARTS[self.type]) or ""
 
 
 class FunctionBody(_Fields):
@@ -116,13 +118,27 @@ class MessageBody(_Fields):
         )
 
 
-def conversation_of(given: Input) -> str | tuple[Message, ...]:
-    """Return the conversation as requests hold it. Raises InvalidRequestError for anything but text or messages."""
+def compact_json(value: Any) -> str:
+    """Return a value as JSON without spaces. Raises InvalidRequestError for an infinite number, which 1e999 is, and for
+    what is no JSON."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except TypeError as exc:
+        raise InvalidRequestError(f"no JSON: {exc}", remedy="give text, numbers, lists and objects") from None
+    except ValueError:
+        raise InvalidRequestError(
+            "the JSON holds a number that is too large", remedy="give numbers below 1e308, or write them as text"
+        ) from None
+
+
+def conversation_of(given: Input, field: str = "input") -> str | tuple[Message, ...]:
+    """Return the conversation as requests hold it. field: its name in messages. Raises InvalidRequestError for anything
+    but text or messages."""
     if isinstance(given, str):
         return given
     if not isinstance(given, Iterable):
         raise InvalidRequestError(f"no conversation: {quoted(given)}", remedy="give text, or messages")
-    return tuple(_message(one, index) for index, one in enumerate(given))
+    return tuple(message_of(one, f"{field}.{index}") for index, one in enumerate(given))
 
 
 def prompt_of(given: Input | Iterable[int]) -> str | tuple[int, ...] | tuple[Message, ...]:
@@ -134,7 +150,9 @@ def prompt_of(given: Input | Iterable[int]) -> str | tuple[int, ...] | tuple[Mes
     return ids if len(ids) == len(items) else conversation_of(cast(Input, items))
 
 
-def _message(given: Message | Mapping[str, Any], index: int) -> Message:
+def message_of(given: Message | Mapping[str, Any], where: str) -> Message:
+    """Return a message as requests hold it. where: its place, for errors. Raises InvalidRequestError where it is no
+    message."""
     if isinstance(given, Message):
         return given
     if not isinstance(given, Mapping):
@@ -145,7 +163,7 @@ def _message(given: Message | Mapping[str, Any], index: int) -> Message:
         return MessageBody.model_validate(given).to_message()
     except ValidationError as exc:
         problem = find_problem(exc.errors(), given, MessageBody, noun="field")
-        place = f"input.{index}{problem.place and '.'}{problem.place}"
+        place = f"{where}{problem.place and '.'}{problem.place}"
         raise InvalidRequestError(f"{place}: {problem.sentence}", remedy=problem.remedy) from None
 
 

@@ -19,6 +19,7 @@ from loraplex.types import ClassifyResult, Stats, Timings, Usage
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 UNKNOWN = "(unknown)"
+QUESTION = "(question)"  # the bare base answered it
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # `_created` metrics would double the series
 
@@ -75,11 +76,14 @@ class Metrics(Collector):
     def observe(self, result: ClassifyResult) -> None:
         """Count a request that was answered."""
         for verdict in result.verdicts:
-            name = self._known(verdict.classifier)
+            is_question = verdict.adapter is None and verdict.error is None  # callers choose its name and its labels
+            name = QUESTION if is_question else self._known(verdict.classifier)
             adapter = "" if verdict.adapter is None else verdict.adapter.name
             outcome = verdict.error.code if verdict.error is not None else "abstained" if verdict.abstained else "ok"
             self._verdicts.inc(name, adapter, outcome)
-            if verdict.label is not None and verdict.scores:  # without scores the label may be any token
+            if (
+                verdict.label is not None and verdict.scores and not is_question
+            ):  # without scores the label may be any token
                 is_positive = verdict.label == next(iter(verdict.scores))
                 self._labels.inc(name, adapter, verdict.label, str(is_positive).lower())
             for warning in verdict.warnings or ():
@@ -117,7 +121,7 @@ class Metrics(Collector):
         Adapters that no request has asked count 0, instead of being absent. Series of removed names are dropped;
         otherwise names that come and go would fill the memory."""
         for counter in (self._verdicts, self._labels, self._warnings, self._completions):
-            counter.forget(lambda name: name not in ("", UNKNOWN) and not self._is_known(name))
+            counter.forget(lambda name: name not in ("", UNKNOWN, QUESTION) and not self._is_known(name))
         for name in self._stats().adapters:
             self._verdicts.inc(name, name, "ok", by=0)
             self._warnings.inc(name, name, "low_label_mass", by=0)  # the one to watch, as a share of the verdicts

@@ -40,9 +40,29 @@ def classifier_names(given: str | Iterable[str]) -> Names:
     return "*" if names == ("*",) else names
 
 
+QuestionType = Literal["predicate", "choice", "score"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A question that no adapter was trained for: the bare base answers it (`--adhoc-questions`).
+
+    type:          predicate (two labels: the first one holds or the second does), choice (one of the labels) or score
+                   (labels are levels, from the lowest to the highest).
+    instructions:  what is asked, in words.
+    labels:        in the order of the request.
+    descriptions:  label -> what it means; may be empty, or name some labels only.
+    """
+
+    type: QuestionType
+    instructions: str
+    labels: tuple[str, ...] = ("yes", "no")
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifyRequest:
-    """One conversation, and the classifiers that judge it.
+    """One conversation, and the classifiers and questions that judge it.
 
     input:            text, or the turns in order.
     classifiers:      names, in the order of the answer's verdicts, or "*" for every classifier.
@@ -51,6 +71,7 @@ class ClassifyRequest:
     roles:            roles that differ from the contracts' `roles`.
     request_id:       kept with the verdicts, so that feedback can name the request instead of a verdict.
     key:              name of the API key that asks, kept with `request_id`.
+    questions:        name -> a question for the bare base. Its verdict comes under this name, behind the classifiers'.
     """
 
     input: str | tuple[Message, ...]
@@ -60,6 +81,7 @@ class ClassifyRequest:
     roles: Roles | None = None
     request_id: str | None = None
     key: str | None = None
+    questions: Mapping[str, Question] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,14 +110,16 @@ class Verdict:
     """One classifier's answer: either `label` and the fields that describe it, or `error`.
 
     id:          identifies the verdict, for feedback.
-    classifier:  the name in the request: a classifier's or a route's. `adapter` is the adapter that answered.
+    classifier:  the name in the request: a classifier's, a route's or a question's.
+    adapter:     the adapter that answered; None where the bare base answered a question (or nobody, with `error`).
     confidence:  score of the returned label.
     scores:      label -> calibrated probability; the sum is 1.
     value:       expected value of the contract's `values` under the scores; None where the contract has none.
+    score:       expected level, from 0; None where the contract's `type` is not score.
     label_mass:  probability of all labels together, over the whole vocabulary, before calibration.
     abstained:   whether the score is below the contract's `abstain_below`; `label` is still the best one.
     warnings:    each is "code: sentence". The codes: left_out_tool_calls, escaped_special_tokens, cut_conversation,
-                 low_label_mass.
+                 low_label_mass, zero_shot (the bare base answered).
     Without a contract or a score head, `label` is the decoded top token and `confidence` its probability.
     """
 
@@ -105,6 +129,7 @@ class Verdict:
     confidence: float | None = None
     scores: Mapping[str, float] | None = None
     value: float | None = None
+    score: float | None = None
     label_mass: float | None = None
     abstained: bool = False
     adapter: AdapterRef | None = None
@@ -186,6 +211,7 @@ class AdapterInfo:
     error:      why the last load failed; a version that was ready before still answers.
     warnings:   what is odd about the version that answers, such as another base in its config.
     num_bytes:  bytes on the device.
+    type:       what the contract says is asked.
     template:   what writes the prompts of /v1/classify: the contract's `template`, the chat template, or nothing (None:
                 the text is taken verbatim).
     chat_template, tokenizer:  whether they are the adapter's own, or the base's.
@@ -198,6 +224,7 @@ class AdapterInfo:
     num_parameters: int | None = None
     num_bytes: int | None = None
     labels: tuple[str, ...] | None = None
+    type: QuestionType | None = None
     question: str | None = None
     path: str
     pinned: bool = False

@@ -13,6 +13,8 @@ JSON = {"Content-Type": "application/json"}
 ROUTES = [
     ("POST", "/v1/classify"),
     ("POST", "/classify"),
+    ("POST", "/v1/decisions"),
+    ("POST", "/v1/systemone"),
     ("POST", "/invocations"),
     ("POST", "/endpoints/any/invocations"),
     ("POST", "/v1/completions"),
@@ -33,8 +35,9 @@ def error(response: httpx.Response) -> dict[str, Any]:
     body: dict[str, Any] = response.json()
     if "OriginalMessage" in body:  # AWS's shape
         body = json.loads(body["OriginalMessage"])
+    body.pop("detail", None)  # TypeSafe's error, beside ours
     assert set(body) == {"error"}, response.text
-    return dict(body["error"])
+    return {name: body["error"][name] for name in ("code", "message", "remedy")}
 
 
 def test_the_routes_are_all_that_take_a_body(http: httpx.Client) -> None:

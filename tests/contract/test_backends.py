@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+import asked
 import tiny
 from loraplex import Loraplex
 from loraplex.errors import AdapterError, DeadlineExceededError, InputTooLongError, UnknownClassifierError
@@ -130,6 +131,17 @@ def test_the_log_probabilities_of_a_prompts_tokens_are_natives(
             assert one.log_prob == pytest.approx(other.log_prob, abs=TOLERANCE)
             tops = ([likely.log_prob for likely in which.top] for which in (one, other))
             assert next(tops) == pytest.approx(next(tops), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_questions_without_an_adapter_are_answered_as_native(tmp_path: Path, backend: str) -> None:
+    """Beside classifiers, so that the base's rows and adapters' rows are in one batch where there are batches."""
+    bundle = asked.save_chat_bundle(tmp_path, is_activated=not tiny.HAS_VLLM)
+    requests = [ClassifyRequest(input=text, classifiers="*", questions=asked.QUESTIONS) for text in TEXTS]
+    with load(bundle, backend, adhoc_questions=True) as other, load(bundle, "native", adhoc_questions=True) as native:
+        for request in requests:
+            actual, expected = (one.run(one.router.classify(request)).verdicts for one in (other, native))
+            check_verdicts(actual, expected)
 
 
 @pytest.mark.parametrize("ranked", OTHERS, indirect=True)

@@ -134,6 +134,7 @@ def test_a_classifier_that_only_a_route_names_is_known(tiny_bundle: Path, tmp_pa
         ({"backend": "peft", "cuda_graphs": True}, "--cuda-graphs: has no effect with --backend peft"),
         ({"backend": "vllm", "cuda_graphs": True}, "--cuda-graphs: has no effect with --backend vllm"),
         ({"backend": "vllm", "adapter_memory": "1GiB"}, "--adapter-memory 1GiB: has no effect with --backend vllm"),
+        ({"adhoc_correction": "none"}, "--adhoc-correction none: has no effect without --adhoc-questions"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(settings: dict[str, Any], mentions: str) -> None:

@@ -215,3 +215,39 @@ def test_a_boolean_is_no_number(tmp_path: Path, key: str) -> None:
     path.write_text(f"labels: ['yes', 'no']\n{key}\n")
     with pytest.raises(ContractError, match=r"key '[a-z_.]+': true is not a number"):
         read_contract(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "type", "score"),
+    [
+        ({}, "predicate", None),
+        ({"labels": ("a", "b", "c")}, "choice", None),
+        ({"type": "choice"}, "choice", None),
+        ({"type": "score"}, "score", 0.25),
+        ({"type": "score", "labels": ("calm", "annoyed", "furious")}, "score", 1.0),
+    ],
+)
+def test_labels_say_the_type_and_only_a_score_has_an_expected_level(values: Any, type: str, score: Any) -> None:
+    made = contract(**values)
+    assert made.question_type == type
+    masses = [0.3, 0.1] if len(made.labels) == 2 else [0.1, 0.2, 0.1]
+    assert made.decide(list(map(math.log, masses))).score == (None if score is None else pytest.approx(score))
+
+
+@pytest.mark.parametrize(
+    ("values", "mentions"),
+    [
+        ("type: predicate\nlabels: [a, b, c]", "'type' is 'predicate', which has two labels, and there are 3"),
+        ("type: boolean\nlabels: [a, b]", "type"),
+        ("labels: [a, b]\ndescriptions: {c: x}", "'descriptions' names 'c', which is not among the labels"),
+    ],
+)
+def test_a_wrong_type_or_description_is_named(tmp_path: Path, values: str, mentions: str) -> None:
+    (path := tmp_path / "classifier.yaml").write_text(values)
+    with pytest.raises(ContractError) as caught:
+        read_contract(path)
+    assert mentions in str(caught.value)
+
+
+def test_a_contract_without_type_and_descriptions_has_the_id_that_it_had_before() -> None:
+    assert contract().model_dump_json(exclude_defaults=True) == '{"labels":["yes","no"]}'

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 import loraplex
-from loraplex import AsyncClient, Client, Message, errors
+from loraplex import AsyncClient, Client, Message, Question, errors
 from loraplex.client.exchange import Connection
 from loraplex.errors import (
     AdapterError,
@@ -157,9 +157,31 @@ CALLS: list[tuple[str, tuple[Any, ...], str, str, Any, Any]] = [
     ("route_stats", ("r",), "GET", "/v1/routes/r/stats", None, STATS),
     ("examples", ("r",), "POST", "/v1/examples", {"classifiers": ["r"], "only": "corrected"}, EXAMPLES),
     ("ready", (), "GET", "/ready", None, {"status": "ok"}),
+    (
+        "decide",
+        ("x", {"a": Question(type="predicate", instructions="Is it?", descriptions={"yes": "done"})}, "m"),
+        "POST",
+        "/v1/decisions",
+        {
+            "model": "m",
+            "input": "x",
+            "questions": [
+                {
+                    "type": "predicate",
+                    "name": "a",
+                    "instructions": "Is it?",
+                    "x_criteria": {"true": "done", "false": None},
+                }
+            ],
+        },
+        {
+            "answers": [{"type": "predicate", "name": "a", "probability": 0.5}],
+            "usage": {"input_tokens": 3, "input_tokens_details": {"cached_tokens": 1}},
+        },
+    ),
 ]
 # They change nothing.
-SAFE = {"classify", "models", "adapters", "skipped", "adapter", "routes", "route", "route_stats", "examples"}
+SAFE = {"classify", "decide", "models", "adapters", "skipped", "adapter", "routes", "route", "route_stats", "examples"}
 
 
 @pytest.mark.parametrize(("method", "args", "verb", "path", "body", "answer"), CALLS)
@@ -182,7 +204,7 @@ def test_what_is_sent_and_what_comes_back(
         assert result == expected[method]
     else:
         first = result[0] if isinstance(result, tuple) else result
-        assert type(first).__module__ in ("loraplex.types", "loraplex.discovery")
+        assert type(first).__module__ in ("loraplex.types", "loraplex.discovery", "loraplex.decisions")
 
 
 def test_every_method_is_in_the_table_and_both_clients_have_the_same() -> None:

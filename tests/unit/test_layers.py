@@ -12,10 +12,13 @@ ROOT = Path(loraplex.__file__).parent
 # From the bottom up. A module may import its own layer and those before it.
 LAYERS = [
     {
+        "decisions",
         "messages",
+        "state",
         "types",
         "generation",
         "errors",
+        "addresses",
         "amounts",
         "problems",
         "config",

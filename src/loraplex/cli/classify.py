@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,8 @@ from loraplex.config import EngineConfig, resolve
 from loraplex.disk import refuse_pointer
 from loraplex.errors import ConfigurationError, InvalidRequestError, UnknownClassifierError
 from loraplex.types import ClassifyRequest, ClassifyResult, classifier_names
+
+BAR, MOST_BARS = 10, 8  # characters of a bar, and bars of a verdict
 
 
 def classify(
@@ -119,8 +122,22 @@ def _read(file: Path | None) -> str:
         raise InvalidRequestError(f"{file or 'standard input'}: {exc}", remedy="give a UTF-8 text file") from None
 
 
+def _bars(scores: Mapping[str, float], *, is_unicode: bool) -> str:
+    """Return a line for each label, with its score as a bar. Of many labels, the likeliest."""
+    shown = sorted(scores, key=scores.__getitem__, reverse=True)[:MOST_BARS] if len(scores) > MOST_BARS else [*scores]
+    width = max(map(len, shown), default=0)
+    full, empty = ("█", "░") if is_unicode else ("#", ".")
+    lines = []
+    for label in shown:
+        length = round(scores[label] * BAR)
+        lines.append(f"{label:<{width}} {full * length}{empty * (BAR - length)} {scores[label]:.3f}")
+    if len(scores) > len(shown):
+        lines.append(f"… {len(scores) - len(shown)} more")
+    return "\n".join(lines)
+
+
 def _print_table(result: ClassifyResult) -> None:
-    table = Table()
+    console, table = Console(), Table()
     for column in ("classifier", "label", "confidence", "scores", "adapter version"):
         table.add_column(column, justify="right" if column == "confidence" else "left")
     for verdict in result.verdicts:
@@ -129,10 +146,11 @@ def _print_table(result: ClassifyResult) -> None:
             reason = verdict.error.message if verdict.error else ""
             table.add_row(escape(verdict.classifier), "[red]error[/]", "", escape(reason), version)
             continue
-        scores = "  ".join(f"{label} {score:.3f}" for label, score in (verdict.scores or {}).items())
         label = f"{verdict.label} (abstained)" if verdict.abstained else verdict.label
+        if verdict.score is not None:
+            label = f"{label} ({verdict.score:.2f})"
+        scores = _bars(verdict.scores or {}, is_unicode=console.encoding.startswith("utf"))
         table.add_row(escape(verdict.classifier), escape(label), f"{verdict.confidence:.3f}", escape(scores), version)
-    console = Console()
     console.print(table)
     names: dict[str, list[str]] = {}  # of the classifiers that give a warning
     for verdict in result.verdicts:

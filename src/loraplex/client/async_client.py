@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from os import PathLike
 from types import TracebackType
-from typing import Literal, Self, overload
+from typing import Any, Literal, Self, overload
 
 import httpx
 
@@ -12,6 +12,7 @@ from loraplex.client import call
 from loraplex.client.call import Answer, Call
 from loraplex.client.exchange import POLL_S, Connection, Exchange, Outcome
 from loraplex.client.many import Conversation, check, id_and_input, in_tasks, progress_bar
+from loraplex.decisions import Decisions
 from loraplex.discovery import SkippedFolder
 from loraplex.errors import LoraplexError
 from loraplex.types import (
@@ -20,6 +21,7 @@ from loraplex.types import (
     Examples,
     Input,
     ModelInfo,
+    Question,
     Roles,
     Route,
     RouteStats,
@@ -62,6 +64,20 @@ class AsyncClient:
     ) -> ClassifyResult:
         """Return one verdict for each classifier, in the order requested. See `Client.classify`."""
         return await self._ask(call.classify(input, classifiers, conversation_id, deadline_ms, roles))
+
+    async def decide(
+        self,
+        state: Any,
+        questions: Mapping[str, Question],
+        model: str = "*",
+        *,
+        conversation_id: str | None = None,
+        deadline_ms: float | None = None,
+        roles: Roles | None = None,
+    ) -> Decisions:
+        """Return an answer to each typed question about a state. See `Client.decide`."""
+        asked = call.decide(state, questions, model, conversation_id, deadline_ms, roles)
+        return (await self._ask(asked)).decisions(questions)
 
     @overload
     async def classify_many(

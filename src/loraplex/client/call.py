@@ -6,17 +6,25 @@ from os import PathLike
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
+from loraplex.decisions import Answer as TypedAnswer
+from loraplex.decisions import Decisions, answer_of, failed
 from loraplex.discovery import SkippedFolder
 from loraplex.messages import conversation_of, message_json
+from loraplex.state import state_of
 from loraplex.types import (
     AdapterInfo,
+    AdapterRef,
     ClassifyResult,
+    ErrorInfo,
     Examples,
     Input,
     ModelInfo,
+    Question,
     Roles,
     Route,
     RouteStats,
+    Usage,
+    Verdict,
     classifier_names,
 )
 
@@ -102,6 +110,91 @@ def classify(
         is_safe=True,
         deadline_ms=deadline_ms,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class InputDetails:
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionsUsage:
+    input_tokens: int
+    input_tokens_details: InputDetails
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionsAnswer:
+    """The answer of /v1/decisions, as far as `Decisions` needs it."""
+
+    answers: tuple[dict[str, Any], ...]
+    usage: DecisionsUsage
+
+    def decisions(self, questions: Mapping[str, Question]) -> Decisions:
+        """Return the answers to the questions that were asked."""
+        answers = zip(questions.items(), self.answers, strict=True)
+        num_prompt, num_cached = self.usage.input_tokens, self.usage.input_tokens_details.cached_tokens
+        return Decisions(
+            answers={name: _answer(name, question, answer) for (name, question), answer in answers},
+            usage=Usage(prompt_tokens=num_prompt, computed_tokens=num_prompt - num_cached, cached_tokens=num_cached),
+        )
+
+
+def _answer(name: str, question: Question, given: Mapping[str, Any]) -> TypedAnswer:
+    """Return an answer, which says in its own fields or in `x_scores` how probable each label is."""
+    adapter, error = given.get("x_adapter"), given.get("x_error")
+    scores = given.get("x_scores")
+    if scores is None and given["type"] == "predicate":
+        scores = {"true": given["probability"], "false": 1 - given["probability"]}
+    elif scores is None and error is None:
+        scores = {label: one["probability"] for label, one in zip(question.labels, given["probabilities"], strict=True)}
+    verdict = Verdict(
+        id=given.get("x_verdict_id"),
+        classifier=name,
+        label=given.get("x_label"),
+        scores=scores,
+        abstained=given["type"] == "refusal" and error is None,
+        adapter=None if adapter is None else AdapterRef(**adapter),
+        warnings=tuple(given.get("x_warnings", ())) or None,
+    )
+    return answer_of(question, verdict) if error is None else failed(question, verdict, ErrorInfo(**error))
+
+
+def decide(
+    state: Any,
+    questions: Mapping[str, Question],
+    model: str,
+    conversation_id: str | None,
+    deadline_ms: float | None,
+    roles: Roles | None,
+) -> Call[DecisionsAnswer]:
+    conversation = state_of(state)
+    body = {
+        "model": model,
+        "input": conversation if isinstance(conversation, str) else [message_json(one) for one in conversation],
+        "questions": [_question(name, one) for name, one in questions.items()],
+        "deadline_ms": deadline_ms,
+        "conversation_id": conversation_id,
+        "roles": None if roles is None else dict(roles),
+    }
+    body = {name: value for name, value in body.items() if value is not None}
+    return Call(
+        method="POST", path="/v1/decisions", answer=DecisionsAnswer, body=body, is_safe=True, deadline_ms=deadline_ms
+    )
+
+
+def _question(name: str, question: Question) -> dict[str, Any]:
+    body: dict[str, Any] = {"type": question.type, "name": name, "instructions": question.instructions}
+    if question.type == "predicate" and question.descriptions:
+        described = (question.descriptions.get(label) for label in question.labels)
+        body["x_criteria"] = dict(zip(("true", "false"), described, strict=True))
+    options, label = {"choice": ("choices", "value"), "score": ("levels", "label")}.get(question.type, ("", ""))
+    if options:
+        body[options] = [
+            {label: one} | ({"description": question.descriptions[one]} if one in question.descriptions else {})
+            for one in question.labels
+        ]
+    return body
 
 
 def feedback(

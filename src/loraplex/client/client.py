@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from types import TracebackType
-from typing import Literal, Self, overload
+from typing import Any, Literal, Self, overload
 
 import httpx
 
@@ -13,6 +13,7 @@ from loraplex.client import call
 from loraplex.client.call import Answer, Call
 from loraplex.client.exchange import POLL_S, Connection, Exchange, Outcome
 from loraplex.client.many import Conversation, check, id_and_input, in_threads, progress_bar
+from loraplex.decisions import Decisions
 from loraplex.discovery import SkippedFolder
 from loraplex.errors import LoraplexError
 from loraplex.types import (
@@ -21,6 +22,7 @@ from loraplex.types import (
     Examples,
     Input,
     ModelInfo,
+    Question,
     Roles,
     Route,
     RouteStats,
@@ -87,6 +89,30 @@ class Client:
         InputTooLongError, DeadlineExceededError, QueueFullError, ….
         """
         return self._ask(call.classify(input, classifiers, conversation_id, deadline_ms, roles))
+
+    def decide(
+        self,
+        state: Any,
+        questions: Mapping[str, Question],
+        model: str = "*",
+        *,
+        conversation_id: str | None = None,
+        deadline_ms: float | None = None,
+        roles: Roles | None = None,
+    ) -> Decisions:
+        """Return an answer to each typed question about a state. A question that is a classifier's or a route's name is
+        answered by it, in the contract's own words; other words are told in the answer's `warnings`. If only some
+        classifiers fail, their answers hold an `error`.
+
+        state:            text, messages, or any other JSON, which is judged as its compact text.
+        questions:        name -> question. A choice has the contract's labels, a score too, in any order.
+        model:            "*": the questions' names choose; or one classifier or route that answers all of them.
+        conversation_id, deadline_ms, roles:  as for `classify`.
+
+        Raises a LoraplexError if a question is wrong, before anything is computed, or if nothing can be answered.
+        """
+        asked = call.decide(state, questions, model, conversation_id, deadline_ms, roles)
+        return self._ask(asked).decisions(questions)
 
     @overload
     def classify_many(

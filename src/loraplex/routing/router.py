@@ -180,8 +180,14 @@ class Router:
         return name if route is None else choose(route, conversation_id)
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResult:
-        """Classify as `Service.classify` does. Each verdict has the name that was requested, and an id for feedback."""
+        """Classify as `Service.classify` does. Each verdict has the name that was requested, and an id for feedback.
+        Raises InvalidRequestError for a question with the name of a classifier or a route."""
         adapters, routes = self._adapters(request), self._routes
+        if taken := next(filter(self.knows, request.questions), None):
+            raise InvalidRequestError(
+                f"the question {quoted(taken)} has the name of a classifier or a route",
+                remedy="ask this one in `classifiers`, or give the question another name",
+            )
         try:
             result = await self.service.classify(replace(request, classifiers=tuple(adapters.values())))
         except LoraplexError as exc:
@@ -189,14 +195,16 @@ class Router:
                 self._log_failure(adapters, exc)
             raise
         verdicts = {verdict.classifier: verdict for verdict in result.verdicts}
+        asked = {**adapters, **{name: name for name in request.questions}}
         named = tuple(
             _as_asked(verdicts[adapter], name, f"{result.id}-{index}")
-            for index, (name, adapter) in enumerate(adapters.items())
+            for index, (name, adapter) in enumerate(asked.items())
         )
         if self._log is not None:
             if self._log.inputs is not None:
                 self._log.inputs.add(result.id, request)
             total_ms = result.timings.total_ms
+            targets = [*adapters.values(), *(self.service.base_name for _ in request.questions)]
             logged = (
                 LoggedVerdict.of(
                     verdict,
@@ -207,7 +215,7 @@ class Router:
                     request_id=request.request_id,
                     key=request.key,
                 )
-                for verdict, adapter in zip(named, adapters.values(), strict=True)
+                for verdict, adapter in zip(named, targets, strict=True)
             )
             # Log once the answer is on its way, before the loop's next request.
             asyncio.get_running_loop().call_soon(self._log.add, logged)
@@ -244,7 +252,9 @@ class Router:
                 if shadow != adapters[name]:
                     of[shadow] = (*of.get(shadow, ()), (verdict.id or "", name))
         if of:
-            self._shadows.add(Shadow(request=replace(request, classifiers=tuple(of), deadline_ms=None), of=of))
+            self._shadows.add(
+                Shadow(request=replace(request, classifiers=tuple(of), questions={}, deadline_ms=None), of=of)
+            )
 
     # ------------------------------------------------------------------------------------------- verdicts
 

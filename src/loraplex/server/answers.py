@@ -4,7 +4,6 @@ import asyncio
 import logging
 import math
 import traceback
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +35,7 @@ from loraplex.server.json_body import OBJECT
 from loraplex.server.lifecycle import PROBES, REFUSAL, stopping
 from loraplex.server.proxies import path_of
 from loraplex.server.schemas import error_json
+from loraplex.server.typed_errors import TYPED, TYPESAFE_ID, in_wire_shape
 from loraplex.types import BatchResult, ClassifyResult, ErrorInfo
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def answer(request: Request, error: LoraplexError) -> JSONResponse:
     if isinstance(error, RequestTimeoutError | BodyTooLargeError):
         headers["Connection"] = "close"  # the rest of the body is not read
     shown = visible(error)
-    return _json(request, error.status, shown.code, shown.message, shown.remedy, headers, error.message)
+    return _json(request, error, shown, headers)
 
 
 def visible(error: LoraplexError | ErrorInfo, name: str = "") -> ErrorInfo:
@@ -111,21 +111,16 @@ def visible_result(result: ClassifyResult | BatchResult) -> ClassifyResult | Bat
     return replace(result, results=tuple(results))  # type: ignore[arg-type]  # no batch holds a batch
 
 
-def _json(
-    request: Request,
-    status: int,
-    code: str,
-    message: str,
-    remedy: str,
-    headers: Mapping[str, str] | None,
-    logged: str | None = None,
-) -> JSONResponse:
-    """Return an error's answer, and put it into the request's log line. logged: the message there, if another."""
-    record = logs.current()
-    record.error, record.message = code, logged or message
-    if path_of(request.scope) not in PROBES:  # a probe's 503 is no failure
-        request.app.state.metrics.fail(code)
-    return JSONResponse(error_json(code, message, remedy), status_code=status, headers=headers)
+def _json(request: Request, error: LoraplexError, shown: ErrorInfo, headers: dict[str, str]) -> JSONResponse:
+    """Return an error's answer, as its path's clients read it, and put the error into the request's log line."""
+    record, path = logs.current(), path_of(request.scope)
+    record.error, record.message = error.code, error.message
+    if path not in PROBES:  # a probe's 503 is no failure
+        request.app.state.metrics.fail(error.code)
+    content = error_json(shown.code, shown.message, shown.remedy)
+    if path in TYPED:
+        content, headers = in_wire_shape(path, content, error.status, error.param), {**headers, TYPESAFE_ID: record.id}
+    return JSONResponse(content, status_code=error.status, headers=headers)
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -202,7 +197,9 @@ def refusal(request: Request, exc: RequestValidationError) -> InvalidRequestErro
     errors = [{**one, "loc": one["loc"][1:]} for one in exc.errors()[:MOST_ERRORS]]  # each begins with "body"
     problem = find_problem(errors, exc.body, model, noun="field")
     message = f"{problem.place}: {problem.sentence}" if problem.place else problem.sentence
-    return InvalidRequestError(message, remedy=f"{problem.remedy}; see /docs for the fields and their types")
+    error = InvalidRequestError(message, remedy=f"{problem.remedy}; see /docs for the fields and their types")
+    error.param = problem.place or None
+    return error
 
 
 async def _http_error(request: Request, exc: Exception) -> JSONResponse:

@@ -9,7 +9,17 @@ import loraplex
 from loraplex.config import ServerConfig
 from loraplex.errors import ConfigurationError
 from loraplex.metrics import Metrics
-from loraplex.server import admin, classification, openai, routes, sagemaker, tokenize, traffic
+from loraplex.server import (
+    admin,
+    classification,
+    decisions,
+    openai,
+    routes,
+    sagemaker,
+    systemone,
+    tokenize,
+    traffic,
+)
 from loraplex.server.answers import AnswerErrors, add_handlers
 from loraplex.server.keys import ApiKey
 from loraplex.server.lifecycle import Gate, LastAnswer, Lifecycle
@@ -38,9 +48,9 @@ def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycl
     )
     app.state.created = int(time.time())
     app.state.lifecycle = lifecycle
-    app.state.max_body_bytes = config.max_body_bytes
+    app.state.config = config
     declared = list(app.routes)  # the documentation's
-    for part in (classification, routes, sagemaker, admin, traffic, openai, tokenize):
+    for part in (classification, decisions, systemone, routes, sagemaker, admin, traffic, openai, tokenize):
         app.include_router(part.router)
         declared += part.router.routes
     app.state.paths = paths = Paths(declared)

@@ -80,7 +80,7 @@ def classify_kind(body: Any) -> Literal["native", "vllm"]:
     """Return whose body it is. Loraplex's own has no `model`."""
     return (
         "vllm"
-        if isinstance(body, dict) and "model" in body and not body.keys() & {"classifiers", "inputs"}
+        if isinstance(body, dict) and "model" in body and not body.keys() & {"classifiers", "inputs", "questions"}
         else "native"
     )
 

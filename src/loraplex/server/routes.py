@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Coroutine, Iterable
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -27,6 +28,7 @@ from loraplex.server.schemas import (
     ModelCard,
     ModelList,
     Readiness,
+    TypeSafeModel,
     errors,
     result_json,
 )
@@ -148,10 +150,15 @@ async def answer(request: Request, body: ClassifyBody) -> Response:
 async def models(request: Request) -> ModelList:
     """List the base under each of its names, then every route and every adapter."""
     service, created = service_of(request), request.app.state.created
+    told = {name: "the base" for name in service.base_names}
+    told |= {info.name: info.question or "a classifier" for info in service.adapters()}
+    told |= {route.name: "a route" for route in router_of(request).routes()}
     names = (*(route.name for route in router_of(request).routes()), *(info.name for info in service.adapters()))
     cards = [ModelCard(id=name, created=created, parent=service.base_name) for name in dict.fromkeys(names)]
-    bases = [ModelCard(id=name, created=created) for name in service.base_names]
-    return ModelList(data=[*bases, *cards])
+    cards = [*(ModelCard(id=name, created=created) for name in service.base_names), *cards]
+    day = datetime.fromtimestamp(created, UTC).date().isoformat()
+    models = [TypeSafeModel(name=card.id, description=told[card.id], release_date=day) for card in cards]
+    return ModelList(data=cards, models=models)
 
 
 @router.get("/v1/models/{name:path}", tags=["adapters"], responses=errors(_404="no such model"))

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from loraplex.errors import InvalidRequestError
 from loraplex.generation import GenerateRequest
 from loraplex.server.classification import Classification, ClassificationBody, classification, classify_kind
+from loraplex.server.decisions import DecisionsBody, DecisionsResult, decisions_answer
 from loraplex.server.huggingface import GeneratedText, HuggingFaceBody, ScoredLabel, huggingface_answer, to_json
 from loraplex.server.openai import EVENTS, generated_texts, openai_answer
 from loraplex.server.openai_answers import ChatCompletion, Completion
@@ -33,6 +34,7 @@ from loraplex.server.schemas import (
     InvocationBody,
     InvocationResult,
 )
+from loraplex.server.systemone import SystemOneBody, SystemOneResult, systemone_answer
 from loraplex.server.traffic import feedback
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, classifier_names
 
@@ -57,6 +59,10 @@ ENDPOINT = re.compile(r"/endpoints/[^/]+/invocations(-response-stream)?")
 def _body_kind(body: Any) -> str:
     """Return whose body it is, by the fields that only one of them has."""
     given = body if isinstance(body, dict) else {}
+    if "questions" in given and "state" in given:
+        return "systemone"
+    if isinstance(given.get("questions"), list):
+        return "decisions"
     if "input_text" in given:
         return "article"
     if "label" in given and given.keys() & {"verdict_id", "request_id"}:
@@ -83,6 +89,8 @@ SageMakerBody = Annotated[
     | Annotated[ClassificationBody, Tag("vllm")]
     | Annotated[HuggingFaceBody, Tag("hugging face")]
     | Annotated[FeedbackBody, Tag("feedback")]
+    | Annotated[DecisionsBody, _NamedLater, Tag("decisions")]
+    | Annotated[SystemOneBody, Tag("systemone")]
     | Annotated[ChatBody, _NamedLater, Tag("chat")]
     | Annotated[CompletionBody, _NamedLater, Tag("completion")],
     Discriminator(_body_kind),
@@ -96,6 +104,8 @@ SageMakerAnswer = (
     | ChatCompletion
     | Completion
     | FeedbackResult
+    | DecisionsResult
+    | SystemOneResult
 )
 
 
@@ -113,11 +123,11 @@ async def invocations(
 ) -> Response | list[InvocationResult] | FeedbackResult:
     """Answer `{"input_text", "adapter_name"?}` with `[{"confidence_score", "predicted_text"}]`.
 
-    The bodies of /v1/classify, /v1/chat/completions and /v1/completions are answered as on those paths, and
-    `{"inputs", "parameters"}` as by Hugging Face's containers. The body of /v1/feedback is taken, too, because an
-    endpoint has no other path. `text/csv` has one text a line, `application/jsonlines`
-    one body a line. The header of the adapter, or of the target model (with or without `.tar.gz`), names the adapter if
-    the body names none. A target model beside another name is refused.
+    The bodies of /v1/classify, /v1/decisions, /v1/systemone, /v1/chat/completions and /v1/completions are answered as
+    on those paths, and `{"inputs", "parameters"}` as by Hugging Face's containers. The body of /v1/feedback is taken,
+    too, because an endpoint has no other path. `text/csv` has one text a line, `application/jsonlines` one body a line.
+    The header of the adapter, or of the target model (with or without `.tar.gz`), names the adapter if the body names
+    none. A target model beside another name is refused.
     """
     _check_parts(request)
     if isinstance(body, FeedbackBody):
@@ -137,6 +147,10 @@ async def invocations(
         named = None  # the base
     if isinstance(body, InvocationBody):
         return [await _invoke(request, body, named)]
+    if isinstance(body, DecisionsBody):
+        return await decisions_answer(request, body, named)
+    if isinstance(body, SystemOneBody):
+        return await systemone_answer(request, body, named)
     if isinstance(body, HuggingFaceBody):
         answers = await huggingface_answer(request, body, named)
         return Response(to_json(answers), media_type="application/json")
@@ -157,7 +171,7 @@ class ExecutionParameters(BaseModel):
 @router.get("/execution-parameters")
 async def execution_parameters(request: Request) -> ExecutionParameters:
     """Tell batch transform how to send its records: several at once, and as many lines in a body as fit."""
-    most_mb = request.app.state.max_body_bytes // 2**20
+    most_mb = request.app.state.config.max_body_bytes // 2**20
     return ExecutionParameters(MaxPayloadInMB=min(max(1, most_mb), MOST_TRANSFORM_MB))
 
 
@@ -169,7 +183,7 @@ def _named(body: Any) -> Any:
         return body.adapter_name
     if isinstance(body, HuggingFaceBody):
         return None if body.parameters is None else body.parameters.adapter_id
-    return None if body.model == UNNAMED else body.model
+    return None if body.model in (UNNAMED, None) else body.model
 
 
 def _check_parts(request: Request) -> None:

@@ -1,5 +1,6 @@
 """Bodies of the HTTP API. `loraplex.types` explains their fields."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Tag, TypeAdapter, model_validator
@@ -15,10 +16,15 @@ from loraplex.types import (
     ClassifyResult,
     ErrorInfo,
     Names,
+    Question,
+    QuestionType,
     Roles,
     Route,
     classifier_names,
 )
+
+MAX_QUESTIONS, MAX_LABELS = 400, 255
+YES_NO = ("yes", "no")  # a predicate's labels by default
 
 RESULT: TypeAdapter[ClassifyResult | BatchResult] = TypeAdapter(ClassifyResult | BatchResult)
 
@@ -47,17 +53,48 @@ RoleNames = Annotated[
 ]
 
 
+class QuestionBody(Body):
+    """A question that no adapter was trained for, in words. The bare base answers it (`--adhoc-questions`)."""
+
+    type: QuestionType = Field(
+        description="predicate: whether something holds; choice: which label; score: which level, from the lowest"
+    )
+    instructions: str = Field("", description="what is asked")
+    labels: list[str] | None = Field(
+        None, max_length=MAX_LABELS, description="the answers, in order; by default those that `criteria` describes"
+    )
+    criteria: dict[str, str | None] | None = Field(
+        None,
+        max_length=MAX_LABELS,
+        description="label -> what it means; a predicate's labels are yes and no by default",
+    )
+
+    def to_question(self) -> Question:
+        described = {label: text for label, text in (self.criteria or {}).items() if text}
+        labels = tuple(self.labels or self.criteria or ())
+        if self.type == "predicate" and self.labels is None and {*labels} <= {*YES_NO}:
+            labels = YES_NO
+        return Question(type=self.type, instructions=self.instructions, labels=labels, descriptions=described)
+
+
 class ConversationBody(Body):
     input: Annotated[TextOrMessages, either("text or a list of messages")]
     conversation_id: str | None = None
 
-    def to_request(self, classifiers: Names, deadline_ms: float | None, roles: Roles | None) -> ClassifyRequest:
+    def to_request(
+        self,
+        classifiers: Names,
+        deadline_ms: float | None,
+        roles: Roles | None,
+        questions: Mapping[str, Question],
+    ) -> ClassifyRequest:
         return ClassifyRequest(
             input=self.input if isinstance(self.input, str) else tuple(one.to_message() for one in self.input),
             classifiers=classifiers,
             deadline_ms=deadline_ms,
             conversation_id=self.conversation_id,
             roles=roles,
+            questions=questions,
         )
 
 
@@ -105,6 +142,11 @@ class ClassifyBody(Body):
         description="milliseconds from the request; a classifier that is not computed by then returns an error",
     )
     roles: RoleNames | None = None
+    questions: dict[str, QuestionBody] = Field(
+        {},
+        max_length=MAX_QUESTIONS,
+        description="name -> a question that the bare base answers, beside the classifiers; needs --adhoc-questions",
+    )
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
@@ -128,7 +170,8 @@ class ClassifyBody(Body):
             else ConversationBody.model_construct(input=one, conversation_id=self.conversation_id)
             for one in given or ()
         )
-        return [one.to_request(classifiers, self.deadline_ms, self.roles) for one in conversations]
+        questions = {name: one.to_question() for name, one in self.questions.items()}
+        return [one.to_request(classifiers, self.deadline_ms, self.roles, questions) for one in conversations]
 
 
 class InvocationBody(Body):
@@ -284,6 +327,17 @@ class ModelCard(BaseModel):
     parent: str | None = None
 
 
+class TypeSafeModel(BaseModel):
+    """A model as TypeSafe's API lists it. release_date: the day on which this server was started."""
+
+    name: str
+    description: str
+    release_date: str
+
+
 class ModelList(BaseModel):
+    """OpenAI's list, and the same for TypeSafe's client."""
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    models: list[TypeSafeModel]

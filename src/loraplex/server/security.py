@@ -23,6 +23,8 @@ INFER = frozenset(
     {
         "POST /v1/classify",
         "POST /classify",
+        "POST /v1/decisions",
+        "POST /v1/systemone",
         "POST /v1/completions",
         "POST /v1/chat/completions",
         "POST /tokenize",

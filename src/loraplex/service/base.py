@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from loraplex.service.classifiers import ClassifierVersion
 from loraplex.text.chat_template import ChatTemplate
+from loraplex.text.question import QuestionPrompts
 from loraplex.text.tokenizer import Tokenizer
 
 
@@ -15,6 +16,7 @@ class Base:
     chat:           its chat template and its tokenizer.
     max_model_len:  the most tokens of a prompt.
     stop_ids:       the tokens that end a text.
+    questions:      makes prompts of questions that no adapter was trained for; None where none are answered.
     """
 
     names: tuple[str, ...]
@@ -22,6 +24,7 @@ class Base:
     max_model_len: int
     pad_token_id: int | None
     stop_ids: frozenset[int]
+    questions: QuestionPrompts | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:

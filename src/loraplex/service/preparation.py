@@ -86,6 +86,12 @@ def check_effects(config: EngineConfig, given: Collection[str]) -> None:
                 f"has no effect with --backend {config.backend}",
                 remedy=f"leave it out, or give {needed}",
             )
+    if "adhoc_correction" in given and config.adhoc_correction == "none" and not config.adhoc_questions:
+        raise ConfigurationError(
+            "--adhoc-correction none",
+            "has no effect without --adhoc-questions",
+            remedy="leave it out, or give --adhoc-questions",
+        )
     if config.cuda_graphs and config.device == "cpu":
         raise UnsupportedModelError(
             "--device cpu", "CUDA graphs are for CUDA devices only", remedy="leave out --cuda-graphs"

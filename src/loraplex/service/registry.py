@@ -176,6 +176,7 @@ class AdapterRegistry:
             num_parameters=None if live is None else live.num_parameters,
             num_bytes=None if live is None else live.num_bytes,
             labels=live.labels if live is not None else contract.labels if contract is not None else None,
+            type=contract.question_type if contract is not None else None,
             question=contract.question if contract is not None else None,
             path=str(entry.source.path),
             pinned=entry.is_pinned,

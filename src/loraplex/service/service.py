@@ -4,15 +4,21 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 
 from loraplex.adapters.residence import Lease
 from loraplex.adapters.slots import NO_ADAPTER
-from loraplex.classifier import valid_unicode
+from loraplex.classifier import Contract, valid_unicode
 from loraplex.discovery import SkippedFolder
 from loraplex.engine.sequence import Sequence, SequenceOutput
-from loraplex.errors import DeadlineExceededError, InvalidRequestError, LoraplexError, UnknownClassifierError
+from loraplex.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    LoraplexError,
+    UnknownClassifierError,
+    quoted,
+)
 from loraplex.executors.executor import Executor
 from loraplex.generation import GeneratedToken, GenerateRequest, GenerateResult, OnToken
 from loraplex.service.base import Base
@@ -20,14 +26,17 @@ from loraplex.service.classifiers import ClassifierVersion
 from loraplex.service.completion import Completion
 from loraplex.service.computing import Computing, num_chars
 from loraplex.service.prompts import Prompts
+from loraplex.service.questions import QuestionEvaluation
 from loraplex.service.registry import AdapterRegistry
 from loraplex.service.state import AdapterState
 from loraplex.service.verdict import Evaluation
 from loraplex.service.versions import Versions
+from loraplex.text.question import check_question
 from loraplex.text.tokenizer import Conversations
-from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Stats, Timings, Usage
+from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Question, Stats, Timings, Usage
 
 Leased = tuple[Evaluation, Lease[ClassifierVersion]]
+AnyEvaluation = Evaluation | QuestionEvaluation
 MAX_UNKNOWN = 100  # unknown names in a call that is still answered; each has an error of its own in the answer
 
 
@@ -63,6 +72,11 @@ class Service:
         return self.base.names
 
     @property
+    def answers_questions(self) -> bool:
+        """Whether the bare base answers questions that no adapter was trained for."""
+        return self.base.questions is not None
+
+    @property
     def alive(self) -> bool:
         """Whether the service can still compute."""
         return self.computing.computation.alive
@@ -89,6 +103,11 @@ class Service:
     def adapter(self, name: str) -> AdapterInfo:
         """Return the adapter of that name. Raises UnknownClassifierError where there is none."""
         return self.registry.adapter(name)
+
+    def contract(self, name: str) -> Contract | None:
+        """Return the contract of that adapter, or None where it has none. Raises UnknownClassifierError where there is
+        no such adapter."""
+        return self.versions.entry(name).source.contract
 
     def names(self) -> tuple[str, ...]:
         """Return the classifiers that `"*"` asks."""
@@ -166,23 +185,27 @@ class Service:
     # ------------------------------------------------------------------------------------------- requests
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResult:
-        """Return one verdict per classifier, in order. A classifier that fails has its error in its verdict. Where all
-        fail, the first error is raised. Raises QueueFullError where too much waits, and UnknownClassifierError where
-        the request names more than MAX_UNKNOWN unknown classifiers."""
+        """Return one verdict per classifier, in order, then one per question. One that fails has its error in its
+        verdict. Where all fail, the first error is raised. Raises QueueFullError where too much waits, and
+        UnknownClassifierError where the request names more than MAX_UNKNOWN unknown classifiers, or has questions and
+        the base answers none. Raises InvalidRequestError for a question that nobody can answer."""
         started = time.monotonic()
         names = self._names(request)
+        self._check_questions(request.questions, names)
         unknown = [name for name in names if not self.knows(name)]
         if len(unknown) > MAX_UNKNOWN:
             raise UnknownClassifierError(unknown, list(self.names()))
-        with self.computing.admission.evaluations(len(names)):
+        with self.computing.admission.evaluations(len(names) + len(request.questions)):
             return await self._classify(request, names, started)
 
     async def _classify(self, request: ClassifyRequest, names: Seq[str], started: float) -> ClassifyResult:
         deadline_s = _deadline(started, request.deadline_ms)
-        evaluations = [Evaluation(name=name) for name in names]
+        asked = [Evaluation(name=name) for name in names]
+        questions = [QuestionEvaluation(name=name, question=one) for name, one in request.questions.items()]
+        evaluations: list[AnyEvaluation] = [*asked, *questions]
         placed: list[Leased] = []
         absent = []
-        for evaluation in evaluations:
+        for evaluation in asked:
             try:
                 lease = self.versions.try_lease(evaluation.name)
             except LoraplexError as exc:
@@ -192,11 +215,11 @@ class Service:
                 absent.append(evaluation)
             else:
                 placed.append((evaluation, lease))
-        # Versions on the device do not wait for the others. They are answered in this task, because a task that is
-        # cancelled before it runs would never release their leases.
+        # Versions on the device, and questions, do not wait for the others. They are answered in this task, because a
+        # task that is cancelled before it runs would never release their leases.
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._place_and_answer(request, one, deadline_s)) for one in absent]
-            tokenized = await self._answer(request, placed, deadline_s) if placed else started
+            tokenized = await self._answer(request, placed, questions, deadline_s) if placed or questions else started
         tokenized = max([tokenized, *(task.result() for task in tasks)])
         errors = [evaluation.error for evaluation in evaluations if evaluation.error is not None]
         if len(errors) == len(evaluations):
@@ -218,9 +241,15 @@ class Service:
         except LoraplexError as exc:
             evaluation.error = exc
             return time.monotonic()
-        return await self._answer(request, [(evaluation, lease)], deadline_s)
+        return await self._answer(request, [(evaluation, lease)], (), deadline_s)
 
-    async def _answer(self, request: ClassifyRequest, leased: Seq[Leased], deadline_s: float | None) -> float:
+    async def _answer(
+        self,
+        request: ClassifyRequest,
+        leased: Seq[Leased],
+        questions: Seq[QuestionEvaluation],
+        deadline_s: float | None,
+    ) -> float:
         """Compute evaluations together. Return the time at which they were tokenized. The leases are released when the
         engine no longer needs the slots, even if this call fails."""
 
@@ -234,11 +263,12 @@ class Service:
                 evaluation.tokenize(request, self.base, conversations)
             return [sequence for evaluation in evaluations for sequence in evaluation.sequences]
 
-        evaluations = [evaluation for evaluation, _ in leased]
-        for evaluation, lease in leased:
-            evaluation.version, evaluation.slot = lease.version, lease.slot
+        evaluations: list[AnyEvaluation] = [*(evaluation for evaluation, _ in leased), *questions]
+        for one, lease in leased:
+            one.version, one.slot = lease.version, lease.slot
         try:
-            work = await self.computing.tokenize(tokenize, num_chars(request.input), deadline_s, release)
+            num = num_chars(request.input) + sum(one.num_chars for one in questions)
+            work = await self.computing.tokenize(tokenize, num, deadline_s, release)
             tokenized = time.monotonic()
             outcomes = iter(await self.computing.compute(work))
         except LoraplexError as exc:  # the deadline passed, the queue is full, or the engine is gone
@@ -318,10 +348,24 @@ class Service:
                 f"{name!r} was not on the device before the deadline", remedy="allow more time, or preload and pin it"
             ) from None
 
+    def _check_questions(self, questions: Mapping[str, Question], names: Seq[str]) -> None:
+        """Raise UnknownClassifierError or InvalidRequestError where a question cannot be asked beside `names`."""
+        if questions and not self.answers_questions:
+            error = UnknownClassifierError([*questions], list(self.names()))
+            error.remedy += "; or start the server with --adhoc-questions, so that the bare base answers questions"
+            raise error
+        for name, question in questions.items():
+            if name in names:
+                raise InvalidRequestError(
+                    f"{quoted(name)} is asked as a classifier and as a question",
+                    remedy="give the question another name",
+                )
+            check_question(name, question)
+
     def _names(self, request: ClassifyRequest) -> tuple[str, ...]:
         every = self.names() if request.classifiers == "*" else map(valid_unicode, request.classifiers)
         names = tuple(dict.fromkeys(every))
-        if not names:
+        if not names and not request.questions:
             raise InvalidRequestError(
                 "no classifier is asked", remedy='name at least one, or "*" for all that are loaded'
             )
@@ -332,7 +376,7 @@ def _deadline(started: float, deadline_ms: float | None) -> float | None:
     return None if deadline_ms is None else started + deadline_ms / 1000
 
 
-def _usage(evaluations: Seq[Evaluation]) -> Usage:
+def _usage(evaluations: Seq[AnyEvaluation]) -> Usage:
     num_prompt = sum(evaluation.num_prompt_tokens for evaluation in evaluations)
     num_computed = sum(one.num_computed_tokens for evaluation in evaluations for one in evaluation.sequences)
     return Usage(

@@ -31,6 +31,7 @@ from loraplex.service.service import Service
 from loraplex.service.state import AdapterState
 from loraplex.service.versions import Versions
 from loraplex.text.chat_template import ChatTemplate
+from loraplex.text.question import QuestionPrompts
 from loraplex.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,9 @@ def _load(
     layers, num_embeddings = read_layers(model_config, bundle.base, packs=packs)
     chat = ChatTemplate.of(Tokenizer(bundle.base, num_embeddings))
     max_model_len = executor.max_model_len(model_config)
+    questions = None
+    if config.adhoc_questions:
+        questions = QuestionPrompts(chat, max_model_len, in_both_orders=config.adhoc_correction == "orders")
     checker = ClassifierChecker(layers, chat, max_model_len, executor.capabilities, ServedBase(bundle.base))
     checked: dict[str, CheckedClassifier] = {}
     room = budget_bytes(config.host_memory, resolve_device("cpu"))
@@ -152,6 +156,7 @@ def _load(
         max_model_len=max_model_len,
         pad_token_id=getattr(model_config, "pad_token_id", None),
         stop_ids=executor.stop_ids,
+        questions=questions,
     )
     return _Loaded(base=base, checker=checker, checked=checked, computation=computation)
 

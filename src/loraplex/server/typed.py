@@ -1,0 +1,214 @@
+"""What /v1/decisions and /v1/systemone share: how typed questions are asked, and what their answers say of us."""
+
+import asyncio
+import json
+import time
+from collections.abc import Collection, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
+
+from fastapi import Request, Response
+from pydantic import ConfigDict, Field, Tag
+from typing_extensions import TypedDict
+
+from loraplex.config import ServerConfig
+from loraplex.decisions import Answer
+from loraplex.errors import BY_CODE, InvalidRequestError, LoraplexError, NotReadyError, error_answered, listed
+from loraplex.messages import compact_json
+from loraplex.problems import either, unknown_field
+from loraplex.routing.questions import EVERYTHING, Asked, plan
+from loraplex.server import logs
+from loraplex.server.answers import visible
+from loraplex.server.routes import answered, router_of, service_of
+from loraplex.server.schemas import Body, RoleNames
+from loraplex.server.typed_errors import TYPESAFE_ID
+from loraplex.state import State
+from loraplex.types import ClassifyResult, ErrorInfo, Usage
+
+if TYPE_CHECKING:  # the service imports torch
+    from loraplex.service.service import Service
+
+MAX_OPTIONS = 255
+# Known fields of clients, which change no answer.
+NEUTRAL = ("prompt_cache_key", "prompt_cache_options", "safety_identifier", "temperature", "user", "metadata")
+EXTENSION = "x_"
+
+Words = Annotated[
+    Annotated[str, Tag("text")] | Annotated[dict[str, Any], Tag("object")] | Annotated[list[Any], Tag("list")],
+    either("text, an object or a list"),
+]
+
+
+def _document(schema: dict[str, Any]) -> None:
+    for name in NEUTRAL:
+        schema["properties"][name] = {"description": "accepted for compatibility; changes nothing"}
+
+
+class TypedBody(Body):
+    """Fields that both routes take beside their own."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_document)
+
+    conversation_id: str | None = Field(
+        None,
+        description="the same id for every turn of a conversation: the next turn reuses cached work, and a route keeps "
+        "its target",
+    )
+    deadline_ms: float | None = Field(None, gt=0, description="milliseconds from the request")
+    roles: RoleNames | None = None
+    stream: Literal[False] | None = None
+
+    def check_fields(self) -> None:
+        """Raise InvalidRequestError for a field that would have to be ignored."""
+        for name in self.model_extra or ():
+            if name not in NEUTRAL and not name.startswith(EXTENSION):
+                message, remedy = unknown_field(name, name, type(self).model_fields)
+                error = InvalidRequestError(message, remedy=f"{remedy}; see /docs for the fields")
+                error.param = name
+                raise error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Typed:
+    """The answers to a request's questions, in order. model: the name of who answered, for the client."""
+
+    model: str
+    answers: Seq[Answer]
+    masses: Seq[float | None]
+    usage: Usage
+
+
+async def decide(
+    request: Request,
+    body: TypedBody,
+    asked: Seq[Asked],
+    state: State,
+    *,
+    field: str,
+    model: str | None,
+    patience_s: float | None = None,
+) -> Typed:
+    """Answer typed questions through the same service as /v1/classify.
+
+    field:       the state's name in the body.
+    model:       None leaves the choice of a classifier to the questions' names.
+    patience_s:  how long to wait for adapters that were never loaded, before NotReadyError is raised."""
+    started = time.monotonic()
+    body.check_fields()
+    router, config = router_of(request), _config(request)
+    model = EVERYTHING if model is None else model
+    made = await plan(
+        router,
+        asked,
+        state,
+        field=field,
+        model=model,
+        aliases=config.decisions_alias,
+        roles=body.roles,
+        strict=config.decisions_instructions == "strict",
+    )
+    if patience_s is not None:
+        await load_in_time(router.service, made.adapters, patience_s)
+    left_ms = None
+    if body.deadline_ms is not None:
+        left_ms = max(0.001, body.deadline_ms - (time.monotonic() - started) * 1000)
+    result = await answered(request, replace(made.request, deadline_ms=left_ms, conversation_id=body.conversation_id))
+    assert isinstance(result, ClassifyResult)
+    answers = [
+        one if one.error is None else replace(one, error=visible(one.error, name))
+        for one, name in zip(made.answers(result), made.names, strict=True)
+    ]
+    return Typed(
+        model=model if router.knows(model) else service_of(request).base_name,
+        answers=answers,
+        masses=[result[name].label_mass for name in made.names],
+        usage=result.usage,
+    )
+
+
+async def load_in_time(service: "Service", adapters: Collection[str], patience_s: float) -> None:
+    """Load adapters that were never loaded. Raises NotReadyError where that takes too long; they are then loaded all
+    the same, for the client's next attempt. An adapter that cannot be loaded says so in its verdict."""
+    infos = [service.adapter(name) for name in adapters if service.knows(name)]
+    loads = {
+        asyncio.create_task(service.version_of(one.name)): one.name
+        for one in infos
+        if one.version is None and one.error is None
+    }
+    if not loads:
+        return
+    for load in loads:
+        _loads.add(load)
+        load.add_done_callback(_loaded)
+    _, pending = await asyncio.wait(loads, timeout=patience_s)
+    if pending:
+        names = [name for load, name in loads.items() if load in pending]
+        raise NotReadyError(f"still being loaded: {listed(names)}", remedy="send the request again")
+
+
+_loads: "set[asyncio.Task[Any]]" = set()  # asyncio itself keeps no task alive
+
+
+def _loaded(load: "asyncio.Task[Any]") -> None:
+    _loads.discard(load)
+    if not load.cancelled():
+        load.exception()  # its verdict says it
+
+
+def _config(request: Request) -> ServerConfig:
+    config: ServerConfig = request.app.state.config
+    return config
+
+
+def words_of(value: Any) -> str:
+    """Return words that may be structured as text."""
+    return "" if value is None else value if isinstance(value, str) else compact_json(value)
+
+
+def error_of(info: ErrorInfo, name: str) -> LoraplexError:
+    """Return a question's error as one of the whole request, which names the question."""
+    status = BY_CODE[info.code].status if info.code in BY_CODE else 500
+    return error_answered(info.code, f"{name!r}: {info.message}", remedy=info.remedy, status=status)
+
+
+class OurAdapter(TypedDict):
+    name: str
+    version: str
+
+
+class Ours(TypedDict):
+    """What an answer says beside its client's fields.
+
+    x_verdict_id:  identifies the verdict, for feedback.
+    x_adapter:     the adapter that answered; null where none was trained for the question.
+    x_label:       the verdict's label, which heeds the contract's `threshold`.
+    x_scores:      label -> probability, where the verdict abstained.
+    """
+
+    x_verdict_id: NotRequired[str]
+    x_adapter: OurAdapter | None
+    x_label: NotRequired[str]
+    x_scores: NotRequired[Mapping[str, float]]
+    x_abstained: NotRequired[bool]
+    x_warnings: NotRequired[Seq[str]]
+
+
+def ours_of(answer: Answer) -> dict[str, Any]:
+    """Return the fields of `Ours`."""
+    adapter = answer.adapter
+    fields: dict[str, Any] = {
+        "x_verdict_id": answer.verdict_id,
+        "x_label": answer.label,
+        "x_abstained": answer.abstained or None,
+        "x_warnings": answer.warnings,
+    }
+    fields = {name: value for name, value in fields.items() if value is not None}
+    fields["x_adapter"] = None if adapter is None else {"name": adapter.name, "version": adapter.version}
+    return fields
+
+
+def response_of(content: Mapping[str, Any]) -> Response:
+    """Return the answer as JSON, with the request's id under TypeSafe's name, too."""
+    written = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Response(written.encode(), media_type="application/json", headers={TYPESAFE_ID: logs.current().id})

@@ -1,0 +1,29 @@
+"""The errors of /v1/decisions and /v1/systemone, in the shapes that their clients read."""
+
+from typing import Any
+
+DECISIONS, SYSTEMONE = "/v1/decisions", "/v1/systemone"
+TYPED = frozenset({DECISIONS, SYSTEMONE})
+TYPESAFE_ID = "X-TypeSafe-Request-Id"
+# status -> OpenAI's and TypeSafe's name of what went wrong; any other below 500 is a wrong request
+TYPES = {
+    401: "authentication_error",
+    403: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+}
+
+
+def in_wire_shape(path: str, content: dict[str, Any], status: int, param: str | None) -> dict[str, Any]:
+    """Return an error as the path's clients read it. OpenAI's error has a type and the field at fault; TypeSafe's is
+    `detail`, which stands beside ours."""
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    error = {**content["error"], "type": kind, "param": param}
+    if path == DECISIONS:
+        return {"error": error}
+    message = error["message"]
+    if status in (400, 422):
+        place = ["body", *(param.split(".") if param else ())]
+        return {"error": error, "detail": [{"loc": place, "msg": message, "type": error["code"]}]}
+    return {"error": error, "detail": {"error_type": kind, "message": message}}

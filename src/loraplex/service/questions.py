@@ -1,0 +1,110 @@
+"""One question's part of a call: the bare base, asked in words, without an adapter."""
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from loraplex.adapters.slots import NO_ADAPTER
+from loraplex.engine.sequence import Outcome, Sequence, SequenceOutput, Target
+from loraplex.errors import LoraplexError
+from loraplex.service.base import Base
+from loraplex.text.prompt import Prompt
+from loraplex.text.question import Presentation, num_chars
+from loraplex.text.tokenizer import Conversations
+from loraplex.types import ClassifyRequest, ErrorInfo, Question, Verdict
+
+MIN_LABEL_MASS = 0.05  # a contract's default
+NUM_TRIES = 10
+
+
+@dataclass(slots=True, kw_only=True)
+class QuestionEvaluation:
+    """A question to the bare base, in each order of its labels, or the `error` that prevents this. Its methods are
+    those of `Evaluation`."""
+
+    name: str
+    question: Question
+    presentations: Seq[Presentation] = ()
+    prompts: Seq[Prompt] = ()
+    sequences: Seq[Sequence] = ()
+    outputs: Seq[SequenceOutput] = ()
+    error: LoraplexError | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def num_chars(self) -> int:
+        """About how many characters are tokenized: a prompt is tried on several texts before its first use."""
+        return NUM_TRIES * num_chars(self.question)
+
+    def tokenize(self, request: ClassifyRequest, base: Base, conversations: Conversations) -> None:
+        """Make the prompts and the sequences, or record the error."""
+        assert base.questions is not None, "questions are refused where the server answers none"
+        try:
+            self.presentations = base.questions.present(self.question)
+            self.prompts = [
+                one.template.prompt(request.input, conversations, request.roles) for one in self.presentations
+            ]
+        except LoraplexError as exc:
+            self.error = exc
+            return
+        self.sequences = [
+            Sequence(
+                token_ids=prompt.token_ids,
+                slot=NO_ADAPTER,
+                num_kept=prompt.num_conversation,  # what the base computes of a conversation is always kept
+                targets=tuple(Target(position=-1, token_id=one) for ids in presentation.ids for one in ids),
+            )
+            for prompt, presentation in zip(self.prompts, self.presentations, strict=True)
+        ]
+
+    def take(self, outcomes: Seq[Outcome]) -> None:
+        """Record the outcomes, one per sequence."""
+        self.error = self.error or next((outcome for outcome in outcomes if isinstance(outcome, LoraplexError)), None)
+        self.outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
+
+    def verdict(self, id: str | None = None) -> Verdict:
+        """Return the verdict, whose `adapter` is None. Its first warning says that the bare base answered."""
+        if self.error is not None:
+            return Verdict(id=id, classifier=self.name, error=ErrorInfo.of(self.error))
+        by_order = [
+            _label_log_probs(output, presentation)
+            for output, presentation in zip(self.outputs, self.presentations, strict=True)
+        ]
+        # The mean of logarithms cancels a factor by which a place in the list is preferred, whatever its size.
+        logits = [math.fsum(of_label) / len(by_order) for of_label in zip(*by_order, strict=True)]
+        highest = max(logits)
+        weights = [math.exp(logit - highest) for logit in logits]
+        scores = dict(zip(self.question.labels, (one / math.fsum(weights) for one in weights), strict=True))
+        label = max(scores, key=scores.__getitem__)
+        mass = math.fsum(math.fsum(map(math.exp, log_probs)) for log_probs in by_order) / len(by_order)
+        warnings = ["zero_shot: no adapter was trained for this question, and the bare base answered it"]
+        if mass < MIN_LABEL_MASS:
+            warnings.append(
+                f"low_label_mass: the labels have a probability of {mass:.2g} together, less than {MIN_LABEL_MASS:g}; "
+                "the base expects another text here, so the scores say little"
+            )
+        is_score = self.question.type == "score"
+        return Verdict(
+            id=id,
+            classifier=self.name,
+            label=label,
+            confidence=scores[label],
+            scores=scores,
+            score=math.fsum(level * one for level, one in enumerate(scores.values())) if is_score else None,
+            label_mass=min(1.0, mass),
+            warnings=tuple(dict.fromkeys((*warnings, *(one for prompt in self.prompts for one in prompt.warnings)))),
+        )
+
+
+def _label_log_probs(output: SequenceOutput, presentation: Presentation) -> list[float]:
+    """Return each label's log probability: the sum over the tokens with which an answer may begin that means it."""
+    found = iter(output.log_probs)
+    log_probs = []
+    for ids in presentation.ids:
+        of_label = [next(found) for _ in ids]
+        highest = max(of_label)
+        log_probs.append(highest + math.log(math.fsum(math.exp(one - highest) for one in of_label)))
+    return log_probs

@@ -1,0 +1,164 @@
+"""Questions that no adapter was trained for, as the bare base reads them: prompts, and the tokens of the answers."""
+
+import functools
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from loraplex.classifier import CONVERSATION, QUESTION, Contract, normalized, valid_unicode
+from loraplex.errors import ConfigurationError, ContractError, InputTooLongError, InvalidRequestError, quoted, shortened
+from loraplex.text.chat_template import ChatTemplate
+from loraplex.text.codes import WORDS, Codes, Kind
+from loraplex.text.template import Template
+from loraplex.types import Message, Question, QuestionType
+
+MAX_LABELS = 255
+PLAIN = f"{CONVERSATION}\n\n{QUESTION}\nAnswer:"  # for a base without a chat template
+NO_THINKING = {"enable_thinking": False, "thinking": False}  # for bases that else think before they answer
+MAX_CACHED, MAX_CACHED_CHARS = 256, 4096  # questions whose prompts are kept, and how long each may be
+ENDS: Mapping[Kind, str] = {
+    "names": "Answer with the name of one option.",
+    "words": "Answer with one word, {} or {}.",
+    "digits": "Answer with the number of one level.",
+    "letters": "Answer with the letter of one option.",
+    "pairs": "Answer with the letters of one option.",
+}
+TRUTHS = ({"yes", "no"}, {"true", "false"})
+WITHOUT_INSTRUCTIONS: Mapping[QuestionType, str] = {
+    "predicate": "Which of the two holds?",
+    "choice": "Which option fits best?",
+    "score": "Which level fits best?",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Presentation:
+    """A question with its labels in one order.
+
+    template:  makes the prompt of a text.
+    ids:       for each label, in the question's own order, the first tokens of answers that mean this label.
+    """
+
+    template: Template
+    ids: tuple[tuple[int, ...], ...]
+
+
+class QuestionPrompts:
+    """Puts questions behind a text, in the base's chat template. All that stands before a question is the same for all
+    questions, and for classifiers whose prompt is the chat template's. Any thread may call."""
+
+    def __init__(self, chat: ChatTemplate, max_model_len: int, *, in_both_orders: bool) -> None:
+        """in_both_orders: present each question also with its labels in the reverse order. Raises ConfigurationError
+        where the chat template writes no prompt with a text and a question behind it."""
+        self._chat, self._max_model_len, self._in_both_orders = chat, max_model_len, in_both_orders
+        self._template = _template(chat)
+        probe = self._bind("Is it done?").parts("Customer: hello")
+        adds = not chat.tokenizer.starts_with_bos(self._template)
+        self._codes = Codes(chat.tokenizer, "".join(part or "" for part in probe), add_special_tokens=adds)
+        self._present = functools.lru_cache(MAX_CACHED)(self._make)
+
+    def present(self, question: Question) -> tuple[Presentation, ...]:
+        """Return the question with its labels in each order that is asked. Raises InvalidRequestError where the
+        tokenizer does not keep the labels apart, and InputTooLongError where the question leaves no room for a text."""
+        described = tuple((label, question.descriptions.get(label, "")) for label in question.labels)
+        present = self._present if num_chars(question) <= MAX_CACHED_CHARS else self._make
+        return present(question.type, question.instructions, described)
+
+    def _make(
+        self, type: QuestionType, instructions: str, described: tuple[tuple[str, str], ...]
+    ) -> tuple[Presentation, ...]:
+        labels, descriptions = (tuple(map(self._text, texts)) for texts in zip(*described, strict=True))
+        coding = self._codes.of(type, labels)
+        says_all = coding.kind == "names" or (coding.kind == "words" and {one.lower() for one in labels} in TRUTHS)
+        shown = ("",) * len(labels) if says_all else labels
+        texts = [": ".join(filter(None, one)) for one in zip(shown, descriptions, strict=True)]
+        asked = self._text(instructions) or WITHOUT_INSTRUCTIONS[type]
+        indices = range(len(labels))
+        made = []
+        for order in (indices, indices[::-1]) if self._in_both_orders else (indices,):
+            # A letter belongs to a place in the list, any other code to its label.
+            is_placed = coding.kind in ("letters", "pairs")
+            number_of = (
+                dict(zip(order, indices, strict=True)) if is_placed else dict(zip(indices, indices, strict=True))
+            )
+            options = [(coding.codes[number_of[index]], texts[index]) for index in order]
+            template = self._bind(_written(coding.kind, asked, options))
+            made.append(
+                Presentation(template=template, ids=tuple(coding.tokens[number_of[index]] for index in indices))
+            )
+        return tuple(made)
+
+    def _text(self, given: str) -> str:
+        """Return a text of the caller's as a prompt holds it: only the chat template writes special tokens."""
+        return self._chat.tokenizer.escape(normalized(valid_unicode(given)).strip())[0]
+
+    def _bind(self, question: str) -> Template:
+        contract = Contract(question=question, template=self._template, labels=WORDS)
+        try:
+            return Template(self._chat, contract, self._max_model_len, "the question", reads_labels=False)
+        except ContractError:
+            raise InputTooLongError(
+                f"a question leaves no room for a text: the base takes {self._max_model_len} tokens",
+                remedy="shorten the instructions, or ask with fewer labels",
+            ) from None
+
+
+def num_chars(question: Question) -> int:
+    """Return how many characters of a question there are to tokenize."""
+    return sum(map(len, (question.instructions, *question.labels, *question.descriptions.values())))
+
+
+def check_question(name: str, question: Question) -> None:
+    """Raise InvalidRequestError where nobody could answer the question."""
+    labels, where = question.labels, f"the question {quoted(name)}"
+    least, most = (2, 2) if question.type == "predicate" else (2, MAX_LABELS)
+    if not least <= len(labels) <= most:
+        wanted = "two labels" if most == least else f"{least} to {most} labels"
+        raise InvalidRequestError(f"{where} has {len(labels)} labels", remedy=f"give a {question.type} {wanted}")
+    if len(set(labels)) < len(labels) or not all(label.strip() for label in labels):
+        raise InvalidRequestError(
+            f"{where} has labels that are empty or the same: {quoted(labels)}", remedy="name each label once"
+        )
+    if unknown := [one for one in question.descriptions if one not in labels]:
+        raise InvalidRequestError(
+            f"{where} describes {quoted(unknown[0])}, which is none of its labels {quoted(labels)}",
+            remedy="use a label's text",
+        )
+    if not question.instructions.strip() and not any(map(str.strip, question.descriptions.values())):
+        if question.type == "predicate":
+            raise InvalidRequestError(f"{where} has no instructions", remedy="say in words what is asked")
+    for text in (name, question.instructions, *labels, *question.descriptions.values()):
+        valid_unicode(text)
+
+
+def _template(chat: ChatTemplate) -> str:
+    """Return the text around a conversation and a question: each is a message of the user, or both are one where the
+    chat template refuses two."""
+    if chat.text is None:
+        return PLAIN
+    tries = [(CONVERSATION, QUESTION), (f"{CONVERSATION}\n\n{QUESTION}",)]
+    problem = ""
+    for contents in tries:
+        try:
+            text = chat.render([Message(role="user", content=content) for content in contents], NO_THINKING)
+        except Exception as exc:  # a template may refuse two messages of the user, with any error
+            problem = shortened(str(exc))
+            continue
+        if text.count(CONVERSATION) == text.count(QUESTION) == 1 and text.index(CONVERSATION) < text.index(QUESTION):
+            return text
+        problem = "it does not write each message once, in their order"
+    raise ConfigurationError(
+        "--adhoc-questions",
+        f"the base's chat template makes no prompt of a text and a question: {problem}",
+        remedy="leave the option out, or give the base a chat template that takes a message of the user",
+    )
+
+
+def _written(kind: Kind, instructions: str, options: Seq[tuple[str, str]]) -> str:
+    """Return a question in words. options: (code, text) in the order in which they are shown."""
+    lines = [f"Question about the text above: {instructions}"]
+    if kind == "names":
+        lines += [f"- {code}: {text}" if text else f"- {code}" for code, text in options]
+    elif any(text for _, text in options):
+        lines += [f"{code}. {text}" if text else f"{code}." for code, text in options]
+    return "\n".join([*lines, ENDS[kind].format(*(code for code, _ in options))])

@@ -1,0 +1,184 @@
+"""How a question is put to the bare base: its prompt, and the tokens that are read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import tiny
+from asked import CHATML, QUESTIONS
+from loraplex.errors import ConfigurationError, InputTooLongError, InvalidRequestError
+from loraplex.text.chat_template import ChatTemplate
+from loraplex.text.codes import LETTERS, PAIRS, Codes
+from loraplex.text.question import QuestionPrompts
+from loraplex.text.tokenizer import Conversations, Tokenizer
+from loraplex.types import Question
+
+TEXT = "Customer: hello"
+Made = Callable[[PreTrainedTokenizerFast], Tokenizer]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    def make(hugging_face: PreTrainedTokenizerFast) -> Tokenizer:
+        tiny.FAMILIES["llama"].save_pretrained(tmp_path)
+        hugging_face.save_pretrained(tmp_path)
+        return Tokenizer(tmp_path)
+
+    return make
+
+
+def words(*vocabulary: str) -> PreTrainedTokenizerFast:
+    """One token for each word, and one for all that are unknown."""
+    tokenizer = Backend(models.WordLevel({"[UNK]": 0, **{word: 1 + i for i, word in enumerate(vocabulary)}}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def prompts(
+    tokenizer: Tokenizer, template: str | None = CHATML, size: int = 2048, turned: bool = True
+) -> QuestionPrompts:
+    return QuestionPrompts(ChatTemplate(tokenizer, template, "base"), size, in_both_orders=turned)
+
+
+def written(made: QuestionPrompts, question: Question) -> list[str]:
+    return [one.template.prompt(TEXT, Conversations()).text for one in made.present(question)]
+
+
+def test_the_question_stands_in_a_message_of_its_own_behind_the_text(made: Made) -> None:
+    one, turned = written(prompts(made(tiny.byte_level_tokenizer())), QUESTIONS["topic"])
+    head = f"<|ask|>user\n{TEXT}</s>\n<|ask|>user\nQuestion about the text above: What is it about?\n"
+    assert one == head + (
+        "- table: a table for two\n- payment\n- other\nAnswer with the name of one option.</s>\n<|ask|>assistant\n"
+    )
+    assert turned == head + (
+        "- other\n- payment\n- table: a table for two\nAnswer with the name of one option.</s>\n<|ask|>assistant\n"
+    )
+
+
+def test_only_letters_change_hands_in_the_reverse_order(made: Made) -> None:
+    questions = prompts(made(tiny.byte_level_tokenizer()))
+    for name, end, end_turned in (
+        ("isDone", "done?\nAnswer with one word, yes or no.", "done?\nAnswer with one word, no or yes."),
+        ("hurry", "0. calm\n1. soon\n2. now\n", "2. now\n1. soon\n0. calm\n"),
+        ("topic", "table for two\n- payment\n", "- payment\n- table"),
+    ):
+        one, turned = written(questions, QUESTIONS[name])
+        assert end in one and end_turned in turned
+        first, second = questions.present(QUESTIONS[name])
+        assert first.ids == second.ids
+    one, turned = written(questions, QUESTIONS["alike"])
+    assert "A. done today\nB. done soon\nAnswer with the letter" in one
+    assert "A. done soon\nB. done today\nAnswer with the letter" in turned
+    first, second = questions.present(QUESTIONS["alike"])
+    assert first.ids == second.ids[::-1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "descriptions", "lines"),
+    [
+        (("true", "false"), {}, []),
+        (("yes", "no"), {"yes": "it is paid"}, ["yes. it is paid", "no."]),
+        (("paid", "open"), {"open": "money is due"}, ["yes. paid", "no. open: money is due"]),
+    ],
+)
+def test_a_predicate_says_what_yes_and_no_mean_where_they_do_not_say_it(
+    made: Made, labels: tuple[str, ...], descriptions: dict[str, str], lines: list[str]
+) -> None:
+    question = Question(type="predicate", instructions="Is it?", labels=labels, descriptions=descriptions)
+    [text] = written(prompts(made(tiny.byte_level_tokenizer()), turned=False), question)
+    between = text.partition("above: Is it?\n")[2].partition("Answer with")[0].splitlines()
+    assert between == lines
+
+
+ONE_MESSAGE = "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}" + CHATML
+
+
+def test_a_chat_template_that_refuses_two_messages_gets_one(made: Made) -> None:
+    [text] = written(prompts(made(tiny.byte_level_tokenizer()), ONE_MESSAGE, turned=False), QUESTIONS["isDone"])
+    assert text.startswith(f"<|ask|>user\n{TEXT}\n\nQuestion about the text above: Is")
+
+
+def test_a_base_that_thinks_is_told_not_to(made: Made) -> None:
+    thinks = CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    [text] = written(prompts(made(tiny.byte_level_tokenizer()), thinks, turned=False), QUESTIONS["isDone"])
+    assert text.endswith("assistant\n<think></think>")
+
+
+def test_without_a_chat_template_the_prompt_is_plain_text(made: Made) -> None:
+    [text] = written(prompts(made(tiny.byte_level_tokenizer()), None, turned=False), QUESTIONS["isDone"])
+    assert text.startswith(f"{TEXT}\n\nQuestion about the text above: Is") and text.endswith("\nAnswer:")
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('never') }}", "{{ messages[-1].content }}", "hello", "{{ messages[0].content * 2 }}"],
+)
+def test_a_chat_template_without_a_place_for_both_is_refused_at_the_start(made: Made, template: str) -> None:
+    tokenizer = made(tiny.byte_level_tokenizer())
+    if template.startswith("{{ messages[-1]"):  # writes both, where they are one message
+        assert written(prompts(tokenizer, template, turned=False), QUESTIONS["isDone"])[0].startswith(TEXT)
+        return
+    with pytest.raises(ConfigurationError, match="--adhoc-questions") as caught:
+        prompts(tokenizer, template)
+    assert "chat template" in caught.value.message
+
+
+def test_texts_of_the_caller_write_no_special_tokens(made: Made) -> None:
+    tokenizer = made(tiny.byte_level_tokenizer())
+    told = Question(type="choice", instructions="a</s>b", labels=("<s>", "x"), descriptions={"x": "<|ask|>"})
+    [one] = prompts(tokenizer, turned=False).present(told)
+    plain = prompts(tokenizer, turned=False).present(QUESTIONS["untold"])[0]
+    special = [
+        [
+            token
+            for token in presented.template.prompt(TEXT, Conversations()).token_ids
+            if token in tokenizer.special_ids
+        ]
+        for presented in (one, plain)
+    ]
+    assert special[0] == special[1]
+
+
+def test_a_question_that_fills_the_base_is_refused(made: Made) -> None:
+    with pytest.raises(InputTooLongError, match="no room"):
+        prompts(made(tiny.byte_level_tokenizer())).present(Question(type="predicate", instructions="Is it? " * 2000))
+
+
+@pytest.mark.parametrize("end", ["\n", "</s>\n", "Answer:"])
+def test_each_code_begins_with_a_token_that_no_other_code_begins_with(made: Made, end: str) -> None:
+    for tokenizer in (tiny.byte_level_tokenizer(), tiny.metaspace_tokenizer(), tiny.metaspace_tokenizer("always")):
+        codes = Codes(made(tokenizer), f"hello{end}", add_special_tokens=True)
+        for type, num in (("predicate", 2), ("choice", 2), ("choice", 20), ("score", 5), ("score", 10)):
+            coding = codes.of(type, [f"label {i}" for i in range(num)])  # type: ignore[arg-type]
+            tokens = [token for ids in coding.tokens for token in ids]
+            assert len(coding.tokens) == num and all(coding.tokens) and len(set(tokens)) == len(tokens)
+
+
+def labels(num: int) -> list[str]:
+    return [f"label {i}" for i in range(num)]
+
+
+def test_labels_that_begin_differently_stand_for_themselves(made: Made) -> None:
+    codes = Codes(made(words("hello", "paid", "Paid", "not", "open", "A", "B")), "hello", add_special_tokens=False)
+    coding = codes.of("choice", ["paid", "not paid"])
+    assert (coding.kind, coding.codes, coding.tokens) == ("names", ("paid", "not paid"), ((2, 3), (4,)))
+    for alike in (["not paid", "not open"], ["paid", "open " * 9], ["paid", "paid"], ["paid", "unknown"]):
+        assert codes.of("choice", alike).kind == "letters"
+
+
+def test_unknown_words_are_not_told_apart(made: Made) -> None:
+    codes = Codes(made(words("hello", "A", "B", "no", "0", "1")), "hello", add_special_tokens=False)
+    assert codes.of("choice", labels(2)).codes == ("A", "B") and codes.of("score", labels(2)).codes == ("0", "1")
+    assert codes.of("predicate", labels(2)).codes == ("A", "B"), "yes is unknown"
+    with pytest.raises(InvalidRequestError, match=r"4 labels.*keeps 2 apart"):
+        codes.of("choice", labels(4))
+
+
+def test_more_than_26_labels_get_two_letters(made: Made) -> None:
+    codes = Codes(made(words("hello", *LETTERS, *PAIRS)), "hello", add_special_tokens=False)
+    assert codes.of("choice", labels(26)).codes == LETTERS
+    assert codes.of("choice", labels(255)).codes == codes.of("score", labels(255)).codes == PAIRS[:255]
