@@ -35,12 +35,14 @@ class Plan:
 
     request:   without a deadline and ids.
     names:     of each question: the classifier's or route's name, or the name of the question in the request.
+    adapters:  those that may answer.
     warnings:  (the question's number, the adapter that may answer) -> warnings.
     """
 
     asked: Seq[Asked]
     request: ClassifyRequest
     names: Seq[str]
+    adapters: Collection[str]
     warnings: Mapping[tuple[int, str], tuple[str, ...]]
 
     def answers(self, result: ClassifyResult) -> list[Answer]:
@@ -84,6 +86,7 @@ async def plan(
     known = list(dict.fromkeys((*routes, *router.service.names())))
     names = _names(router, known, asked, model, aliases)
     questions = {name: one.question for one, name in zip(asked, names, strict=True) if not router.knows(name)}
+    adapters: dict[str, None] = {}
     warnings: dict[tuple[int, str], tuple[str, ...]] = {}
     first: dict[str, int] = {}
     for index, message in enumerate(() if isinstance(state, str) else state):
@@ -93,6 +96,7 @@ async def plan(
             continue
         targets = routes[name].targets if name in routes else {name: 1}
         for adapter in (adapter for adapter, weight in targets.items() if weight):
+            adapters[adapter] = None
             contract, labels = await _contract_of(router, adapter, one.place)
             if labels is not None:
                 _check_labels(one, adapter, contract, labels)
@@ -101,7 +105,7 @@ async def plan(
                 _check_roles(first, {**contract.roles, **(roles or {})}, field)
     classifiers = tuple(dict.fromkeys(name for name in names if name not in questions))
     request = ClassifyRequest(input=state, classifiers=classifiers, questions=questions, roles=roles)
-    return Plan(asked=asked, request=request, names=names, warnings=warnings)
+    return Plan(asked=asked, request=request, names=names, adapters=adapters, warnings=warnings)
 
 
 def _names(router: Router, known: list[str], asked: Seq[Asked], model: str, aliases: Collection[str]) -> list[str]:

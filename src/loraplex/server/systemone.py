@@ -21,6 +21,7 @@ from loraplex.types import Question
 router = APIRouter(tags=["decisions"], route_class=JsonRoute)
 
 MAX_QUESTIONS = 4096
+PATIENCE_S = 5.0  # TypeSafe's client gives up after 10 seconds, and asks again where it was told to
 TYPES = ("noul", "choice", "score")
 
 
@@ -112,7 +113,8 @@ async def systemone(request: Request, body: SystemOneBody) -> Response:
 
 async def systemone_answer(request: Request, body: SystemOneBody, model: str | None) -> Response:
     asked = [_asked(name, one) for name, one in body.questions.items()]
-    typed = await decide(request, body, asked, state_of(body.state), field="state", model=model)
+    state = state_of(body.state)
+    typed = await decide(request, body, asked, state, field="state", model=model, patience_s=PATIENCE_S)
     answers = dict(zip(body.questions, typed.answers, strict=True))
     for name, answer in answers.items():
         if answer.error is not None:

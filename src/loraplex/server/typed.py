@@ -1,10 +1,12 @@
 """What /v1/decisions and /v1/systemone share: how typed questions are asked, and what their answers say of us."""
 
+import asyncio
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
 from fastapi import Request, Response
 from pydantic import ConfigDict, Field, Tag
@@ -12,7 +14,7 @@ from typing_extensions import TypedDict
 
 from loraplex.config import ServerConfig
 from loraplex.decisions import Answer
-from loraplex.errors import BY_CODE, InvalidRequestError, LoraplexError, error_answered
+from loraplex.errors import BY_CODE, InvalidRequestError, LoraplexError, NotReadyError, error_answered, listed
 from loraplex.messages import compact_json
 from loraplex.problems import either, unknown_field
 from loraplex.routing.questions import EVERYTHING, Asked, plan
@@ -23,6 +25,9 @@ from loraplex.server.schemas import Body, RoleNames
 from loraplex.server.typed_errors import TYPESAFE_ID
 from loraplex.state import State
 from loraplex.types import ClassifyResult, ErrorInfo, Usage
+
+if TYPE_CHECKING:  # the service imports torch
+    from loraplex.service.service import Service
 
 MAX_OPTIONS = 255
 # Known fields of clients, which change no answer.
@@ -75,10 +80,21 @@ class Typed:
 
 
 async def decide(
-    request: Request, body: TypedBody, asked: Seq[Asked], state: State, *, field: str, model: str | None
+    request: Request,
+    body: TypedBody,
+    asked: Seq[Asked],
+    state: State,
+    *,
+    field: str,
+    model: str | None,
+    patience_s: float | None = None,
 ) -> Typed:
-    """Answer typed questions through the same service as /v1/classify. field: the state's name in the body. model: None
-    leaves the choice of a classifier to the questions' names."""
+    """Answer typed questions through the same service as /v1/classify.
+
+    field:       the state's name in the body.
+    model:       None leaves the choice of a classifier to the questions' names.
+    patience_s:  how long to wait for adapters that were never loaded, before NotReadyError is raised."""
+    started = time.monotonic()
     body.check_fields()
     router, config = router_of(request), _config(request)
     model = EVERYTHING if model is None else model
@@ -92,9 +108,12 @@ async def decide(
         roles=body.roles,
         strict=config.decisions_instructions == "strict",
     )
-    result = await answered(
-        request, replace(made.request, deadline_ms=body.deadline_ms, conversation_id=body.conversation_id)
-    )
+    if patience_s is not None:
+        await load_in_time(router.service, made.adapters, patience_s)
+    left_ms = None
+    if body.deadline_ms is not None:
+        left_ms = max(0.001, body.deadline_ms - (time.monotonic() - started) * 1000)
+    result = await answered(request, replace(made.request, deadline_ms=left_ms, conversation_id=body.conversation_id))
     assert isinstance(result, ClassifyResult)
     answers = [
         one if one.error is None else replace(one, error=visible(one.error, name))
@@ -106,6 +125,35 @@ async def decide(
         masses=[result[name].label_mass for name in made.names],
         usage=result.usage,
     )
+
+
+async def load_in_time(service: "Service", adapters: Collection[str], patience_s: float) -> None:
+    """Load adapters that were never loaded. Raises NotReadyError where that takes too long; they are then loaded all
+    the same, for the client's next attempt. An adapter that cannot be loaded says so in its verdict."""
+    infos = [service.adapter(name) for name in adapters if service.knows(name)]
+    loads = {
+        asyncio.create_task(service.version_of(one.name)): one.name
+        for one in infos
+        if one.version is None and one.error is None
+    }
+    if not loads:
+        return
+    for load in loads:
+        _loads.add(load)
+        load.add_done_callback(_loaded)
+    _, pending = await asyncio.wait(loads, timeout=patience_s)
+    if pending:
+        names = [name for load, name in loads.items() if load in pending]
+        raise NotReadyError(f"still being loaded: {listed(names)}", remedy="send the request again")
+
+
+_loads: "set[asyncio.Task[Any]]" = set()  # asyncio itself keeps no task alive
+
+
+def _loaded(load: "asyncio.Task[Any]") -> None:
+    _loads.discard(load)
+    if not load.cancelled():
+        load.exception()  # its verdict says it
 
 
 def _config(request: Request) -> ServerConfig:

@@ -1,0 +1,41 @@
+"""Adapters that were never loaded, for a client with little patience."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from loraplex.errors import AdapterError, NotReadyError
+from loraplex.server.typed import load_in_time
+from loraplex.types import AdapterInfo
+
+
+class Loading:
+    """A service whose adapters are loaded when `ready` is set; `broken` never is."""
+
+    def __init__(self) -> None:
+        self.ready = asyncio.Event()
+        self.loaded: list[str] = []
+
+    def knows(self, name: str) -> bool:
+        return name != "gone"
+
+    def adapter(self, name: str) -> AdapterInfo:
+        return AdapterInfo(name=name, path="", version="v" if name == "warm" else None)
+
+    async def version_of(self, name: str) -> None:
+        if name == "broken":
+            raise AdapterError("broken", "is broken", remedy="none")
+        await self.ready.wait()
+        self.loaded.append(name)
+
+
+@pytest.mark.anyio
+async def test_a_slow_load_is_told_and_goes_on() -> None:
+    service: Any = Loading()
+    with pytest.raises(NotReadyError, match="'cold'"):
+        await load_in_time(service, ["warm", "cold", "gone", "broken"], 0.01)
+    service.ready.set()
+    await asyncio.sleep(0.01)
+    assert service.loaded == ["cold"]
+    await load_in_time(service, ["warm", "broken"], 0.01)
