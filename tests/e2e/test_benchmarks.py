@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from benchmarks import bundles, gpu, other_tools
 
+import asked
 import dialogues
 import serving
 import tiny
@@ -153,3 +154,21 @@ def test_a_bundle_like_the_demo_is_built(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     with Loraplex.load(tmp_path / "bundle") as loraplex:
         assert loraplex.classify("Customer: hello")["isOdd"].label in ("yes", "no")
+
+
+def test_questions_are_measured_in_one_order_and_in_both(tmp_path: Path) -> None:
+    asked.save_chat_bundle(tmp_path / "base")
+    (tmp_path / "data.jsonl").write_text(
+        '{"text": "Customer: a flight", "labels": {"isTravel": true}}\n'
+        '{"text": "Customer: my bill", "labels": {"isTravel": false, "topic": "money"}}\n'
+    )
+    (tmp_path / "questions.yaml").write_text(
+        'isTravel: "Is it about travel?"\ntopic: {type: choice, instructions: "What about?", labels: [travel, money]}\n'
+    )
+    files = ["--data", str(tmp_path / "data.jsonl"), "--questions", str(tmp_path / "questions.yaml")]
+    command = [sys.executable, "-m", "benchmarks.questions", str(tmp_path / "base"), *files]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=serving.ROOT, timeout=120)
+    assert run.returncode == 0, run.stderr
+    rows = [line.split(" | ")[:3] for line in run.stdout.splitlines()[2:]]
+    names = [("isTravel", "2"), ("topic", "1")]
+    assert rows == [[f"| {name}", order, n] for order in ("one order", "both orders") for name, n in names]
