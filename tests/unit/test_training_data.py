@@ -138,7 +138,7 @@ def test_the_invocation_is_what_stands_in_the_prompt_where_its_text_merges_with_
     tokenizer = Tokenizer(tmp_path)
     settings = TrainSettings(prompt=prompt)
     task = make_task(
-        "done", {"question": "Is it done?"}, ("yes", "no"), ChatTemplate(tokenizer, None, "b"), settings, 256
+        "done", {"question": "Is it done?"}, ("yes", "no"), ChatTemplate(tokenizer, None, "base"), settings, 256
     )
     assert task.invocation is not None and len(task.invocation) >= 2
     acts_on = "Question: Is it done?\nAnswer:" if prompt == "question" else "Answer:"

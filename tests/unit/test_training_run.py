@@ -103,23 +103,29 @@ def test_a_state_of_other_settings_or_a_broken_one_is_refused(tmp_path: Path, ba
 
 
 @pytest.mark.parametrize("kind", ["alora", "lora"])
-def test_the_size_of_a_pass_changes_no_gradient_and_is_kept(base: Path, data: Path, kind: Any) -> None:
+def test_the_size_of_a_pass_changes_no_gradient_and_is_kept(
+    base: Path, data: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Plain adapters share nothing, so even one conversation's questions may be in several passes."""
     settings = SETTINGS.model_copy(update={"kind": kind, "epochs": 1, "dev": 0.0, "calibration": 0.0})
     run = prepared(base, data, settings)
     sizes: list[int] = []
     found = []
+
+    def counting(losses: Any) -> Any:
+        def counted(some: Any) -> Any:
+            sizes.append(sum(len(one.token_ids) + sum(len(asked.token_ids) for asked in one.questions) for one in some))
+            return losses(some)
+
+        return counted
+
     for step_tokens in (100_000, 64):
         torch.manual_seed(0)
         trainee = Trainee.load(
             run.base, run.config, run.layers, torch.float32, torch.device("cpu"),
             num_adapters=len(run.tasks), rank=2, alpha=4, targets={"q_proj", "down_proj"}, kv_memory="1GiB",
         )  # fmt: skip
-        losses = trainee.losses
-        trainee.losses = lambda some, losses=losses: (  # type: ignore[method-assign]
-            sizes.append(sum(len(one.token_ids) + sum(len(q.token_ids) for q in one.questions) for one in some))
-            or losses(some)
-        )
+        monkeypatch.setattr(trainee, "losses", counting(trainee.losses))
         loop = Fit(
             trainee,
             settings.model_copy(update={"step_tokens": step_tokens}),
