@@ -163,7 +163,7 @@ def test_spaces_around_labels_do_not_count(tmp_path: Path) -> None:
     ("name", "content"),
     [
         ("bom.jsonl", "\ufeff" + '{"text": "a"}\n'),
-        ("packed.jsonl", gzip.compress(b'{"text": "a"}\n')),
+        ("packed.jsonl", gzip.compress(b'{"text": "a"}\n', mtime=0)),
         ("plain.jsonl.gz", '{"text": "a"}\n'),
     ],
 )
