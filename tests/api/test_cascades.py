@@ -134,8 +134,22 @@ def test_python_tells_the_same_over_http_and_in_process(server: serving.Server, 
             assert [one.skipped_by for one in answers.values()] == [None, "task0", None]
             assert answers["task1"].error is None and answers["task1"].probability is None
             assert api.decide(TEXT, PREDICATES, cascade=False)["task1"].probability is not None
+        [result] = client.classify_many([TEXT], ["task1"], cascade=False)
+        assert result["task1"].label is not None
         loraplex.run(loraplex.router.delete_route("gate"))
         loraplex.unload_adapter("task0")
+        assert "gate_failed" in str(loraplex.classify(TEXT, "task1")["task1"].warnings)
+
+
+def test_a_server_starts_again_after_its_gate_was_unloaded(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder, state = tmp_path / "bundle", tmp_path / "state"
+    folder.mkdir()
+    with_settings(tiny_bundle, folder, GATES)
+    (folder / "loraplex.yaml").write_text(yaml.safe_dump({"classifiers": {"task1": GATES["task1"]}}))
+    with Loraplex.load(folder, dtype="float32", state_dir=str(state)) as loraplex:
+        assert loraplex.classify(TEXT, "task1")["task1"].skipped_by == "task0"
+        loraplex.unload_adapter("task0")
+    with Loraplex.load(folder, dtype="float32", state_dir=str(state)) as loraplex:
         assert "gate_failed" in str(loraplex.classify(TEXT, "task1")["task1"].warnings)
 
 
