@@ -20,6 +20,7 @@ from pydantic import (
 
 from loraplex.addresses import valid_network, valid_origin, valid_root_path
 from loraplex.amounts import duration_s
+from loraplex.cascades import ClassifierSettings, Gate
 from loraplex.disk import refuse_pointers
 from loraplex.errors import BundleError, ConfigurationError
 from loraplex.problems import NumbersAreNoBooleans, Problem, find_problem, wrong
@@ -262,6 +263,11 @@ class BundleSettings(BaseModel):
     engine: dict[str, Any] = Field(default_factory=dict)
     server: dict[str, Any] = Field(default_factory=dict)
     routes: dict[str, RouteSettings] = Field(default_factory=dict)
+    classifiers: dict[str, ClassifierSettings] = Field(default_factory=dict)
+
+    @property
+    def gates(self) -> dict[str, Gate]:
+        return {name: one.when for name, one in self.classifiers.items()}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

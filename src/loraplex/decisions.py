@@ -9,7 +9,7 @@ from loraplex.types import AdapterRef, ErrorInfo, Question, QuestionType, Usage,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """The answer to one typed question: the fields of its type, or `error`.
+    """The answer to one typed question: the fields of its type, or `error`, or `skipped_by`.
 
     probability:    of a predicate: that it holds.
     choice:         of a choice: the likeliest label.
@@ -20,7 +20,7 @@ class Answer:
     label:          the verdict's label. It heeds the contract's `threshold`, which the fields above do not.
     verdict_id:     identifies the verdict, for feedback.
     adapter:        the adapter that answered; None where none was trained for the question.
-    abstained, warnings, error:  the verdict's.
+    abstained, warnings, error, skipped_by:  the verdict's.
     """
 
     type: QuestionType
@@ -36,6 +36,7 @@ class Answer:
     adapter: AdapterRef | None = None
     warnings: tuple[str, ...] | None = None
     error: ErrorInfo | None = None
+    skipped_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,11 @@ def answer_of(question: Question, verdict: Verdict, more_warnings: tuple[str, ..
         adapter=verdict.adapter,
         warnings=((verdict.warnings or ()) + more_warnings) or None,
     )
+
+
+def skipped(question: Question, gate: str) -> Answer:
+    """Return the answer of a question whose gate said no."""
+    return Answer(type=question.type, skipped_by=gate)
 
 
 def failed(question: Question, verdict: Verdict, error: ErrorInfo) -> Answer:

@@ -79,7 +79,7 @@ class Loraplex:
 
         async def start_all() -> Router:
             service = await start(bundle, config, preparation=preparation)
-            return await start_router(service, bundle.settings.routes)
+            return await start_router(service, bundle.settings.routes, gates=bundle.settings.gates)
 
         return cls(start_all)
 
@@ -101,6 +101,7 @@ class Loraplex:
         deadline_ms: float | None = None,
         conversation_id: str | None = None,
         roles: Roles | None = None,
+        cascade: bool = True,
     ) -> ClassifyResult:
         """Return one verdict for each classifier.
 
@@ -110,6 +111,7 @@ class Loraplex:
         conversation_id:  keeps what was computed for the conversation's next turn.
         roles:            role -> the name that a contract writes before its turns, where it differs from the
                           contract's; None leaves the role's turns out.
+        cascade:          False runs every classifier, whatever its gate says (`when` in loraplex.yaml).
         Raises UnknownClassifierError, InvalidRequestError, InputTooLongError and others where no classifier answers."""
         return self.run(
             self._router.classify(
@@ -119,6 +121,7 @@ class Loraplex:
                     deadline_ms=deadline_ms,
                     conversation_id=conversation_id,
                     roles=roles,
+                    cascade=cascade,
                 )
             )
         )
@@ -132,6 +135,7 @@ class Loraplex:
         conversation_id: str | None = None,
         deadline_ms: float | None = None,
         roles: Roles | None = None,
+        cascade: bool = True,
     ) -> Decisions:
         """Return an answer to each typed question about a state: what `Client.decide` does, without HTTP."""
         asked = [
@@ -142,7 +146,7 @@ class Loraplex:
         async def answer() -> Decisions:
             made = await plan(self._router, asked, state_of(state), field="state", model=model, roles=roles)
             result = await self._router.classify(
-                replace(made.request, deadline_ms=deadline_ms, conversation_id=conversation_id)
+                replace(made.request, deadline_ms=deadline_ms, conversation_id=conversation_id, cascade=cascade)
             )
             return Decisions(answers=dict(zip(questions, made.answers(result), strict=True)), usage=result.usage)
 

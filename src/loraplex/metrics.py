@@ -35,7 +35,7 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._verdicts = self._counter(
             "loraplex_classifications",
-            "Verdicts by classifier or route, adapter that answered, and outcome: ok, abstained, or an error's code",
+            "Verdicts by classifier or route, adapter, and outcome: ok, abstained, skipped, or an error's code",
             ["classifier", "adapter", "outcome"],
         )
         self._labels = self._counter(
@@ -71,11 +71,17 @@ class Metrics(Collector):
         self._phases = {phase: seconds.labels(phase) for phase in ("tokenize", "queue", "compute", "total")}
         tokens = Counter("loraplex_tokens", "Prompt tokens: computed, or cached", ["kind"], registry=self._registry)
         self._computed_tokens, self._cached_tokens = tokens.labels("computed"), tokens.labels("cached")
+        self._skipped_tokens = Counter(
+            "loraplex_skipped_tokens", "Prompt tokens of skipped classifiers, estimated", registry=self._registry
+        )
         self._registry.register(self)
 
     def observe(self, result: ClassifyResult) -> None:
         """Count a request that was answered."""
         for verdict in result.verdicts:
+            if verdict.skipped_by is not None:
+                self._verdicts.inc(self._known(verdict.classifier), "", "skipped")
+                continue
             is_question = verdict.adapter is None and verdict.error is None  # callers choose its name and its labels
             name = QUESTION if is_question else self._known(verdict.classifier)
             adapter = "" if verdict.adapter is None else verdict.adapter.name
@@ -88,6 +94,7 @@ class Metrics(Collector):
                 self._labels.inc(name, adapter, verdict.label, str(is_positive).lower())
             for warning in verdict.warnings or ():
                 self._warnings.inc(name, adapter, warning.partition(":")[0])
+        self._skipped_tokens.inc(result.usage.skipped_tokens or 0)
         self.observe_work(result.usage, result.timings)
 
     def observe_work(self, usage: Usage, timings: Timings) -> None:

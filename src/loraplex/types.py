@@ -72,6 +72,7 @@ class ClassifyRequest:
     request_id:       kept with the verdicts, so that feedback can name the request instead of a verdict.
     key:              name of the API key that asks, kept with `request_id`.
     questions:        name -> a question for the bare base. Its verdict comes under this name, behind the classifiers'.
+    cascade:          whether a classifier with a gate (`when` in loraplex.yaml) runs only if the gate says so.
     """
 
     input: str | tuple[Message, ...]
@@ -82,6 +83,7 @@ class ClassifyRequest:
     request_id: str | None = None
     key: str | None = None
     questions: Mapping[str, Question] = field(default_factory=dict)
+    cascade: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +109,9 @@ class ErrorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One classifier's answer: either `label` and the fields that describe it, or `error`.
+    """One classifier's answer: either `label` and the fields that describe it, or `error`, or `skipped_by`.
 
-    id:          identifies the verdict, for feedback.
+    id:          identifies the verdict, for feedback; None where it was skipped.
     classifier:  the name in the request: a classifier's, a route's or a question's.
     adapter:     the adapter that answered; None where the bare base answered a question (or nobody, with `error`).
     confidence:  score of the returned label.
@@ -119,7 +121,8 @@ class Verdict:
     label_mass:  probability of all labels together, over the whole vocabulary, before calibration.
     abstained:   whether the score is below the contract's `abstain_below`; `label` is still the best one.
     warnings:    each is "code: sentence". The codes: left_out_tool_calls, escaped_special_tokens, cut_conversation,
-                 low_label_mass, zero_shot (the bare base answered).
+                 low_label_mass, zero_shot (the bare base answered), gate_failed (it ran without its gate).
+    skipped_by:  the gate that let the classifier not run; there is no answer.
     Without a contract or a score head, `label` is the decoded top token and `confidence` its probability.
     """
 
@@ -135,6 +138,7 @@ class Verdict:
     adapter: AdapterRef | None = None
     warnings: tuple[str, ...] | None = None
     error: ErrorInfo | None = None
+    skipped_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,11 +148,14 @@ class Usage:
     prompt_tokens:    in the prompts of all classifiers.
     computed_tokens:  run through the model for this request.
     cached_tokens:    the rest: computed for an earlier call, or for another classifier in the same step.
+    skipped_tokens:   about how many the prompts of skipped classifiers would have, by the mean of those that ran; None
+                      where none was skipped.
     """
 
     prompt_tokens: int = 0
     computed_tokens: int = 0
     cached_tokens: int = 0
+    skipped_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

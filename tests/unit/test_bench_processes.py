@@ -37,7 +37,12 @@ def answered(*answers: bytes) -> tuple[list[Reply], int]:
             head = await reader.readuntil(b"\r\n\r\n")
             body = await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split()[0]))
             assert head.startswith(b"POST /llm/v1/classify HTTP/1.1\r\n") and b"Authorization: Bearer k\r\n" in head
-            assert json.loads(body) == {"input": "Customer: hello", "classifiers": ["a"], "conversation_id": "7"}
+            assert json.loads(body) == {
+                "input": "Customer: hello",
+                "classifiers": ["a"],
+                "conversation_id": "7",
+                "cascade": False,
+            }
             if not (answer := left.pop(0)):
                 break
             writer.write(answer)

@@ -12,6 +12,7 @@ ROOT = Path(loraplex.__file__).parent
 # From the bottom up. A module may import its own layer and those before it.
 LAYERS = [
     {
+        "cascades",
         "decisions",
         "messages",
         "state",

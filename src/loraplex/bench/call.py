@@ -28,7 +28,7 @@ class Call:
     @property
     def body(self) -> Mapping[str, Any]:
         """The body of POST /v1/classify."""
-        found = api.classify(self.input, self.classifiers, self.conversation_id, None).body
+        found = api.classify(self.input, self.classifiers, self.conversation_id, None, cascade=False).body
         assert found is not None, "a classification has a body"
         return found
 

@@ -39,7 +39,9 @@ def main() -> None:
 
 async def ask(loraplex: Loraplex, call: Call) -> Reply:
     """Ask on the event loop of `loraplex`. Never raises for what it answers."""
-    request = ClassifyRequest(input=call.input, classifiers=call.classifiers, conversation_id=call.conversation_id)
+    request = ClassifyRequest(
+        input=call.input, classifiers=call.classifiers, conversation_id=call.conversation_id, cascade=False
+    )
     try:
         return Reply.of(await loraplex.router.classify(request))
     except LoraplexError as exc:

@@ -51,6 +51,9 @@ def classify(
     show_prompt: Annotated[
         bool, typer.Option("--show-prompt", help="Print each prompt and its token ids first.")
     ] = False,
+    cascade: Annotated[
+        bool, typer.Option("--cascade/--no-cascade", help="Skip classifiers whose gate says no, as a server does.")
+    ] = True,
     adapter: AdapterOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -96,7 +99,7 @@ def classify(
         quiet_libraries()
         with Loraplex.start(bundle, config, preparation) as loraplex:
             prompts = loraplex.show_prompt(request) if show_prompt else ()
-            result = loraplex.classify(conversation, request.classifiers)
+            result = loraplex.classify(conversation, request.classifiers, cascade=cascade)
     if as_json:
         from loraplex.server.schemas import result_json
 
@@ -141,6 +144,9 @@ def _print_table(result: ClassifyResult) -> None:
     for column in ("classifier", "label", "confidence", "scores", "adapter version"):
         table.add_column(column, justify="right" if column == "confidence" else "left")
     for verdict in result.verdicts:
+        if verdict.skipped_by is not None:
+            table.add_row(escape(verdict.classifier), "[dim]skipped[/]", "", f"by {escape(verdict.skipped_by)}", "")
+            continue
         version = verdict.adapter.version if verdict.adapter else ""
         if verdict.error is not None or verdict.label is None or verdict.confidence is None:
             reason = verdict.error.message if verdict.error else ""

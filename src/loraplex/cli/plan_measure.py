@@ -108,8 +108,8 @@ def _ask(loraplex: Any, names: list[str], conversation: str | None) -> None:
     for index in range(NUM_KEPT if conversation else NUM_FIRST):
         text = _text(draw, draw.randrange(*NUM_WORDS))
         id = None if conversation is None else f"{conversation}{index}"
-        loraplex.classify(text, names, conversation_id=id)
-        loraplex.classify(f"{text} w1 w2 w3 w4 w5 w6", names, conversation_id=id)
+        loraplex.classify(text, names, conversation_id=id, cascade=False)
+        loraplex.classify(f"{text} w1 w2 w3 w4 w5 w6", names, conversation_id=id, cascade=False)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
 
     async def open_router() -> Router:
         service = await start(bundle, engine_config, executor, preparation, lambda plan: _tell_plan(plan, as_json))
-        return await start_router(service, bundle.settings.routes, *stores)
+        return await start_router(service, bundle.settings.routes, *stores, gates=bundle.settings.gates)
 
     def announce(router: Router) -> None:
         _say(f"ready: {url} (docs: {url}/docs)" + ("" if as_json else ". Try:"), as_json)

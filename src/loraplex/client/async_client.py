@@ -61,9 +61,10 @@ class AsyncClient:
         conversation_id: str | None = None,
         deadline_ms: float | None = None,
         roles: Roles | None = None,
+        cascade: bool = True,
     ) -> ClassifyResult:
         """Return one verdict for each classifier, in the order requested. See `Client.classify`."""
-        return await self._ask(call.classify(input, classifiers, conversation_id, deadline_ms, roles))
+        return await self._ask(call.classify(input, classifiers, conversation_id, deadline_ms, roles, cascade))
 
     async def decide(
         self,
@@ -74,9 +75,10 @@ class AsyncClient:
         conversation_id: str | None = None,
         deadline_ms: float | None = None,
         roles: Roles | None = None,
+        cascade: bool = True,
     ) -> Decisions:
         """Return an answer to each typed question about a state. See `Client.decide`."""
-        asked = call.decide(state, questions, model, conversation_id, deadline_ms, roles)
+        asked = call.decide(state, questions, model, conversation_id, deadline_ms, roles, cascade)
         return (await self._ask(asked)).decisions(questions)
 
     @overload
@@ -88,6 +90,7 @@ class AsyncClient:
         concurrency: int = 8,
         deadline_ms: float | None = None,
         roles: Roles | None = None,
+        cascade: bool = True,
         progress: bool = False,
         on_error: Literal["raise"] = "raise",
     ) -> list[ClassifyResult]: ...
@@ -101,6 +104,7 @@ class AsyncClient:
         concurrency: int = 8,
         deadline_ms: float | None = None,
         roles: Roles | None = None,
+        cascade: bool = True,
         progress: bool = False,
         on_error: Literal["return"],
     ) -> list[ClassifyResult | LoraplexError]: ...
@@ -113,6 +117,7 @@ class AsyncClient:
         concurrency: int = 8,
         deadline_ms: float | None = None,
         roles: Roles | None = None,
+        cascade: bool = True,
         progress: bool = False,
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[ClassifyResult] | list[ClassifyResult | LoraplexError]:
@@ -125,7 +130,7 @@ class AsyncClient:
             async def classify(conversation: Conversation) -> ClassifyResult | LoraplexError:
                 try:
                     conversation_id, input = id_and_input(conversation)
-                    return await self._ask(call.classify(input, names, conversation_id, deadline_ms, roles))
+                    return await self._ask(call.classify(input, names, conversation_id, deadline_ms, roles, cascade))
                 except LoraplexError as exc:
                     if on_error == "raise":
                         raise

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 from loraplex.decisions import Answer as TypedAnswer
-from loraplex.decisions import Decisions, answer_of, failed
+from loraplex.decisions import Decisions, answer_of, failed, skipped
 from loraplex.discovery import SkippedFolder
 from loraplex.messages import conversation_of, message_json
 from loraplex.state import state_of
@@ -92,6 +92,7 @@ def classify(
     conversation_id: str | None,
     deadline_ms: float | None,
     roles: Roles | None = None,
+    cascade: bool = True,
 ) -> Call[ClassifyResult]:
     conversation = conversation_of(input)
     body = {
@@ -100,6 +101,7 @@ def classify(
         "deadline_ms": deadline_ms,
         "conversation_id": conversation_id,
         "roles": None if roles is None else dict(roles),
+        "cascade": None if cascade else False,
     }
     body = {name: value for name, value in body.items() if value is not None}
     return Call(
@@ -142,6 +144,8 @@ class DecisionsAnswer:
 
 def _answer(name: str, question: Question, given: Mapping[str, Any]) -> TypedAnswer:
     """Return an answer, which says in its own fields or in `x_scores` how probable each label is."""
+    if (gate := given.get("x_skipped_by")) is not None:
+        return skipped(question, gate)
     adapter, error = given.get("x_adapter"), given.get("x_error")
     scores = given.get("x_scores")
     if scores is None and given["type"] == "predicate":
@@ -167,6 +171,7 @@ def decide(
     conversation_id: str | None,
     deadline_ms: float | None,
     roles: Roles | None,
+    cascade: bool = True,
 ) -> Call[DecisionsAnswer]:
     conversation = state_of(state)
     body = {
@@ -176,6 +181,7 @@ def decide(
         "deadline_ms": deadline_ms,
         "conversation_id": conversation_id,
         "roles": None if roles is None else dict(roles),
+        "cascade": None if cascade else False,
     }
     body = {name: value for name, value in body.items() if value is not None}
     return Call(

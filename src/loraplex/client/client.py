@@ -73,6 +73,7 @@ class Client:
         conversation_id: str | None = None,
         deadline_ms: float | None = None,
         roles: Roles | None = None,
+        cascade: bool = True,
     ) -> ClassifyResult:
         """Return one verdict for each classifier, in the order requested. If only some classifiers fail, their verdicts
         hold an `error`.
@@ -84,11 +85,12 @@ class Client:
                           an `error`.
         roles:            role -> the name that a contract writes before its turns, where it differs from the
                           contract's; None leaves the role's turns out.
+        cascade:          False runs every classifier, whatever its gate says (`when` in loraplex.yaml).
 
         Raises a LoraplexError if nothing can be answered: UnknownClassifierError, InvalidRequestError,
         InputTooLongError, DeadlineExceededError, QueueFullError, ….
         """
-        return self._ask(call.classify(input, classifiers, conversation_id, deadline_ms, roles))
+        return self._ask(call.classify(input, classifiers, conversation_id, deadline_ms, roles, cascade))
 
     def decide(
         self,
@@ -99,6 +101,7 @@ class Client:
         conversation_id: str | None = None,
         deadline_ms: float | None = None,
         roles: Roles | None = None,
+        cascade: bool = True,
     ) -> Decisions:
         """Return an answer to each typed question about a state. A question that is a classifier's or a route's name is
         answered by it, in the contract's own words; other words are told in the answer's `warnings`. If only some
@@ -107,11 +110,11 @@ class Client:
         state:            text, messages, or any other JSON, which is judged as its compact text.
         questions:        name -> question. A choice has the contract's labels, a score too, in any order.
         model:            "*": the questions' names choose; or one classifier or route that answers all of them.
-        conversation_id, deadline_ms, roles:  as for `classify`.
+        conversation_id, deadline_ms, roles, cascade:  as for `classify`.
 
         Raises a LoraplexError if a question is wrong, before anything is computed, or if nothing can be answered.
         """
-        asked = call.decide(state, questions, model, conversation_id, deadline_ms, roles)
+        asked = call.decide(state, questions, model, conversation_id, deadline_ms, roles, cascade)
         return self._ask(asked).decisions(questions)
 
     @overload
@@ -123,6 +126,7 @@ class Client:
         concurrency: int = 8,
         deadline_ms: float | None = None,
         roles: Roles | None = None,
+        cascade: bool = True,
         progress: bool = False,
         on_error: Literal["raise"] = "raise",
     ) -> list[ClassifyResult]: ...
@@ -136,6 +140,7 @@ class Client:
         concurrency: int = 8,
         deadline_ms: float | None = None,
         roles: Roles | None = None,
+        cascade: bool = True,
         progress: bool = False,
         on_error: Literal["return"],
     ) -> list[ClassifyResult | LoraplexError]: ...
@@ -148,6 +153,7 @@ class Client:
         concurrency: int = 8,
         deadline_ms: float | None = None,
         roles: Roles | None = None,
+        cascade: bool = True,
         progress: bool = False,
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[ClassifyResult] | list[ClassifyResult | LoraplexError]:
@@ -175,7 +181,7 @@ class Client:
             def classify(conversation: Conversation) -> ClassifyResult | LoraplexError:
                 try:
                     conversation_id, input = id_and_input(conversation)
-                    return self._ask(call.classify(input, names, conversation_id, deadline_ms, roles), sleep)
+                    return self._ask(call.classify(input, names, conversation_id, deadline_ms, roles, cascade), sleep)
                 except LoraplexError as exc:
                     if on_error == "raise":
                         raise

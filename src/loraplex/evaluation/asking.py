@@ -102,7 +102,7 @@ def ask_in_process(
     """
 
     async def ask(question: Question) -> ClassifyResult:
-        request = ClassifyRequest(input=question.row.input, classifiers=question.classifiers)
+        request = ClassifyRequest(input=question.row.input, classifiers=question.classifiers, cascade=False)
         try:
             result = await (_of_base(loraplex, request) if bare_base else loraplex.router.classify(request))
         except LoraplexError as exc:
@@ -120,7 +120,7 @@ def ask_server(client: Client, questions: Seq[Question], concurrency: int, advan
 
     def ask(question: Question) -> Outcome:
         try:
-            return client.classify(question.row.input, question.classifiers)
+            return client.classify(question.row.input, question.classifiers, cascade=False)
         except LoraplexError as exc:
             return exc
         finally:

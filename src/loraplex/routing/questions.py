@@ -5,7 +5,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from loraplex.classifier import Contract, kept_messages, valid_unicode
-from loraplex.decisions import Answer, answer_of, failed
+from loraplex.decisions import Answer, answer_of, failed, skipped
 from loraplex.errors import InvalidRequestError, LoraplexError, NotReadyError, UnknownClassifierError, listed, quoted
 from loraplex.routing.router import Router
 from loraplex.state import State
@@ -51,7 +51,9 @@ class Plan:
         answers = []
         for index, (one, name) in enumerate(zip(self.asked, self.names, strict=True)):
             verdict = verdicts[name]
-            if verdict.error is not None:
+            if verdict.skipped_by is not None:
+                answers.append(skipped(one.question, verdict.skipped_by))
+            elif verdict.error is not None:
                 answers.append(failed(one.question, verdict, verdict.error))
             elif not _fits(one.question, verdict.scores or {}):
                 answers.append(failed(one.question, verdict, ErrorInfo.of(_replaced(name))))

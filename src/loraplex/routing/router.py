@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from loraplex.bundle import check_name, check_routes
+from loraplex.cascades import Gate
 from loraplex.classifier import valid_unicode
 from loraplex.config import RouteSettings
 from loraplex.database import state_errors
@@ -29,6 +30,7 @@ from loraplex.errors import (
     listed,
     quoted,
 )
+from loraplex.routing import passes
 from loraplex.routing.draw import choose
 from loraplex.routing.route_store import RouteStore
 from loraplex.routing.shadows import Shadow, Shadows
@@ -55,8 +57,10 @@ class Router:
         from_file: Mapping[str, RouteSettings],
         store: RouteStore | None = None,
         log: VerdictLog | None = None,
+        gates: Mapping[str, Gate] | None = None,
     ) -> None:
-        """from_file: the routes of the bundle's `loraplex.yaml`. log: None keeps no verdicts."""
+        """from_file, gates: the routes and gates of the bundle's `loraplex.yaml`. log: None keeps no verdicts."""
+        self._gates = gates or {}
         self.service, self._from_file, self._store, self._log = service, from_file, store or RouteStore(), log
         self._routes: dict[str, Route] = {}
         self._targeted: frozenset[str] = frozenset()  # names of routes, and adapters that a route uses
@@ -189,17 +193,11 @@ class Router:
                 remedy="ask this one in `classifiers`, or give the question another name",
             )
         try:
-            result = await self.service.classify(replace(request, classifiers=tuple(adapters.values())))
+            result = await passes.classify(self.service, request, adapters, self._gates, self.resolve)
         except LoraplexError as exc:
             if not isinstance(exc, OverloadedError):  # an overload says nothing about the targets
                 self._log_failure(adapters, exc)
             raise
-        verdicts = {verdict.classifier: verdict for verdict in result.verdicts}
-        asked = {**adapters, **{name: name for name in request.questions}}
-        named = tuple(
-            _as_asked(verdicts[adapter], name, f"{result.id}-{index}")
-            for index, (name, adapter) in enumerate(asked.items())
-        )
         if self._log is not None:
             if self._log.inputs is not None:
                 self._log.inputs.add(result.id, request)
@@ -215,12 +213,13 @@ class Router:
                     request_id=request.request_id,
                     key=request.key,
                 )
-                for verdict, adapter in zip(named, targets, strict=True)
+                for verdict, adapter in zip(result.verdicts, targets, strict=True)
+                if verdict.skipped_by is None
             )
             # Log once the answer is on its way, before the loop's next request.
             asyncio.get_running_loop().call_soon(self._log.add, logged)
-            self._ask_shadows(request, named, adapters, routes)
-        return replace(result, verdicts=named)
+            self._ask_shadows(request, result.verdicts, adapters, routes)
+        return result
 
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """Return (requested name, prompt, token ids) for each classifier; see `Service.show_prompt`."""
@@ -248,7 +247,7 @@ class Router:
         of: dict[str, tuple[tuple[str, str], ...]] = {}
         for verdict in verdicts:
             name = verdict.classifier
-            for shadow in routes[name].shadows if name in routes else ():
+            for shadow in routes[name].shadows if name in routes and verdict.skipped_by is None else ():
                 if shadow != adapters[name]:
                     of[shadow] = (*of.get(shadow, ()), (verdict.id or "", name))
         if of:
@@ -390,9 +389,3 @@ def _saved(route: str) -> AbstractContextManager[None]:
     return state_errors(
         f"the change of the route {route!r} is saved, and takes effect at a restart or with the next one"
     )
-
-
-def _as_asked(verdict: Verdict, name: str, id: str) -> Verdict:
-    """Return the verdict with the requested name and id. Most verdicts have both, and are not copied."""
-    asked = verdict.classifier == name and verdict.id == id
-    return verdict if asked else replace(verdict, id=id, classifier=name)

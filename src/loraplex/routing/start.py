@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraplex.cascades import Gate
 from loraplex.config import RouteSettings
 from loraplex.routing.kept_inputs import KeptInputs
 from loraplex.routing.route_store import RouteStore
@@ -58,9 +59,10 @@ async def start_router(
     from_file: Mapping[str, RouteSettings],
     store: RouteStore | None = None,
     log: VerdictLog | None = None,
+    gates: Mapping[str, Gate] | None = None,
 ) -> Router:
     """Return a router that has started. If the start fails, the service is closed."""
-    router = Router(service, from_file, store, log)
+    router = Router(service, from_file, store, log, gates)
     try:
         await router.start()
     except BaseException:

@@ -55,7 +55,9 @@ class ClassificationBody(Body):
             inputs: list[Any] = [tuple(one.to_message() for one in self.messages)]
         else:
             inputs = [self.input] if isinstance(self.input, str) else list(self.input or ())
-        return [ClassifyRequest(input=one, classifiers=(self.model,), roles=self.roles) for one in inputs]
+        return [
+            ClassifyRequest(input=one, classifiers=(self.model,), roles=self.roles, cascade=False) for one in inputs
+        ]
 
 
 class ClassificationData(BaseModel):

@@ -129,11 +129,12 @@ class ScoreAnswer(Ours):
 
 
 class RefusalAnswer(Ours):
-    """Stands for a verdict that abstained, and for a classifier that failed."""
+    """Stands for a verdict that abstained, for a classifier that failed, and for one that its gate let not run."""
 
     type: Literal["refusal"]
     name: str | None
     x_error: NotRequired[ErrorInfo]
+    x_skipped_by: NotRequired[str]
 
 
 class InputDetails(TypedDict):
@@ -234,6 +235,8 @@ def _answer(question: PredicateQuestion | ChoiceQuestion | ScoreQuestion, answer
         error = answer.error
         shown = {"code": error.code, "message": error.message, "remedy": error.remedy}
         return {"type": "refusal", **head, **ours, "x_error": shown}
+    if answer.skipped_by is not None:
+        return {"type": "refusal", **head, **ours, "x_skipped_by": answer.skipped_by}
     if answer.abstained:
         return {"type": "refusal", **head, **ours, "x_scores": dict(answer.scores or {})}
     head = {"type": answer.type, **head}

@@ -87,7 +87,7 @@ async def _labelled(
     elif info.version is not None:
         return None
     # An adapter that was not read yet shows only now whether it has labels.
-    asked = [ClassifyRequest(input=text, classifiers=(name,)) for text in texts]
+    asked = [ClassifyRequest(input=text, classifiers=(name,), cascade=False) for text in texts]
     result = await answered(request, *asked, is_batch=True)
     assert isinstance(result, BatchResult)
     outcomes = [lone(one) for one in result.results]

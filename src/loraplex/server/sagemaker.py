@@ -200,7 +200,7 @@ async def _invoke(request: Request, body: InvocationBody, adapter: str | None) -
     """Answer through the adapter's contract. A raw text, an adapter without a contract and the bare base take the text
     verbatim."""
     if adapter is not None and not body.raw:
-        result = await answered(request, ClassifyRequest(input=body.input_text, classifiers=(adapter,)))
+        result = await answered(request, ClassifyRequest(input=body.input_text, classifiers=(adapter,), cascade=False))
         assert isinstance(result, ClassifyResult)
         verdict = result.verdicts[0]
         assert verdict.label is not None and verdict.confidence is not None, "a lone verdict's error is raised"

@@ -87,6 +87,7 @@ class ConversationBody(Body):
         deadline_ms: float | None,
         roles: Roles | None,
         questions: Mapping[str, Question],
+        cascade: bool,
     ) -> ClassifyRequest:
         return ClassifyRequest(
             input=self.input if isinstance(self.input, str) else tuple(one.to_message() for one in self.input),
@@ -95,6 +96,7 @@ class ConversationBody(Body):
             conversation_id=self.conversation_id,
             roles=roles,
             questions=questions,
+            cascade=cascade,
         )
 
 
@@ -147,6 +149,9 @@ class ClassifyBody(Body):
         max_length=MAX_QUESTIONS,
         description="name -> a question that the bare base answers, beside the classifiers; needs --adhoc-questions",
     )
+    cascade: bool = Field(
+        True, description="false runs every classifier, whatever its gate says (`when` in loraplex.yaml)"
+    )
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
@@ -171,7 +176,9 @@ class ClassifyBody(Body):
             for one in given or ()
         )
         questions = {name: one.to_question() for name, one in self.questions.items()}
-        return [one.to_request(classifiers, self.deadline_ms, self.roles, questions) for one in conversations]
+        return [
+            one.to_request(classifiers, self.deadline_ms, self.roles, questions, self.cascade) for one in conversations
+        ]
 
 
 class InvocationBody(Body):

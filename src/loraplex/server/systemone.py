@@ -1,6 +1,6 @@
 """`POST /v1/systemone`: TypeSafe's typed questions. Each is answered by its own classifier."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, Tag
@@ -67,6 +67,9 @@ class SystemOneBody(TypedBody):
     base, "*" or an alias, and each question's name is its classifier."""
 
     state: Words
+    cascade: bool = Field(
+        False, description="true lets gates skip questions (`when` in loraplex.yaml); `x_skipped` then names them"
+    )
     model: str | None = None
     questions: dict[Annotated[str, Field(min_length=1)], AnyQuestion] = Field(min_length=1, max_length=MAX_QUESTIONS)
 
@@ -102,6 +105,7 @@ class SystemOneResult(TypedDict):
     answers: dict[str, NoulAnswer | ChoiceAnswer | ScoreAnswer]
     usage: SystemOneUsage
     diagnostics: dict[str, Diagnosis]
+    x_skipped: NotRequired[dict[str, str]]
 
 
 @router.post(SYSTEMONE, response_model=SystemOneResult, responses=ERRORS)
@@ -120,16 +124,22 @@ async def systemone_answer(request: Request, body: SystemOneBody, model: str | N
         if answer.error is not None:
             raise error_of(answer.error, name)
     usage = typed.usage
+    skipped = {name: answer.skipped_by for name, answer in answers.items() if answer.skipped_by is not None}
     return response_of(
         {
             "model": typed.model,
-            "answers": {name: _answer(body.questions[name], answer) for name, answer in answers.items()},
+            "answers": {
+                name: _answer(body.questions[name], answer)
+                for name, answer in answers.items()
+                if answer.skipped_by is None
+            },
             "usage": {
                 "input_tokens": usage.prompt_tokens,
                 "output_tokens": 0,
                 "x_cached_tokens": usage.cached_tokens,
             },
             "diagnostics": diagnostics_of([*answers], typed),
+            **({"x_skipped": skipped} if skipped else {}),
         }
     )
 

@@ -57,6 +57,9 @@ class TypedBody(Body):
     )
     deadline_ms: float | None = Field(None, gt=0, description="milliseconds from the request")
     roles: RoleNames | None = None
+    cascade: bool = Field(
+        True, description="false runs every classifier, whatever its gate says (`when` in loraplex.yaml)"
+    )
     stream: Literal[False] | None = None
 
     def check_fields(self) -> None:
@@ -113,7 +116,8 @@ async def decide(
     left_ms = None
     if body.deadline_ms is not None:
         left_ms = max(0.001, body.deadline_ms - (time.monotonic() - started) * 1000)
-    result = await answered(request, replace(made.request, deadline_ms=left_ms, conversation_id=body.conversation_id))
+    asked_now = replace(made.request, deadline_ms=left_ms, conversation_id=body.conversation_id, cascade=body.cascade)
+    result = await answered(request, asked_now)
     assert isinstance(result, ClassifyResult)
     answers = [
         one if one.error is None else replace(one, error=visible(one.error, name))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loraplex.adapters.peft_config import read_peft_config
 from loraplex.bundle import Bundle, check_routes
+from loraplex.cascades import check_gates
 from loraplex.config import EngineConfig
 from loraplex.errors import MOST_SHOWN, BundleError, ConfigurationError, UnsupportedModelError
 from loraplex.executors.vllm_arguments import read_arguments
@@ -62,6 +63,7 @@ def prepare(bundle: Bundle, config: EngineConfig) -> Preparation:
         own, names = _names(bundle, state)
         base_names = _base_names(bundle, config, names)
         check_routes(bundle.settings.routes, base_names, names.__contains__)
+        _check_gates(bundle, names, own)
         preload = _preloaded(config.preload, bundle, state)
         for source in bundle.adapters:
             if source.name in (own if preload is None else own & preload) and bundle.requires(source.name):
@@ -71,6 +73,18 @@ def prepare(bundle: Bundle, config: EngineConfig) -> Preparation:
         if state is not None:
             state.release()
         raise
+
+
+def _check_gates(bundle: Bundle, names: Collection[str], own: Collection[str]) -> None:
+    routes, contracts = bundle.settings.routes, {one.name: one.contract for one in bundle.adapters if one.name in own}
+    # A classifier that was unloaded at run time is still one of the bundle: it may come back.
+    known = {*names, *routes, *(source.name for source in bundle.adapters)}
+
+    def labels_of(name: str) -> dict[str, tuple[str, ...]]:
+        targets = routes[name].targets if name in routes else (name,)
+        return {one: contract.labels for one in targets if (contract := contracts.get(one)) is not None}
+
+    check_gates(bundle.settings.gates, known.__contains__, labels_of)
 
 
 def check_effects(config: EngineConfig, given: Collection[str]) -> None:

@@ -184,11 +184,11 @@ class Service:
 
     # ------------------------------------------------------------------------------------------- requests
 
-    async def classify(self, request: ClassifyRequest) -> ClassifyResult:
+    async def classify(self, request: ClassifyRequest, *, may_fail: bool = False) -> ClassifyResult:
         """Return one verdict per classifier, in order, then one per question. One that fails has its error in its
-        verdict. Where all fail, the first error is raised. Raises QueueFullError where too much waits, and
-        UnknownClassifierError where the request names more than MAX_UNKNOWN unknown classifiers, or has questions and
-        the base answers none. Raises InvalidRequestError for a question that nobody can answer."""
+        verdict. Where all fail, the first error is raised, unless `may_fail`. Raises QueueFullError where too much
+        waits, and UnknownClassifierError where the request names more than MAX_UNKNOWN unknown classifiers, or has
+        questions and the base answers none. Raises InvalidRequestError for a question that nobody can answer."""
         started = time.monotonic()
         names = self._names(request)
         self._check_questions(request.questions, names)
@@ -196,9 +196,11 @@ class Service:
         if len(unknown) > MAX_UNKNOWN:
             raise UnknownClassifierError(unknown, list(self.names()))
         with self.computing.admission.evaluations(len(names) + len(request.questions)):
-            return await self._classify(request, names, started)
+            return await self._classify(request, names, started, may_fail)
 
-    async def _classify(self, request: ClassifyRequest, names: Seq[str], started: float) -> ClassifyResult:
+    async def _classify(
+        self, request: ClassifyRequest, names: Seq[str], started: float, may_fail: bool
+    ) -> ClassifyResult:
         deadline_s = _deadline(started, request.deadline_ms)
         asked = [Evaluation(name=name) for name in names]
         questions = [QuestionEvaluation(name=name, question=one) for name, one in request.questions.items()]
@@ -222,7 +224,7 @@ class Service:
             tokenized = await self._answer(request, placed, questions, deadline_s) if placed or questions else started
         tokenized = max([tokenized, *(task.result() for task in tasks)])
         errors = [evaluation.error for evaluation in evaluations if evaluation.error is not None]
-        if len(errors) == len(evaluations):
+        if len(errors) == len(evaluations) and not may_fail:
             raise errors[0]
         id = f"cls-{uuid.uuid4().hex}"
         return ClassifyResult(
