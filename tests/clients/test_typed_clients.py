@@ -328,7 +328,7 @@ def gateway(server: serving.Server, tmp_path_factory: pytest.TempPathFactory) ->
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [BIN / "litellm", "--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port)]
+    command = [str(BIN / "litellm"), "--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port)]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
             command, cwd=folder, env=environment() | {"LITELLM_MASTER_KEY": KEY}, stdout=log, stderr=log

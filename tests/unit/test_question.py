@@ -189,7 +189,7 @@ def test_pairs_that_are_several_tokens_are_told_apart_by_all_of_them(made: Made)
     for tokenizer in (tiny.byte_level_tokenizer(), tiny.metaspace_tokenizer(), tiny.metaspace_tokenizer("always")):
         codes = Codes(made(tokenizer), "hello</s>\n", add_special_tokens=True)
         for type in ("choice", "score"):
-            coding = codes.of(type, labels(255))  # type: ignore[arg-type]
+            coding = codes.of(type, labels(255))
             assert len(set(coding.codes)) == 255 and all(coding.answers)
             answers = [answer for answers in coding.answers for answer in answers]
             begun = {answer[:num] for answer in answers for num in range(1, len(answer))}
