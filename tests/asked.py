@@ -23,17 +23,17 @@ QUESTIONS = {
 }
 
 
-def config() -> PreTrainedConfig:
+def config(max_model_len: int = 1024) -> PreTrainedConfig:
     """With room for questions."""
-    values: dict[str, Any] = tiny.FAMILIES["mistral"].to_dict() | {"max_position_embeddings": 1024}
+    values: dict[str, Any] = tiny.FAMILIES["mistral"].to_dict() | {"max_position_embeddings": max_model_len}
     return tiny.fitted(MistralConfig(**values))
 
 
-def save_chat_bundle(folder: Path, *, is_activated: bool = True) -> Path:
+def save_chat_bundle(folder: Path, *, is_activated: bool = True, max_model_len: int = 1024) -> Path:
     """A base that chats, and three adapters whose prompts the chat template writes."""
     tokenizer = tiny.byte_level_tokenizer()
     tokenizer.chat_template = CHATML
-    tiny.save_base(folder, config(), tokenizer)
+    tiny.save_base(folder, config(max_model_len), tokenizer)
     invocation = [tiny.SPECIAL_TOKENS.index("<|ask|>")] if is_activated else None
     for index in range(3):
         tiny.save_adapter(

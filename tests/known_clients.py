@@ -53,6 +53,48 @@ CLIENTS = (
         works="`openai/`, `hosted_vllm/` and `text-completion-openai/`: whole, streamed, log probabilities",
         test="tests/clients/test_clients.py",
     ),
+    KnownClient(
+        name="openai's `decisions`",
+        package="openai",
+        works="typed questions: answers, errors, also asynchronously",
+        test="tests/clients/test_typed_clients.py",
+    ),
+    KnownClient(
+        name="typesafe-sdk",
+        package="typesafe-sdk",
+        works="`system_one`, `models.list`, errors, also asynchronously",
+        test="tests/clients/test_typed_clients.py",
+    ),
+    KnownClient(
+        name="langchain-openai's `OpenAIDecisions`",
+        package="langchain-openai",
+        works="`invoke` and `ainvoke`; a conversation with answers arrives as the JSON text of one message",
+        test="tests/clients/test_typed_clients.py",
+    ),
+    KnownClient(
+        name="langchain-typesafe",
+        package="langchain-typesafe",
+        works="`TypeSafeClassifier` with texts and messages: `invoke` and `ainvoke`",
+        test="tests/clients/test_typed_clients.py",
+    ),
+    KnownClient(
+        name="pydantic-ai's `system-one`",
+        package="pydantic-ai-slim",
+        works="an `Agent` whose output's fields are named for classifiers",
+        test="tests/clients/test_typed_clients.py",
+    ),
+    KnownClient(
+        name="litellm's gateway",
+        package="litellm",
+        works="in front of Loraplex as `openai/` and as `hosted_vllm/`: `/v1/decisions` and `/v1/systemone`",
+        test="tests/clients/test_typed_clients.py",
+    ),
+    KnownClient(
+        name="jevcompat",
+        package="jevcompat",
+        works="all 32 MUSTs that apply of System One's unofficial specification, with 255 options",
+        test="tests/clients/test_typed_clients.py",
+    ),
 )
 
 

@@ -19,6 +19,7 @@ import tiny
 from asked import QUESTIONS
 from loraplex import Loraplex, Question
 from loraplex.errors import InputTooLongError, InvalidRequestError, UnknownClassifierError
+from loraplex.text.codes import PAIRS
 from loraplex.types import ClassifyRequest, ClassifyResult, Message
 
 TEXT = "Customer: hello, I would like to book a table for two\nAgent: at what time?\nCustomer: at seven, thanks"
@@ -239,12 +240,35 @@ def test_a_question_that_does_not_fit_fails_alone(loraplex: Loraplex) -> None:
         ask(loraplex, {"long": long})
 
 
-def test_more_labels_than_the_tokenizer_keeps_apart_are_refused(loraplex: Loraplex) -> None:
-    """The tiny tokenizer has no tokens of two letters."""
-    many = Question(type="choice", instructions="Which?", labels=tuple(map(str, range(27))))
-    with pytest.raises(InvalidRequestError, match=r"27 labels.*keeps 26 apart"):
-        ask(loraplex, {"many": many})
-    letters = Question(type="choice", instructions="Which?", labels=tuple(map(str, range(26))))
+def test_many_labels_are_told_apart_by_two_letters_that_are_a_token_each(uncorrected: Loraplex, bundle: Path) -> None:
+    """The tiny tokenizer has no tokens of two letters. The slow reference reads one pair after the other."""
+    many = Question(type="choice", instructions="Which?", labels=tuple(map(str, range(60))))
+    before = uncorrected.service.stats().num_steps
+    verdict = ask(uncorrected, {"many": many})["many"]
+    assert uncorrected.service.stats().num_steps == before + 1, "one forward pass"
+    tokenizer = AutoTokenizer.from_pretrained(bundle)
+    model: Any = AutoModelForCausalLM.from_pretrained(bundle, dtype=torch.float32)
+    lines = "".join(f"{pair}. {label}\n" for pair, label in zip(PAIRS, many.labels, strict=False))
+    asked_ = f"Question about the text above: Which?\n{lines}Answer with the letters of one option."
+    prompt = f"<|ask|>user\n{TEXT}</s>\n<|ask|>user\n{asked_}</s>\n<|ask|>assistant\n"
+    start = len(tokenizer(prompt)["input_ids"])
+    found = {}
+    for label, pair in zip(many.labels, PAIRS, strict=False):
+        ids = tokenizer(prompt + pair)["input_ids"]
+        assert len(ids) == start + 2
+        with torch.inference_mode():
+            rows = model(torch.tensor([ids])).logits[0].softmax(-1)
+        found[label] = math.prod(rows[at - 1, ids[at]].item() for at in (start, start + 1))
+    mass = sum(found.values())
+    assert verdict.label_mass == pytest.approx(mass, rel=1e-3)
+    assert verdict.scores == pytest.approx({label: one / mass for label, one in found.items()}, abs=EXACT)
+
+
+def test_the_order_of_many_labels_changes_nothing(loraplex: Loraplex) -> None:
+    many = Question(type="choice", instructions="Which?", labels=tuple(map(str, range(60))))
+    result = ask(loraplex, {"many": many, "turned": replace(many, labels=many.labels[::-1])})
+    assert result["many"].scores == pytest.approx(result["turned"].scores, abs=EXACT)
+    letters = replace(many, labels=many.labels[:26])
     assert len(ask(loraplex, {"letters": letters})["letters"].scores or ()) == 26
 
 

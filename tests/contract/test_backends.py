@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import asked
 import tiny
-from loraplex import Loraplex
+from loraplex import Loraplex, Question
 from loraplex.errors import AdapterError, DeadlineExceededError, InputTooLongError, UnknownClassifierError
 from loraplex.model.decoder import Decoder
 from loraplex.types import ClassifyRequest, Verdict
@@ -137,7 +137,9 @@ def test_the_log_probabilities_of_a_prompts_tokens_are_natives(
 def test_questions_without_an_adapter_are_answered_as_native(tmp_path: Path, backend: str) -> None:
     """Beside classifiers, so that the base's rows and adapters' rows are in one batch where there are batches."""
     bundle = asked.save_chat_bundle(tmp_path, is_activated=not tiny.HAS_VLLM)
-    requests = [ClassifyRequest(input=text, classifiers="*", questions=asked.QUESTIONS) for text in TEXTS]
+    many = Question(type="choice", instructions="Which?", labels=tuple(map(str, range(30))))  # a pair is two tokens
+    questions = {**asked.QUESTIONS, "many": many}
+    requests = [ClassifyRequest(input=text, classifiers="*", questions=questions) for text in TEXTS]
     with load(bundle, backend, adhoc_questions=True) as other, load(bundle, "native", adhoc_questions=True) as native:
         for request in requests:
             actual, expected = (one.run(one.router.classify(request)).verdicts for one in (other, native))

@@ -32,7 +32,8 @@ OTHERS = [VLLM] if tiny.HAS_VLLM else [PEFT, [*PEFT, "--peft-batching", "mixed"]
 
 @pytest.fixture(scope="module", params=OTHERS, ids=" ".join)
 def other(request: pytest.FixtureRequest, bundle: Path) -> Iterator[httpx.Client]:
-    with serving.serve(bundle, "--dtype", "float32", *request.param) as server, serving.client(server) as client:
+    options = ["--dtype", "float32", "--adhoc-questions", *request.param]
+    with serving.serve(bundle, *options) as server, serving.client(server) as client:
         yield client
 
 
@@ -47,6 +48,25 @@ def test_the_same_verdicts_as_native(other: httpx.Client, http: httpx.Client) ->
     assert actual.keys() == expected.keys()
     for name, found in expected.items():
         assert actual[name] == (found if isinstance(found, str) else pytest.approx(found, abs=1e-3))
+
+
+def test_typed_questions_get_the_answers_of_classify(other: httpx.Client, http: httpx.Client) -> None:
+    """In both formats, from a trained adapter as native's, and from the bare base."""
+    native = scores(http, "task0")["task0"]["yes"]
+    polite = {"type": "predicate", "instructions": "Is the customer polite?"}
+    body = {"input": TEXT, "classifiers": [], "questions": {"polite": polite}}
+    [verdict] = other.post("/v1/classify", json=body).json()["verdicts"]
+    wanted = {"task0": pytest.approx(native, abs=1e-3), "polite": pytest.approx(verdict["scores"]["yes"], abs=1e-3)}
+    questions = [{"type": "predicate", "name": "task0", "instructions": "Is it done?"}, {**polite, "name": "polite"}]
+    response = other.post("/v1/decisions", json={"model": "*", "input": TEXT, "questions": questions})
+    assert response.status_code == 200, response.text
+    answers = {one["name"]: one for one in response.json()["answers"]}
+    assert {name: one["probability"] for name, one in answers.items()} == wanted
+    assert answers["task0"]["x_adapter"]["name"] == "task0" and answers["polite"]["x_adapter"] is None
+    nouls = {"task0": {"type": "noul"}, "polite": {"type": "noul", "instructions": polite["instructions"]}}
+    response = other.post("/v1/systemone", json={"state": TEXT, "questions": nouls})
+    assert response.status_code == 200, response.text
+    assert {name: one["noul"] for name, one in response.json()["answers"].items()} == wanted
 
 
 def test_many_clients_at_once(other: httpx.Client) -> None:

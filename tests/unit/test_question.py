@@ -13,7 +13,7 @@ from asked import CHATML, QUESTIONS
 from loraplex.errors import ConfigurationError, InputTooLongError, InvalidRequestError
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.codes import LETTERS, PAIRS, Codes
-from loraplex.text.question import QuestionPrompts
+from loraplex.text.question import Presentation, QuestionPrompts
 from loraplex.text.tokenizer import Conversations, Tokenizer
 from loraplex.types import Question
 
@@ -69,12 +69,12 @@ def test_only_letters_change_hands_in_the_reverse_order(made: Made) -> None:
         one, turned = written(questions, QUESTIONS[name])
         assert end in one and end_turned in turned
         first, second = questions.present(QUESTIONS[name])
-        assert first.ids == second.ids
+        assert first.answers == second.answers
     one, turned = written(questions, QUESTIONS["alike"])
     assert "A. done today\nB. done soon\nAnswer with the letter" in one
     assert "A. done soon\nB. done today\nAnswer with the letter" in turned
     first, second = questions.present(QUESTIONS["alike"])
-    assert first.ids == second.ids[::-1]
+    assert first.answers == second.answers[::-1]
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_each_code_begins_with_a_token_that_no_other_code_begins_with(made: Made
         codes = Codes(made(tokenizer), f"hello{end}", add_special_tokens=True)
         for type, num in (("predicate", 2), ("choice", 2), ("choice", 20), ("score", 5), ("score", 10)):
             coding = codes.of(type, [f"label {i}" for i in range(num)])  # type: ignore[arg-type]
-            tokens = [token for ids in coding.tokens for token in ids]
-            assert len(coding.tokens) == num and all(coding.tokens) and len(set(tokens)) == len(tokens)
+            tokens = [token for answers in coding.answers for (token,) in answers]
+            assert len(coding.answers) == num and all(coding.answers) and len(set(tokens)) == len(tokens)
 
 
 def labels(num: int) -> list[str]:
@@ -165,7 +165,7 @@ def labels(num: int) -> list[str]:
 def test_labels_that_begin_differently_stand_for_themselves(made: Made) -> None:
     codes = Codes(made(words("hello", "paid", "Paid", "not", "open", "A", "B")), "hello", add_special_tokens=False)
     coding = codes.of("choice", ["paid", "not paid"])
-    assert (coding.kind, coding.codes, coding.tokens) == ("names", ("paid", "not paid"), ((2, 3), (4,)))
+    assert (coding.kind, coding.codes, coding.answers) == ("names", ("paid", "not paid"), (((2,), (3,)), ((4,),)))
     for alike in (["not paid", "not open"], ["paid", "open " * 9], ["paid", "paid"], ["paid", "unknown"]):
         assert codes.of("choice", alike).kind == "letters"
 
@@ -182,3 +182,35 @@ def test_more_than_26_labels_get_two_letters(made: Made) -> None:
     codes = Codes(made(words("hello", *LETTERS, *PAIRS)), "hello", add_special_tokens=False)
     assert codes.of("choice", labels(26)).codes == LETTERS
     assert codes.of("choice", labels(255)).codes == codes.of("score", labels(255)).codes == PAIRS[:255]
+
+
+def test_pairs_that_are_several_tokens_are_told_apart_by_all_of_them(made: Made) -> None:
+    """As many as a request may have, on tokenizers that know no two letters as one token."""
+    for tokenizer in (tiny.byte_level_tokenizer(), tiny.metaspace_tokenizer(), tiny.metaspace_tokenizer("always")):
+        codes = Codes(made(tokenizer), "hello</s>\n", add_special_tokens=True)
+        for type in ("choice", "score"):
+            coding = codes.of(type, labels(255))
+            assert len(set(coding.codes)) == 255 and all(coding.answers)
+            answers = [answer for answers in coding.answers for answer in answers]
+            begun = {answer[:num] for answer in answers for num in range(1, len(answer))}
+            assert len(set(answers)) == len(answers) and begun.isdisjoint(answers)
+            assert len(begun) < 30, "a pass computes few tokens more"
+
+
+def test_what_is_read_is_a_tree(made: Made) -> None:
+    template = prompts(made(tiny.byte_level_tokenizer()), turned=False).present(QUESTIONS["isDone"])[0].template
+    presentation = Presentation(template=template, answers=(((7, 8), (9, 8)), ((7, 6),), ((5,),)))
+    assert presentation.reads() == {(): (7, 9, 5), (7,): (8, 6), (9,): (8,)}
+
+
+def test_a_long_answers_tokens_fit_behind_the_prompt(made: Made) -> None:
+    """A text is cut so that the pairs' first letters still fit."""
+    tokenizer = made(tiny.byte_level_tokenizer())
+    [few], [many] = (
+        prompts(tokenizer, size=2000, turned=False).present(Question(type="choice", instructions="?", labels=labels_))
+        for labels_ in (tuple("abcd"), tuple(map(str, range(100))))
+    )
+    for presented, num in ((few, 2000), (many, 1999)):
+        prompt = presented.template.prompt("hello \n" * 2000, Conversations())
+        assert len(prompt.token_ids) <= num
+    assert max(len(answer) for answers in many.answers for answer in answers) == 2

@@ -1,6 +1,7 @@
 """One question's part of a call: the bare base, asked in words, without an adapter."""
 
 import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -52,12 +53,13 @@ class QuestionEvaluation:
             return
         self.sequences = [
             Sequence(
-                token_ids=prompt.token_ids,
+                token_ids=prompt.token_ids + before,
                 slot=NO_ADAPTER,
                 num_kept=prompt.num_conversation,  # what the base computes of a conversation is always kept
-                targets=tuple(Target(position=-1, token_id=one) for ids in presentation.ids for one in ids),
+                targets=tuple(Target(position=-1, token_id=one) for one in follow),
             )
             for prompt, presentation in zip(self.prompts, self.presentations, strict=True)
+            for before, follow in presentation.reads().items()
         ]
 
     def take(self, outcomes: Seq[Outcome]) -> None:
@@ -69,10 +71,8 @@ class QuestionEvaluation:
         """Return the verdict, whose `adapter` is None. Its first warning says that the bare base answered."""
         if self.error is not None:
             return Verdict(id=id, classifier=self.name, error=ErrorInfo.of(self.error))
-        by_order = [
-            _label_log_probs(output, presentation)
-            for output, presentation in zip(self.outputs, self.presentations, strict=True)
-        ]
+        outputs = iter(self.outputs)
+        by_order = [_label_log_probs(outputs, presentation) for presentation in self.presentations]
         # The mean of logarithms cancels a factor by which a place in the list is preferred, whatever its size.
         logits = [math.fsum(of_label) / len(by_order) for of_label in zip(*by_order, strict=True)]
         highest = max(logits)
@@ -99,12 +99,17 @@ class QuestionEvaluation:
         )
 
 
-def _label_log_probs(output: SequenceOutput, presentation: Presentation) -> list[float]:
-    """Return each label's log probability: the sum over the tokens with which an answer may begin that means it."""
-    found = iter(output.log_probs)
+def _label_log_probs(outputs: Iterator[SequenceOutput], presentation: Presentation) -> list[float]:
+    """Return each label's log probability: the sum over the beginnings of an answer that mean it. outputs: those of one
+    presentation are taken from it."""
+    found = {
+        (*before, token_id): log_prob
+        for before, follow in presentation.reads().items()
+        for token_id, log_prob in zip(follow, next(outputs).log_probs, strict=True)
+    }
     log_probs = []
-    for ids in presentation.ids:
-        of_label = [next(found) for _ in ids]
+    for answers in presentation.answers:
+        of_label = [math.fsum(found[answer[: at + 1]] for at in range(len(answer))) for answer in answers]
         highest = max(of_label)
         log_probs.append(highest + math.log(math.fsum(math.exp(one - highest) for one in of_label)))
     return log_probs

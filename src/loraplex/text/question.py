@@ -4,11 +4,12 @@ import functools
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain
 
 from loraplex.classifier import CONVERSATION, QUESTION, Contract, normalized, valid_unicode
 from loraplex.errors import ConfigurationError, ContractError, InputTooLongError, InvalidRequestError, quoted, shortened
 from loraplex.text.chat_template import ChatTemplate
-from loraplex.text.codes import WORDS, Codes, Kind
+from loraplex.text.codes import WORDS, Answers, Codes, Kind
 from loraplex.text.template import Template
 from loraplex.types import Message, Question, QuestionType
 
@@ -36,11 +37,21 @@ class Presentation:
     """A question with its labels in one order.
 
     template:  makes the prompt of a text.
-    ids:       for each label, in the question's own order, the first tokens of answers that mean this label.
+    answers:   for each label, in the question's own order, the sequences of tokens that mean this label behind the
+               prompt.
     """
 
     template: Template
-    ids: tuple[tuple[int, ...], ...]
+    answers: tuple[Answers, ...]
+
+    def reads(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Return what is to be read: the tokens that may follow, by the tokens that stand before them behind the
+        prompt. The first entry is () where the answers are one token each, and the only one."""
+        reads: dict[tuple[int, ...], dict[int, None]] = {}
+        for answer in chain.from_iterable(self.answers):
+            for at, token_id in enumerate(answer):
+                reads.setdefault(answer[:at], {})[token_id] = None
+        return {before: tuple(follow) for before, follow in reads.items()}
 
 
 class QuestionPrompts:
@@ -82,20 +93,22 @@ class QuestionPrompts:
                 dict(zip(order, indices, strict=True)) if is_placed else dict(zip(indices, indices, strict=True))
             )
             options = [(coding.codes[number_of[index]], texts[index]) for index in order]
-            template = self._bind(_written(coding.kind, asked, options))
-            made.append(
-                Presentation(template=template, ids=tuple(coding.tokens[number_of[index]] for index in indices))
-            )
+            longest = max(map(len, chain.from_iterable(coding.answers)))
+            template = self._bind(_written(coding.kind, asked, options), num_behind=longest - 1)
+            answers = tuple(coding.answers[number_of[index]] for index in indices)
+            made.append(Presentation(template=template, answers=answers))
         return tuple(made)
 
     def _text(self, given: str) -> str:
         """Return a text of the caller's as a prompt holds it: only the chat template writes special tokens."""
         return self._chat.tokenizer.escape(normalized(valid_unicode(given)).strip())[0]
 
-    def _bind(self, question: str) -> Template:
+    def _bind(self, question: str, num_behind: int = 0) -> Template:
+        """num_behind: tokens that are computed behind the prompt."""
         contract = Contract(question=question, template=self._template, labels=WORDS)
         try:
-            return Template(self._chat, contract, self._max_model_len, "the question", reads_labels=False)
+            room = self._max_model_len - num_behind
+            return Template(self._chat, contract, room, "the question", reads_labels=False)
         except ContractError:
             raise InputTooLongError(
                 f"a question leaves no room for a text: the base takes {self._max_model_len} tokens",
