@@ -169,7 +169,7 @@ def test_a_file_that_was_trained_on_is_told(tmp_path: Path) -> None:
     ]
     assert _trained_on(data, sources) == ["done"]
     found = {"done": judged([(True, 0.9), (False, 0.1)])}
-    assert "'done' learned from this very file" in " ".join(remarks(a_report(found, tmp_path, trained=["done"])))
+    assert "done learned from this very file" in " ".join(remarks(a_report(found, tmp_path, trained=["done"])))
     assert "learned from" not in " ".join(remarks(a_report(found, tmp_path)))
 
 

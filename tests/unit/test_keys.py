@@ -120,6 +120,8 @@ def test_what_needs_no_key_and_what_the_infer_scope_may_do() -> None:
     assert PUBLIC["docs"] == {"GET /docs", "GET /docs/oauth2-redirect", "GET /redoc", "GET /openapi.json"}
     assert INFER - PUBLIC["metrics"] - PUBLIC["docs"] == {
         "POST /v1/classify",
+        "POST /v1/decisions",
+        "POST /v1/systemone",
         "POST /classify",
         "POST /v1/completions",
         "POST /v1/chat/completions",

@@ -132,6 +132,7 @@ def _train(inputs: TrainInputs, settings: TrainSettings, screen: "_Screen") -> b
         screen.data(prepared.report, prepared.label_weights)
         return True
     out, names = Path(inputs.out), [task.name for task in prepared.tasks]
+    screen.names = names
     there = [name for name in names if (out / name).exists()]
     if there and not (inputs.overwrite or inputs.resume):
         raise ConfigurationError(

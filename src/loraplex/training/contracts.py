@@ -148,10 +148,10 @@ def _invocation(
     is_apart = contract.question and always[: len(before_question)] == before_question
     ids = before_question if is_apart else always
     least = 1 if contract.question else LEAST_ACTIVE
-    if len(ids) < least:
+    if not ids:
         raise ConfigurationError(
             f"classifier {name!r}",
-            f"too little stands between the conversation and the label ({quoted(tail)}) for an adapter to act on",
+            f"what stands between the conversation and the label ({quoted(tail)}) merges with the conversation's end",
             remedy="write a special token or a line there, in --template",
         )
     starts = [at for at, token in enumerate(ids) if token in tokenizer.special_ids]
