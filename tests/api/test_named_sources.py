@@ -66,6 +66,7 @@ def remote(place: Path) -> Iterator[dict[str, str]]:
     moto.stop()
 
 
+@pytest.mark.slow
 def test_all_sources_are_served_from_the_start(place: Path, remote: dict[str, str], tmp_path: Path) -> None:
     sources = {
         "folder": f"{place}/mine/",
@@ -99,6 +100,7 @@ def test_all_sources_are_served_from_the_start(place: Path, remote: dict[str, st
             assert http.get("/v1/adapters/hub").json()["state"] == "ready"
 
 
+@pytest.mark.slow
 def test_classify_and_verify_take_the_same_sources(place: Path, remote: dict[str, str], monkeypatch: Any) -> None:
     for key, value in remote.items():
         monkeypatch.setenv(key, value)

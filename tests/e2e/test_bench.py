@@ -33,6 +33,7 @@ def bench(bundle: Path, data: Path, out: Path, *more: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_over_http_beside_peft(tiny_bundle: Path, tiny_server: serving.Server, data: Path, tmp_path: Path) -> None:
     more = ["--systems", "native,peft", "--url", f"native={tiny_server.url}"]
     found = bench(tiny_bundle, data, tmp_path / "out", *more)
@@ -53,6 +54,7 @@ def test_over_http_beside_peft(tiny_bundle: Path, tiny_server: serving.Server, d
     assert found["about"]["settings"]["concurrency"] == 2 and len(found["data"]["sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_in_process_turn_by_turn_with_a_request_for_each_classifier(
     tiny_bundle: Path, data: Path, tmp_path: Path
 ) -> None:

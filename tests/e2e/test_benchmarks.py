@@ -67,6 +67,7 @@ def make(*arguments: object) -> None:
         bundles.main()
 
 
+@pytest.mark.slow
 def test_training_at_once_beside_peft(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
@@ -139,6 +140,7 @@ def test_tools_agree_where_their_spreads_overlap(
     assert other_tools.agree(*spreads) == other_tools.agree(*reversed(spreads)) == same
 
 
+@pytest.mark.slow
 def test_a_bundle_like_the_demo_is_built(tmp_path: Path) -> None:
     """From a few random dialogues in two steps: nothing is learnt, but every stage runs, and the result is served."""
     draw, words = random.Random(0), "I need a table flight hotel to for in book cancel please thanks bye".split()

@@ -12,7 +12,10 @@ import pytest
 import yaml
 
 import serving
+from loraplex.bundle import BundleSettings
 from loraplex.classifier import Contract
+from loraplex.config import validate
+from loraplex.errors import ConfigurationError
 
 PAGES = [serving.ROOT / "README.md", *sorted((serving.ROOT / "docs").glob("*.md"))]
 
@@ -44,12 +47,15 @@ def test_python_runs(code: str, server: serving.Server) -> None:
 
 
 def test_the_contract_is_valid() -> None:
-    [contract] = [yaml.safe_load(block) for block in blocks("yaml")]
+    found = [yaml.safe_load(block) for block in blocks("yaml")]
+    [contract] = [one for one in found if "classifiers" not in one]
     assert Contract(**contract).labels == ("yes", "no")
+    [settings] = [one for one in found if "classifiers" in one]
+    assert validate(BundleSettings, settings, "docs", ConfigurationError).gates
 
 
 def test_the_quick_starts_curl_body_is_what_the_server_takes(server: serving.Server) -> None:
-    [command] = [block for block in blocks("console") if "curl" in block]
+    [command] = [block for block in blocks("console") if "curl" in block and "/v1/classify" in block]
     curl = shlex.split(command[command.index("curl") :])
     curl[2] = server.url + curl[2].partition(":8000")[2]
     run = subprocess.run(curl, capture_output=True, text=True, check=True, env=os.environ)

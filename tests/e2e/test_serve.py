@@ -150,7 +150,7 @@ def test_a_wrong_option_is_told_as_it_was_given(tiny_bundle: Path, monkeypatch: 
 
 
 def test_help_shows_choices_in_lower_case() -> None:
-    shown = serving.loraplex("serve", "--help").stdout
+    shown = serving.loraplex("serve", "--help", COLUMNS="120").stdout
     assert all(one in shown for one in ("[native|vllm|peft]", "[text|json]", "[auto|float32|bfloat16]"))
 
 

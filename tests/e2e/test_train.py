@@ -80,6 +80,7 @@ def test_trained_classifiers_answer(tmp_path: Path, base: Path, kind: str) -> No
         assert list(scores.values()) == pytest.approx(ask_peft(base, out / name, unseen[0][0]), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_best_adapters_and_resume_goes_on(tmp_path: Path, base: Path) -> None:
     data, out = write(tmp_path / "data.jsonl", 120), tmp_path / "bundle"
     options = {"base": str(base), "data": str(data), "out": str(out), "epochs": 400, "patience": 9999}

@@ -149,7 +149,7 @@ def problem_of(model: Any, values: Any) -> str:
             ClassifyBody,
             {"text": "x"},
             ": unknown field 'text'; did you mean input? (use: input, inputs, classifiers, conversation_id, "
-            "deadline_ms, roles, questions)",
+            "deadline_ms, roles, questions, cascade)",
         ),
         (ClassifyBody, {"input": "x", "clasifiers": "a"}, "unknown field 'clasifiers'; did you mean classifiers?"),
         (ClassifyBody, {"input": "x", "timeout_ms": 5}, "unknown field 'timeout_ms'; did you mean deadline_ms?"),
