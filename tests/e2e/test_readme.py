@@ -12,9 +12,8 @@ import pytest
 import yaml
 
 import serving
-from loraplex.bundle import BundleSettings
 from loraplex.classifier import Contract
-from loraplex.config import validate
+from loraplex.config import BundleSettings, validate
 from loraplex.errors import ConfigurationError
 
 PAGES = [serving.ROOT / "README.md", *sorted((serving.ROOT / "docs").glob("*.md"))]
