@@ -1,4 +1,4 @@
-"""Which classifiers run only if another one, their gate, says so. Knows no service."""
+"""Gates: a classifier runs only if another one says so. This module knows no service."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -36,7 +36,7 @@ class Gate(NumbersAreNoBooleans):
 
 
 class ClassifierSettings(BaseModel):
-    """What `loraplex.yaml` says about a classifier or a route."""
+    """Holds what `loraplex.yaml` says about a classifier or a route."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

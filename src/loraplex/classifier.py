@@ -169,7 +169,7 @@ class Contract(NumbersAreNoBooleans):
             score=math.fsum(level * score for level, score in enumerate(scores)) if self.type == "score" else None,
             label_mass=label_mass,
             abstained=scores[winner] < self.abstain_below,
-            warnings=(_low_mass(label_mass, self.min_label_mass),) if label_mass < self.min_label_mass else (),
+            warnings=(low_mass(label_mass, self.min_label_mass),) if label_mass < self.min_label_mass else (),
         )
 
 
@@ -209,7 +209,8 @@ class Decision:
         )
 
 
-def _low_mass(label_mass: float, least: float) -> str:
+def low_mass(label_mass: float, least: float) -> str:
+    """Return the warning that the labels are not what the model expects."""
     return (
         f"low_label_mass: the labels have a probability of {label_mass:.2g} together, "
         f"less than min_label_mass {least:g}; the model expects another text here, so the scores say little"

@@ -391,8 +391,9 @@ def _with_codes(kind: type[LoraplexError]) -> Iterator[tuple[str, type[LoraplexE
 BY_CODE = dict(_with_codes(LoraplexError))
 
 
-def error_answered(code: str, message: str, *, remedy: str, status: int) -> LoraplexError:
-    """Return a server's error as the class with its code, so that callers catch it as they would in process."""
+def error_answered(code: str, message: str, *, remedy: str, status: int | None = None) -> LoraplexError:
+    """Return a server's error as the class with its code, so that callers catch it as they would in process.
+    status: by default that of the code."""
     if kind := BY_CODE.get(code):
-        return kind.answered(message, remedy=remedy, status=status)
-    return ServerError(code, message, remedy=remedy, status=status)
+        return kind.answered(message, remedy=remedy, status=status or kind.status)
+    return ServerError(code, message, remedy=remedy, status=status or 500)

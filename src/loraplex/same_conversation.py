@@ -1,4 +1,4 @@
-"""Which labelled rows are of one conversation, so that none of it is trained on and judged by at the same time."""
+"""Finds the labelled rows of one conversation, so that none of it is trained on and judged by at the same time."""
 
 import hashlib
 from collections import defaultdict

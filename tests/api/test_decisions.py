@@ -421,7 +421,7 @@ QUESTIONS = {
 
 
 def facts(answer: Answer) -> list[Any]:
-    """What has to be equal, however it was asked."""
+    """Return what has to be equal, however it was asked."""
     numbers = [answer.probability, answer.score, answer.confidence, dict(answer.probabilities or {})]
     error = answer.error and answer.error.code
     return [*numbers, answer.type, answer.choice, answer.label, answer.abstained, answer.adapter, error]

@@ -200,7 +200,7 @@ def test_pairs_that_are_several_tokens_are_told_apart_by_all_of_them(made: Made)
 def test_what_is_read_is_a_tree(made: Made) -> None:
     template = prompts(made(tiny.byte_level_tokenizer()), turned=False).present(QUESTIONS["isDone"])[0].template
     presentation = Presentation(template=template, answers=(((7, 8), (9, 8)), ((7, 6),), ((5,),)))
-    assert presentation.reads() == {(): (7, 9, 5), (7,): (8, 6), (9,): (8,)}
+    assert presentation.reads == {(): (7, 9, 5), (7,): (8, 6), (9,): (8,)}
 
 
 def test_a_long_answers_tokens_fit_behind_the_prompt(made: Made) -> None:

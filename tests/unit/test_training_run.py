@@ -609,3 +609,20 @@ def test_a_result_of_no_use_is_told_and_so_is_a_slot_that_is_none(tmp_path: Path
     assert done.exit_code == 0, done.output
     assert "--template holds '{foo}', which stays in every prompt as it is" in done.stderr
     assert "no better than chance on dev: 'isDone'; label more" in " ".join(done.stderr.split())
+
+
+def test_what_diverged_stays_stopped_whatever_the_resumed_runs_patience_is(base: Path, data: Path) -> None:
+    run = prepared(base, data, SETTINGS)
+
+    def loop(patience: int) -> Fit:
+        trainee = Trainee.load(
+            run.base, run.config, run.layers, torch.float32, torch.device("cpu"),
+            num_adapters=len(run.tasks), rank=2, alpha=4, targets={"q_proj"},
+        )  # fmt: skip
+        settings = SETTINGS.model_copy(update={"patience": patience})
+        return Fit(trainee, settings, run.of("train"), [], [task.label_ids for task in run.tasks], run.weights)
+
+    first, second = loop(2), loop(50)
+    first._freeze([1])
+    second.load_state(first.state())
+    assert second.stopped == [False, True]

@@ -79,9 +79,9 @@ def train(
             raise typer.Exit(INTERRUPTED) from None
         finally:
             screen.close()
-        if inputs.dry_run:
+        if inputs.dry_run or inputs.out is None:
             return
-        out = Path(inputs.out or "")
+        out = Path(inputs.out)
         stdout.print(screen.results)
         if not is_whole:
             written = (
@@ -230,7 +230,7 @@ class _Screen:
     def started(self, names: Seq[str], num_parameters: int, num_steps: int, first_step: int) -> None:
         if self._is_interrupted:  # and a library that was being imported swallowed the exception
             raise KeyboardInterrupt
-        self.names, self._is_running = names, True
+        self._is_running = True
         stderr.print(
             f"training {counted(len(names), 'adapter')} at once: {num_parameters / 1e6:.1f} M parameters, "
             f"{counted(num_steps, 'step')}" + (f", {first_step} of them done" if first_step else ""),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loraplex.cascades import Gate, in_passes
-from loraplex.errors import BY_CODE, ConfigurationError, LoraplexError, error_answered
+from loraplex.errors import ConfigurationError, LoraplexError, error_answered
 from loraplex.types import ClassifyRequest, ClassifyResult, ErrorInfo, Timings, Usage, Verdict
 
 if TYPE_CHECKING:  # the service imports torch
@@ -115,8 +115,7 @@ def _as_asked(verdict: Verdict, name: str, id: str) -> Verdict:
 
 
 def _raised(name: str, info: ErrorInfo) -> LoraplexError:
-    status = BY_CODE[info.code].status if info.code in BY_CODE else 500
-    error = error_answered(info.code, info.message, remedy=info.remedy, status=status)
+    error = error_answered(info.code, info.message, remedy=info.remedy)
     if isinstance(error, ConfigurationError):
         error.adapter = name
     return error

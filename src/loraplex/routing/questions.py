@@ -31,7 +31,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is asked for typed questions.
+    """Holds what is asked for typed questions.
 
     request:   without a deadline and ids.
     names:     of each question: the classifier's or route's name, or the name of the question in the request.
@@ -88,26 +88,27 @@ async def plan(
     known = list(dict.fromkeys((*routes, *router.service.names())))
     names = _names(router, known, asked, model, aliases)
     questions = {name: one.question for one, name in zip(asked, names, strict=True) if not router.knows(name)}
-    adapters: dict[str, None] = {}
     warnings: dict[tuple[int, str], tuple[str, ...]] = {}
     first: dict[str, int] = {}
     for index, message in enumerate(() if isinstance(state, str) else state):
         first.setdefault(message.role, index)
+    of_adapters: dict[str, tuple[Contract | None, tuple[str, ...] | None]] = {}
     for index, (one, name) in enumerate(zip(asked, names, strict=True)):
         if name in questions:
             continue
         targets = routes[name].targets if name in routes else {name: 1}
         for adapter in (adapter for adapter, weight in targets.items() if weight):
-            adapters[adapter] = None
-            contract, labels = await _contract_of(router, adapter, one.place)
+            if is_new := adapter not in of_adapters:  # one classifier may answer thousands of questions
+                of_adapters[adapter] = await _contract_of(router, adapter, one.place)
+            contract, labels = of_adapters[adapter]
             if labels is not None:
                 _check_labels(one, adapter, contract, labels)
                 warnings[index, adapter] = _check_words(one, contract, strict)
-            if contract is not None and contract.format == "lines":
+            if is_new and contract is not None and contract.format == "lines":
                 _check_roles(first, {**contract.roles, **(roles or {})}, field)
     classifiers = tuple(dict.fromkeys(name for name in names if name not in questions))
     request = ClassifyRequest(input=state, classifiers=classifiers, questions=questions, roles=roles)
-    return Plan(asked=asked, request=request, names=names, adapters=adapters, warnings=warnings)
+    return Plan(asked=asked, request=request, names=names, adapters=of_adapters, warnings=warnings)
 
 
 def _names(router: Router, known: list[str], asked: Seq[Asked], model: str, aliases: Collection[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
-from loraplex.errors import BY_CODE, InvalidRequestError, LoraplexError, error_answered
+from loraplex.errors import InvalidRequestError, LoraplexError, error_answered
 from loraplex.messages import MAX_ITEMS, MessageBody
 from loraplex.problems import either, wrong
 from loraplex.server.json_body import JsonRoute
@@ -144,8 +144,7 @@ def lone(result: ClassifyResult | Failure) -> Verdict | LoraplexError:
         [verdict] = result.verdicts
         return verdict
     error = result.error
-    status = BY_CODE[error.code].status if error.code in BY_CODE else 500
-    return error_answered(error.code, error.message, remedy=error.remedy, status=status)
+    return error_answered(error.code, error.message, remedy=error.remedy)
 
 
 def _data(index: int, verdict: Verdict) -> ClassificationData:

@@ -14,7 +14,7 @@ from loraplex.routing.questions import Asked
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.routes import ERRORS
 from loraplex.server.schemas import Body
-from loraplex.server.typed import MAX_OPTIONS, Ours, Typed, TypedBody, decide, ours_of, response_of
+from loraplex.server.typed import MAX_OPTIONS, Ours, Typed, TypedBody, decide, ours_of, response_of, type_in
 from loraplex.server.typed_errors import DECISIONS
 from loraplex.state import items_of
 from loraplex.types import ErrorInfo, Question
@@ -73,16 +73,11 @@ class ScoreQuestion(_Question):
     levels: list[LevelBody] = Field(min_length=2, max_length=MAX_OPTIONS, description="from the lowest to the highest")
 
 
-def question_type(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if kind in TYPES else None
-
-
 AnyQuestion = Annotated[
     Annotated[PredicateQuestion, Tag("predicate")]
     | Annotated[ChoiceQuestion, Tag("choice")]
     | Annotated[ScoreQuestion, Tag("score")],
-    either("an object whose `type` is predicate, choice or score", question_type),
+    either("an object whose `type` is predicate, choice or score", type_in(TYPES)),
 ]
 
 

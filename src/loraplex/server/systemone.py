@@ -13,7 +13,18 @@ from loraplex.server.decisions import Diagnosis, diagnostics_of
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.routes import ERRORS
 from loraplex.server.schemas import Body
-from loraplex.server.typed import MAX_OPTIONS, Ours, TypedBody, Words, decide, error_of, ours_of, response_of, words_of
+from loraplex.server.typed import (
+    MAX_OPTIONS,
+    Ours,
+    TypedBody,
+    Words,
+    decide,
+    error_of,
+    ours_of,
+    response_of,
+    type_in,
+    words_of,
+)
 from loraplex.server.typed_errors import SYSTEMONE
 from loraplex.state import state_of
 from loraplex.types import Question
@@ -49,16 +60,11 @@ class ScoreQuestion(_Question):
     criteria: list[Words] = Field(min_length=2, max_length=MAX_OPTIONS, description="from the lowest to the highest")
 
 
-def question_type(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if kind in TYPES else None
-
-
 AnyQuestion = Annotated[
     Annotated[NoulQuestion, Tag("noul")]
     | Annotated[ChoiceQuestion, Tag("choice")]
     | Annotated[ScoreQuestion, Tag("score")],
-    either("an object whose `type` is noul, choice or score", question_type),
+    either("an object whose `type` is noul, choice or score", type_in(TYPES)),
 ]
 
 

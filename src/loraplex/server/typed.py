@@ -1,9 +1,9 @@
-"""What /v1/decisions and /v1/systemone share: how typed questions are asked, and what their answers say of us."""
+"""Holds what /v1/decisions and /v1/systemone share: how questions are asked, and what we add to their answers."""
 
 import asyncio
 import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from loraplex.config import ServerConfig
 from loraplex.decisions import Answer
-from loraplex.errors import BY_CODE, InvalidRequestError, LoraplexError, NotReadyError, error_answered, listed
+from loraplex.errors import InvalidRequestError, LoraplexError, NotReadyError, error_answered, listed
 from loraplex.messages import compact_json
 from loraplex.problems import either, unknown_field
 from loraplex.routing.questions import EVERYTHING, Asked, plan
@@ -165,6 +165,16 @@ def _config(request: Request) -> ServerConfig:
     return config
 
 
+def type_in(types: Collection[str]) -> Callable[[Any], str | None]:
+    """Return what finds a question's type, or None where it is none of `types`."""
+
+    def found(value: Any) -> str | None:
+        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        return kind if kind in types else None
+
+    return found
+
+
 def words_of(value: Any) -> str:
     """Return words that may be structured as text."""
     return "" if value is None else value if isinstance(value, str) else compact_json(value)
@@ -172,8 +182,7 @@ def words_of(value: Any) -> str:
 
 def error_of(info: ErrorInfo, name: str) -> LoraplexError:
     """Return a question's error as one of the whole request, which names the question."""
-    status = BY_CODE[info.code].status if info.code in BY_CODE else 500
-    return error_answered(info.code, f"{name!r}: {info.message}", remedy=info.remedy, status=status)
+    return error_answered(info.code, f"{name!r}: {info.message}", remedy=info.remedy)
 
 
 class OurAdapter(TypedDict):
@@ -182,7 +191,7 @@ class OurAdapter(TypedDict):
 
 
 class Ours(TypedDict):
-    """What an answer says beside its client's fields.
+    """Holds what an answer says beside its client's fields.
 
     x_verdict_id:  identifies the verdict, for feedback.
     x_adapter:     the adapter that answered; null where none was trained for the question.

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from loraplex.adapters.slots import NO_ADAPTER
+from loraplex.classifier import Contract, low_mass
 from loraplex.engine.sequence import Outcome, Sequence, SequenceOutput, Target
 from loraplex.errors import LoraplexError
 from loraplex.service.base import Base
@@ -14,7 +15,7 @@ from loraplex.text.question import Presentation, num_chars
 from loraplex.text.tokenizer import Conversations
 from loraplex.types import ClassifyRequest, ErrorInfo, Question, Verdict
 
-MIN_LABEL_MASS = 0.05  # a contract's default
+MIN_LABEL_MASS = Contract.model_fields["min_label_mass"].default
 NUM_TRIES = 10
 
 
@@ -59,7 +60,7 @@ class QuestionEvaluation:
                 targets=tuple(Target(position=-1, token_id=one) for one in follow),
             )
             for prompt, presentation in zip(self.prompts, self.presentations, strict=True)
-            for before, follow in presentation.reads().items()
+            for before, follow in presentation.reads.items()
         ]
 
     def take(self, outcomes: Seq[Outcome]) -> None:
@@ -82,10 +83,7 @@ class QuestionEvaluation:
         mass = math.fsum(math.fsum(map(math.exp, log_probs)) for log_probs in by_order) / len(by_order)
         warnings = ["zero_shot: no adapter was trained for this question, and the bare base answered it"]
         if mass < MIN_LABEL_MASS:
-            warnings.append(
-                f"low_label_mass: the labels have a probability of {mass:.2g} together, less than {MIN_LABEL_MASS:g}; "
-                "the base expects another text here, so the scores say little"
-            )
+            warnings.append(low_mass(mass, MIN_LABEL_MASS))
         is_score = self.question.type == "score"
         return Verdict(
             id=id,
@@ -104,7 +102,7 @@ def _label_log_probs(outputs: Iterator[SequenceOutput], presentation: Presentati
     presentation are taken from it."""
     found = {
         (*before, token_id): log_prob
-        for before, follow in presentation.reads().items()
+        for before, follow in presentation.reads.items()
         for token_id, log_prob in zip(follow, next(outputs).log_probs, strict=True)
     }
     log_probs = []

@@ -32,7 +32,7 @@ WITHOUT_INSTRUCTIONS: Mapping[QuestionType, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Presentation:
     """A question with its labels in one order.
 
@@ -44,7 +44,8 @@ class Presentation:
     template: Template
     answers: tuple[Answers, ...]
 
-    def reads(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+    @functools.cached_property
+    def reads(self) -> Mapping[tuple[int, ...], tuple[int, ...]]:
         """Return what is to be read: the tokens that may follow, by the tokens that stand before them behind the
         prompt. The first entry is () where the answers are one token each, and the only one."""
         reads: dict[tuple[int, ...], dict[int, None]] = {}

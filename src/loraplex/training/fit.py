@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -125,8 +126,10 @@ class Fit:
 
     @property
     def stopped(self) -> list[bool]:
-        """Which adapters have stopped: no evaluation was better for `patience` times, by log-loss neither."""
-        return [misses >= self._settings.patience for misses in self._best.misses]
+        """Return which adapters have stopped: no evaluation was better for `patience` times, by log-loss neither, or
+        they diverged."""
+        patience = self._settings.patience
+        return [misses >= patience or one in self._diverged for one, misses in enumerate(self._best.misses)]
 
     def run(
         self, tell: Callable[[Told], bool | None], save: Callable[[dict[str, Any]], None] = lambda state: None
@@ -295,16 +298,15 @@ class Fit:
         """Stop adapters that diverged, with their best weights, so that the others go on."""
         for adapter in adapters:
             self._diverged[adapter] = self._step + 1
-            self._best.misses[adapter] = self._settings.patience
             with torch.no_grad():
                 for parameter, best in zip(self._trainee.parameters(), self._best.weights, strict=True):
                     parameter[adapter].copy_(best[adapter])
 
     def _keep(self, found: Seq[Quality | None]) -> list[bool]:
-        is_best = []
+        is_best, stopped = [], self.stopped
         for adapter, one in enumerate(found):
             score = -math.inf if one is None else _score(one, self._settings.select)
-            better = score > self._best.scores[adapter] and self._best.misses[adapter] < self._settings.patience
+            better = score > self._best.scores[adapter] and not stopped[adapter]
             is_best.append(better)
             if better:
                 self._best.scores[adapter], self._best.quality[adapter] = score, one
@@ -315,7 +317,7 @@ class Fit:
             if one is not None:
                 is_lower = one.log_loss < self._best.log_losses[adapter]
                 self._best.log_losses[adapter] = min(one.log_loss, self._best.log_losses[adapter])
-                is_miss = self.stopped[adapter] or not (better or is_lower)
+                is_miss = stopped[adapter] or not (better or is_lower)
                 self._best.misses[adapter] = self._best.misses[adapter] + 1 if is_miss else 0
         return is_best
 
@@ -372,7 +374,7 @@ def _passes(conversations: Seq[Conversation], step_tokens: int) -> Iterator[list
     Where the base computes nothing of it, its questions share nothing, and may be in different parts."""
     part: list[Conversation] = []
     size = 0
-    for one in (part for whole in conversations for part in ([whole] if whole.token_ids else _apart(whole))):
+    for one in chain.from_iterable([whole] if whole.token_ids else _apart(whole) for whole in conversations):
         if not one.questions:
             continue
         if part and size + _num_tokens(one) > step_tokens:

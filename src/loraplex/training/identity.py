@@ -1,4 +1,4 @@
-"""What an interrupted run and the run that goes on with it must have in common."""
+"""Says what an interrupted run and the run that goes on with it must have in common."""
 
 from collections.abc import Iterator, Mapping
 from hashlib import sha256

@@ -5,13 +5,13 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 from loraplex.bundle import check_name, open_base
 from loraplex.errors import ConfigurationError, UnsupportedModelError, listed, quoted
 from loraplex.labelled import Labelled, read_labelled
+from loraplex.measuring.files import sha256
 from loraplex.model.loader import max_positions, read_config, read_layers
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.tokenizer import Tokenizer
@@ -139,7 +139,7 @@ def prepare(
         report=report,
         weights=tuple(_weights(report.counts[task.name], settings.balance) for task in tasks),
         data=data,
-        data_sha256=sha256(data.read_bytes()).hexdigest(),
+        data_sha256=sha256(data),
     )
 
 
