@@ -181,7 +181,7 @@ class Loraplex:
         return self.run(self.service.pin_adapter(name, is_pinned))
 
     def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        """Return (classifier, prompt, token ids) for each classifier of the request."""
+        """Return (name, prompt, token ids) for each classifier and each question of the request."""
         return self.run(self._router.show_prompt(request))
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:

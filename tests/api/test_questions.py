@@ -1,6 +1,7 @@
 """Questions that no adapter was trained for: who answers them, with which probabilities, and what is computed."""
 
 import asyncio
+import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -166,6 +167,18 @@ def test_the_state_is_computed_once_for_classifiers_and_questions(bundle: Path) 
     assert both.usage.computed_tokens <= trained.usage.computed_tokens + own + 1
     assert trained.usage.computed_tokens == shorter.usage.computed_tokens + state - 1
     assert both.usage.prompt_tokens > 8 * state
+
+
+def test_on_the_command_line_with_the_prompts_that_are_asked(bundle: Path, loraplex: Loraplex) -> None:
+    asks = ("-q", "Is it done?", "-q", "Is the customer polite?", "--show-prompt")
+    run = serving.loraplex("classify", bundle, *asks, "--dtype", "float32", "--json", "--text", TEXT)
+    answer = json.loads(run.stdout)
+    wanted = ask(loraplex, {name: Question(type="predicate", instructions=name) for name in asks[1:4:2]})
+    assert {one["classifier"]: one["scores"] for one in answer["verdicts"]} == {
+        name: pytest.approx(of, abs=EXACT) for name, of in scores(wanted).items()
+    }
+    assert [one["classifier"] for one in answer["prompts"]] == ["Is it done?"] * 2 + ["Is the customer polite?"] * 2
+    assert "Is the customer polite?" in answer["prompts"][3]["text"], "each question is asked in both orders"
 
 
 def test_the_order_of_the_labels_changes_nothing(loraplex: Loraplex, uncorrected: Loraplex) -> None:

@@ -27,7 +27,8 @@ from loraplex.cli.options import (
 from loraplex.config import EngineConfig, resolve
 from loraplex.disk import refuse_pointer
 from loraplex.errors import ConfigurationError, InvalidRequestError, UnknownClassifierError
-from loraplex.types import ClassifyRequest, ClassifyResult, classifier_names
+from loraplex.text.question import check_question
+from loraplex.types import ClassifyRequest, ClassifyResult, Question, classifier_names
 
 BAR, MOST_BARS = 10, 8  # characters of a bar, and bars of a verdict
 
@@ -43,6 +44,12 @@ def classify(
         typer.Option("--classifier", "-c", metavar="NAME", help="Run this classifier. Repeatable."),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Run every classifier.")] = False,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--question", "-q", metavar="TEXT", help="Put this yes/no question to the bare base, in words. Repeatable."
+        ),
+    ] = None,
     text: Annotated[str | None, typer.Option(help="The conversation.")] = None,
     file: Annotated[
         Path | None, typer.Option(help="A UTF-8 text file with the conversation; - reads standard input.")
@@ -64,10 +71,15 @@ def classify(
 
     Example: [bold]loraplex classify examples/support_desk/bundle -c issueResolved --json - < conversation.txt[/]
 
+    Example: [bold]loraplex classify path/to/base -q "Is the customer polite?" --text "Customer: Thanks, bye!"[/]
+
     Exit code 0: every classifier gave a verdict; 1: something failed; 2: wrong usage.
     """
-    if every == bool(classifier):
-        raise typer.BadParameter("name classifiers with --classifier, or give --all", param_hint="--classifier/--all")
+    if (every and classifier) or not (every or classifier or question):
+        raise typer.BadParameter(
+            "name classifiers with --classifier, give --all, or ask a --question",
+            param_hint="--classifier/--all/--question",
+        )
     if sum(source is not None for source in (stdin, text, file)) != 1:
         raise typer.BadParameter("give exactly one conversation", param_hint="--text/--file/-")
     if stdin not in (None, "-"):
@@ -82,7 +94,7 @@ def classify(
                 "warning: --text holds \\n as two characters and no line end; give $'…\\n…', or --file", err=True
             )
         bundle = open_bundle(path)
-        given = {"device": device, "dtype": dtype}
+        given = {"device": device, "dtype": dtype, "adhoc_questions": bool(question) or None}
         config = resolve(EngineConfig, bundle.settings.engine, given, origins(context))
         from loraplex.inprocess import Loraplex
         from loraplex.service.named_adapters import add_adapters
@@ -91,7 +103,14 @@ def classify(
         check_effects(config, origins(context))
         bundle = add_adapters(bundle, adapters, config, tell)
         preparation = prepare(bundle, config)
-        request = ClassifyRequest(input=conversation, classifiers=classifier_names("*" if every else classifier or ()))
+        request = ClassifyRequest(
+            input=conversation,
+            classifiers=classifier_names("*" if every else classifier or ()),
+            questions={one: Question(type="predicate", instructions=one) for one in question or ()},
+            cascade=cascade,
+        )
+        for name, asked in request.questions.items():
+            check_question(name, asked)
         known = [*sorted(preparation.names), *bundle.settings.routes]
         for name in () if request.classifiers == "*" else request.classifiers:
             if name not in known:
@@ -99,7 +118,7 @@ def classify(
         quiet_libraries()
         with Loraplex.start(bundle, config, preparation) as loraplex:
             prompts = loraplex.show_prompt(request) if show_prompt else ()
-            result = loraplex.classify(conversation, request.classifiers, cascade=cascade)
+            result = loraplex.run(loraplex.router.classify(request))
     if as_json:
         from loraplex.server.schemas import result_json
 

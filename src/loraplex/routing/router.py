@@ -222,11 +222,12 @@ class Router:
         return result
 
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        """Return (requested name, prompt, token ids) for each classifier; see `Service.show_prompt`."""
+        """Return (requested name, prompt, token ids) for each classifier and question; see `Service.show_prompt`."""
         adapters = self._adapters(request)
         shown = await self.service.show_prompt(replace(request, classifiers=tuple(adapters.values())))
         prompts = {adapter: (text, token_ids) for adapter, text, token_ids in shown}
-        return tuple((name, *prompts[adapter]) for name, adapter in adapters.items())
+        of_questions = [one for one in shown if one[0] in request.questions]
+        return (*((name, *prompts[adapter]) for name, adapter in adapters.items()), *of_questions)
 
     def _adapters(self, request: ClassifyRequest) -> dict[str, str]:
         """Return requested name -> adapter. `"*"` means every route, and every classifier that no route uses."""

@@ -11,6 +11,7 @@ from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
 from loraplex.service.completion import Completion
 from loraplex.service.computing import Computing, num_chars
+from loraplex.service.questions import QuestionEvaluation
 from loraplex.service.verdict import render
 from loraplex.service.versions import Versions
 from loraplex.text.tokenizer import Conversations
@@ -24,7 +25,8 @@ class Prompts:
         self._base, self._versions, self._computing = base, versions, computing
 
     async def show(self, names: Seq[str], request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        """Return (classifier, prompt, token ids) for each of `names`, without computing an answer."""
+        """Return (name, prompt, token ids) for each of `names`, and for each question of the request in each order
+        of its labels, without computing an answer."""
         conversations = Conversations()
         shown = []
         for name in names:
@@ -35,6 +37,12 @@ class Prompts:
             finally:
                 lease.release()
             shown.append((name, prompt.text, prompt.token_ids))
+        for name, question in request.questions.items():
+            asked = QuestionEvaluation(name=name, question=question)
+            await asyncio.to_thread(asked.tokenize, request, self._base, conversations)
+            if asked.error is not None:
+                raise asked.error
+            shown += [(name, prompt.text, prompt.token_ids) for prompt in asked.prompts]
         return tuple(shown)
 
     async def tokenize(self, request: GenerateRequest) -> tuple[Seq[int], list[str]]:

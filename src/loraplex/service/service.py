@@ -332,8 +332,11 @@ class Service:
         return completion.result(outputs, _timings(started, tokenized, outputs))
 
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        """Return (classifier, prompt, token ids) for each classifier of the request, without computing an answer."""
-        return await self.prompts.show(self._names(request), request)
+        """Return (name, prompt, token ids) for each classifier of the request, and for each question in each order of
+        its labels, without computing an answer."""
+        names = self._names(request)
+        self._check_questions(request.questions, names)
+        return await self.prompts.show(names, request)
 
     async def version_of(self, name: str) -> ClassifierVersion:
         """Return the version that answers for `name`, loading it if needed."""

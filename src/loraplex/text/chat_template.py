@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from loraplex.classifier import valid_unicode
+from loraplex.classifier import CONVERSATION, QUESTION, valid_unicode
 from loraplex.errors import InvalidRequestError, shortened
 from loraplex.messages import escaped_message, template_message
 from loraplex.text.tokenizer import Tokenizer
@@ -46,6 +46,24 @@ class ChatTemplate:
         if self._takes_parts:
             turns = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in turns]
         return self.tokenizer.apply_chat_template(turns, self.text, options or {})
+
+    def around_question(self, options: Mapping[str, Any] | None = None) -> str:
+        """Return a prompt with the placeholders of a conversation and, behind it, a question: each is a message of the
+        user, so that all before the question is the same for all questions; or both are one message, where the template
+        refuses two. Raises ValueError, which says why there is none."""
+        problem = ""
+        for contents in ((CONVERSATION, QUESTION), (f"{CONVERSATION}\n\n{QUESTION}",)):
+            try:
+                text = self.render([Message(role="user", content=content) for content in contents], options)
+            except Exception as exc:  # a template may refuse two messages of the user, with any error
+                problem = shortened(str(exc))
+                continue
+            if text.count(CONVERSATION) == text.count(QUESTION) == 1 and text.index(CONVERSATION) < text.index(
+                QUESTION
+            ):
+                return text
+            problem = "it does not write each message once, in their order"
+        raise ValueError(f"the base's chat template makes no prompt of a text and a question: {problem}")
 
     @functools.cached_property
     def _takes_parts(self) -> bool:

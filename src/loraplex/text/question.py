@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import chain
 
 from loraplex.classifier import CONVERSATION, QUESTION, Contract, normalized, valid_unicode
-from loraplex.errors import ConfigurationError, ContractError, InputTooLongError, InvalidRequestError, quoted, shortened
+from loraplex.errors import ConfigurationError, ContractError, InputTooLongError, InvalidRequestError, quoted
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.codes import WORDS, Answers, Codes, Kind
 from loraplex.text.template import Template
-from loraplex.types import Message, Question, QuestionType
+from loraplex.types import Question, QuestionType
 
 MAX_LABELS = 255
 PLAIN = f"{CONVERSATION}\n\n{QUESTION}\nAnswer:"  # for a base without a chat template
@@ -146,26 +146,17 @@ def check_question(name: str, question: Question) -> None:
 
 
 def _template(chat: ChatTemplate) -> str:
-    """Return the text around a conversation and a question: each is a message of the user, or both are one where the
-    chat template refuses two."""
+    """Return the text around a conversation and a question."""
     if chat.text is None:
         return PLAIN
-    tries = [(CONVERSATION, QUESTION), (f"{CONVERSATION}\n\n{QUESTION}",)]
-    problem = ""
-    for contents in tries:
-        try:
-            text = chat.render([Message(role="user", content=content) for content in contents], NO_THINKING)
-        except Exception as exc:  # a template may refuse two messages of the user, with any error
-            problem = shortened(str(exc))
-            continue
-        if text.count(CONVERSATION) == text.count(QUESTION) == 1 and text.index(CONVERSATION) < text.index(QUESTION):
-            return text
-        problem = "it does not write each message once, in their order"
-    raise ConfigurationError(
-        "--adhoc-questions",
-        f"the base's chat template makes no prompt of a text and a question: {problem}",
-        remedy="leave the option out, or give the base a chat template that takes a message of the user",
-    )
+    try:
+        return chat.around_question(NO_THINKING)
+    except ValueError as exc:
+        raise ConfigurationError(
+            "--adhoc-questions",
+            str(exc),
+            remedy="leave the option out, or give the base a chat template that takes a message of the user",
+        ) from None
 
 
 def _written(kind: Kind, instructions: str, options: Seq[tuple[str, str]]) -> str:

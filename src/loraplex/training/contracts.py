@@ -14,7 +14,6 @@ from loraplex.problems import similar
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.template import Template
 from loraplex.training.settings import TrainSettings
-from loraplex.types import Message
 
 POSITIVE = ("yes", "true", "1", "positive")
 LEAST_ACTIVE = 2  # tokens that an adapter acts on at least, before the label
@@ -96,7 +95,10 @@ def make_task(
         if chat.text is None:
             values["template"] = PLAIN_QUESTION if asks else PLAIN
         elif asks:
-            values["template"] = _two_messages(chat)
+            try:
+                values["template"] = chat.around_question()
+            except ValueError as exc:
+                raise ConfigurationError("--prompt question", str(exc), remedy="give a --template") from None
     if "labels" not in values:
         if len(labels) < 2:
             raise ConfigurationError(
@@ -112,16 +114,6 @@ def make_task(
         chat, contract, max_model_len, f"classifier {name}", invocation, reads_labels=settings.kind != "score"
     )
     return Task(name=name, contract=contract, template=template, invocation=invocation)
-
-
-def _two_messages(chat: ChatTemplate) -> str:
-    """Return a template with the conversation in one message of the user and the question in a second one, so that all
-    before the question is the same for all classifiers; in one message where the chat template refuses two."""
-    conversation, question = Message(role="user", content=CONVERSATION), Message(role="user", content=QUESTION)
-    try:
-        return chat.render([conversation, question])
-    except Exception:  # a template may refuse two messages of the user, with any error
-        return chat.render([Message(role="user", content=f"{CONVERSATION}\n\n{QUESTION}")])
 
 
 def _invocation(
