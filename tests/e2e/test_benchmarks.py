@@ -174,3 +174,20 @@ def test_questions_are_measured_in_one_order_and_in_both(tmp_path: Path) -> None
     rows = [line.split(" | ")[:3] for line in run.stdout.splitlines()[2:]]
     names = [("isTravel", "2"), ("topic", "1")]
     assert rows == [[f"| {name}", order, n] for order in ("one order", "both orders") for name, n in names]
+
+
+def test_typed_questions_are_measured_over_http(tmp_path: Path) -> None:
+    asked.save_chat_bundle(tmp_path / "base")
+    texts = ("Customer: a flight", "Customer: my bill", "Customer: a flight", "Customer: a table")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text, "labels": {}}) + "\n" for text in texts))
+    (tmp_path / "questions.yaml").write_text(
+        'isTravel: "Is it about travel?"\ntopic: {type: choice, instructions: "What about?", labels: [travel, money]}\n'
+        'anger: {type: score, instructions: "How angry?", labels: [not, very]}\n'
+    )
+    files = ["--data", str(tmp_path / "data.jsonl"), "--questions", str(tmp_path / "questions.yaml")]
+    command = [sys.executable, "-m", "benchmarks.decisions", str(tmp_path / "base"), *files, "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=serving.ROOT, timeout=120)
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "report.json").read_text())["servers"]["loraplex"]
+    assert found["seconds"]["median"] > 0 and found["ratio"]["median"] == 1
+    assert 0 < found["computed_tokens"] < found["prompt_tokens"], "a text is computed once for all its questions"
