@@ -18,7 +18,9 @@ QUESTIONS = {
         descriptions={"table": "a table for two"},
     ),
     "hurry": Question(type="score", instructions="How urgent is it?", labels=("calm", "soon", "now")),
-    "alike": Question(type="choice", instructions="When?", labels=("done today", "done soon")),
+    "alike": Question(
+        type="choice", instructions="When?", labels=("done before the end of today", "done before the end of the week")
+    ),
     "untold": Question(type="choice", instructions="", labels=("hello", "thanks")),
 }
 

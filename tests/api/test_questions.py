@@ -97,25 +97,32 @@ def test_probabilities_are_those_of_the_base_after_the_prompt(uncorrected: Lorap
             "table payment other",
         ),
         "hurry": ("How urgent is it?\n0. calm\n1. soon\n2. now\nAnswer with the number of one level.", "0 1 2"),
-        "alike": ("When?\nA. done today\nB. done soon\nAnswer with the letter of one option.", "A B"),
+        "alike": (
+            "When?\nA. done before the end of today\nB. done before the end of the week\n"
+            "Answer with the letter of one option.",
+            "A B",
+        ),
         "untold": ("Which option fits best?\n- hello\n- thanks\nAnswer with the name of one option.", "hello thanks"),
     }
+
+    def probability(ids: list[int], behind: tuple[int, ...]) -> float:
+        with torch.inference_mode():
+            rows = model(torch.tensor([[*ids, *behind]])).logits[0].softmax(-1)
+        return math.prod(rows[len(ids) - 1 + at, token].item() for at, token in enumerate(behind))
+
     verdicts = ask(uncorrected)
+    assert uncorrected.service.base.questions is not None
     for name, (text, codes) in written.items():
         prompt = f"<|ask|>user\n{TEXT}</s>\n<|ask|>user\nQuestion about the text above: {text}</s>\n<|ask|>assistant\n"
         ids = tokenizer(prompt)["input_ids"]
-        with torch.inference_mode():
-            probabilities = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+        [presentation] = uncorrected.service.base.questions.present(QUESTIONS[name])
         found = []
-        for code in codes.split():  # each in all its spellings
-            spelled = {code, f" {code}", code.capitalize(), f" {code.capitalize()}"}
-            found.append(
-                sum(probabilities[one].item() for one in {tokenizer(text)["input_ids"][0] for text in spelled})
-            )
-        # Spellings that begin with the same token, such as a space, tell nothing.
-        own = [probabilities[tokenizer(code)["input_ids"][0]].item() for code in codes.split()]
-        assert verdicts[name].label_mass is not None
-        assert sum(own) - EXACT <= verdicts[name].label_mass <= sum(found) + EXACT
+        for code, answers in zip(codes.split(), presentation.answers, strict=True):
+            assert {tokenizer.decode(answer).strip().lower() for answer in answers} == {code.lower()}
+            found.append(sum(probability(ids, answer) for answer in answers))
+        assert verdicts[name].label_mass == pytest.approx(sum(found), rel=1e-3)
+        expected = dict(zip(QUESTIONS[name].labels, (one / sum(found) for one in found), strict=True))
+        assert verdicts[name].scores == pytest.approx(expected, abs=EXACT)
 
 
 def test_the_same_question_gets_the_same_probability_in_any_mix(loraplex: Loraplex) -> None:
@@ -267,11 +274,12 @@ def test_many_labels_are_told_apart_by_two_letters_that_are_a_token_each(uncorre
     start = len(tokenizer(prompt)["input_ids"])
     found = {}
     for label, pair in zip(many.labels, PAIRS, strict=False):
-        ids = tokenizer(prompt + pair)["input_ids"]
-        assert len(ids) == start + 2
-        with torch.inference_mode():
-            rows = model(torch.tensor([ids])).logits[0].softmax(-1)
-        found[label] = math.prod(rows[at - 1, ids[at]].item() for at in (start, start + 1))
+        found[label] = 0.0
+        for spelled in (pair, f" {pair}"):
+            ids = tokenizer(prompt + spelled)["input_ids"]
+            with torch.inference_mode():
+                rows = model(torch.tensor([ids])).logits[0].softmax(-1)
+            found[label] += math.prod(rows[at - 1, ids[at]].item() for at in range(start, len(ids)))
     mass = sum(found.values())
     assert verdict.label_mass == pytest.approx(mass, rel=1e-3)
     assert verdict.scores == pytest.approx({label: one / mass for label, one in found.items()}, abs=EXACT)
@@ -306,7 +314,11 @@ BODIES: Mapping[str, Any] = {
         "criteria": {"table": "a table for two", "payment": None, "other": ""},
     },
     "hurry": {"type": "score", "instructions": "How urgent is it?", "labels": ["calm", "soon", "now"]},
-    "alike": {"type": "choice", "instructions": "When?", "labels": ["done today", "done soon"]},
+    "alike": {
+        "type": "choice",
+        "instructions": "When?",
+        "labels": ["done before the end of today", "done before the end of the week"],
+    },
     "untold": {"type": "choice", "labels": ["hello", "thanks"]},
 }
 

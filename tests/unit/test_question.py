@@ -12,10 +12,10 @@ import tiny
 from asked import CHATML, QUESTIONS
 from loraplex.errors import ConfigurationError, InputTooLongError, InvalidRequestError
 from loraplex.text.chat_template import ChatTemplate
-from loraplex.text.codes import LETTERS, PAIRS, Codes
+from loraplex.text.codes import LETTERS, MAX_BEGINNINGS, PAIRS, Codes, beginnings
 from loraplex.text.question import Presentation, QuestionPrompts
 from loraplex.text.tokenizer import Conversations, Tokenizer
-from loraplex.types import Question
+from loraplex.types import Question, QuestionType
 
 TEXT = "Customer: hello"
 Made = Callable[[PreTrainedTokenizerFast], Tokenizer]
@@ -71,8 +71,8 @@ def test_only_letters_change_hands_in_the_reverse_order(made: Made) -> None:
         first, second = questions.present(QUESTIONS[name])
         assert first.answers == second.answers
     one, turned = written(questions, QUESTIONS["alike"])
-    assert "A. done today\nB. done soon\nAnswer with the letter" in one
-    assert "A. done soon\nB. done today\nAnswer with the letter" in turned
+    assert "A. done before the end of today\nB. done before the end of the week\nAnswer with the letter" in one
+    assert "A. done before the end of the week\nB. done before the end of today\nAnswer with the letter" in turned
     first, second = questions.present(QUESTIONS["alike"])
     assert first.answers == second.answers[::-1]
 
@@ -149,25 +149,68 @@ def test_a_question_that_fills_the_base_is_refused(made: Made) -> None:
 
 
 @pytest.mark.parametrize("end", ["\n", "</s>\n", "Answer:"])
-def test_each_code_begins_with_a_token_that_no_other_code_begins_with(made: Made, end: str) -> None:
+def test_no_answer_begins_another_and_each_code_is_read_in_the_same_forms(made: Made, end: str) -> None:
     for tokenizer in (tiny.byte_level_tokenizer(), tiny.metaspace_tokenizer(), tiny.metaspace_tokenizer("always")):
         codes = Codes(made(tokenizer), f"hello{end}", add_special_tokens=True)
         for type, num in (("predicate", 2), ("choice", 2), ("choice", 20), ("score", 5), ("score", 10)):
-            coding = codes.of(type, [f"label {i}" for i in range(num)])  # type: ignore[arg-type]
-            tokens = [token for answers in coding.answers for (token,) in answers]
-            assert len(coding.answers) == num and all(coding.answers) and len(set(tokens)) == len(tokens)
+            coding = codes.of(type, [f"{i}, which is a label of its own" for i in range(num)])  # type: ignore[arg-type]
+            found = [ids for answers in coding.answers for ids in answers]
+            assert len(coding.answers) == num and len(set(map(len, coding.answers))) == 1
+            assert len(set(found)) == len(found) and beginnings(coding.answers).isdisjoint(found)
 
 
 def labels(num: int) -> list[str]:
-    return [f"label {i}" for i in range(num)]
+    return [f"{i}, which is a label of its own" for i in range(num)]
 
 
-def test_labels_that_begin_differently_stand_for_themselves(made: Made) -> None:
+def test_short_labels_stand_for_themselves_in_every_spelling(made: Made) -> None:
     codes = Codes(made(words("hello", "paid", "Paid", "not", "open", "A", "B")), "hello", add_special_tokens=False)
     coding = codes.of("choice", ["paid", "not paid"])
-    assert (coding.kind, coding.codes, coding.answers) == ("names", ("paid", "not paid"), (((2,), (3,)), ((4,),)))
-    for alike in (["not paid", "not open"], ["paid", "open " * 9], ["paid", "paid"], ["paid", "unknown"]):
-        assert codes.of("choice", alike).kind == "letters"
+    assert (coding.kind, coding.codes, coding.answers) == ("names", ("paid", "not paid"), (((2,),), ((4, 2),))), (
+        "no word is Not"
+    )
+    assert codes.of("choice", ["not paid", "not open"]).answers == (((4, 2),), ((4, 5),))
+    for alike in (["not", "not open"], ["paid", "open " * 9], ["paid", "paid"], ["paid", "unknown"]):
+        assert codes.of("choice", alike).kind == "letters", "one begins the other, is long, is the same, or is unknown"
+
+
+def test_labels_that_take_many_tokens_are_asked_by_letters(made: Made) -> None:
+    """A label's beginnings are computed behind the prompt."""
+    codes = Codes(made(tiny.byte_level_tokenizer()), "hello\n", add_special_tokens=True)
+    coding = codes.of("choice", ["billing", "delivery", "other"])
+    assert coding.kind == "names" and len(beginnings(coding.answers)) <= MAX_BEGINNINGS
+    assert {len(answers) for answers in coding.answers} == {2}, "four forms take too many"
+    assert codes.of("choice", [f"{letter}xyzwvutsrqponml" for letter in "abcdef"]).kind == "letters"
+
+
+@pytest.mark.parametrize(
+    ("type", "given", "codes_"),
+    [
+        ("predicate", ("no", "yes"), ("no", "yes")),
+        ("predicate", ("False", "True"), ("no", "yes")),
+        ("predicate", ("open", "paid"), ("yes", "no")),
+        ("score", ("1", "2", "3"), ("1", "2", "3")),
+        ("score", ("3", "2"), ("3", "2")),
+        ("score", ("low", "high"), ("0", "1")),
+        ("score", ("-1", "0", "1"), ("A", "B", "C")),
+        ("score", ("9", "10"), ("A", "B")),
+    ],
+)
+def test_a_code_never_contradicts_its_label(
+    made: Made, type: QuestionType, given: tuple[str, ...], codes_: tuple[str, ...]
+) -> None:
+    codes = Codes(made(tiny.byte_level_tokenizer()), "hello\n", add_special_tokens=True)
+    coding, alone = codes.of(type, given), codes.of("predicate" if type == "predicate" else "score", labels(2))
+    assert coding.codes == codes_
+    if type == "predicate":
+        assert coding.answers == tuple(dict(zip(alone.codes, alone.answers, strict=True))[code] for code in codes_)
+
+
+def test_levels_that_are_numbers_are_shown_as_they_are(made: Made) -> None:
+    question = Question(type="score", instructions="How sure?", labels=("1", "2", "3"), descriptions={"3": "certain"})
+    one, turned = written(prompts(made(tiny.byte_level_tokenizer())), question)
+    assert "sure?\n- 1\n- 2\n- 3: certain\nAnswer with the number" in one
+    assert "sure?\n- 3: certain\n- 2\n- 1\nAnswer with the number" in turned
 
 
 def test_unknown_words_are_not_told_apart(made: Made) -> None:
@@ -210,7 +253,7 @@ def test_a_long_answers_tokens_fit_behind_the_prompt(made: Made) -> None:
         prompts(tokenizer, size=2000, turned=False).present(Question(type="choice", instructions="?", labels=labels_))
         for labels_ in (tuple("abcd"), tuple(map(str, range(100))))
     )
-    for presented, num in ((few, 2000), (many, 1999)):
+    for presented, num in ((few, 2000), (many, 1998)):
         prompt = presented.template.prompt("hello \n" * 2000, Conversations())
         assert len(prompt.token_ids) <= num
-    assert max(len(answer) for answers in many.answers for answer in answers) == 2
+    assert max(len(answer) for answers in many.answers for answer in answers) == 3, "a space and two letters"

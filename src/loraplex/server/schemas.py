@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, Tag, TypeAdapter, model_valid
 from pydantic.json_schema import SkipJsonSchema
 
 from loraplex.discovery import SkippedFolder
+from loraplex.labelled import YES_NO
 from loraplex.messages import MAX_ITEMS, MessageBody
 from loraplex.problems import NumbersAreNoBooleans, either, wrong
 from loraplex.types import (
@@ -24,7 +25,6 @@ from loraplex.types import (
 )
 
 MAX_QUESTIONS, MAX_LABELS = 400, 255
-YES_NO = ("yes", "no")  # a predicate's labels by default
 
 RESULT: TypeAdapter[ClassifyResult | BatchResult] = TypeAdapter(ClassifyResult | BatchResult)
 
@@ -72,8 +72,8 @@ class QuestionBody(Body):
     def to_question(self) -> Question:
         described = {label: text for label, text in (self.criteria or {}).items() if text}
         labels = tuple(self.labels or self.criteria or ())
-        if self.type == "predicate" and self.labels is None and {*labels} <= {*YES_NO}:
-            labels = YES_NO
+        if self.type == "predicate" and self.labels is None:  # the order of an object's keys says nothing
+            labels = next((one for one in YES_NO if {*labels} <= {*one}), labels)
         return Question(type=self.type, instructions=self.instructions, labels=labels, descriptions=described)
 
 

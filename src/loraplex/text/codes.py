@@ -1,24 +1,28 @@
 """Codes: short texts that a base answers with in place of a question's labels, such as letters. The tokenizer has to
-keep them apart: by their first tokens, or where there are many by all of their tokens."""
+keep them apart."""
 
 import functools
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, combinations, product
 from typing import Literal
 
 from loraplex.errors import InvalidRequestError
+from loraplex.labelled import YES_NO
 from loraplex.text.tokenizer import Tokenizer
 from loraplex.types import QuestionType
 
 WORDS, DIGITS, LETTERS = ("yes", "no"), tuple(string.digits), tuple(string.ascii_uppercase)
 PAIRS = tuple(map("".join, product(LETTERS, LETTERS)))
-MAX_NAME = 24  # characters of labels that stand for themselves; what begins a sentence says little about it
+MAX_NAME = 24  # characters of labels that stand for themselves
+MAX_BEGINNINGS = 48  # of labels that stand for themselves; else fewer forms are read, or letters
+FORMS = tuple(chain.from_iterable(combinations(range(4), num) for num in (4, 3, 2, 1)))  # of a code that may be read
 
-Answers = tuple[tuple[int, ...], ...]
+TokenIds = tuple[int, ...]
+Answers = tuple[TokenIds, ...]
 Kind = Literal["names", "words", "digits", "letters", "pairs"]
 OF_KIND: Mapping[Kind, tuple[str, ...]] = {"words": WORDS, "digits": DIGITS, "letters": LETTERS, "pairs": PAIRS}
 # The first kind is used of which there are enough. Names are the labels themselves.
@@ -33,8 +37,8 @@ KINDS: Mapping[QuestionType, tuple[Kind, ...]] = {
 class Coding:
     """A question's codes, in the order of its labels.
 
-    answers:  for each code, the sequences of tokens with which an answer begins that means it. None of all codes'
-              sequences begins another.
+    answers:  for each code, the sequences of tokens with which an answer begins that means it, in the same forms for
+              all codes. None of all codes' sequences begins another.
     """
 
     kind: Kind
@@ -49,66 +53,78 @@ class Codes:
         """prompt: any prompt that ends as all do."""
         self._tokenizer, self._prompt, self._adds = tokenizer, prompt, add_special_tokens
         self._ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        self._of_kind = functools.cache(lambda kind: self._apart(OF_KIND[kind]))
-        self._pairs_in_full = functools.cache(lambda: self._in_full(PAIRS))
+        self._of_kind = functools.cache(lambda kind: self._spelled(OF_KIND[kind]))
 
     def of(self, type: QuestionType, labels: Seq[str]) -> Coding:
         """Return codes for the labels of a question. Raises InvalidRequestError where too few are kept apart."""
         num, most = len(labels), 0
         for kind in KINDS[type]:
-            is_names = kind == "names"
-            if is_names and (len(set(labels)) < num or max(map(len, labels)) > MAX_NAME):
+            own = _own(kind, labels)
+            if own is not None and (len(set(own)) < num or max(map(len, own)) > MAX_NAME):
                 continue
-            found = self._apart(labels) if is_names else self._of_kind(kind)
-            if len(found) >= num:
-                return Coding(kind=kind, codes=tuple(found)[:num], answers=tuple(found.values())[:num])
-            most = max(most, len(found))
-        if "pairs" in KINDS[type]:  # as for tokenizers that have few pairs of letters as one token
-            found = self._pairs_in_full()
-            if len(found) >= num:
-                return Coding(kind="pairs", codes=tuple(found)[:num], answers=tuple(found.values())[:num])
-            most = max(most, len(found))
+            found = self._spelled(own) if own is not None and kind == "names" else self._of_kind(kind)
+            if own is not None:
+                found = {code: found[code] for code in own if code in found}
+            for forms in FORMS:
+                apart = _apart(found, forms)
+                if len(apart) >= num:
+                    codes = tuple(apart)[:num]
+                    answers = tuple(apart[code] for code in codes)
+                    if kind != "names" or len(beginnings(answers)) <= MAX_BEGINNINGS:
+                        return Coding(kind=kind, codes=codes, answers=answers)
+                most = max(most, len(apart))
         raise InvalidRequestError(
             f"a question has {num} labels, and the base's tokenizer keeps {most} apart", remedy="ask with fewer labels"
         )
 
-    def _apart(self, codes: Seq[str]) -> dict[str, Answers]:
-        """Return those of the codes that have first tokens of their own, with these tokens."""
-        firsts = {code: self._firsts(code) for code in codes}
-        counts = Counter(first for found in firsts.values() for first in found)
-        apart = {code: tuple((one,) for one in sorted(found) if counts[one] == 1) for code, found in firsts.items()}
-        return {code: answers for code, answers in apart.items() if answers}
-
-    def _in_full(self, codes: Seq[str]) -> dict[str, Answers]:
-        """Return those of the codes that are told apart by all of their tokens, with the shortest spellings of each."""
-        spelled = {code: [tuple(ids) for ids in map(self._behind, _spellings(code)) if ids] for code in codes}
-        shortest = {code: {ids for ids in found if len(ids) == min(map(len, found))} for code, found in spelled.items()}
-        counts = Counter(ids for found in shortest.values() for ids in found)
-        begun = {ids[:num] for ids in counts for num in range(1, len(ids))}
-        special = self._tokenizer.special_ids
-        apart = {
-            code: tuple(
-                ids for ids in sorted(found) if counts[ids] == 1 and ids not in begun and special.isdisjoint(ids)
-            )
-            for code, found in shortest.items()
-        }
-        return {code: answers for code, answers in apart.items() if answers}
-
-    def _firsts(self, code: str) -> set[int]:
-        """Return the first tokens of the code's spellings; where some spellings are one token, only these."""
-        spelled = list(filter(None, map(self._behind, _spellings(code))))
-        return {ids[0] for ids in spelled if len(ids) == 1} or {ids[0] for ids in spelled}
+    def _spelled(self, codes: Iterable[str]) -> dict[str, tuple[TokenIds, ...]]:
+        """Return the tokens of each code in each of its forms; none for a form that cannot be read."""
+        return {code: tuple(tuple(self._behind(text)) for text in _spellings(code)) for code in codes}
 
     def _behind(self, text: str) -> list[int]:
-        """Return the tokens of `text` behind the prompt; none where the prompt's own end would change, or the first of
-        them stands for all that is unknown."""
+        """Return the tokens of `text` behind the prompt; none where the prompt's own end would change, or one of them
+        is special, such as that of all that is unknown."""
         num = len(self._ids)
         ids = self._tokenizer.encode(self._prompt + text, add_special_tokens=self._adds)
-        is_clean = ids[:num] == self._ids and self._tokenizer.special_ids.isdisjoint(ids[num : num + 1])
+        is_clean = ids[:num] == self._ids and self._tokenizer.special_ids.isdisjoint(ids[num:])
         return ids[num:] if is_clean else []
 
 
+def beginnings(answers: Iterable[Answers]) -> set[TokenIds]:
+    """Return all that answers begin with and that is no whole answer: each is computed behind the prompt."""
+    return {ids[:num] for ids in chain.from_iterable(answers) for num in range(1, len(ids))}
+
+
+def _apart(spelled: Mapping[str, Seq[TokenIds]], forms: Seq[int]) -> dict[str, Answers]:
+    """Return those of the codes that are told apart in all of `forms`. Each is read in the same forms: to read one in
+    more of them than another would favour it."""
+    chosen = {
+        code: {found[form] for form in forms} for code, found in spelled.items() if all(found[form] for form in forms)
+    }
+    counts = Counter(chain.from_iterable(chosen.values()))
+    begun = beginnings(tuple(ids) for ids in chosen.values())
+    return {
+        code: tuple(sorted(ids))
+        for code, ids in chosen.items()
+        if begun.isdisjoint(ids) and all(counts[one] == 1 for one in ids)
+    }
+
+
+def _own(kind: Kind, labels: Seq[str]) -> Seq[str] | None:
+    """Return the codes that the labels need because of what they say: names are their own, no and false are not called
+    yes, and a level that is called 1 is not called 0. None where any codes will do."""
+    if kind == "names":
+        return labels
+    said = [label.strip().lower() for label in labels]
+    if kind == "words":
+        return next(([WORDS[of.index(one)] for one in said] for of in YES_NO if {*said} == {*of}), None)
+    if kind == "digits" and any(one.lstrip("+-").replace(".", "", 1).isdecimal() for one in said):
+        return said
+    return None
+
+
 def _spellings(code: str) -> tuple[str, ...]:
-    """Return how a base may write the code: some begin their answers with a space, or with a capital letter."""
-    written = dict.fromkeys((code, code[:1].upper() + code[1:]))
-    return (*written, *(f" {one}" for one in written))
+    """Return the forms in which a base may write the code: some begin their answers with a space, or with a capital
+    letter."""
+    capital = code[:1].upper() + code[1:]
+    return (code, capital, f" {code}", f" {capital}")

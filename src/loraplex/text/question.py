@@ -8,6 +8,7 @@ from itertools import chain
 
 from loraplex.classifier import CONVERSATION, QUESTION, Contract, normalized, valid_unicode
 from loraplex.errors import ConfigurationError, ContractError, InputTooLongError, InvalidRequestError, quoted
+from loraplex.labelled import YES_NO
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.codes import WORDS, Answers, Codes, Kind
 from loraplex.text.template import Template
@@ -24,7 +25,6 @@ ENDS: Mapping[Kind, str] = {
     "letters": "Answer with the letter of one option.",
     "pairs": "Answer with the letters of one option.",
 }
-TRUTHS = ({"yes", "no"}, {"true", "false"})
 WITHOUT_INSTRUCTIONS: Mapping[QuestionType, str] = {
     "predicate": "Which of the two holds?",
     "choice": "Which option fits best?",
@@ -81,7 +81,8 @@ class QuestionPrompts:
     ) -> tuple[Presentation, ...]:
         labels, descriptions = (tuple(map(self._text, texts)) for texts in zip(*described, strict=True))
         coding = self._codes.of(type, labels)
-        says_all = coding.kind == "names" or (coding.kind == "words" and {one.lower() for one in labels} in TRUTHS)
+        is_own = tuple(coding.codes) == labels
+        says_all = is_own or (coding.kind == "words" and {one.lower() for one in labels} in map(set, YES_NO))
         shown = ("",) * len(labels) if says_all else labels
         texts = [": ".join(filter(None, one)) for one in zip(shown, descriptions, strict=True)]
         asked = self._text(instructions) or WITHOUT_INSTRUCTIONS[type]
@@ -95,7 +96,7 @@ class QuestionPrompts:
             )
             options = [(coding.codes[number_of[index]], texts[index]) for index in order]
             longest = max(map(len, chain.from_iterable(coding.answers)))
-            template = self._bind(_written(coding.kind, asked, options), num_behind=longest - 1)
+            template = self._bind(_written(coding.kind, asked, options, is_own=is_own), num_behind=longest - 1)
             answers = tuple(coding.answers[number_of[index]] for index in indices)
             made.append(Presentation(template=template, answers=answers))
         return tuple(made)
@@ -129,7 +130,8 @@ def check_question(name: str, question: Question) -> None:
     if not least <= len(labels) <= most:
         wanted = "two labels" if most == least else f"{least} to {most} labels"
         raise InvalidRequestError(f"{where} has {len(labels)} labels", remedy=f"give a {question.type} {wanted}")
-    if len(set(labels)) < len(labels) or not all(label.strip() for label in labels):
+    said = {normalized(valid_unicode(label)).strip() for label in labels}  # as a prompt says them
+    if len(said) < len(labels) or "" in said:
         raise InvalidRequestError(
             f"{where} has labels that are empty or the same: {quoted(labels)}", remedy="name each label once"
         )
@@ -141,7 +143,7 @@ def check_question(name: str, question: Question) -> None:
     if not question.instructions.strip() and not any(map(str.strip, question.descriptions.values())):
         if question.type == "predicate":
             raise InvalidRequestError(f"{where} has no instructions", remedy="say in words what is asked")
-    for text in (name, question.instructions, *labels, *question.descriptions.values()):
+    for text in (name, question.instructions, *question.descriptions.values()):
         valid_unicode(text)
 
 
@@ -159,10 +161,11 @@ def _template(chat: ChatTemplate) -> str:
         ) from None
 
 
-def _written(kind: Kind, instructions: str, options: Seq[tuple[str, str]]) -> str:
-    """Return a question in words. options: (code, text) in the order in which they are shown."""
+def _written(kind: Kind, instructions: str, options: Seq[tuple[str, str]], *, is_own: bool) -> str:
+    """Return a question in words. options: (code, text) in the order in which they are shown. is_own: the codes are the
+    labels."""
     lines = [f"Question about the text above: {instructions}"]
-    if kind == "names":
+    if is_own and kind != "words":
         lines += [f"- {code}: {text}" if text else f"- {code}" for code, text in options]
     elif any(text for _, text in options):
         lines += [f"{code}. {text}" if text else f"{code}." for code, text in options]
