@@ -21,7 +21,7 @@ from asked import QUESTIONS
 from loraplex import Loraplex, Question
 from loraplex.errors import InputTooLongError, InvalidRequestError, UnknownClassifierError
 from loraplex.text.codes import PAIRS
-from loraplex.types import ClassifyRequest, ClassifyResult, Message
+from loraplex.types import ClassifyRequest, ClassifyResult, Message, ToolCall
 
 TEXT = "Customer: hello, I would like to book a table for two\nAgent: at what time?\nCustomer: at seven, thanks"
 OTHERS = ("Customer: is my payment done?", TEXT + "\nAgent: yes, it is done", "{}", "Customer: <|ask|> yes or no")
@@ -223,6 +223,23 @@ def test_messages_are_written_as_for_classifiers(loraplex: Loraplex) -> None:
         assert found == pytest.approx(by_text[name], abs=EXACT)
 
 
+def test_turns_of_systems_and_tools_are_written_and_calls_of_tools_told(loraplex: Loraplex) -> None:
+    """No contract says what becomes of them."""
+    calls = Message(role="assistant", content="", tool_calls=(ToolCall(name="book", arguments="{}"),))
+    messages = (
+        Message(role="system", content="be kind"),
+        Message(role="user", content="a table"),
+        calls,
+        Message(role="tool", content="booked"),
+    )
+    verdict = ask(loraplex, {"q": QUESTIONS["isDone"]}, input=messages)["q"]
+    assert any(one.startswith("left_out_tool_calls") for one in verdict.warnings or ())
+    text = "System: be kind\nCustomer: a table\nTool: booked"
+    assert verdict.scores == pytest.approx(ask(loraplex, {"q": QUESTIONS["isDone"]}, input=text)["q"].scores, abs=EXACT)
+    unknown = ask(loraplex, {"q": QUESTIONS["isDone"]}, ("task0",), input=(Message(role="wizard", content="x"),))["q"]
+    assert unknown.error is not None and '`"roles": {"wizard": null}`' in unknown.error.remedy
+
+
 @pytest.mark.parametrize(
     ("question", "told"),
     [
@@ -230,6 +247,8 @@ def test_messages_are_written_as_for_classifiers(loraplex: Loraplex) -> None:
         (Question(type="predicate", instructions="Is it?", labels=("a", "b", "c")), "has 3 labels"),
         (Question(type="choice", instructions="Which?", labels=("a",)), "has 1 labels"),
         (Question(type="choice", instructions="Which?", labels=("a", "a")), "the same"),
+        (Question(type="choice", instructions="Which?", labels=("a", "a ")), "the same"),
+        (Question(type="choice", instructions="Which?", labels=("\ufeffa\u2028b", "a\nb")), "the same"),
         (Question(type="score", instructions="How?", labels=("a", " ")), "empty"),
         (Question(type="choice", instructions="W?", labels=("a", "b"), descriptions={"c": "d"}), "'c'"),
         (Question(type="choice", instructions="\ud800", labels=("a", "b")), "Unicode"),

@@ -10,8 +10,9 @@ from loraplex.classifier import Contract, low_mass
 from loraplex.engine.sequence import Outcome, Sequence, SequenceOutput, Target
 from loraplex.errors import LoraplexError
 from loraplex.service.base import Base
+from loraplex.service.verdict import warned
 from loraplex.text.prompt import Prompt
-from loraplex.text.question import Presentation, num_chars
+from loraplex.text.question import ROLES, Presentation, num_chars
 from loraplex.text.tokenizer import Conversations
 from loraplex.types import ClassifyRequest, ErrorInfo, Question, Verdict
 
@@ -46,8 +47,10 @@ class QuestionEvaluation:
         assert base.questions is not None, "questions are refused where the server answers none"
         try:
             self.presentations = base.questions.present(self.question)
+            roles = {**ROLES, **(request.roles or {})}
             self.prompts = [
-                one.template.prompt(request.input, conversations, request.roles) for one in self.presentations
+                warned(one.template.prompt(request.input, conversations, request.roles), request.input, roles)
+                for one in self.presentations
             ]
         except LoraplexError as exc:
             self.error = exc

@@ -112,10 +112,15 @@ def render(
         prompt = verbatim(text, version.tokenizer, base.max_model_len, version.invocation_tokens)
     else:
         prompt = version.template.prompt(input, conversations, changed_roles)
-    is_chat = contract is not None and contract.format == "chat"
-    if isinstance(input, str) or is_chat or not any(message.tool_calls for message in input):
+    if contract is not None and contract.format == "chat":
         return prompt
-    roles = {**(DEFAULT_ROLES if contract is None else contract.roles), **(changed_roles or {})}
+    return warned(prompt, input, {**(DEFAULT_ROLES if contract is None else contract.roles), **(changed_roles or {})})
+
+
+def warned(prompt: Prompt, input: str | tuple[Message, ...], roles: Roles) -> Prompt:
+    """Return the prompt, with a warning where it leaves out calls of tools."""
+    if isinstance(input, str) or not any(message.tool_calls for message in input):
+        return prompt
     left_out = tool_calls_left_out(message for _, message in kept_messages(input, roles))
     return replace(prompt, warnings=(left_out, *prompt.warnings)) if left_out else prompt
 

@@ -6,15 +6,21 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import chain
 
-from loraplex.classifier import CONVERSATION, QUESTION, Contract, normalized, valid_unicode
+from loraplex.classifier import CONVERSATION, DEFAULT_ROLES, QUESTION, Contract, normalized, valid_unicode
 from loraplex.errors import ConfigurationError, ContractError, InputTooLongError, InvalidRequestError, quoted
 from loraplex.labelled import YES_NO
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.codes import WORDS, Answers, Codes, Kind
 from loraplex.text.template import Template
-from loraplex.types import Question, QuestionType
+from loraplex.types import Question, QuestionType, Roles
 
 MAX_LABELS = 255
+ROLES: Roles = {
+    **DEFAULT_ROLES,
+    "system": "System",
+    "developer": "Developer",
+    "tool": "Tool",
+}  # no contract says others
 PLAIN = f"{CONVERSATION}\n\n{QUESTION}\nAnswer:"  # for a base without a chat template
 NO_THINKING = {"enable_thinking": False, "thinking": False}  # for bases that else think before they answer
 MAX_CACHED, MAX_CACHED_CHARS = 256, 4096  # questions whose prompts are kept, and how long each may be
@@ -107,7 +113,7 @@ class QuestionPrompts:
 
     def _bind(self, question: str, num_behind: int = 0) -> Template:
         """num_behind: tokens that are computed behind the prompt."""
-        contract = Contract(question=question, template=self._template, labels=WORDS)
+        contract = Contract(question=question, template=self._template, labels=WORDS, roles=dict(ROLES))
         try:
             room = self._max_model_len - num_behind
             return Template(self._chat, contract, room, "the question", reads_labels=False)
