@@ -236,8 +236,8 @@ def test_turns_of_systems_and_tools_are_written_and_calls_of_tools_told(loraplex
     assert any(one.startswith("left_out_tool_calls") for one in verdict.warnings or ())
     text = "System: be kind\nCustomer: a table\nTool: booked"
     assert verdict.scores == pytest.approx(ask(loraplex, {"q": QUESTIONS["isDone"]}, input=text)["q"].scores, abs=EXACT)
-    unknown = ask(loraplex, {"q": QUESTIONS["isDone"]}, ("task0",), input=(Message(role="wizard", content="x"),))["q"]
-    assert unknown.error is not None and '`"roles": {"wizard": null}`' in unknown.error.remedy
+    with pytest.raises(InvalidRequestError, match="unknown role 'wizard'"):
+        ask(loraplex, {"q": QUESTIONS["isDone"]}, input=(Message(role="wizard", content="x"),))
 
 
 @pytest.mark.parametrize(
