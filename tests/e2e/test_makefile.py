@@ -48,3 +48,13 @@ def test_setup_tells_what_it_does(tmp_path: Path, status: int) -> None:
     ]
     assert "no space left" in run.stderr, "pip's own errors are shown"
     assert ("3 of 3: installing Loraplex itself" in told) == (status == 0)
+
+
+def test_only_the_bundle_without_a_base_fetches_one(tmp_path: Path) -> None:
+    shutil.copy(serving.ROOT / "Makefile", tmp_path)
+    for name in ("requirements.lock", "pyproject.toml"):
+        (tmp_path / name).touch()
+    for options, is_fetched in (["BUNDLE=examples/smollm/bundle"], True), ([], False):
+        run = subprocess.run(["make", "-n", "serve", *options], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert ("examples/smollm/fetch.py build/smollm" in run.stdout) == is_fetched
