@@ -50,6 +50,9 @@ class CriteriaBody(Body):
 
 class PredicateQuestion(_Question):
     type: Literal["predicate"]
+    x_labels: list[str] | None = Field(
+        None, min_length=2, max_length=2, description="what the bare base calls either answer; by default yes and no"
+    )
     x_criteria: CriteriaBody | None = Field(None, description="what either answer means; Loraplex's own")
 
 
@@ -208,9 +211,9 @@ def _asked(place: str, given: PredicateQuestion | ChoiceQuestion | ScoreQuestion
         labels = tuple(one.label for one in given.levels)
         options, descriptions = "levels", {one.label: one.description for one in given.levels}
     else:
-        labels = ("yes", "no")
+        labels = tuple(given.x_labels or ("yes", "no"))
         if given.x_criteria is not None:
-            descriptions = {"yes": given.x_criteria.true, "no": given.x_criteria.false}
+            descriptions = dict(zip(labels, (given.x_criteria.true, given.x_criteria.false), strict=True))
     question = Question(
         type=given.type,
         instructions=given.words(),
@@ -232,8 +235,9 @@ def _answer(question: PredicateQuestion | ChoiceQuestion | ScoreQuestion, answer
         return {"type": "refusal", **head, **ours, "x_error": shown}
     if answer.skipped_by is not None:
         return {"type": "refusal", **head, **ours, "x_skipped_by": answer.skipped_by}
+    ours["x_scores"] = dict(answer.scores or {})
     if answer.abstained:
-        return {"type": "refusal", **head, **ours, "x_scores": dict(answer.scores or {})}
+        return {"type": "refusal", **head, **ours}
     head = {"type": answer.type, **head}
     if isinstance(question, PredicateQuestion):
         return {**head, "probability": answer.probability, **ours}
