@@ -1,7 +1,7 @@
 """The answers to typed questions, made from labels' probabilities. Knows no wire format."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from loraplex.types import AdapterRef, ErrorInfo, Question, QuestionType, Usage, Verdict
@@ -50,6 +50,19 @@ class Decisions:
         return self.answers[name]
 
 
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Return the probabilities that are proportional to exp(logit)."""
+    highest = max(logits)
+    weights = [math.exp(logit - highest) for logit in logits]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def expected_level(probabilities: Iterable[float]) -> float:
+    """Return the expected level of a score, from 0. probabilities: of the levels, from the lowest to the highest."""
+    return math.fsum(level * one for level, one in enumerate(probabilities))
+
+
 def answer_of(question: Question, verdict: Verdict, more_warnings: tuple[str, ...] = ()) -> Answer:
     """Return what a verdict says to a typed question, whose labels are the verdict's, in any order."""
     scores = verdict.scores or {}
@@ -59,7 +72,7 @@ def answer_of(question: Question, verdict: Verdict, more_warnings: tuple[str, ..
         type=question.type,
         probability=next(iter(scores.values())) if question.type == "predicate" else None,
         choice=max(question.labels, key=scores.__getitem__) if question.type == "choice" else None,
-        score=math.fsum(i * one for i, one in enumerate(in_order)) if question.type == "score" else None,
+        score=expected_level(in_order) if question.type == "score" else None,
         confidence=None if question.type == "predicate" else CONFIDENCES[question.type](in_order),
         probabilities=probabilities,
         scores=scores,
