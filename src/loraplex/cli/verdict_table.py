@@ -19,7 +19,7 @@ FORMS = ((True, 10, False), (False, 10, False), (False, 5, False), (False, 5, Tr
 
 def print_verdicts(console: Console, result: ClassifyResult) -> None:
     """Print a line for each label of each verdict, then errors, warnings and timings."""
-    if isinstance(console.file, io.TextIOWrapper):  # a label may have letters that the terminal has not
+    if isinstance(console.file, io.TextIOWrapper):  # a warning may have letters that the terminal has not
         console.file.reconfigure(errors="backslashreplace")
     console.print(_fitting(console, result.verdicts))
     for verdict in result.verdicts:
@@ -41,9 +41,8 @@ def print_verdicts(console: Console, result: ClassifyResult) -> None:
 
 
 def _fitting(console: Console, verdicts: Sequence[Verdict]) -> Table:
-    is_unicode = console.encoding.startswith("utf")
     for form, narrower in pairwise((*FORMS, None)):
-        table = _table(verdicts, *form, is_unicode=is_unicode)
+        table = _table(verdicts, *form, encoding=console.encoding)
         if narrower is None or console.measure(table, options=console.options.update(width=10_000)).maximum <= (
             console.width
         ):
@@ -51,8 +50,8 @@ def _fitting(console: Console, verdicts: Sequence[Verdict]) -> Table:
     raise AssertionError("the last form is always printed")
 
 
-def _table(verdicts: Sequence[Verdict], has_versions: bool, num_bar: int, is_cut: bool, *, is_unicode: bool) -> Table:
-    bars = [_bars(one, num_bar, is_cut, is_unicode=is_unicode) for one in verdicts]
+def _table(verdicts: Sequence[Verdict], has_versions: bool, num_bar: int, is_cut: bool, *, encoding: str) -> Table:
+    bars = [_bars(one, num_bar, is_cut, encoding=encoding) for one in verdicts]
     table = Table()
     table.add_column("classifier", overflow="fold")
     table.add_column("label", overflow="fold")
@@ -68,16 +67,16 @@ def _table(verdicts: Sequence[Verdict], has_versions: bool, num_bar: int, is_cut
             label = "[red]error[/]"
         else:
             level = "" if verdict.score is None else f" ({verdict.score:.2f})"
-            label = escape(f"{verdict.label}{' (abstained)' if verdict.abstained else ''}{level}")
+            label = escape(f"{_writable(verdict.label, encoding)}{' (abstained)' if verdict.abstained else ''}{level}")
             confidence = f"{verdict.confidence:.3f}"
-        row = [escape(verdict.classifier), label, confidence, escape("\n".join(lines))]
+        row = [escape(_writable(verdict.classifier, encoding)), label, confidence, escape("\n".join(lines))]
         if has_versions:
             row.append(verdict.adapter.version if verdict.adapter else "")
         table.add_row(*row)
     return table
 
 
-def _bars(verdict: Verdict, num_bar: int, is_cut: bool, *, is_unicode: bool) -> list[str]:
+def _bars(verdict: Verdict, num_bar: int, is_cut: bool, *, encoding: str) -> list[str]:
     """Return a line for each label, with its score as a bar. Of many labels, the likeliest."""
     if verdict.skipped_by is not None:
         return [f"by {verdict.skipped_by}"]
@@ -85,10 +84,10 @@ def _bars(verdict: Verdict, num_bar: int, is_cut: bool, *, is_unicode: bool) -> 
         return [verdict.error.code]
     scores = verdict.scores or {}
     shown = sorted(scores, key=scores.__getitem__, reverse=True)[:MOST_BARS] if len(scores) > MOST_BARS else [*scores]
-    full, empty, more = ("█", "░", "…") if is_unicode else ("#", ".", "...")
+    full, empty, more = ("█", "░", "…") if encoding.startswith("utf") else ("#", ".", "...")
     names = [
         one if len(one) <= SHORT_LABEL or not is_cut else one[: SHORT_LABEL - len(more)] + more
-        for one in (" ".join(label.split()) for label in shown)
+        for one in (_writable(" ".join(label.split()), encoding) for label in shown)
     ]
     width = max(map(len, names), default=0)
     lines = []
@@ -96,3 +95,8 @@ def _bars(verdict: Verdict, num_bar: int, is_cut: bool, *, is_unicode: bool) -> 
         length = round(scores[label] * num_bar)
         lines.append(f"{name:<{width}} {full * length}{empty * (num_bar - length)} {scores[label]:.3f}")
     return [*lines, f"{more} {len(scores) - len(shown)} more"] if len(scores) > len(shown) else lines
+
+
+def _writable(text: str, encoding: str) -> str:
+    """Return the text with an escape for each letter that the terminal has not."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
