@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from loraplex.types import AdapterRef, ErrorInfo, Question, QuestionType, Usage, Verdict
+from loraplex.types import PREDICATE_LABELS, AdapterRef, ErrorInfo, Question, QuestionType, Usage, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ def answer_of(question: Question, verdict: Verdict, more_warnings: tuple[str, ..
     in_order = [*(probabilities or {}).values()]
     return Answer(
         type=question.type,
-        probability=next(iter(scores.values())) if question.type == "predicate" else None,
+        probability=_holds(question, scores) if question.type == "predicate" else None,
         choice=max(question.labels, key=scores.__getitem__) if question.type == "choice" else None,
         score=expected_level(in_order) if question.type == "score" else None,
         confidence=None if question.type == "predicate" else CONFIDENCES[question.type](in_order),
@@ -82,6 +82,14 @@ def answer_of(question: Question, verdict: Verdict, more_warnings: tuple[str, ..
         adapter=verdict.adapter,
         warnings=((verdict.warnings or ()) + more_warnings) or None,
     )
+
+
+def _holds(question: Question, scores: Mapping[str, float]) -> float:
+    """Return the probability that a predicate holds: that of the contract's first label, unless the question names the
+    contract's labels in the other order. An adapter's labels come in any order out of its training data."""
+    first = question.labels[0]
+    is_own = question.labels != PREDICATE_LABELS and scores.keys() == set(question.labels)
+    return scores[first] if is_own else next(iter(scores.values()))
 
 
 def skipped(question: Question, gate: str) -> Answer:

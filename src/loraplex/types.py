@@ -41,6 +41,7 @@ def classifier_names(given: str | Iterable[str]) -> Names:
 
 
 QuestionType = Literal["predicate", "choice", "score"]
+PREDICATE_LABELS = ("yes", "no")  # of a predicate that names none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,8 @@ class Question:
     type:          predicate (two labels: the first one holds or the second does), choice (one of the labels) or score
                    (labels are levels, from the lowest to the highest).
     instructions:  what is asked, in words.
-    labels:        in the order of the request. Only a predicate may leave them out: its labels are then yes and no.
+    labels:        in the order of the request. Only a predicate may leave them out: its labels are then yes and no,
+                   and the first label of the classifier's contract is the one that holds.
     descriptions:  label -> what it means; may be empty, or name some labels only.
     """
 
@@ -62,7 +64,7 @@ class Question:
 
     def __post_init__(self) -> None:
         if self.type == "predicate" and self.labels == ():
-            object.__setattr__(self, "labels", ("yes", "no"))
+            object.__setattr__(self, "labels", PREDICATE_LABELS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

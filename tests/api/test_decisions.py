@@ -290,6 +290,7 @@ def test_models_are_listed_for_typesafes_client_too(http: httpx.Client) -> None:
         ([{**PREDICATE, "type": "yes_no"}], {}, 422, "predicate, choice or score"),
         ([{"type": "predicate", "name": "task0"}], {}, 422, "questions.0.instructions"),
         ([{**PREDICATE, "shuffle": 1}], {}, 422, "'questions.0.shuffle'"),
+        ([{**PREDICATE, "x_labels": ["a", "a "]}], {}, 422, "questions.0.x_labels"),
         ([PREDICATE, {**TOPIC, "choices": [{"value": "a"}, {"value": "b"}]}], {}, 422, "questions.1.choices: 'a', 'b'"),
         ([{**TOPIC, "choices": [{"value": "a"}]}], {}, 422, "too few"),
         ([{**TOPIC, "choices": [{"value": str(i)} for i in range(255)]}], {}, 422, "are not the labels"),
@@ -417,6 +418,7 @@ QUESTIONS = {
     "topic": Question(type="choice", instructions="Is it done?", labels=("hello", "table", "payment")),
     "anger": Question(type="score", instructions="", labels=LEVELS),
     "unsure": Question(type="predicate", instructions="Is it done?"),
+    "task1": Question(type="predicate", instructions="Is it done?", labels=("no", "yes")),
     "eager": Question(type="predicate", instructions="", labels=("done", "open"), descriptions={"open": "unpaid"}),
     "broken": Question(type="predicate", instructions="Is it done?"),
 }

@@ -3,7 +3,6 @@ one line with its label and its number."""
 
 import io
 from collections.abc import Sequence
-from itertools import pairwise
 
 from rich.console import Console
 from rich.markup import escape
@@ -41,13 +40,12 @@ def print_verdicts(console: Console, result: ClassifyResult) -> None:
 
 
 def _fitting(console: Console, verdicts: Sequence[Verdict]) -> Table:
-    for form, narrower in pairwise((*FORMS, None)):
-        table = _table(verdicts, *form, encoding=console.encoding)
-        if narrower is None or console.measure(table, options=console.options.update(width=10_000)).maximum <= (
-            console.width
-        ):
-            return table
-    raise AssertionError("the last form is always printed")
+    wide = console.options.update(width=10_000)
+    for has_versions, num_bar, is_cut in FORMS:
+        table = _table(verdicts, has_versions, num_bar, is_cut, encoding=console.encoding)
+        if console.measure(table, options=wide).maximum <= console.width:
+            break
+    return table  # the last one where none fits: names and labels then go over several lines
 
 
 def _table(verdicts: Sequence[Verdict], has_versions: bool, num_bar: int, is_cut: bool, *, encoding: str) -> Table:
