@@ -1,11 +1,16 @@
 """A tiny base that chats, and questions for it that no adapter was trained for."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import MistralConfig, PreTrainedConfig
 
 import tiny
+from loraplex.decisions import Decisions
+from loraplex.errors import InvalidRequestError
 from loraplex.types import Question
 
 CHATML = "{% for m in messages %}<|ask|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}{{ '<|ask|>assistant\n' }}"
@@ -47,3 +52,72 @@ def save_chat_bundle(folder: Path, *, is_activated: bool = True, max_model_len: 
             alora_invocation_tokens=invocation,
         )
     return folder
+
+
+# What no way in may take, and what the error says about it.
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a choice without labels": ({"questions": {"q": Question(type="choice", instructions="x")}}, "'q' has 0 labels"),
+    "a predicate of three": (
+        {"questions": {"q": Question(type="predicate", instructions="x", labels=("a", "b", "c"))}},
+        "'q' has 3 labels",
+    ),
+    "a label twice": ({"questions": {"q": Question(type="choice", instructions="x", labels=("a", "a"))}}, "the same"),
+    "labels that are no text": (
+        {"questions": {"q": Question(type="choice", instructions="x", labels=(True, False))}},  # type: ignore[arg-type]
+        "'true' and 'false'",
+    ),
+    "one text as labels": (
+        {"questions": {"q": Question(type="choice", instructions="x", labels="ab")}},  # type: ignore[arg-type]
+        "'q': labels",
+    ),
+    "a label that nobody has": (
+        {"questions": {"q": Question(type="predicate", instructions="x", descriptions={"maybe": "y"})}},
+        "describes 'maybe'",
+    ),
+    "a type of another format": (
+        {"questions": {"q": Question(type="noul", instructions="x")}},  # type: ignore[arg-type]
+        "predicate",
+    ),
+    "a mapping": ({"questions": {"q": {"type": "predicate", "instructions": "x"}}}, "loraplex.Question"),
+    "a list": ({"questions": [Question(type="predicate", instructions="x")]}, "by their names"),
+    "no questions": ({"questions": {}}, "no question"),
+    "a name that is no text": ({"questions": {5: Question(type="predicate", instructions="x")}}, "5"),
+    "instructions that are no text": (
+        {"questions": {"q": Question(type="predicate", instructions=None)}},  # type: ignore[arg-type]
+        "instructions",
+    ),
+    "a deadline that is no number": ({"deadline_ms": "x"}, "deadline_ms"),
+    "a deadline in the past": ({"deadline_ms": 0}, "deadline_ms"),
+    "no state": ({"state": None}, "state: null"),
+    "a number": ({"state": 5}, "state: 5"),
+    "no number": ({"state": {"a": float("nan")}}, "NaN"),
+    "a lone surrogate": ({"state": "\ud800"}, "Unicode"),
+    "nothing": ({"state": " "}, "empty"),
+}
+
+
+def assert_refused(asked: Any, wrong: Mapping[str, Any], told: str, name: str = "task0") -> None:
+    """Check that `decide` refuses what is wrong before any work. asked: a client, or a `Loraplex`."""
+    given = {"state": "hello", "questions": {name: Question(type="predicate", instructions="x")}, **wrong}
+    with pytest.raises(InvalidRequestError) as caught:
+        asked.decide(given.pop("state"), given.pop("questions"), **given)
+    assert told in str(caught.value)
+
+
+def assert_same(found: Decisions, expected: Decisions, tolerance: float = 1e-4) -> None:
+    """Check that all fields of all answers are equal, and their order too; verdicts' ids aside."""
+    assert [*found.answers] == [*expected.answers]
+    assert found.usage.prompt_tokens == expected.usage.prompt_tokens
+    for name, answer in expected.answers.items():
+        for field in dataclasses.fields(answer):
+            one, other = getattr(found[name], field.name), getattr(answer, field.name)
+            if isinstance(other, Mapping):
+                assert [*one] == [*other], (name, field.name)
+                one, other = [*one.values()], [*other.values()]
+            if field.name == "verdict_id":
+                one, other = one is None, other is None
+            elif field.name == "error":
+                one, other = one and one.code, other and other.code
+            elif isinstance(other, float | list):
+                other = pytest.approx(other, abs=tolerance)
+            assert one == other, (name, field.name)

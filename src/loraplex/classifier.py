@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraplex.config import read_yaml, validate
+from loraplex.decisions import expected_level, softmax
 from loraplex.errors import ContractError, InvalidRequestError, quoted, shortened
 from loraplex.problems import NumbersAreNoBooleans, wrong
 from loraplex.types import Message, QuestionType, Roles, Verdict
@@ -151,9 +152,7 @@ class Contract(NumbersAreNoBooleans):
             (log_prob + bias.get(label, 0.0)) / self.calibration.temperature
             for label, log_prob in zip(self.labels, log_probs, strict=True)
         ]
-        highest = max(logits)
-        weights = [math.exp(logit - highest) for logit in logits]
-        scores = [weight / sum(weights) for weight in weights]
+        scores = softmax(logits)
         if len(self.labels) == 2:
             winner = 0 if scores[0] >= (0.5 if self.threshold is None else self.threshold) else 1
         else:
@@ -166,7 +165,7 @@ class Contract(NumbersAreNoBooleans):
             value=None
             if self.values is None
             else math.fsum(score * self.values[label] for label, score in zip(self.labels, scores, strict=True)),
-            score=math.fsum(level * score for level, score in enumerate(scores)) if self.type == "score" else None,
+            score=expected_level(scores) if self.type == "score" else None,
             label_mass=label_mass,
             abstained=scores[winner] < self.abstain_below,
             warnings=(low_mass(label_mass, self.min_label_mass),) if label_mass < self.min_label_mass else (),

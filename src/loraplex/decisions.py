@@ -1,10 +1,10 @@
 """The answers to typed questions, made from labels' probabilities. Knows no wire format."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from loraplex.types import AdapterRef, ErrorInfo, Question, QuestionType, Usage, Verdict
+from loraplex.types import PREDICATE_LABELS, AdapterRef, ErrorInfo, Question, QuestionType, Usage, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,19 @@ class Decisions:
         return self.answers[name]
 
 
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Return the probabilities that are proportional to exp(logit)."""
+    highest = max(logits)
+    weights = [math.exp(logit - highest) for logit in logits]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def expected_level(probabilities: Iterable[float]) -> float:
+    """Return the expected level of a score, from 0. probabilities: of the levels, from the lowest to the highest."""
+    return math.fsum(level * one for level, one in enumerate(probabilities))
+
+
 def answer_of(question: Question, verdict: Verdict, more_warnings: tuple[str, ...] = ()) -> Answer:
     """Return what a verdict says to a typed question, whose labels are the verdict's, in any order."""
     scores = verdict.scores or {}
@@ -57,9 +70,9 @@ def answer_of(question: Question, verdict: Verdict, more_warnings: tuple[str, ..
     in_order = [*(probabilities or {}).values()]
     return Answer(
         type=question.type,
-        probability=next(iter(scores.values())) if question.type == "predicate" else None,
+        probability=_holds(question, scores) if question.type == "predicate" else None,
         choice=max(question.labels, key=scores.__getitem__) if question.type == "choice" else None,
-        score=math.fsum(i * one for i, one in enumerate(in_order)) if question.type == "score" else None,
+        score=expected_level(in_order) if question.type == "score" else None,
         confidence=None if question.type == "predicate" else CONFIDENCES[question.type](in_order),
         probabilities=probabilities,
         scores=scores,
@@ -69,6 +82,14 @@ def answer_of(question: Question, verdict: Verdict, more_warnings: tuple[str, ..
         adapter=verdict.adapter,
         warnings=((verdict.warnings or ()) + more_warnings) or None,
     )
+
+
+def _holds(question: Question, scores: Mapping[str, float]) -> float:
+    """Return the probability that a predicate holds: that of the contract's first label, unless the question names the
+    contract's labels in the other order. An adapter's labels come in any order out of its training data."""
+    first = question.labels[0]
+    is_own = question.labels != PREDICATE_LABELS and scores.keys() == set(question.labels)
+    return scores[first] if is_own else next(iter(scores.values()))
 
 
 def skipped(question: Question, gate: str) -> Answer:

@@ -15,12 +15,12 @@ from loraplex.discovery import SkippedFolder
 from loraplex.errors import NotReadyError
 from loraplex.generation import GenerateRequest, GenerateResult
 from loraplex.messages import conversation_of, prompt_of
+from loraplex.questions import check_deadline, given_questions, given_state
 from loraplex.routing.questions import Asked, plan
 from loraplex.routing.router import Router
 from loraplex.routing.start import start_router
 from loraplex.service.named_adapters import add_adapters
 from loraplex.service.preparation import Preparation, check_effects, prepare
-from loraplex.state import state_of
 from loraplex.types import (
     AdapterInfo,
     ClassifyRequest,
@@ -113,6 +113,7 @@ class Loraplex:
                           contract's; None leaves the role's turns out.
         cascade:          False runs every classifier, whatever its gate says (`when` in loraplex.yaml).
         Raises UnknownClassifierError, InvalidRequestError, InputTooLongError and others where no classifier answers."""
+        check_deadline(deadline_ms)
         return self.run(
             self._router.classify(
                 ClassifyRequest(
@@ -138,13 +139,15 @@ class Loraplex:
         cascade: bool = True,
     ) -> Decisions:
         """Return an answer to each typed question about a state: what `Client.decide` does, without HTTP."""
+        check_deadline(deadline_ms)
+        judged = given_state(state)
         asked = [
             Asked(place=f"questions.{name}", options="labels", name=name, question=one)
-            for name, one in questions.items()
+            for name, one in given_questions(questions).items()
         ]
 
         async def answer() -> Decisions:
-            made = await plan(self._router, asked, state_of(state), field="state", model=model, roles=roles)
+            made = await plan(self._router, asked, judged, field="state", model=model, roles=roles)
             result = await self._router.classify(
                 replace(made.request, deadline_ms=deadline_ms, conversation_id=conversation_id, cascade=cascade)
             )

@@ -119,15 +119,16 @@ class MessageBody(_Fields):
 
 
 def compact_json(value: Any) -> str:
-    """Return a value as JSON without spaces. Raises InvalidRequestError for an infinite number, which 1e999 is, and for
-    what is no JSON."""
+    """Return a value as JSON without spaces. Raises InvalidRequestError for NaN, for an infinite number, which 1e999
+    is, and for what is no JSON."""
     try:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except TypeError as exc:
         raise InvalidRequestError(f"no JSON: {exc}", remedy="give text, numbers, lists and objects") from None
     except ValueError:
         raise InvalidRequestError(
-            "the JSON holds a number that is too large", remedy="give numbers below 1e308, or write them as text"
+            "the JSON holds NaN, or a number that is too large",
+            remedy="give numbers below 1e308, or write them as text",
         ) from None
 
 

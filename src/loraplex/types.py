@@ -41,23 +41,30 @@ def classifier_names(given: str | Iterable[str]) -> Names:
 
 
 QuestionType = Literal["predicate", "choice", "score"]
+PREDICATE_LABELS = ("yes", "no")  # of a predicate that names none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A question that no adapter was trained for: the bare base answers it (`--adhoc-questions`).
+    """A typed question. The classifier or route of its name answers it, in the contract's own words. A name that is no
+    classifier's is a question to the bare base, in these words (`--adhoc-questions`).
 
     type:          predicate (two labels: the first one holds or the second does), choice (one of the labels) or score
                    (labels are levels, from the lowest to the highest).
     instructions:  what is asked, in words.
-    labels:        in the order of the request.
+    labels:        in the order of the request. Only a predicate may leave them out: its labels are then yes and no,
+                   and the first label of the classifier's contract is the one that holds.
     descriptions:  label -> what it means; may be empty, or name some labels only.
     """
 
     type: QuestionType
     instructions: str
-    labels: tuple[str, ...] = ("yes", "no")
+    labels: tuple[str, ...] = ()
     descriptions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.type == "predicate" and self.labels == ():
+            object.__setattr__(self, "labels", PREDICATE_LABELS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,9 @@ import pytest
 
 import serving
 import tiny
+from asked import WRONG, assert_refused, assert_same
 from loraplex import AsyncClient, Client, Loraplex, Question
-from loraplex.decisions import Answer, choice_confidence, score_confidence
+from loraplex.decisions import choice_confidence, score_confidence
 from loraplex.errors import InvalidRequestError, UnknownClassifierError
 
 TEXT = "Customer: hello\nAgent: at what time?"
@@ -289,6 +290,7 @@ def test_models_are_listed_for_typesafes_client_too(http: httpx.Client) -> None:
         ([{**PREDICATE, "type": "yes_no"}], {}, 422, "predicate, choice or score"),
         ([{"type": "predicate", "name": "task0"}], {}, 422, "questions.0.instructions"),
         ([{**PREDICATE, "shuffle": 1}], {}, 422, "'questions.0.shuffle'"),
+        ([{**PREDICATE, "x_labels": ["a", "a "]}], {}, 422, "questions.0.x_labels"),
         ([PREDICATE, {**TOPIC, "choices": [{"value": "a"}, {"value": "b"}]}], {}, 422, "questions.1.choices: 'a', 'b'"),
         ([{**TOPIC, "choices": [{"value": "a"}]}], {}, 422, "too few"),
         ([{**TOPIC, "choices": [{"value": str(i)} for i in range(255)]}], {}, 422, "are not the labels"),
@@ -416,27 +418,23 @@ QUESTIONS = {
     "topic": Question(type="choice", instructions="Is it done?", labels=("hello", "table", "payment")),
     "anger": Question(type="score", instructions="", labels=LEVELS),
     "unsure": Question(type="predicate", instructions="Is it done?"),
+    "task1": Question(type="predicate", instructions="Is it done?", labels=("no", "yes")),
+    "eager": Question(type="predicate", instructions="", labels=("done", "open"), descriptions={"open": "unpaid"}),
     "broken": Question(type="predicate", instructions="Is it done?"),
 }
 
 
-def facts(answer: Answer) -> list[Any]:
-    """Return what has to be equal, however it was asked."""
-    numbers = [answer.probability, answer.score, answer.confidence, dict(answer.probabilities or {})]
-    error = answer.error and answer.error.code
-    return [*numbers, answer.type, answer.choice, answer.label, answer.abstained, answer.adapter, error]
-
-
 def test_python_answers_the_same_over_http_and_in_process(server: serving.Server, bundle: Path) -> None:
     with Client(server.url) as client, Loraplex.load(bundle, dtype="float32", preload="none") as loraplex:
-        remote, local = client.decide(TURNS, QUESTIONS), loraplex.decide(TURNS, QUESTIONS)
-        assert list(remote.answers) == list(local.answers) == list(QUESTIONS)
-        for name, one in local.answers.items():
-            found = facts(remote[name])
-            assert found[4:] == facts(one)[4:]
-            assert found[:4] == [value if value is None else pytest.approx(value, abs=1e-4) for value in facts(one)[:4]]
+        remote = client.decide(TURNS, QUESTIONS)
+        assert_same(remote, loraplex.decide(TURNS, QUESTIONS))
         assert remote["unsure"].abstained and remote["broken"].error is not None
-        assert remote.usage.prompt_tokens == local.usage.prompt_tokens
+        for name in ("task0", "topic", "eager"):
+            assert (remote[name].scores or {})[remote[name].label or ""] > 0
+        assert list(remote["topic"].scores or {}) == list(TOPICS)  # the contract's order
+        for wrong, told in WRONG.values():
+            for asked in (client, loraplex):
+                assert_refused(asked, wrong, told)
         for asked in (client, loraplex):
             with pytest.raises(UnknownClassifierError):
                 asked.decide(TEXT, {"nope": Question(type="predicate", instructions="x")})

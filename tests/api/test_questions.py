@@ -18,7 +18,7 @@ import asked
 import serving
 import tiny
 from asked import QUESTIONS
-from loraplex import Loraplex, Question
+from loraplex import Client, Loraplex, Question
 from loraplex.errors import InputTooLongError, InvalidRequestError, UnknownClassifierError
 from loraplex.text.codes import PAIRS
 from loraplex.types import ClassifyRequest, ClassifyResult, Message, ToolCall
@@ -320,9 +320,33 @@ def test_a_base_without_a_chat_template_is_asked_in_plain_text(tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def http(bundle: Path) -> Iterator[httpx.Client]:
-    with serving.serve(bundle, "--dtype", "float32", "--adhoc-questions") as server, serving.client(server) as client:
+def server(bundle: Path) -> Iterator[serving.Server]:
+    with serving.serve(bundle, "--dtype", "float32", "--adhoc-questions") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def http(server: serving.Server) -> Iterator[httpx.Client]:
+    with serving.client(server) as client:
         yield client
+
+
+def test_python_answers_the_same_over_http_and_in_process(server: serving.Server, loraplex: Loraplex) -> None:
+    questions = {
+        **QUESTIONS,
+        "tone": Question(
+            type="predicate", instructions="Rude?", labels=("rude", "polite"), descriptions={"polite": "kind words"}
+        ),
+        "task0": QUESTIONS["isDone"],
+    }
+    with Client(server.url) as client:
+        remote = client.decide(TEXT, questions)
+        asked.assert_same(remote, loraplex.decide(TEXT, questions))
+        assert [*(remote["tone"].scores or {})] == ["rude", "polite"] and remote["tone"].label in ("rude", "polite")
+        for wrong, told in asked.WRONG.values():
+            for one in (client, loraplex):
+                asked.assert_refused(one, wrong, told, "isDone")
+                asked.assert_refused(one, wrong, told)
 
 
 BODIES: Mapping[str, Any] = {

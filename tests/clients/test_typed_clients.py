@@ -6,6 +6,7 @@ three that the bare base answers. What the client makes of the answers is held a
 
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -279,6 +280,14 @@ def check(found: dict[str, Any], wanted: dict[str, Any]) -> None:
             assert one == max(wanted[name], key=wanted[name].__getitem__)
         else:
             assert one == pytest.approx(wanted[name], abs=1e-4), name
+
+
+def test_the_pages_example_of_typesafes_client_runs(demo_bundle: Path, tmp_path: Path) -> None:
+    page = (serving.ROOT / "docs/decisions.md").read_text()
+    [code] = [one for one in re.findall(r"```python\n(.*?)```", page, re.S) if "typesafe_sdk" in one]
+    with serving.serve(demo_bundle) as server:
+        done = run(tmp_path, "python", "-c", code.replace("http://127.0.0.1:8000", server.url))
+    assert done.returncode == 0 and done.stdout.startswith("yes "), done.stderr[-4000:]
 
 
 CASES = [(name, state) for name in PROGRAMS for state in ([TEXT, TURNS] if name in TAKES_TURNS else [TEXT])]

@@ -170,12 +170,13 @@ CALLS: list[tuple[str, tuple[Any, ...], str, str, Any, Any]] = [
                     "type": "predicate",
                     "name": "a",
                     "instructions": "Is it?",
+                    "x_labels": ["yes", "no"],
                     "x_criteria": {"true": "done", "false": None},
                 }
             ],
         },
         {
-            "answers": [{"type": "predicate", "name": "a", "probability": 0.5}],
+            "answers": [{"type": "predicate", "name": "a", "x_scores": {"yes": 0.5, "no": 0.5}}],
             "usage": {"input_tokens": 3, "input_tokens_details": {"cached_tokens": 1}},
         },
     ),

@@ -22,6 +22,7 @@ LAYERS = [
         "addresses",
         "amounts",
         "problems",
+        "questions",
         "config",
         "metrics",
         "database",

@@ -35,6 +35,12 @@ def test_a_predicate_is_the_first_labels_probability() -> None:
     assert (answer.probability, answer.choice, answer.score, answer.confidence) == (0.2, None, None, None)
 
 
+def test_a_predicate_that_names_the_contracts_labels_says_itself_which_one_holds() -> None:
+    assert asked("predicate", "rude", "polite", polite=0.8, rude=0.2).probability == 0.2
+    assert asked("predicate", "polite", "rude", polite=0.8, rude=0.2).probability == 0.8
+    assert asked("predicate", "yes", "no", no=0.8, yes=0.2).probability == 0.8, "yes and no are the names by default"
+
+
 def test_a_choice_answers_in_the_order_asked_and_with_the_likeliest() -> None:
     answer = asked("choice", "c", "a", "b", a=0.1, b=0.7, c=0.2)
     assert answer.choice == "b" and list(answer.probabilities or {}) == ["c", "a", "b"]

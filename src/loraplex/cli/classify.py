@@ -2,14 +2,11 @@
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from loraplex.bundle import open_bundle
 from loraplex.classifier import conversation_text
@@ -24,13 +21,12 @@ from loraplex.cli.options import (
     quiet_libraries,
     tell,
 )
+from loraplex.cli.verdict_table import print_verdicts
 from loraplex.config import EngineConfig, resolve
 from loraplex.disk import refuse_pointer
 from loraplex.errors import ConfigurationError, InvalidRequestError, UnknownClassifierError
 from loraplex.text.question import check_question
-from loraplex.types import ClassifyRequest, ClassifyResult, Question, classifier_names
-
-BAR, MOST_BARS = 10, 8  # characters of a bar, and bars of a verdict
+from loraplex.types import ClassifyRequest, Question, classifier_names
 
 
 def classify(
@@ -129,7 +125,7 @@ def classify(
     else:
         for name, shown, ids in prompts:
             typer.echo(f"--- {name}: {len(ids)} tokens\n{shown}\n{list(ids)}\n")
-        _print_table(result)
+        print_verdicts(Console(), result)
     if any(verdict.error is not None for verdict in result.verdicts):
         raise typer.Exit(1)
 
@@ -142,50 +138,3 @@ def _read(file: Path | None) -> str:
         return data.decode("utf-8-sig")  # as it is: an adapter without a contract gets it verbatim, as over HTTP
     except (OSError, UnicodeDecodeError) as exc:
         raise InvalidRequestError(f"{file or 'standard input'}: {exc}", remedy="give a UTF-8 text file") from None
-
-
-def _bars(scores: Mapping[str, float], *, is_unicode: bool) -> str:
-    """Return a line for each label, with its score as a bar. Of many labels, the likeliest."""
-    shown = sorted(scores, key=scores.__getitem__, reverse=True)[:MOST_BARS] if len(scores) > MOST_BARS else [*scores]
-    width = max(map(len, shown), default=0)
-    full, empty = ("█", "░") if is_unicode else ("#", ".")
-    lines = []
-    for label in shown:
-        length = round(scores[label] * BAR)
-        lines.append(f"{label:<{width}} {full * length}{empty * (BAR - length)} {scores[label]:.3f}")
-    if len(scores) > len(shown):
-        lines.append(f"… {len(scores) - len(shown)} more")
-    return "\n".join(lines)
-
-
-def _print_table(result: ClassifyResult) -> None:
-    console, table = Console(), Table()
-    for column in ("classifier", "label", "confidence", "scores", "adapter version"):
-        table.add_column(column, justify="right" if column == "confidence" else "left")
-    for verdict in result.verdicts:
-        if verdict.skipped_by is not None:
-            table.add_row(escape(verdict.classifier), "[dim]skipped[/]", "", f"by {escape(verdict.skipped_by)}", "")
-            continue
-        version = verdict.adapter.version if verdict.adapter else ""
-        if verdict.error is not None or verdict.label is None or verdict.confidence is None:
-            reason = verdict.error.message if verdict.error else ""
-            table.add_row(escape(verdict.classifier), "[red]error[/]", "", escape(reason), version)
-            continue
-        label = f"{verdict.label} (abstained)" if verdict.abstained else verdict.label
-        if verdict.score is not None:
-            label = f"{label} ({verdict.score:.2f})"
-        scores = _bars(verdict.scores or {}, is_unicode=console.encoding.startswith("utf"))
-        table.add_row(escape(verdict.classifier), escape(label), f"{verdict.confidence:.3f}", escape(scores), version)
-    console.print(table)
-    names: dict[str, list[str]] = {}  # of the classifiers that give a warning
-    for verdict in result.verdicts:
-        for warning in verdict.warnings or ():
-            names.setdefault(warning, []).append(verdict.classifier)
-    for warning, warned in names.items():
-        who = "" if len(warned) == len(result.verdicts) else f"{', '.join(warned)}: "
-        console.print(f"warning: {who}{warning}", style="yellow", markup=False)
-    usage, timings = result.usage, result.timings
-    console.print(
-        f"{usage.computed_tokens} tokens in {timings.total_ms:.0f} ms "
-        f"(tokenize {timings.tokenize_ms:.1f}, wait {timings.queue_ms:.1f}, compute {timings.compute_ms:.1f})"
-    )

@@ -10,7 +10,7 @@ from loraplex.decisions import Answer as TypedAnswer
 from loraplex.decisions import Decisions, answer_of, failed, skipped
 from loraplex.discovery import SkippedFolder
 from loraplex.messages import conversation_of, message_json
-from loraplex.state import state_of
+from loraplex.questions import check_deadline, given_questions, given_state
 from loraplex.types import (
     AdapterInfo,
     AdapterRef,
@@ -94,6 +94,7 @@ def classify(
     roles: Roles | None = None,
     cascade: bool = True,
 ) -> Call[ClassifyResult]:
+    check_deadline(deadline_ms)
     conversation = conversation_of(input)
     body = {
         "input": conversation if isinstance(conversation, str) else [message_json(one) for one in conversation],
@@ -143,20 +144,15 @@ class DecisionsAnswer:
 
 
 def _answer(name: str, question: Question, given: Mapping[str, Any]) -> TypedAnswer:
-    """Return an answer, which says in its own fields or in `x_scores` how probable each label is."""
+    """Return an answer. `x_scores` says how probable each label is, in the contract's order."""
     if (gate := given.get("x_skipped_by")) is not None:
         return skipped(question, gate)
     adapter, error = given.get("x_adapter"), given.get("x_error")
-    scores = given.get("x_scores")
-    if scores is None and given["type"] == "predicate":
-        scores = {"true": given["probability"], "false": 1 - given["probability"]}
-    elif scores is None and error is None:
-        scores = {label: one["probability"] for label, one in zip(question.labels, given["probabilities"], strict=True)}
     verdict = Verdict(
         id=given.get("x_verdict_id"),
         classifier=name,
         label=given.get("x_label"),
-        scores=scores,
+        scores=given.get("x_scores"),
         abstained=given["type"] == "refusal" and error is None,
         adapter=None if adapter is None else AdapterRef(**adapter),
         warnings=tuple(given.get("x_warnings", ())) or None,
@@ -173,7 +169,8 @@ def decide(
     roles: Roles | None,
     cascade: bool = True,
 ) -> Call[DecisionsAnswer]:
-    conversation = state_of(state)
+    questions, conversation = given_questions(questions), given_state(state)
+    check_deadline(deadline_ms)
     body = {
         "model": model,
         "input": conversation if isinstance(conversation, str) else [message_json(one) for one in conversation],
@@ -191,9 +188,11 @@ def decide(
 
 def _question(name: str, question: Question) -> dict[str, Any]:
     body: dict[str, Any] = {"type": question.type, "name": name, "instructions": question.instructions}
-    if question.type == "predicate" and question.descriptions:
-        described = (question.descriptions.get(label) for label in question.labels)
-        body["x_criteria"] = dict(zip(("true", "false"), described, strict=True))
+    if question.type == "predicate":
+        body["x_labels"] = question.labels
+        if question.descriptions:
+            described = (question.descriptions.get(label) for label in question.labels)
+            body["x_criteria"] = dict(zip(("true", "false"), described, strict=True))
     options, label = {"choice": ("choices", "value"), "score": ("levels", "label")}.get(question.type, ("", ""))
     if options:
         body[options] = [

@@ -4,12 +4,12 @@ from collections.abc import Sequence as Seq
 from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field, Tag
+from pydantic import Field, Tag, field_validator
 from typing_extensions import TypedDict
 
 from loraplex.decisions import Answer
 from loraplex.messages import MAX_ITEMS, PartBody
-from loraplex.problems import either
+from loraplex.problems import either, wrong
 from loraplex.routing.questions import Asked
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.routes import ERRORS
@@ -17,7 +17,7 @@ from loraplex.server.schemas import Body
 from loraplex.server.typed import MAX_OPTIONS, Ours, Typed, TypedBody, decide, ours_of, response_of, type_in
 from loraplex.server.typed_errors import DECISIONS
 from loraplex.state import items_of
-from loraplex.types import ErrorInfo, Question
+from loraplex.types import PREDICATE_LABELS, ErrorInfo, Question
 
 router = APIRouter(tags=["decisions"], route_class=JsonRoute)
 
@@ -50,7 +50,20 @@ class CriteriaBody(Body):
 
 class PredicateQuestion(_Question):
     type: Literal["predicate"]
+    x_labels: list[str] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="what either answer is called, the one that holds first; by default yes and no",
+    )
     x_criteria: CriteriaBody | None = Field(None, description="what either answer means; Loraplex's own")
+
+    @field_validator("x_labels")
+    @classmethod
+    def _differ(cls, given: list[str] | None) -> list[str] | None:
+        if given is not None and len({label.strip() for label in given}) < 2:
+            raise wrong("names one answer only", "give each answer a name of its own")
+        return given
 
 
 class ChoiceBody(Body):
@@ -208,9 +221,9 @@ def _asked(place: str, given: PredicateQuestion | ChoiceQuestion | ScoreQuestion
         labels = tuple(one.label for one in given.levels)
         options, descriptions = "levels", {one.label: one.description for one in given.levels}
     else:
-        labels = ("yes", "no")
+        labels = tuple(given.x_labels or PREDICATE_LABELS)
         if given.x_criteria is not None:
-            descriptions = {"yes": given.x_criteria.true, "no": given.x_criteria.false}
+            descriptions = dict(zip(labels, (given.x_criteria.true, given.x_criteria.false), strict=True))
     question = Question(
         type=given.type,
         instructions=given.words(),
@@ -232,8 +245,9 @@ def _answer(question: PredicateQuestion | ChoiceQuestion | ScoreQuestion, answer
         return {"type": "refusal", **head, **ours, "x_error": shown}
     if answer.skipped_by is not None:
         return {"type": "refusal", **head, **ours, "x_skipped_by": answer.skipped_by}
+    ours["x_scores"] = dict(answer.scores or {})
     if answer.abstained:
-        return {"type": "refusal", **head, **ours, "x_scores": dict(answer.scores or {})}
+        return {"type": "refusal", **head, **ours}
     head = {"type": answer.type, **head}
     if isinstance(question, PredicateQuestion):
         return {**head, "probability": answer.probability, **ours}

@@ -196,7 +196,7 @@ class Ours(TypedDict):
     x_verdict_id:  identifies the verdict, for feedback.
     x_adapter:     the adapter that answered; null where none was trained for the question.
     x_label:       the verdict's label, which heeds the contract's `threshold`.
-    x_scores:      label -> probability, where the verdict abstained.
+    x_scores:      label -> probability, in the contract's order; on /v1/decisions.
     """
 
     x_verdict_id: NotRequired[str]
