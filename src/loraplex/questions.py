@@ -1,7 +1,7 @@
 """Checks what Python's callers give to `decide`. `Client` and `Loraplex` refuse the same, in the same words."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -44,15 +44,15 @@ def check_deadline(deadline_ms: Any) -> None:
         )
 
 
-def check_labels(where: str, question: Question) -> None:
-    """Raise InvalidRequestError where a question's labels are too few, too many or not distinct, or where one that it
-    has not is described."""
+def check_labels(where: str, question: Question, written: Callable[[str], str] = str.strip) -> None:
+    """Raise InvalidRequestError where a question's labels are too few, too many or not distinct as they are written, or
+    where one that it has not is described."""
     labels = question.labels
     least, most = (2, 2) if question.type == "predicate" else (2, MAX_LABELS)
     if not least <= len(labels) <= most:
         wanted = "two labels" if most == least else f"{least} to {most} labels"
         raise InvalidRequestError(f"{where} has {len(labels)} labels", remedy=f"give a {question.type} {wanted}")
-    said = {label.strip() for label in labels}
+    said = set(map(written, labels))
     if len(said) < len(labels) or "" in said:
         raise InvalidRequestError(
             f"{where} has labels that are empty or the same: {quoted(labels)}", remedy="name each label once"

@@ -105,7 +105,7 @@ def test_probabilities_are_those_of_the_base_after_the_prompt(uncorrected: Lorap
         "untold": ("Which option fits best?\n- hello\n- thanks\nAnswer with the name of one option.", "hello thanks"),
     }
 
-    def probability(ids: list[int], behind: tuple[int, ...]) -> float:
+    def probability(ids: list[int], behind: Iterable[int]) -> float:
         with torch.inference_mode():
             rows = model(torch.tensor([[*ids, *behind]])).logits[0].softmax(-1)
         return math.prod(rows[len(ids) - 1 + at, token].item() for at, token in enumerate(behind))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.classifier import Contract, low_mass
+from loraplex.decisions import expected_level, softmax
 from loraplex.engine.sequence import Outcome, Sequence, SequenceOutput, Target
 from loraplex.errors import LoraplexError
 from loraplex.service.base import Base
@@ -79,9 +80,7 @@ class QuestionEvaluation:
         by_order = [_label_log_probs(outputs, presentation) for presentation in self.presentations]
         # The mean of logarithms cancels a factor by which a place in the list is preferred, whatever its size.
         logits = [math.fsum(of_label) / len(by_order) for of_label in zip(*by_order, strict=True)]
-        highest = max(logits)
-        weights = [math.exp(logit - highest) for logit in logits]
-        scores = dict(zip(self.question.labels, (one / math.fsum(weights) for one in weights), strict=True))
+        scores = dict(zip(self.question.labels, softmax(logits), strict=True))
         label = max(scores, key=scores.__getitem__)
         mass = math.fsum(math.fsum(map(math.exp, log_probs)) for log_probs in by_order) / len(by_order)
         warnings = ["zero_shot: no adapter was trained for this question, and the bare base answered it"]
@@ -94,7 +93,7 @@ class QuestionEvaluation:
             label=label,
             confidence=scores[label],
             scores=scores,
-            score=math.fsum(level * one for level, one in enumerate(scores.values())) if is_score else None,
+            score=expected_level(scores.values()) if is_score else None,
             label_mass=min(1.0, mass),
             warnings=tuple(dict.fromkeys((*warnings, *(one for prompt in self.prompts for one in prompt.warnings)))),
         )

@@ -9,12 +9,12 @@ from itertools import chain
 from loraplex.classifier import CONVERSATION, DEFAULT_ROLES, QUESTION, Contract, normalized, valid_unicode
 from loraplex.errors import ConfigurationError, ContractError, InputTooLongError, InvalidRequestError, quoted
 from loraplex.labelled import YES_NO
+from loraplex.questions import check_labels
 from loraplex.text.chat_template import ChatTemplate
 from loraplex.text.codes import WORDS, Answers, Codes, Kind
 from loraplex.text.template import Template
 from loraplex.types import Question, QuestionType, Roles
 
-MAX_LABELS = 255
 ROLES: Roles = {
     **DEFAULT_ROLES,
     "system": "System",
@@ -131,21 +131,8 @@ def num_chars(question: Question) -> int:
 
 def check_question(name: str, question: Question) -> None:
     """Raise InvalidRequestError where nobody could answer the question."""
-    labels, where = question.labels, f"the question {quoted(name)}"
-    least, most = (2, 2) if question.type == "predicate" else (2, MAX_LABELS)
-    if not least <= len(labels) <= most:
-        wanted = "two labels" if most == least else f"{least} to {most} labels"
-        raise InvalidRequestError(f"{where} has {len(labels)} labels", remedy=f"give a {question.type} {wanted}")
-    said = {normalized(valid_unicode(label)).strip() for label in labels}  # as a prompt says them
-    if len(said) < len(labels) or "" in said:
-        raise InvalidRequestError(
-            f"{where} has labels that are empty or the same: {quoted(labels)}", remedy="name each label once"
-        )
-    if unknown := [one for one in question.descriptions if one not in labels]:
-        raise InvalidRequestError(
-            f"{where} describes {quoted(unknown[0])}, which is none of its labels {quoted(labels)}",
-            remedy="use a label's text",
-        )
+    where = f"the question {quoted(name)}"
+    check_labels(where, question, lambda label: normalized(valid_unicode(label)).strip())
     if not question.instructions.strip() and not any(map(str.strip, question.descriptions.values())):
         if question.type == "predicate":
             raise InvalidRequestError(f"{where} has no instructions", remedy="say in words what is asked")
