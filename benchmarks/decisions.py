@@ -77,7 +77,7 @@ def llamacpp(program: str, gguf: Path) -> System:
     return System(
         lambda port: (program, "--model", str(gguf), "--host", "127.0.0.1", "--port", port, *options),
         "llamacpp:prompt_tokens_total",
-        "",
+        "llamacpp:prompt_tokens_cached_total",
     )
 
 
@@ -122,7 +122,7 @@ class Server:
 def _sum(metrics: str, name: str) -> float:
     """Return the sum of a counter's series. name: may have labels."""
     wanted = re.escape(name) if "{" in name else re.escape(name) + r"(?:\{[^}]*\})?"
-    return sum(map(float, re.findall(rf"^{wanted} (\S+)$", metrics, re.MULTILINE))) if name else 0.0
+    return sum(map(float, re.findall(rf"^{wanted} (\S+)$", metrics, re.MULTILINE)))
 
 
 def measure(
