@@ -28,7 +28,7 @@ from loraplex.errors import (
     quoted,
 )
 from loraplex.exhaustion import exhaustion
-from loraplex.problems import find_problem
+from loraplex.problems import find_problem, refused
 from loraplex.server import logs
 from loraplex.server.encodings import ACCEPTED
 from loraplex.server.json_body import OBJECT
@@ -119,7 +119,7 @@ def _json(request: Request, error: LoraplexError, shown: ErrorInfo, headers: dic
         request.app.state.metrics.fail(error.code)
     content = error_json(shown.code, shown.message, shown.remedy)
     if path in TYPED:
-        content, headers = in_wire_shape(path, content, error.status, error.param), {**headers, TYPESAFE_ID: record.id}
+        content, headers = in_wire_shape(path, content, error), {**headers, TYPESAFE_ID: record.id}
     return JSONResponse(content, status_code=error.status, headers=headers)
 
 
@@ -196,10 +196,7 @@ def refusal(request: Request, exc: RequestValidationError) -> InvalidRequestErro
     model = request.scope["route"].body_field.field_info.annotation
     errors = [{**one, "loc": one["loc"][1:]} for one in exc.errors()[:MOST_ERRORS]]  # each begins with "body"
     problem = find_problem(errors, exc.body, model, noun="field")
-    message = f"{problem.place}: {problem.sentence}" if problem.place else problem.sentence
-    error = InvalidRequestError(message, remedy=f"{problem.remedy}; see /docs for the fields and their types")
-    error.param = problem.place or None
-    return error
+    return refused(problem, remedy=f"{problem.remedy}; see /docs for the fields and their types")
 
 
 async def _http_error(request: Request, exc: Exception) -> JSONResponse:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, Tag, TypeAdapter, model_valid
 from pydantic.json_schema import SkipJsonSchema
 
 from loraplex.discovery import SkippedFolder
+from loraplex.errors import encodable
 from loraplex.labelled import YES_NO
 from loraplex.messages import MAX_ITEMS, MessageBody
 from loraplex.problems import NumbersAreNoBooleans, either, wrong
@@ -303,7 +304,7 @@ COMMON = errors(
 
 def error_json(code: str, message: str, remedy: str) -> dict[str, Any]:
     """Return an error as JSON. Its text may repeat what the client sent, so halves of surrogate pairs are escaped."""
-    return {"error": {"code": code, "message": message.encode(errors="backslashreplace").decode(), "remedy": remedy}}
+    return {"error": {"code": code, "message": encodable(message), "remedy": encodable(remedy)}}
 
 
 class FailedAdapter(BaseModel):

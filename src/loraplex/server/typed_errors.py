@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from loraplex.errors import LoraplexError
+
 DECISIONS, SYSTEMONE = "/v1/decisions", "/v1/systemone"
 TYPED = frozenset({DECISIONS, SYSTEMONE})
 TYPESAFE_ID = "X-TypeSafe-Request-Id"
@@ -15,15 +17,16 @@ TYPES = {
 }
 
 
-def in_wire_shape(path: str, content: dict[str, Any], status: int, param: str | None) -> dict[str, Any]:
+def in_wire_shape(path: str, content: dict[str, Any], failure: LoraplexError) -> dict[str, Any]:
     """Return an error as the path's clients read it. OpenAI's error has a type and the field at fault; TypeSafe's is
     `detail`, which stands beside ours."""
+    status = failure.status
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    error = {**content["error"], "type": kind, "param": param}
+    error = {**content["error"], "type": kind, "param": ".".join(failure.place) or None}
     if path == DECISIONS:
         return {"error": error}
     message = error["message"]
     if status in (400, 422):
-        place = ["body", *(param.split(".") if param else ())]
+        place = ["body", *failure.place]
         return {"error": error, "detail": [{"loc": place, "msg": message, "type": error["code"]}]}
     return {"error": error, "detail": {"error_type": kind, "message": message}}
