@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,10 +224,15 @@ def test_routes_shadows_and_feedback(http: httpx.Client) -> None:
     try:
         [answer] = decisions(http, {**PREDICATE, "name": "done"})
         assert answer["x_adapter"]["name"] == "task0"
+        for _ in range(200):  # the shadow answers after the route
+            stats = http.get("/v1/routes/done/stats").json()
+            if len(stats["targets"]) == 2:
+                break
+            time.sleep(0.05)
+        assert [(one["target"], one["role"]) for one in stats["targets"]] == [("task0", "primary"), ("task1", "shadow")]
+        assert [one["num_verdicts"] for one in stats["targets"]] == [1, 1]
         feedback = post(http, "/v1/feedback", {"verdict_id": answer["x_verdict_id"], "label": "yes"})
-        assert feedback["num_answers"] >= 1
-        stats = http.get("/v1/routes/done/stats").json()
-        assert stats["targets"][0]["num_verdicts"] == 1
+        assert feedback["num_answers"] == 2
         assert decisions(http, {**PREDICATE, "name": "x"}, model="done")[0]["name"] == "x"
     finally:
         http.delete("/v1/routes/done").raise_for_status()
@@ -236,7 +242,9 @@ def test_a_route_whose_targets_have_other_labels_is_refused(http: httpx.Client) 
     http.put("/v1/routes/mixed", json={"targets": {"topic": 1, "anger": 1}}).raise_for_status()
     try:
         body = {"model": "*", "input": TEXT, "questions": [{**TOPIC, "name": "mixed"}]}
-        assert "the labels of 'anger'" in post(http, "/v1/decisions", body, 422)["error"]["message"]
+        error = post(http, "/v1/decisions", body, 422)["error"]
+        assert "the targets of the route 'mixed' have different labels" in error["message"]
+        assert "'topic'" in error["message"] and "'anger'" in error["message"] and error["param"] == "questions.0"
     finally:
         http.delete("/v1/routes/mixed").raise_for_status()
 
@@ -350,6 +358,54 @@ def test_a_wrong_systemone_request_is_named_in_both_shapes(
         assert detail["loc"][0] == "body" and detail["msg"] == answer["error"]["message"]
     else:
         assert answer["detail"] == {"error_type": "not_found_error", "message": answer["error"]["message"]}
+
+
+def test_a_role_that_is_no_unicode_is_refused_everywhere(http: httpx.Client) -> None:
+    turns = [{"role": "\ud800", "content": "x"}]
+    bodies = {
+        "/v1/decisions": {"model": "*", "input": turns, "questions": [PREDICATE]},
+        "/v1/systemone": {"state": turns, "questions": NOULS},
+        "/v1/classify": {"input": turns, "classifiers": ["task0"]},
+    }
+    for path, body in bodies.items():
+        error = post(http, path, body, 422)["error"]
+        assert "\\ud800" in error["message"] and error["remedy"].encode()
+
+
+def test_errors_name_the_place_in_the_request(http: httpx.Client) -> None:
+    robot = [*TURNS, {"role": "robot", "content": "x"}]
+    data = {"type": "input_json", "data": {"messages": TURNS}}
+    places: list[tuple[str, Any, list[str]]] = [
+        ("systemone", {"state": {"messages": robot}, "questions": NOULS}, ["state", "messages", "2"]),
+        ("systemone", {"state": [{"role": "user"}], "questions": NOULS}, ["state", "0", "content"]),
+        ("systemone", {"state": {"messages": TURNS, "x": 1}, "questions": NOULS}, ["state", "x"]),
+        ("systemone", {"state": TEXT, "questions": {"a.b": {"type": "noul", "x": 1}}}, ["questions", "a.b", "x"]),
+        (
+            "systemone",
+            {"model": "topic", "state": TEXT, "questions": {"a.b": NOULS["anger"]}},
+            ["questions", "a.b", "criteria"],
+        ),
+        ("decisions", {"input": [{"role": "user", "content": [data]}, robot[2]]}, ["input", "1"]),
+        ("decisions", {"input": [{"type": "reasoning"}]}, ["input", "0", "type"]),
+    ]
+    for path, body, place in places:
+        if path == "decisions":
+            body = {"model": "*", "questions": [PREDICATE], **body}
+        answer = post(http, f"/v1/{path}", body, 422)
+        assert answer["error"]["param"] == ".".join(place), answer
+        assert path == "decisions" or answer["detail"][0]["loc"] == ["body", *place]
+
+
+def test_a_route_is_meant_too_where_a_name_is_not_known(http: httpx.Client) -> None:
+    http.put("/v1/routes/isSolved", json={"targets": {"task0": 1}}).raise_for_status()
+    try:
+        body = {"model": "*", "input": TEXT, "questions": [{**PREDICATE, "name": "isSolve"}]}
+        error = post(http, "/v1/decisions", body, 404)["error"]
+        assert "did you mean isSolved for isSolve?" in error["remedy"] and "--adhoc-questions" in error["remedy"]
+        error = post(http, "/v1/decisions", {**body, "model": "gpt-9"}, 404)["error"]
+        assert "'*'" in error["remedy"] and "'jev-latest'" in error["remedy"] and "isSolved" in error["remedy"]
+    finally:
+        http.delete("/v1/routes/isSolved").raise_for_status()
 
 
 def test_numbers_that_json_does_not_have_are_refused(http: httpx.Client) -> None:

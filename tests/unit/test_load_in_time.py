@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from loraplex.errors import AdapterError, NotReadyError
-from loraplex.server.typed import load_in_time
+from loraplex.routing.question_checks import load_in_time
 from loraplex.types import AdapterInfo
 
 

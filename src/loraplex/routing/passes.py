@@ -41,7 +41,7 @@ async def classify(
     verdicts = {name: verdicts[name] for name in adapters} | {name: found[name] for name in request.questions}
     failed = [(name, verdict.error) for name, verdict in verdicts.items() if verdict.error is not None]
     if len(failed) == len(verdicts):
-        raise _raised(*failed[0])
+        raise raised(*failed[0])
     named = (_as_asked(one, name, f"{result.id}-{index}") for index, (name, one) in enumerate(verdicts.items()))
     result = replace(result, verdicts=tuple(named))
     num_skipped = sum(verdict.skipped_by is not None for verdict in result.verdicts)
@@ -114,7 +114,8 @@ def _as_asked(verdict: Verdict, name: str, id: str) -> Verdict:
     return verdict if asked or verdict.skipped_by is not None else replace(verdict, id=id, classifier=name)
 
 
-def _raised(name: str, info: ErrorInfo) -> LoraplexError:
+def raised(name: str, info: ErrorInfo) -> LoraplexError:
+    """Return a verdict's error as one to raise. name: of the classifier that failed."""
     error = error_answered(info.code, info.message, remedy=info.remedy)
     if isinstance(error, ConfigurationError):
         error.adapter = name

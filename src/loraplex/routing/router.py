@@ -183,15 +183,21 @@ class Router:
         route = self._routes.get(name)
         return name if route is None else choose(route, conversation_id)
 
+    def targets(self, name: str) -> tuple[str, ...]:
+        """Return the adapters of which one answers for `name`."""
+        route = self._routes.get(name)
+        return (name,) if route is None else tuple(one for one, weight in route.targets.items() if weight)
+
+    def asked(self, names: Names) -> tuple[str, ...]:
+        """Return the requested names. `"*"` means every route, and every classifier that no route uses."""
+        if names != "*":
+            return names
+        return (*self._routes, *(name for name in self.service.names() if name not in self._targeted))
+
     async def classify(self, request: ClassifyRequest) -> ClassifyResult:
         """Classify as `Service.classify` does. Each verdict has the name that was requested, and an id for feedback.
-        Raises InvalidRequestError for a question with the name of a classifier or a route."""
+        The bare base answers the questions, also one that has a classifier's name by now."""
         adapters, routes = self._adapters(request), self._routes
-        if taken := next(filter(self.knows, request.questions), None):
-            raise InvalidRequestError(
-                f"the question {quoted(taken)} has the name of a classifier or a route",
-                remedy="ask this one in `classifiers`, or give the question another name",
-            )
         try:
             result = await passes.classify(self.service, request, adapters, self._gates, self.resolve)
         except LoraplexError as exc:
@@ -230,11 +236,8 @@ class Router:
         return (*((name, *prompts[adapter]) for name, adapter in adapters.items()), *of_questions)
 
     def _adapters(self, request: ClassifyRequest) -> dict[str, str]:
-        """Return requested name -> adapter. `"*"` means every route, and every classifier that no route uses."""
-        names: Iterable[str] = request.classifiers
-        if request.classifiers == "*":
-            names = [*self._routes, *(name for name in self.service.names() if name not in self._targeted)]
-        return {name: self.resolve(name, request.conversation_id) for name in names}
+        """Return requested name -> adapter."""
+        return {name: self.resolve(name, request.conversation_id) for name in self.asked(request.classifiers)}
 
     def _ask_shadows(
         self,
