@@ -369,6 +369,15 @@ def test_feedback_and_metrics_know_questions(http: httpx.Client) -> None:
     assert len(set(ids)) == 5
     told = http.post("/v1/feedback", json={"verdict_id": ids[1], "label": "payment"})
     assert told.status_code == 200 and told.json()["num_answers"] == 1
+    wrong = http.post("/v1/feedback", json={"verdict_id": ids[1], "label": "nonsense"})
+    assert wrong.status_code == 422 and "'nonsense' is no label of the question" in wrong.text
+    assert "'table', 'payment', 'other'" in wrong.json()["error"]["remedy"]
+    assert http.post("/v1/feedback", json={"verdict_id": ids[0], "label": "true"}).status_code == 200
+    [stats] = http.get("/v1/routes/isDone/stats").json()["targets"]
+    assert stats["accuracy"]["num_labelled"] == 1 and set(stats["label_shares"]) <= {"yes", "no"}
+    was_right = answer["verdicts"][0]["label"] == "yes"
+    assert stats["accuracy"]["share"] == was_right, "true stands for yes"
+    assert http.get("/v1/routes/nobody/stats").status_code == 404
     metrics = http.get("/metrics").text
     [line] = [
         one for one in metrics.splitlines() if one.startswith("loraplex_classifications_total") and "(question)" in one
