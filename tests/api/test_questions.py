@@ -379,11 +379,15 @@ def test_feedback_and_metrics_know_questions(http: httpx.Client) -> None:
     assert stats["accuracy"]["share"] == was_right, "true stands for yes"
     assert http.get("/v1/routes/nobody/stats").status_code == 404
     metrics = http.get("/metrics").text
-    [line] = [
-        one for one in metrics.splitlines() if one.startswith("loraplex_classifications_total") and "(question)" in one
-    ]
+    of_questions = 'loraplex_classifications_total{adapter="",classifier="(question)",outcome="ok"}'
+    [line] = [one for one in metrics.splitlines() if one.startswith(of_questions)]
     assert float(line.split()[-1]) >= 5
     assert "topic" not in metrics and "payment" not in metrics
+    long = {"type": "predicate", "instructions": "Is it? " * 1000}
+    for questions in ({"long": long}, {"long": long, **BODIES}):
+        http.post("/v1/classify", json={"input": TEXT, "classifiers": [], "questions": questions})
+    counted = http.get("/metrics").text
+    assert 'classifier="(question)",outcome="input_too_long"} 2' in counted and "(unknown)" not in counted
 
 
 def test_the_same_request_is_answered_before_and_after_an_adapter_is_trained_for_its_question(

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Collection, Coroutine, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -109,10 +109,10 @@ async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = F
     try:
         result: ClassifyResult | BatchResult = await while_connected(request, work)
     except LoraplexError as exc:
-        metrics.observe_failure(named, exc.code)
+        metrics.observe_failure(named, exc.code, len(asked[0].questions))
         raise
     # Count once the answer is on its way, so that the client does not wait; still before the loop's next request.
-    asyncio.get_running_loop().call_soon(_observe, metrics, named, result)
+    asyncio.get_running_loop().call_soon(_observe, metrics, named, asked[0].questions, result)
     return result
 
 
@@ -137,12 +137,14 @@ def _identified(request: Request, asked: tuple[ClassifyRequest, ...]) -> tuple[C
     return (replace(asked[0], request_id=given, key=record.key, conversation_id=session),)
 
 
-def _observe(metrics: Metrics, named: Iterable[str], result: ClassifyResult | BatchResult) -> None:
+def _observe(
+    metrics: Metrics, named: Iterable[str], questions: Collection[str], result: ClassifyResult | BatchResult
+) -> None:
     for one in (result,) if isinstance(result, ClassifyResult) else result.results:
         if isinstance(one, ClassifyResult):
-            metrics.observe(one)
+            metrics.observe(one, questions)
         else:
-            metrics.observe_failure(named, one.error.code)
+            metrics.observe_failure(named, one.error.code, len(questions))
             metrics.fail(one.error.code)
 
 

@@ -30,13 +30,13 @@ from loraplex.service.question_limits import FRAME_CHARS, NUM_SEQUENCES, check_q
 from loraplex.service.questions import QuestionEvaluation
 from loraplex.service.registry import AdapterRegistry
 from loraplex.service.state import AdapterState
+from loraplex.service.usage import AnyEvaluation, timings_of, usage_of
 from loraplex.service.verdict import Evaluation
 from loraplex.service.versions import Versions
 from loraplex.text.tokenizer import Conversations
-from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Question, Stats, Timings, Usage
+from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Question, Stats
 
 Leased = tuple[Evaluation, Lease[ClassifierVersion]]
-AnyEvaluation = Evaluation | QuestionEvaluation
 MAX_UNKNOWN = 100  # unknown names in a call that is still answered; each has an error of its own in the answer
 
 
@@ -230,8 +230,8 @@ class Service:
         return ClassifyResult(
             id=id,
             verdicts=tuple(one.verdict(f"{id}-{index}") for index, one in enumerate(evaluations)),
-            usage=_usage(evaluations),
-            timings=_timings(started, tokenized, [output for one in evaluations for output in one.outputs]),
+            usage=usage_of(evaluations),
+            timings=timings_of(started, tokenized, [output for one in evaluations for output in one.outputs]),
         )
 
     async def _place_and_answer(
@@ -335,7 +335,7 @@ class Service:
             if isinstance(outcome, LoraplexError):
                 raise outcome
         outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
-        return completion.result(outputs, _timings(started, tokenized, outputs))
+        return completion.result(outputs, timings_of(started, tokenized, outputs))
 
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """Return (name, prompt, token ids) for each classifier of the request, and for each question in each order of
@@ -381,20 +381,3 @@ class Service:
 
 def _deadline(started: float, deadline_ms: float | None) -> float | None:
     return None if deadline_ms is None else started + deadline_ms / 1000
-
-
-def _usage(evaluations: Seq[AnyEvaluation]) -> Usage:
-    num_prompt = sum(evaluation.num_prompt_tokens for evaluation in evaluations)
-    num_computed = sum(one.num_computed_tokens for evaluation in evaluations for one in evaluation.sequences)
-    return Usage(
-        prompt_tokens=num_prompt, computed_tokens=num_computed, cached_tokens=max(0, num_prompt - num_computed)
-    )
-
-
-def _timings(started: float, tokenized: float, outputs: Seq[SequenceOutput]) -> Timings:
-    return Timings(
-        tokenize_ms=(tokenized - started) * 1000,
-        queue_ms=max((output.queued_s for output in outputs), default=0.0) * 1000,
-        compute_ms=max((output.computed_s for output in outputs), default=0.0) * 1000,
-        total_ms=(time.monotonic() - started) * 1000,
-    )
