@@ -171,9 +171,13 @@ def find_problem(errors: Sequence[Any], values: Any, model: Any, *, noun: str = 
             error, path = one, other
     place = ".".join(shortened(str(part)) for part in path)
     if error["type"] == "extra_forbidden":
-        models = _models_at(model, error["loc"][:-1])
+        loc = error["loc"]
+        models = _models_at(model, loc[:-1])
         known = dict.fromkeys(name for one in models for name in one.model_fields)
         what, remedy = unknown_field(place, path[-1], known, noun, _inside(models, path[-1]))
+        if len(loc) > 2 and any(path[-1] in one.model_fields for one in _models_at(model, loc[:-2])):
+            if _value_at(values, path[:-1], "type") == loc[-2]:
+                what = f"{what}: a {loc[-2]} has none"  # one of another type has the field
         return Problem(place="", given="", what=what, remedy=remedy, path=path)
     value = error["input"]
     if written is not None and error["type"] == "string_type" and (kind := _yaml_kind(value)):
@@ -272,14 +276,25 @@ def _unquoted(path: tuple[str | int, ...], what: str, written: Any) -> Problem:
     return Problem(place=".".join(map(str, parents)), given=given, what=f"is {what}, not text", remedy=remedy)
 
 
+def _value_at(values: Any, path: Sequence[str | int], name: str) -> Any:
+    for part in path:
+        values = values[part]
+    return values.get(name) if isinstance(values, Mapping) else None
+
+
 def _models_at(model: Any, loc: Sequence[str | int]) -> list[type[BaseModel]]:
     """Return the model where `loc` leads, from `model` on. A union gives all its members."""
     if loc and (member := _tagged(model, loc[0])):
         model, loc = member, loc[1:]
+    around = [model]
     models = list(_models(model))
     for part in loc:
         inner = [one.model_fields[part].annotation for one in models if part in one.model_fields]
-        models = [found for one in inner for found in _models(one)] or models
+        if inner:
+            around = inner
+        else:
+            around = [member for one in around if (member := _tagged(one, part))] or around
+        models = [found for one in around for found in _models(one)] or models
     return models
 
 

@@ -28,6 +28,7 @@ CONTRACTS: dict[str, dict[str, Any]] = {
     "flag": {"type": "choice", "labels": ("true", "false")},
     "withTools": {"roles": {"user": "Customer", "assistant": "Agent", "tool": "Tool", "system": None}},
     "broken": {},
+    "spaced": {"labels": (" hello", " table", " payment")},
 }
 PREDICATE = {"type": "predicate", "name": "task0", "instructions": "Is it done?"}
 TOPIC: dict[str, Any] = {"type": "choice", "name": "topic", "instructions": "Is it done?"}
@@ -143,6 +144,12 @@ def test_equal_names_are_answered_each_in_its_own_order(http: httpx.Client) -> N
     first, second = decisions(http, TOPIC, other)
     assert [one["value"] for one in second["probabilities"]] == [one["value"] for one in first["probabilities"]][::-1]
     assert first["choice"] == second["choice"]
+
+
+def test_a_space_at_a_labels_end_does_not_matter_and_the_request_spells_the_answer(http: httpx.Client) -> None:
+    [answer] = decisions(http, {**TOPIC, "name": "spaced"})
+    assert [one["value"] for one in answer["probabilities"]] == ["hello", "table", "payment"]
+    assert answer["choice"] in TOPICS and answer["x_label"] in TOPICS
 
 
 def test_true_is_a_choice_and_comes_back_as_true(http: httpx.Client) -> None:
@@ -273,6 +280,26 @@ def test_sagemaker_takes_both_bodies(http: httpx.Client) -> None:
     assert "answers" in post(http, "/invocations", {"state": TEXT, "questions": {"task0": {"type": "noul"}}})
 
 
+def test_a_header_names_the_adapter_where_the_body_has_an_alias(http: httpx.Client) -> None:
+    expected = scores(http, "task1")["yes"]
+    header = {"X-Amzn-SageMaker-Adapter-Identifier": "task1"}
+    for model in ("jev-latest", "*"):
+        body = {"model": model, "state": TEXT, "questions": {"x": {"type": "noul"}}}
+        answer = post(http, "/invocations", body, headers=header)
+        assert answer["answers"]["x"]["noul"] == pytest.approx(expected, abs=1e-4)
+    body = {"model": "task2", "state": TEXT, "questions": {"x": {"type": "noul"}}}
+    answer = post(http, "/invocations", body, headers=header)
+    assert answer["answers"]["x"]["x_adapter"]["name"] == "task2", "a classifier in the body comes first"
+
+
+def test_errors_of_typed_invocations_have_their_clients_shape(http: httpx.Client) -> None:
+    error = post(http, "/invocations", {"input": TEXT, "questions": [{**PREDICATE, "name": "nope"}]}, 404)["error"]
+    assert error["type"] == "not_found_error" and error["param"] is None
+    answer = post(http, "/invocations", {"questions": {"task0": {"type": "noul"}}}, 422)
+    assert answer["error"]["message"] == "state: is missing" and answer["error"]["param"] == "state"
+    assert answer["detail"][0]["loc"] == ["body", "state"]
+
+
 def test_models_are_listed_for_typesafes_client_too(http: httpx.Client) -> None:
     answer = http.get("/v1/models").json()
     assert [one["name"] for one in answer["models"]] == [one["id"] for one in answer["data"]]
@@ -314,6 +341,9 @@ def test_models_are_listed_for_typesafes_client_too(http: httpx.Client) -> None:
         ([PREDICATE], {"chat_template_kwargs": {}}, 422, "chat_template_kwargs"),
         ([PREDICATE], {"stream": True}, 422, "stream"),
         ([PREDICATE], {"deadline_ms": 0.0001}, 504, "deadline"),
+        ([PREDICATE], {"deadline_ms": "5"}, 422, "deadline_ms: '5' is not a number"),
+        ([PREDICATE], {"cascade": "no"}, 422, "cascade: 'no' is not true or false"),
+        ([{**PREDICATE, "choices": []}], {}, 422, "unknown field 'questions.0.choices': a predicate has none"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -448,6 +478,12 @@ def test_strict_refuses_other_words(strict: httpx.Client) -> None:
     questions = {"topic": {"type": "choice", "criteria": {"table": "eats", "payment": None, "hello": None}}}
     error = post(strict, "/v1/systemone", {"state": TEXT, "questions": questions}, 422)["error"]
     assert error["param"] == "questions.topic.criteria" and "'wants to book'" in error["message"]
+
+
+def test_an_alias_with_the_name_of_a_classifier_ends_the_start(bundle: Path) -> None:
+    for alias, told in (("task0", "is the name of a classifier or a route"), ("", "decisions-alias")):
+        run = serving.loraplex("serve", bundle, "--port", "0", "--preload", "none", "--decisions-alias", alias)
+        assert run.returncode != 0 and told in run.stderr, run.stderr
 
 
 def test_aliases_are_those_that_are_configured(strict: httpx.Client) -> None:

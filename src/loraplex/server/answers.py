@@ -35,7 +35,7 @@ from loraplex.server.json_body import OBJECT
 from loraplex.server.lifecycle import PROBES, REFUSAL, stopping
 from loraplex.server.proxies import path_of
 from loraplex.server.schemas import error_json
-from loraplex.server.typed_errors import TYPED, TYPESAFE_ID, in_wire_shape
+from loraplex.server.typed_errors import TYPED, TYPESAFE_ID, in_wire_shape, wire_of
 from loraplex.types import BatchResult, ClassifyResult, ErrorInfo
 
 logger = logging.getLogger(__name__)
@@ -118,8 +118,9 @@ def _json(request: Request, error: LoraplexError, shown: ErrorInfo, headers: dic
     if path not in PROBES:  # a probe's 503 is no failure
         request.app.state.metrics.fail(error.code)
     content = error_json(shown.code, shown.message, shown.remedy)
-    if path in TYPED:
-        content, headers = in_wire_shape(path, content, error), {**headers, TYPESAFE_ID: record.id}
+    wire = wire_of(path, record.body)
+    if wire in TYPED:
+        content, headers = in_wire_shape(wire, content, error), {**headers, TYPESAFE_ID: record.id}
     return JSONResponse(content, status_code=error.status, headers=headers)
 
 

@@ -30,6 +30,10 @@ class Paths:
         """Return the methods that a path takes."""
         return sorted(self._methods.get(self.declared(path), ()))
 
+    def has(self, method: str, path: str) -> bool:
+        """Return whether some route takes this method of this path."""
+        return method in self._methods.get(self.declared(path), ())
+
     def begin_with(self, prefix: str) -> bool:
         """Return whether one of the declared paths is below `prefix`, which would then mean two things."""
         return any(path == prefix or path.startswith(f"{prefix}/") for path in self._methods)

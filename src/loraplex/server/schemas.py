@@ -55,7 +55,7 @@ RoleNames = Annotated[
 
 
 class QuestionBody(Body):
-    """A question that no adapter was trained for, in words. The bare base answers it (`--adhoc-questions`)."""
+    """A question in words. Where no adapter was trained for it, the bare base answers (`--adhoc-questions`)."""
 
     type: QuestionType = Field(
         description="predicate: whether something holds; choice: which label; score: which level, from the lowest"
@@ -142,16 +142,18 @@ class ClassifyBody(Body):
     deadline_ms: float | None = Field(
         None,
         gt=0,
+        strict=True,
         description="milliseconds from the request; a classifier that is not computed by then returns an error",
     )
     roles: RoleNames | None = None
     questions: dict[str, QuestionBody] = Field(
         {},
         max_length=MAX_QUESTIONS,
-        description="name -> a question that the bare base answers, beside the classifiers; needs --adhoc-questions",
+        description="name -> a question; the classifier or route of this name answers it, or else the bare base, with "
+        "--adhoc-questions",
     )
     cascade: bool = Field(
-        True, description="false runs every classifier, whatever its gate says (`when` in loraplex.yaml)"
+        True, strict=True, description="false runs every classifier, whatever its gate says (`when` in loraplex.yaml)"
     )
 
     @model_validator(mode="after")

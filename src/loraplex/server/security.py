@@ -10,10 +10,11 @@ from loraplex.errors import ForbiddenError, KeyBusyError, UnauthorizedError
 from loraplex.server import logs
 from loraplex.server.keys import ApiKey, find_key
 from loraplex.server.lifecycle import PROBES
+from loraplex.server.paths import Paths
 from loraplex.server.proxies import path_of
 
 # An operation is a method and a path as the router sees it; HEAD counts as GET. Operations are compared whole: one that
-# is spelled in any other way (a further slash, another case) needs the scope `admin`.
+# is spelled in any other way (a further slash, another case) needs the scope `admin` or is none, which the router says.
 OPEN = frozenset(f"GET {path}" for path in PROBES)
 PUBLIC = {
     "metrics": frozenset({"GET /metrics"}),
@@ -44,9 +45,15 @@ class Access:
     """Middleware: refuses a request whose key is missing or insufficient, before its body is read."""
 
     def __init__(
-        self, app: ASGIApp, keys: Sequence[ApiKey], public: Collection[str], key_concurrency: int | None
+        self,
+        app: ASGIApp,
+        keys: Sequence[ApiKey],
+        public: Collection[str],
+        key_concurrency: int | None,
+        paths: Paths,
     ) -> None:
-        self.app, self._keys, self._key_concurrency = app, keys, key_concurrency
+        """paths: those that exist. Any key learns that an operation does not."""
+        self.app, self._keys, self._key_concurrency, self._paths = app, keys, key_concurrency, paths
         self._open = OPEN.union(*(PUBLIC[what] for what in public))
         self._in_flight: Counter[str] = Counter()  # by key
 
@@ -64,7 +71,8 @@ class Access:
             return await self.app(scope, receive, send)
         key = self._key_of(scope)
         logs.current().key, logs.current().is_trusted = key.name, key.scope == "admin"
-        if key.scope != "admin" and operation not in INFER and not MODEL.fullmatch(operation):
+        is_allowed = key.scope == "admin" or operation in INFER or MODEL.fullmatch(operation)
+        if not is_allowed and self._paths.has(method, path_of(scope)):
             raise ForbiddenError(
                 f"the key {key.name!r} has the scope {key.scope!r}", remedy="use a key with the scope 'admin'"
             )

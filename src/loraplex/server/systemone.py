@@ -74,7 +74,9 @@ class SystemOneBody(TypedBody):
 
     state: Words
     cascade: bool = Field(
-        False, description="true lets gates skip questions (`when` in loraplex.yaml); `x_skipped` then names them"
+        False,
+        strict=True,
+        description="true lets gates skip questions (`when` in loraplex.yaml); `x_skipped` then names them",
     )
     model: str | None = None
     questions: dict[Annotated[str, Field(min_length=1)], AnyQuestion] = Field(min_length=1, max_length=MAX_QUESTIONS)

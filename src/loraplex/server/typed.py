@@ -52,10 +52,10 @@ class TypedBody(Body):
         description="the same id for every turn of a conversation: the next turn reuses cached work, and a route keeps "
         "its target",
     )
-    deadline_ms: float | None = Field(None, gt=0, description="milliseconds from the request")
+    deadline_ms: float | None = Field(None, gt=0, strict=True, description="milliseconds from the request")
     roles: RoleNames | None = None
     cascade: bool = Field(
-        True, description="false runs every classifier, whatever its gate says (`when` in loraplex.yaml)"
+        True, strict=True, description="false runs every classifier, whatever its gate says (`when` in loraplex.yaml)"
     )
     stream: Literal[False] | None = None
 
