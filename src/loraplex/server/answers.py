@@ -21,11 +21,9 @@ from loraplex.errors import (
     InvalidRequestError,
     LoraplexError,
     MethodNotAllowedError,
-    NotFoundError,
     OverloadedError,
     RequestTimeoutError,
     StateError,
-    quoted,
 )
 from loraplex.exhaustion import exhaustion
 from loraplex.problems import find_problem, refused
@@ -61,6 +59,8 @@ def answer(request: Request, error: LoraplexError) -> JSONResponse:
         headers["Retry-After"] = "1"
     elif error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    elif isinstance(error, MethodNotAllowedError):
+        headers["Allow"] = ", ".join(request.app.state.paths.methods(path_of(request.scope)))
     elif error.status == 415:
         headers["Accept-Encoding"] = ACCEPTED
     if isinstance(error, RequestTimeoutError | BodyTooLargeError):
@@ -203,17 +203,10 @@ def refusal(request: Request, exc: RequestValidationError) -> InvalidRequestErro
 async def _http_error(request: Request, exc: Exception) -> JSONResponse:
     """Answer what the framework itself refuses: unknown paths and methods."""
     assert isinstance(exc, HTTPException)
-    path, paths, remedy = path_of(request.scope), request.app.state.paths, "see /docs for the paths"
-    if exc.status_code == 404:
-        if similar := paths.similar(path):
-            remedy = f"did you mean {' or '.join(similar)}? See /docs for all paths"
-        return answer(request, NotFoundError(f"there is no path {quoted(path)}", remedy=remedy))
-    if exc.status_code == 405:
-        allowed = ", ".join(paths.methods(path))
-        message = f"{request.method} is not allowed for {quoted(path)}; use {allowed}"
-        response = answer(request, MethodNotAllowedError(message, remedy=remedy))
-        response.headers["Allow"] = allowed
-        return response
-    error = BadInputError(str(exc.detail), remedy=remedy)
+    if exc.status_code in (404, 405):
+        refusal = request.app.state.paths.refusal(request.method, path_of(request.scope))
+        if refusal is not None:
+            return answer(request, refusal)
+    error = BadInputError(str(exc.detail), remedy="see /docs for the paths")
     error.status = exc.status_code
     return answer(request, error)

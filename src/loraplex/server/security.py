@@ -14,7 +14,7 @@ from loraplex.server.paths import Paths
 from loraplex.server.proxies import path_of
 
 # An operation is a method and a path as the router sees it; HEAD counts as GET. Operations are compared whole: one that
-# is spelled in any other way (a further slash, another case) needs the scope `admin` or is none, which the router says.
+# is spelled in any other way (a further slash, another case) needs the scope `admin`.
 OPEN = frozenset(f"GET {path}" for path in PROBES)
 PUBLIC = {
     "metrics": frozenset({"GET /metrics"}),
@@ -71,8 +71,10 @@ class Access:
             return await self.app(scope, receive, send)
         key = self._key_of(scope)
         logs.current().key, logs.current().is_trusted = key.name, key.scope == "admin"
-        is_allowed = key.scope == "admin" or operation in INFER or MODEL.fullmatch(operation)
-        if not is_allowed and self._paths.has(method, path_of(scope)):
+        if key.scope != "admin" and operation not in INFER and not MODEL.fullmatch(operation):
+            # Refused here in either case: the router takes some spellings that are not declared.
+            if (refusal := self._paths.refusal(method, path_of(scope))) is not None:
+                raise refusal
             raise ForbiddenError(
                 f"the key {key.name!r} has the scope {key.scope!r}", remedy="use a key with the scope 'admin'"
             )
