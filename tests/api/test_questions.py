@@ -395,8 +395,9 @@ def test_the_same_request_is_answered_before_and_after_an_adapter_is_trained_for
 ) -> None:
     """By /v1/classify and by the typed routes, which then say who answered."""
     question = {"type": "predicate", "instructions": "Is it so?"}
-    body = {"input": TEXT, "classifiers": ["task0"], "questions": {"isDone": BODIES["isDone"], "task1": question}}
-    asked, answered = body["questions"], http.post("/v1/classify", json=body)
+    asked: dict[str, Any] = {"isDone": BODIES["isDone"], "task1": question}
+    body: dict[str, Any] = {"input": TEXT, "classifiers": ["task0"], "questions": asked}
+    answered = http.post("/v1/classify", json=body)
     verdicts = {one["classifier"]: one for one in answered.json()["verdicts"]}
     assert list(verdicts) == ["task0", "task1", "isDone"] and asked.keys() < verdicts.keys()
     alone = http.post("/v1/classify", json={"input": TEXT, "classifiers": ["task1"]}).json()["verdicts"][0]
@@ -442,10 +443,16 @@ def test_a_request_asks_the_bare_base_400_questions_at_most(http: httpx.Client) 
 
 def test_a_question_counts_as_two_evaluations_and_is_not_tokenized_for_nobody(loraplex: Loraplex) -> None:
     service = loraplex.service
-    admission, counted = service.computing.admission, []
+    admission = service.computing.admission
     evaluations = admission.evaluations
+    counted: list[int] = []
+
+    def count(num: int) -> Any:
+        counted.append(num)
+        return evaluations(num)
+
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(admission, "evaluations", lambda num: counted.append(num) or evaluations(num))
+        patched.setattr(admission, "evaluations", count)
         ask(loraplex, QUESTIONS, ("task0",))
         assert counted == [1 + 2 * len(QUESTIONS)]
         tokenized = []

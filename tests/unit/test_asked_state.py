@@ -54,6 +54,7 @@ def test_each_message_keeps_its_place_in_the_request() -> None:
     data = {"type": "input_json", "data": {"messages": TURNS}}
     found = placed_items([{"role": "user", "content": [data]}, TURNS[1]])
     inside = "input.0.content.0.data.messages"
+    assert isinstance(found, tuple)
     assert [place for place, _ in found] == [f"{inside}.0", f"{inside}.1", "input.1"]
     with pytest.raises(InvalidRequestError) as caught:
         items_of([{"role": "user", "content": [{**data, "data": None}]}])
