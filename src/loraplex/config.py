@@ -197,7 +197,7 @@ class ServerConfig(NumbersAreNoBooleans):
         description="a typed question in other words than its classifier's: warn in the answer, or strict, which gives "
         "422",
     )
-    decisions_alias: tuple[str, ...] = Field(
+    decisions_alias: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         ("jev-latest", "gpt-6-luna"),
         description="model that clients of /v1/decisions and /v1/systemone name by default; each question's name is "
         "then the classifier's",

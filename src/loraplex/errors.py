@@ -45,6 +45,11 @@ MOST_SHOWN = 20  # maximum names in a message; there may be thousands
 MAX_QUOTED = 200  # maximum characters of a value in a message; a client may send megabytes
 
 
+def encodable(text: str) -> str:
+    """Return `text` with halves of surrogate pairs escaped: JSON can spell them, and UTF-8 cannot."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
+
+
 def shortened(text: str) -> str:
     """Return `text` for an error's message: its beginning and its length if it is long."""
     return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}… ({len(text)} characters)"
@@ -67,17 +72,16 @@ def listed(values: Sequence[object]) -> str:
 
 
 class LoraplexError(Exception):
-    """Base of all errors for users. `message` names the value at fault, `remedy` says what to do. param: the path of
-    the field at fault, if one is."""
+    """Base of all errors for users. `message` names the value at fault, `remedy` says what to do; both can be encoded.
+    place: the path of the request's field at fault, if one is."""
 
     code: str = "error"
     status: int = 500
-    param: str | None = None
+    place: tuple[str, ...] = ()
 
     def __init__(self, message: str, *, remedy: str) -> None:
         super().__init__(message)
-        self.message = message
-        self.remedy = remedy
+        self.message, self.remedy = encodable(message), encodable(remedy)
 
     @classmethod
     def answered(cls, message: str, *, remedy: str, status: int) -> Self:
@@ -196,10 +200,7 @@ class AdapterInUseError(LoraplexError):
     status = 409
 
     def __init__(self, name: str, routes: list[str]) -> None:
-        super().__init__(
-            f"{name!r} is a target of the routes {listed(routes)}",
-            remedy="change or delete them first",
-        )
+        super().__init__(f"{name!r} is a target of the routes {listed(routes)}", remedy="change or delete them first")
 
 
 class NoRevisionError(LoraplexError):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError, model_validator
 
 from loraplex.errors import InvalidRequestError, listed, quoted
-from loraplex.problems import at, either, find_problem, wrong_at
+from loraplex.problems import at, either, find_problem, refused, refused_at, wrong_at
 from loraplex.types import Input, Message, ToolCall
 
 MAX_ITEMS = 10_000  # in a list of a body
@@ -157,15 +157,12 @@ def message_of(given: Message | Mapping[str, Any], where: str) -> Message:
     if isinstance(given, Message):
         return given
     if not isinstance(given, Mapping):
-        raise InvalidRequestError(
-            f"no message: {quoted(given)}", remedy="give text, or messages with 'role' and 'content'"
-        )
+        remedy = "give text, or messages with 'role' and 'content'"
+        raise refused_at(where.split("."), f"{quoted(given)} is no message", remedy=remedy)
     try:
         return MessageBody.model_validate(given).to_message()
     except ValidationError as exc:
-        problem = find_problem(exc.errors(), given, MessageBody, noun="field")
-        place = f"{where}{problem.place and '.'}{problem.place}"
-        raise InvalidRequestError(f"{place}: {problem.sentence}", remedy=problem.remedy) from None
+        raise refused(find_problem(exc.errors(), given, MessageBody, noun="field"), *where.split(".")) from None
 
 
 def message_json(message: Message) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Prometheus metrics. Labels are names of known adapters, stable codes and fixed words, never a client's text."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -76,13 +76,14 @@ class Metrics(Collector):
         )
         self._registry.register(self)
 
-    def observe(self, result: ClassifyResult) -> None:
-        """Count a request that was answered."""
+    def observe(self, result: ClassifyResult, questions: Collection[str] = ()) -> None:
+        """Count a request that was answered. questions: the names of those that the bare base was asked."""
         for verdict in result.verdicts:
             if verdict.skipped_by is not None:
                 self._verdicts.inc(self._known(verdict.classifier), "", "skipped")
                 continue
-            is_question = verdict.adapter is None and verdict.error is None  # callers choose its name and its labels
+            # Callers choose the names and the labels of questions.
+            is_question = verdict.adapter is None and (verdict.error is None or verdict.classifier in questions)
             name = QUESTION if is_question else self._known(verdict.classifier)
             adapter = "" if verdict.adapter is None else verdict.adapter.name
             outcome = verdict.error.code if verdict.error is not None else "abstained" if verdict.abstained else "ok"
@@ -110,10 +111,12 @@ class Metrics(Collector):
         else:
             self._failures.labels(code).inc()
 
-    def observe_failure(self, names: Iterable[str], code: str) -> None:
-        """Count the classifiers that a failed request named."""
+    def observe_failure(self, names: Iterable[str], code: str, num_questions: int = 0) -> None:
+        """Count the classifiers that a failed request named, and the questions to the bare base."""
         for name in names:
             self._verdicts.inc(self._known(name), "", code)
+        if num_questions:
+            self._verdicts.inc(QUESTION, "", code, by=num_questions)
 
     def observe_completion(self, model: str, adapter: str | None, outcome: str) -> None:
         """Count a generated text. outcome: "ok", or an error's code."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Discriminator, Tag, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from loraplex.errors import MAX_QUOTED, quoted, shortened
+from loraplex.errors import MAX_QUOTED, InvalidRequestError, encodable, quoted, shortened
 
 # pydantic's type of error -> what the value should have been
 NOUNS = {
@@ -67,12 +67,14 @@ class Problem:
     given:   the value as it is shown; empty where `what` says all.
     what:    the rest of the sentence.
     remedy:  what to do.
+    path:    the parts of the path, also where `what` names it.
     """
 
     place: str
     given: str
     what: str
     remedy: str
+    path: tuple[str | int, ...] = ()
 
     @property
     def sentence(self) -> str:
@@ -169,21 +171,44 @@ def find_problem(errors: Sequence[Any], values: Any, model: Any, *, noun: str = 
             error, path = one, other
     place = ".".join(shortened(str(part)) for part in path)
     if error["type"] == "extra_forbidden":
-        models = _models_at(model, error["loc"][:-1])
+        loc = error["loc"]
+        models = _models_at(model, loc[:-1])
         known = dict.fromkeys(name for one in models for name in one.model_fields)
         what, remedy = unknown_field(place, path[-1], known, noun, _inside(models, path[-1]))
-        return Problem(place="", given="", what=what, remedy=remedy)
+        if len(loc) > 2 and any(path[-1] in one.model_fields for one in _models_at(model, loc[:-2])):
+            if _value_at(values, path[:-1], "type") == loc[-2]:
+                what = f"{what}: a {loc[-2]} has none"  # one of another type has the field
+        return Problem(place="", given="", what=what, remedy=remedy, path=path)
     value = error["input"]
     if written is not None and error["type"] == "string_type" and (kind := _yaml_kind(value)):
         return _unquoted(path, f"the YAML {kind} {quoted(value)}", written)
     nouns = _nouns(one for one in errors if _path(one, values) == path) if _noun(error) else ""
     if nouns:
         nouns = nouns.replace("an object", "keys and values") if noun == "key" else nouns
-        return Problem(place=place, given=quoted(value), what=f"is not {nouns}", remedy=f"give {nouns}")
+        return Problem(place=place, given=quoted(value), what=f"is not {nouns}", remedy=f"give {nouns}", path=path)
     context = {key: _number(part) for key, part in error.get("ctx", {}).items()}
     what, remedy = SENTENCES.get(error["type"], ("is not a value that this can have", "correct it"))
     given = quoted(value) if (place and error["type"] != "missing") or error["type"] == "string_unicode" else ""
-    return Problem(place=place, given=given, what=what.format_map(context), remedy=remedy.format_map(context))
+    what, remedy = what.format_map(context), remedy.format_map(context)
+    return Problem(place=place, given=given, what=what, remedy=remedy, path=path)
+
+
+def refused(problem: Problem, *outside: str | int, remedy: str = "") -> InvalidRequestError:
+    """Return the error of a request with this problem. outside: the path of the values that have it. remedy: in place
+    of the problem's own."""
+    path = (*outside, *problem.path)
+    error = refused_at(path, problem.sentence, remedy=remedy or problem.remedy)
+    if not problem.place:  # the sentence names the field itself
+        error.message = refused_at(outside, problem.sentence, remedy="").message
+    return error
+
+
+def refused_at(place: Sequence[str | int], sentence: str, *, remedy: str) -> InvalidRequestError:
+    """Return the error of one field, whose path stands before the sentence. Long parts of the path are cut."""
+    shown = tuple(encodable(shortened(str(part))) for part in place)
+    error = InvalidRequestError(": ".join(filter(None, (".".join(shown), sentence))), remedy=remedy)
+    error.place = shown
+    return error
 
 
 def unknown_field(
@@ -207,12 +232,13 @@ def similar(names: Iterable[str], known: Iterable[str]) -> str:
 def _path(error: Any, value: Any) -> tuple[str | int, ...]:
     """Return the path in `value` of a pydantic error, without the union members that pydantic tried."""
     path: list[str | int] = []
+    is_given = False
     for part in error["loc"]:
         is_index = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
-        if is_index or (isinstance(value, Mapping) and part in value):
+        if is_given := is_index or (isinstance(value, Mapping) and part in value):
             path.append(part)
             value = value[part]
-    return (*path, error["loc"][-1]) if error["type"] == "missing" else tuple(path)
+    return (*path, error["loc"][-1]) if error["type"] == "missing" and not is_given else tuple(path)
 
 
 def _noun(error: Any) -> str:
@@ -250,14 +276,25 @@ def _unquoted(path: tuple[str | int, ...], what: str, written: Any) -> Problem:
     return Problem(place=".".join(map(str, parents)), given=given, what=f"is {what}, not text", remedy=remedy)
 
 
+def _value_at(values: Any, path: Sequence[str | int], name: str) -> Any:
+    for part in path:
+        values = values[part]
+    return values.get(name) if isinstance(values, Mapping) else None
+
+
 def _models_at(model: Any, loc: Sequence[str | int]) -> list[type[BaseModel]]:
     """Return the model where `loc` leads, from `model` on. A union gives all its members."""
     if loc and (member := _tagged(model, loc[0])):
         model, loc = member, loc[1:]
+    around = [model]
     models = list(_models(model))
     for part in loc:
         inner = [one.model_fields[part].annotation for one in models if part in one.model_fields]
-        models = [found for one in inner for found in _models(one)] or models
+        if inner:
+            around = inner
+        else:
+            around = [member for one in around if (member := _tagged(one, part))] or around
+        models = [found for one in around for found in _models(one)] or models
     return models
 
 

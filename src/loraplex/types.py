@@ -157,12 +157,15 @@ class Usage:
     cached_tokens:    the rest: computed for an earlier call, or for another classifier in the same step.
     skipped_tokens:   about how many the prompts of skipped classifiers would have, by the mean of those that ran; None
                       where none was skipped.
+    question_tokens:  those of the prompt tokens that are in prompts of questions to the bare base; None where none was
+                      asked.
     """
 
     prompt_tokens: int = 0
     computed_tokens: int = 0
     cached_tokens: int = 0
     skipped_tokens: int | None = None
+    question_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

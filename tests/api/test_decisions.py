@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ CONTRACTS: dict[str, dict[str, Any]] = {
     "flag": {"type": "choice", "labels": ("true", "false")},
     "withTools": {"roles": {"user": "Customer", "assistant": "Agent", "tool": "Tool", "system": None}},
     "broken": {},
+    "spaced": {"labels": (" hello", " table", " payment")},
 }
 PREDICATE = {"type": "predicate", "name": "task0", "instructions": "Is it done?"}
 TOPIC: dict[str, Any] = {"type": "choice", "name": "topic", "instructions": "Is it done?"}
@@ -145,6 +147,12 @@ def test_equal_names_are_answered_each_in_its_own_order(http: httpx.Client) -> N
     assert first["choice"] == second["choice"]
 
 
+def test_a_space_at_a_labels_end_does_not_matter_and_the_request_spells_the_answer(http: httpx.Client) -> None:
+    [answer] = decisions(http, {**TOPIC, "name": "spaced"})
+    assert [one["value"] for one in answer["probabilities"]] == ["hello", "table", "payment"]
+    assert answer["choice"] in TOPICS and answer["x_label"] in TOPICS
+
+
 def test_true_is_a_choice_and_comes_back_as_true(http: httpx.Client) -> None:
     question = {"type": "choice", "name": "flag", "instructions": "Is it done?"}
     [answer] = decisions(http, {**question, "choices": [{"value": False}, {"value": True}]})
@@ -224,10 +232,15 @@ def test_routes_shadows_and_feedback(http: httpx.Client) -> None:
     try:
         [answer] = decisions(http, {**PREDICATE, "name": "done"})
         assert answer["x_adapter"]["name"] == "task0"
+        for _ in range(200):  # the shadow answers after the route
+            stats = http.get("/v1/routes/done/stats").json()
+            if len(stats["targets"]) == 2:
+                break
+            time.sleep(0.05)
+        assert [(one["target"], one["role"]) for one in stats["targets"]] == [("task0", "primary"), ("task1", "shadow")]
+        assert [one["num_verdicts"] for one in stats["targets"]] == [1, 1]
         feedback = post(http, "/v1/feedback", {"verdict_id": answer["x_verdict_id"], "label": "yes"})
-        assert feedback["num_answers"] >= 1
-        stats = http.get("/v1/routes/done/stats").json()
-        assert stats["targets"][0]["num_verdicts"] == 1
+        assert feedback["num_answers"] == 2
         assert decisions(http, {**PREDICATE, "name": "x"}, model="done")[0]["name"] == "x"
     finally:
         http.delete("/v1/routes/done").raise_for_status()
@@ -237,7 +250,9 @@ def test_a_route_whose_targets_have_other_labels_is_refused(http: httpx.Client) 
     http.put("/v1/routes/mixed", json={"targets": {"topic": 1, "anger": 1}}).raise_for_status()
     try:
         body = {"model": "*", "input": TEXT, "questions": [{**TOPIC, "name": "mixed"}]}
-        assert "the labels of 'anger'" in post(http, "/v1/decisions", body, 422)["error"]["message"]
+        error = post(http, "/v1/decisions", body, 422)["error"]
+        assert "the targets of the route 'mixed' have different labels" in error["message"]
+        assert "'topic'" in error["message"] and "'anger'" in error["message"] and error["param"] == "questions.0"
     finally:
         http.delete("/v1/routes/mixed").raise_for_status()
 
@@ -264,6 +279,26 @@ def test_sagemaker_takes_both_bodies(http: httpx.Client) -> None:
         answer = post(http, path, {"input": TEXT, "questions": [PREDICATE]}, headers=header)
         assert answer["answers"][0]["probability"] == pytest.approx(expected, abs=1e-4)
     assert "answers" in post(http, "/invocations", {"state": TEXT, "questions": {"task0": {"type": "noul"}}})
+
+
+def test_a_header_names_the_adapter_where_the_body_has_an_alias(http: httpx.Client) -> None:
+    expected = scores(http, "task1")["yes"]
+    header = {"X-Amzn-SageMaker-Adapter-Identifier": "task1"}
+    for model in ("jev-latest", "*"):
+        body = {"model": model, "state": TEXT, "questions": {"x": {"type": "noul"}}}
+        answer = post(http, "/invocations", body, headers=header)
+        assert answer["answers"]["x"]["noul"] == pytest.approx(expected, abs=1e-4)
+    body = {"model": "task2", "state": TEXT, "questions": {"x": {"type": "noul"}}}
+    answer = post(http, "/invocations", body, headers=header)
+    assert answer["answers"]["x"]["x_adapter"]["name"] == "task2", "a classifier in the body comes first"
+
+
+def test_errors_of_typed_invocations_have_their_clients_shape(http: httpx.Client) -> None:
+    error = post(http, "/invocations", {"input": TEXT, "questions": [{**PREDICATE, "name": "nope"}]}, 404)["error"]
+    assert error["type"] == "not_found_error" and error["param"] is None
+    answer = post(http, "/invocations", {"questions": {"task0": {"type": "noul"}}}, 422)
+    assert answer["error"]["message"] == "state: is missing" and answer["error"]["param"] == "state"
+    assert answer["detail"][0]["loc"] == ["body", "state"]
 
 
 def test_models_are_listed_for_typesafes_client_too(http: httpx.Client) -> None:
@@ -308,6 +343,9 @@ def test_models_are_listed_for_typesafes_client_too(http: httpx.Client) -> None:
         ([PREDICATE], {"chat_template_kwargs": {}}, 422, "chat_template_kwargs"),
         ([PREDICATE], {"stream": True}, 422, "stream"),
         ([PREDICATE], {"deadline_ms": 0.0001}, 504, "deadline"),
+        ([PREDICATE], {"deadline_ms": "5"}, 422, "deadline_ms: '5' is not a number"),
+        ([PREDICATE], {"cascade": "no"}, 422, "cascade: 'no' is not true or false"),
+        ([{**PREDICATE, "choices": []}], {}, 422, "unknown field 'questions.0.choices': a predicate has none"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -354,6 +392,54 @@ def test_a_wrong_systemone_request_is_named_in_both_shapes(
         assert answer["detail"] == {"error_type": "not_found_error", "message": answer["error"]["message"]}
 
 
+def test_a_role_that_is_no_unicode_is_refused_everywhere(http: httpx.Client) -> None:
+    turns = [{"role": "\ud800", "content": "x"}]
+    bodies = {
+        "/v1/decisions": {"model": "*", "input": turns, "questions": [PREDICATE]},
+        "/v1/systemone": {"state": turns, "questions": NOULS},
+        "/v1/classify": {"input": turns, "classifiers": ["task0"]},
+    }
+    for path, body in bodies.items():
+        error = post(http, path, body, 422)["error"]
+        assert "\\ud800" in error["message"] and error["remedy"].encode()
+
+
+def test_errors_name_the_place_in_the_request(http: httpx.Client) -> None:
+    robot = [*TURNS, {"role": "robot", "content": "x"}]
+    data = {"type": "input_json", "data": {"messages": TURNS}}
+    places: list[tuple[str, Any, list[str]]] = [
+        ("systemone", {"state": {"messages": robot}, "questions": NOULS}, ["state", "messages", "2"]),
+        ("systemone", {"state": [{"role": "user"}], "questions": NOULS}, ["state", "0", "content"]),
+        ("systemone", {"state": {"messages": TURNS, "x": 1}, "questions": NOULS}, ["state", "x"]),
+        ("systemone", {"state": TEXT, "questions": {"a.b": {"type": "noul", "x": 1}}}, ["questions", "a.b", "x"]),
+        (
+            "systemone",
+            {"model": "topic", "state": TEXT, "questions": {"a.b": NOULS["anger"]}},
+            ["questions", "a.b", "criteria"],
+        ),
+        ("decisions", {"input": [{"role": "user", "content": [data]}, robot[2]]}, ["input", "1"]),
+        ("decisions", {"input": [{"type": "reasoning"}]}, ["input", "0", "type"]),
+    ]
+    for path, body, place in places:
+        if path == "decisions":
+            body = {"model": "*", "questions": [PREDICATE], **body}
+        answer = post(http, f"/v1/{path}", body, 422)
+        assert answer["error"]["param"] == ".".join(place), answer
+        assert path == "decisions" or answer["detail"][0]["loc"] == ["body", *place]
+
+
+def test_a_route_is_meant_too_where_a_name_is_not_known(http: httpx.Client) -> None:
+    http.put("/v1/routes/isSolved", json={"targets": {"task0": 1}}).raise_for_status()
+    try:
+        body = {"model": "*", "input": TEXT, "questions": [{**PREDICATE, "name": "isSolve"}]}
+        error = post(http, "/v1/decisions", body, 404)["error"]
+        assert "did you mean isSolved for isSolve?" in error["remedy"] and "--adhoc-questions" in error["remedy"]
+        error = post(http, "/v1/decisions", {**body, "model": "gpt-9"}, 404)["error"]
+        assert "'*'" in error["remedy"] and "'jev-latest'" in error["remedy"] and "isSolved" in error["remedy"]
+    finally:
+        http.delete("/v1/routes/isSolved").raise_for_status()
+
+
 def test_numbers_that_json_does_not_have_are_refused(http: httpx.Client) -> None:
     for number, status in (("NaN", 400), ("1e999", 422)):
         content = f'{{"state": {{"a": {number}}}, "questions": {{"task0": {{"type": "noul"}}}}}}'
@@ -394,6 +480,12 @@ def test_strict_refuses_other_words(strict: httpx.Client) -> None:
     questions = {"topic": {"type": "choice", "criteria": {"table": "eats", "payment": None, "hello": None}}}
     error = post(strict, "/v1/systemone", {"state": TEXT, "questions": questions}, 422)["error"]
     assert error["param"] == "questions.topic.criteria" and "'wants to book'" in error["message"]
+
+
+def test_an_alias_with_the_name_of_a_classifier_ends_the_start(bundle: Path) -> None:
+    for alias, told in (("task0", "is the name of a classifier or a route"), ("", "decisions-alias")):
+        run = serving.loraplex("serve", bundle, "--port", "0", "--preload", "none", "--decisions-alias", alias)
+        assert run.returncode != 0 and told in run.stderr, run.stderr
 
 
 def test_aliases_are_those_that_are_configured(strict: httpx.Client) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import random
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ import serving
 import tiny
 from asked import QUESTIONS
 from loraplex import Client, Loraplex, Question
-from loraplex.errors import InputTooLongError, InvalidRequestError, UnknownClassifierError
+from loraplex.errors import DeadlineExceededError, InputTooLongError, InvalidRequestError, UnknownClassifierError
+from loraplex.service.questions import QuestionEvaluation
 from loraplex.text.codes import PAIRS
 from loraplex.types import ClassifyRequest, ClassifyResult, Message, ToolCall
 
@@ -264,12 +266,6 @@ def test_a_question_that_nobody_can_answer_is_refused_before_any_work(
     assert loraplex.service.stats().num_step_tokens == before
 
 
-def test_a_question_may_not_have_a_classifiers_name(loraplex: Loraplex) -> None:
-    for classifiers in ((), ("task0",), ("task1",)):
-        with pytest.raises(InvalidRequestError, match="'task0'"):
-            ask(loraplex, {"task0": QUESTIONS["isDone"]}, classifiers)
-
-
 def test_a_question_that_does_not_fit_fails_alone(loraplex: Loraplex) -> None:
     long = Question(type="predicate", instructions="Is it? " * 1000)
     result = ask(loraplex, {"long": long, **QUESTIONS})
@@ -416,9 +412,102 @@ def test_feedback_and_metrics_know_questions(http: httpx.Client) -> None:
     assert len(set(ids)) == 5
     told = http.post("/v1/feedback", json={"verdict_id": ids[1], "label": "payment"})
     assert told.status_code == 200 and told.json()["num_answers"] == 1
+    wrong = http.post("/v1/feedback", json={"verdict_id": ids[1], "label": "nonsense"})
+    assert wrong.status_code == 422 and "'nonsense' is no label of the question" in wrong.text
+    assert "'table', 'payment', 'other'" in wrong.json()["error"]["remedy"]
+    assert http.post("/v1/feedback", json={"verdict_id": ids[0], "label": "true"}).status_code == 200
+    [stats] = http.get("/v1/routes/isDone/stats").json()["targets"]
+    assert stats["accuracy"]["num_labelled"] == 1 and set(stats["label_shares"]) <= {"yes", "no"}
+    was_right = answer["verdicts"][0]["label"] == "yes"
+    assert stats["accuracy"]["share"] == was_right, "true stands for yes"
+    assert http.get("/v1/routes/nobody/stats").status_code == 404
     metrics = http.get("/metrics").text
-    [line] = [
-        one for one in metrics.splitlines() if one.startswith("loraplex_classifications_total") and "(question)" in one
-    ]
+    of_questions = 'loraplex_classifications_total{adapter="",classifier="(question)",outcome="ok"}'
+    [line] = [one for one in metrics.splitlines() if one.startswith(of_questions)]
     assert float(line.split()[-1]) >= 5
     assert "topic" not in metrics and "payment" not in metrics
+    long = {"type": "predicate", "instructions": "Is it? " * 1000}
+    for questions in ({"long": long}, {"long": long, **BODIES}):
+        http.post("/v1/classify", json={"input": TEXT, "classifiers": [], "questions": questions})
+    counted = http.get("/metrics").text
+    assert 'classifier="(question)",outcome="input_too_long"} 2' in counted and "(unknown)" not in counted
+
+
+def test_the_same_request_is_answered_before_and_after_an_adapter_is_trained_for_its_question(
+    http: httpx.Client,
+) -> None:
+    """By /v1/classify and by the typed routes, which then say who answered."""
+    question = {"type": "predicate", "instructions": "Is it so?"}
+    asked: dict[str, Any] = {"isDone": BODIES["isDone"], "task1": question}
+    body: dict[str, Any] = {"input": TEXT, "classifiers": ["task0"], "questions": asked}
+    answered = http.post("/v1/classify", json=body)
+    verdicts = {one["classifier"]: one for one in answered.json()["verdicts"]}
+    assert list(verdicts) == ["task0", "task1", "isDone"] and asked.keys() < verdicts.keys()
+    alone = http.post("/v1/classify", json={"input": TEXT, "classifiers": ["task1"]}).json()["verdicts"][0]
+    assert verdicts["task1"]["scores"] == pytest.approx(alone["scores"], abs=EXACT)
+    assert verdicts["task1"]["adapter"]["name"] == "task1" and "adapter" not in verdicts["isDone"]
+    assert any(one.startswith("instructions_not_used") for one in verdicts["task1"]["warnings"])
+    every = http.post("/v1/classify", json={**body, "classifiers": "*"}).json()["verdicts"]
+    assert [one["classifier"] for one in every].count("task1") == 1 and len(every) > 3
+    several = {"inputs": [TEXT, "hi"], "classifiers": [], "questions": asked}
+    for result in http.post("/v1/classify", json=several).json()["results"]:
+        assert [one["classifier"] for one in result["verdicts"]] == ["task1", "isDone"]
+    other = {**question, "labels": ["solved", "open"]}
+    refused = http.post("/v1/classify", json={**body, "questions": {"task1": other}})
+    assert refused.status_code == 422 and "are not the labels of 'task1'" in refused.json()["error"]["message"]
+
+
+def test_an_adapter_that_is_loaded_meanwhile_refuses_no_typed_question(loraplex: Loraplex) -> None:
+    """Between the plan and the work the name of a question may become a classifier's."""
+    assert ask(loraplex, {"task0": QUESTIONS["isDone"]}, ("task1",))["task0"].adapter is None
+
+
+@pytest.mark.parametrize(
+    ("questions", "told"),
+    [
+        ({"q" * 129: BODIES["isDone"]}, "at most 128 characters"),
+        ({"q": {"type": "choice", "labels": ["a", "b" * 201]}}, "at most 200 characters"),
+    ],
+)
+def test_names_and_labels_that_are_kept_have_a_limit(http: httpx.Client, questions: Any, told: str) -> None:
+    response = http.post("/v1/classify", json={"input": TEXT, "classifiers": [], "questions": questions})
+    assert response.status_code == 422 and told in response.json()["error"]["remedy"], response.text
+    assert len(response.text) < 2000
+
+
+def test_a_request_asks_the_bare_base_400_questions_at_most(http: httpx.Client) -> None:
+    questions = {f"q{number}": {"type": "noul", "instructions": "Is it?"} for number in range(401)}
+    response = http.post("/v1/systemone", json={"state": TEXT, "questions": questions})
+    assert response.status_code == 422 and response.json()["error"]["param"] == "questions"
+    assert "400 in one request" in response.json()["error"]["remedy"]
+    questions = {"x" * 100_000: {"type": "noul", "instructions": "Is it?"}}
+    assert len(http.post("/v1/systemone", json={"state": TEXT, "questions": questions}).text) < 3000
+
+
+def test_a_question_counts_as_two_evaluations_and_is_not_tokenized_for_nobody(loraplex: Loraplex) -> None:
+    service = loraplex.service
+    admission = service.computing.admission
+    evaluations = admission.evaluations
+    counted: list[int] = []
+
+    def count(num: int) -> Any:
+        counted.append(num)
+        return evaluations(num)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(admission, "evaluations", count)
+        ask(loraplex, QUESTIONS, ("task0",))
+        assert counted == [1 + 2 * len(QUESTIONS)]
+        tokenized = []
+        make = QuestionEvaluation.tokenize
+
+        def slow(self: QuestionEvaluation, *arguments: Any) -> None:
+            tokenized.append(self.name)
+            make(self, *arguments)
+            time.sleep(0.2)
+
+        patched.setattr(QuestionEvaluation, "tokenize", slow)
+        with pytest.raises(DeadlineExceededError):
+            ask(loraplex, QUESTIONS, (), deadline_ms=100)
+        time.sleep(0.5)
+        assert 1 <= len(tokenized) <= 2 < len(QUESTIONS)

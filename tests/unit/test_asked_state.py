@@ -6,7 +6,7 @@ import pytest
 
 from loraplex.errors import InvalidRequestError
 from loraplex.messages import MAX_ITEMS
-from loraplex.state import items_of, state_of
+from loraplex.state import items_of, placed_items, state_of
 from loraplex.types import Message
 
 TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
@@ -22,16 +22,43 @@ READ = (Message(role="user", content="hello"), Message(role="assistant", content
         (iter([READ[0], TURNS[1]]), READ),
         (TURNS, READ),
         ({"messages": TURNS}, READ),
-        ({"messages": TURNS, "plan": "pro"}, None),
-        ([*TURNS, "x"], None),
-        ([{"role": "admin"}], '[{"role":"admin"}]'),
+        ({"messages": "two"}, '{"messages":"two"}'),
+        ([{"name": "x"}, 5], '[{"name":"x"},5]'),
         ([], ""),
         ({}, ""),
     ],
 )
 def test_a_state_is_text_messages_or_json(state: Any, read: Any) -> None:
-    found = state_of(state)
-    assert found == read if read is not None else isinstance(found, str)
+    assert state_of(state) == read
+
+
+@pytest.mark.parametrize(
+    ("state", "place", "mentions"),
+    [
+        ([TURNS[0], {"role": "assistant", "contents": ""}], "state.1.content", "is missing"),
+        ([*TURNS, "x"], "state.2", "'x'"),
+        ([{"role": "admin"}], "state.0.content", "is missing"),
+        ([{"content": "x"}], "state.0.role", "is missing"),
+        ({"messages": TURNS, "customer_id": 5}, "state.customer_id", "beside messages"),
+        ({"messages": [*TURNS, 5]}, "state.messages.2", "5"),
+        ({"messages": []}, "state.messages", "no messages"),
+    ],
+)
+def test_a_conversation_with_one_flaw_is_refused_and_not_read_as_json(state: Any, place: str, mentions: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        state_of(state)
+    assert ".".join(caught.value.place) == place and mentions in caught.value.message, caught.value
+
+
+def test_each_message_keeps_its_place_in_the_request() -> None:
+    data = {"type": "input_json", "data": {"messages": TURNS}}
+    found = placed_items([{"role": "user", "content": [data]}, TURNS[1]])
+    inside = "input.0.content.0.data.messages"
+    assert isinstance(found, tuple)
+    assert [place for place, _ in found] == [f"{inside}.0", f"{inside}.1", "input.1"]
+    with pytest.raises(InvalidRequestError) as caught:
+        items_of([{"role": "user", "content": [{**data, "data": None}]}])
+    assert ".".join(caught.value.place) == "input.0.content.0.data"
 
 
 def test_items_become_messages() -> None:
@@ -73,7 +100,7 @@ def test_items_become_messages() -> None:
 def test_what_is_no_item_is_named(items: Any, mentions: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         items_of(items)
-    assert mentions in caught.value.message
+    assert mentions in caught.value.message and mentions.startswith(".".join(caught.value.place))
 
 
 def test_what_json_cannot_write_is_refused() -> None:

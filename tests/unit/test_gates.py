@@ -43,7 +43,8 @@ def gates(of: Mapping[str, str] = YES, at_least: float = 0.3) -> dict[str, Gate]
 
 
 class FakeService:
-    """Gives "yes" the probability that a test sets for each adapter, or fails. Each prompt has 10 tokens."""
+    """Gives "yes" the probability that a test sets for each adapter, or fails. Each prompt has 10 tokens, and that of a
+    question 100."""
 
     base_name, base_names = "base", ("base",)
     num_waiting = 0
@@ -83,7 +84,11 @@ class FakeService:
             verdicts.append(Verdict(classifier=name, label="yes" if found >= 0.5 else "no", scores=scores, adapter=ref))
         if len(errors) == len(verdicts) and not may_fail:
             raise errors[0]
-        usage = Usage(prompt_tokens=10 * (len(verdicts) - len(errors)), computed_tokens=7)
+        of_questions = 100 * len(request.questions)
+        num_classifiers = len(verdicts) - len(errors) - len(request.questions)
+        usage = Usage(
+            prompt_tokens=10 * num_classifiers + of_questions, computed_tokens=7, question_tokens=of_questions or None
+        )
         return ClassifyResult(
             id=f"cls-{len(self.asked)}", verdicts=tuple(verdicts), usage=usage, timings=Timings(compute_ms=5)
         )
@@ -235,6 +240,12 @@ def test_questions_are_asked_in_the_first_pass_alone() -> None:
     assert [one.id for one in result.verdicts] == ["cls-1-0", "cls-1-1"]
 
 
+def test_what_a_gate_saves_is_estimated_from_classifiers_alone() -> None:
+    questions = {"polite": Question(type="predicate", instructions="Is it polite?")}
+    result = classified(FakeService({"fraud": 0.1, "kind": 0.9}), questions=questions)
+    assert result.usage.skipped_tokens == 10 and result.usage.prompt_tokens == 110
+
+
 # ------------------------------------------------------------------------------------------------- failures
 
 
@@ -242,7 +253,7 @@ def test_questions_are_asked_in_the_first_pass_alone() -> None:
 def test_where_a_gate_fails_the_classifier_runs_and_says_so(names: tuple[str, ...]) -> None:
     service = FakeService({"fraud": EngineError("broken", remedy="none"), "kind": 0.9})
     result = classified(service, *names)
-    assert told(result) == {"fraud": "engine_error", "kind": "yes"} if "fraud" in names else {"kind": "yes"}
+    assert told(result) == ({"fraud": "engine_error", "kind": "yes"} if "fraud" in names else {"kind": "yes"})
     [warning] = result["kind"].warnings or ()
     assert warning.startswith("gate_failed: 'fraud' gave no probability of 'yes' (engine_error)")
 

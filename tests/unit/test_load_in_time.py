@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from loraplex.errors import AdapterError, NotReadyError
-from loraplex.server.typed import load_in_time
+from loraplex.errors import AdapterError, DeadlineExceededError, NotReadyError
+from loraplex.routing.question_checks import load_in_time
+from loraplex.server.routes import before_the_work
 from loraplex.types import AdapterInfo
 
 
@@ -39,3 +40,19 @@ async def test_a_slow_load_is_told_and_goes_on() -> None:
     await asyncio.sleep(0.01)
     assert service.loaded == ["cold"]
     await load_in_time(service, ["warm", "broken"], 0.01)
+
+
+@pytest.mark.anyio
+async def test_a_load_takes_no_longer_than_the_requests_deadline() -> None:
+    service: Any = Loading()
+
+    class Connected:
+        async def receive(self) -> None:
+            await asyncio.Event().wait()
+
+    request: Any = Connected()
+    with pytest.raises(DeadlineExceededError, match="not loaded before the deadline"):
+        await before_the_work(request, load_in_time(service, ["cold"], 5.0), 10.0)
+    service.ready.set()
+    await asyncio.sleep(0.01)
+    assert service.loaded == ["cold"], "the load goes on"

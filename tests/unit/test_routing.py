@@ -435,7 +435,7 @@ def test_what_could_not_be_written_waits(tmp_path: Path, monkeypatch: pytest.Mon
             log.flush()
         log.add(verdict(str(i)) for i in range(4, 14))
     assert log.stats("r").targets[0].num_verdicts == 10
-    assert log.targets_of("13") == (A,)
+    assert log.targets_of("13") == {A: []}
 
 
 def test_of_more_than_can_wait_the_newest_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +450,7 @@ def test_of_more_than_can_wait_the_newest_do(monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(log, "_write", fail)
         with pytest.raises(StateError):
             log.flush()
-    assert log.targets_of("new6") == log.targets_of("new0") == log.targets_of("old3") == (A,)
+    assert log.targets_of("new6") == log.targets_of("new0") == log.targets_of("old3") == {A: []}
     with pytest.raises(UnknownVerdictError):
         log.targets_of("old2")
 
@@ -465,7 +465,7 @@ def test_statistics_count_what_cannot_be_written(tmp_path: Path, monkeypatch: py
         other.execute("BEGIN IMMEDIATE")  # as on a full disk: others can read, and nobody can write
         log.add(verdict(str(i), "no") for i in range(4, 12))
         assert log.stats("r").targets[0].label_shares == {"no": 0.8, "yes": 0.2}, "of the newest ten"
-        assert log.targets_of("11") == log.targets_of("2") == (A,)
+        assert log.targets_of("11") == log.targets_of("2") == {A: []}
         with pytest.raises(StateError):
             log.set_truth("11", "yes")
     assert log.set_truth("11", "yes") == 1
@@ -526,14 +526,17 @@ def test_settings_that_cannot_be_read_are_found_when_the_file_is_opened(tmp_path
 
 def test_verdicts_of_an_older_version_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "verdicts.sqlite"
-    schema = (SCHEMA[0].replace(",\n        request_id TEXT,\n        key TEXT", ""), *SCHEMA[1:-1])
+    schema = (
+        SCHEMA[0].replace(",\n        request_id TEXT,\n        key TEXT,\n        labels TEXT", ""),
+        *SCHEMA[1:-1],
+    )
     Database(path, format=1, schema=schema)
     with closing(sqlite3.connect(path)) as other, other:
         other.execute("INSERT INTO verdicts (id, route, target, is_shadow, label) VALUES ('old', 'r', 'a', 0, 'yes')")
     log = VerdictLog(path, max_verdicts=10)
     log.add([verdict("new", request_id="q")])
     assert log.set_truth("old", "yes") == 1
-    assert log.answers_to("q", None) == {"r": (1, frozenset({A}))} and log.answers_to("p", None) == {}
+    assert log.answers_to("q", None) == {"r": (1, {A: []})} and log.answers_to("p", None) == {}
 
 
 def test_feedback_through_the_router_knows_the_labels() -> None:

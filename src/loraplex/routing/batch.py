@@ -45,6 +45,7 @@ async def classify_batch(router: Router, requests: Seq[ClassifyRequest]) -> Batc
             computed_tokens=sum(answer.usage.computed_tokens for answer in answers),
             cached_tokens=sum(answer.usage.cached_tokens for answer in answers),
             skipped_tokens=sum(answer.usage.skipped_tokens or 0 for answer in answers) or None,
+            question_tokens=sum(answer.usage.question_tokens or 0 for answer in answers) or None,
         ),
         timings=Timings(
             tokenize_ms=max(answer.timings.tokenize_ms for answer in answers),

@@ -41,13 +41,14 @@ async def classify(
     verdicts = {name: verdicts[name] for name in adapters} | {name: found[name] for name in request.questions}
     failed = [(name, verdict.error) for name, verdict in verdicts.items() if verdict.error is not None]
     if len(failed) == len(verdicts):
-        raise _raised(*failed[0])
+        raise raised(*failed[0])
     named = (_as_asked(one, name, f"{result.id}-{index}") for index, (name, one) in enumerate(verdicts.items()))
     result = replace(result, verdicts=tuple(named))
     num_skipped = sum(verdict.skipped_by is not None for verdict in result.verdicts)
-    num_run = sum(verdict.error is None for verdict in found.values())
+    num_run = sum(verdict.error is None for name, verdict in found.items() if name not in request.questions)
     if num_skipped and num_run:
-        num_tokens = round(num_skipped * result.usage.prompt_tokens / num_run)
+        of_classifiers = result.usage.prompt_tokens - (result.usage.question_tokens or 0)
+        num_tokens = round(num_skipped * of_classifiers / num_run)
         result = replace(result, usage=replace(result.usage, skipped_tokens=num_tokens))
     return result
 
@@ -114,7 +115,8 @@ def _as_asked(verdict: Verdict, name: str, id: str) -> Verdict:
     return verdict if asked or verdict.skipped_by is not None else replace(verdict, id=id, classifier=name)
 
 
-def _raised(name: str, info: ErrorInfo) -> LoraplexError:
+def raised(name: str, info: ErrorInfo) -> LoraplexError:
+    """Return a verdict's error as one to raise. name: of the classifier that failed."""
     error = error_answered(info.code, info.message, remedy=info.remedy)
     if isinstance(error, ConfigurationError):
         error.adapter = name
@@ -127,6 +129,7 @@ def _usage(results: Iterable[ClassifyResult]) -> Usage:
         prompt_tokens=sum(one.prompt_tokens for one in usages),
         computed_tokens=sum(one.computed_tokens for one in usages),
         cached_tokens=sum(one.cached_tokens for one in usages),
+        question_tokens=sum(one.question_tokens or 0 for one in usages) or None,
     )
 
 

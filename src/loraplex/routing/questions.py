@@ -2,16 +2,27 @@
 
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from loraplex.classifier import Contract, kept_messages, valid_unicode
+from loraplex.classifier import valid_unicode
 from loraplex.decisions import Answer, answer_of, failed, skipped
-from loraplex.errors import InvalidRequestError, LoraplexError, NotReadyError, UnknownClassifierError, listed, quoted
+from loraplex.errors import (
+    InvalidRequestError,
+    NotReadyError,
+    UnknownClassifierError,
+    listed,
+    quoted,
+    shortened,
+)
+from loraplex.problems import similar
+from loraplex.routing.question_checks import checked, other_labels, stripped, wrong
 from loraplex.routing.router import Router
 from loraplex.state import State
-from loraplex.types import ClassifyRequest, ClassifyResult, ErrorInfo, Message, Question, Roles
+from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, ErrorInfo, Question, Roles, Verdict
 
 EVERYTHING = "*"  # the model that leaves the choice of a classifier to each question's name
+ASK_THE_BASE = "or start the server with --adhoc-questions, so that the bare base answers questions"
+MOST_HINTS = 3  # unknown names that similar ones are looked up for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +70,8 @@ class Plan:
                 answers.append(failed(one.question, verdict, ErrorInfo.of(_replaced(name))))
             else:
                 adapter = "" if verdict.adapter is None else verdict.adapter.name
-                answers.append(answer_of(one.question, verdict, self.warnings.get((index, adapter), ())))
+                warnings = self.warnings.get((index, adapter), ())
+                answers.append(answer_of(one.question, _in_words_of(one.question, verdict), warnings))
         return answers
 
 
@@ -73,57 +85,114 @@ async def plan(
     aliases: Collection[str] = (),
     roles: Roles | None = None,
     strict: bool = False,
+    places: Seq[str] = (),
+    patience_s: float | None = None,
 ) -> Plan:
     """Return what is asked for typed questions about a state.
 
-    field:    the state's name in the request, for errors.
-    model:    a classifier or a route, which then answers every question; or the base, "*" or one of `aliases`, and each
-              question's name is the classifier's or route's. The bare base answers the others, where it answers any.
-    strict:   refuse a question whose words contradict the contract's, instead of warning.
+    field:       the state's name in the request, for errors.
+    model:       a classifier or a route, which then answers every question; or the base, "*" or one of `aliases`, and
+                 each question's name is the classifier's or route's. The bare base answers the others, where it answers
+                 any.
+    strict:      refuse a question whose words contradict the contract's, instead of warning.
+    places:      the place of each message in the request, for errors; by default they are counted.
+    patience_s:  wait so long for adapters that were never loaded. None: wait only where a contract is not known yet.
 
     Raises UnknownClassifierError for names that are unknown, and InvalidRequestError, which names the question, where
-    the classifier has other labels, or none, and where a message's role is unknown."""
+    the classifier has other labels, or none, and where a message's role is unknown. What needs no loading is checked
+    first. Raises NotReadyError where loading takes too long."""
     _check_text(state, asked)
-    routes = {one.name: one for one in router.routes()}
-    known = list(dict.fromkeys((*routes, *router.service.names())))
-    names = _names(router, known, asked, model, aliases)
+    names = _names(router, asked, model, aliases)
     questions = {name: one.question for one, name in zip(asked, names, strict=True) if not router.knows(name)}
-    warnings: dict[tuple[int, str], tuple[str, ...]] = {}
-    first: dict[str, int] = {}
+    if questions:
+        router.service.check_questions(questions)
+    first: dict[str, str] = {}  # role -> place of the first message that has it
     for index, message in enumerate(() if isinstance(state, str) else state):
-        first.setdefault(message.role, index)
-    of_adapters: dict[str, tuple[Contract | None, tuple[str, ...] | None]] = {}
-    for index, (one, name) in enumerate(zip(asked, names, strict=True)):
-        if name in questions:
-            continue
-        targets = routes[name].targets if name in routes else {name: 1}
-        for adapter in (adapter for adapter, weight in targets.items() if weight):
-            if is_new := adapter not in of_adapters:  # one classifier may answer thousands of questions
-                of_adapters[adapter] = await _contract_of(router, adapter, one.place)
-            contract, labels = of_adapters[adapter]
-            if labels is not None:
-                _check_labels(one, adapter, contract, labels)
-                warnings[index, adapter] = _check_words(one, contract, strict)
-            if is_new and contract is not None and contract.format == "lines":
-                _check_roles(first, {**contract.roles, **(roles or {})}, field)
+        first.setdefault(message.role, places[index] if places else f"{field}.{index}")
+    targets = {name: router.targets(name) for name in dict.fromkeys(names) if router.knows(name)}
+    known, warnings = await checked(
+        router.service, asked, names, targets, first, roles, strict=strict, patience_s=patience_s
+    )
     classifiers = tuple(dict.fromkeys(name for name in names if name not in questions))
     request = ClassifyRequest(input=state, classifiers=classifiers, questions=questions, roles=roles)
-    return Plan(asked=asked, request=request, names=names, adapters=of_adapters, warnings=warnings)
+    return Plan(asked=asked, request=request, names=names, adapters=known, warnings=warnings)
 
 
-def _names(router: Router, known: list[str], asked: Seq[Asked], model: str, aliases: Collection[str]) -> list[str]:
+async def trained(
+    router: Router, requests: Seq[ClassifyRequest]
+) -> tuple[Seq[ClassifyRequest], Mapping[tuple[str, str], tuple[str, ...]]]:
+    """Let adapters answer the questions of /v1/classify that have the name of a classifier or a route, as `plan` does.
+    So the same request is answered before and after an adapter is trained for one of its questions.
+
+    requests:  all have the same questions and classifiers.
+    Returns the requests, and warnings: (the question's name, the adapter that may answer) -> warnings. Raises as `plan`
+    does, also where a predicate has other labels than its classifier."""
+    questions = requests[0].questions
+    asked = [
+        Asked(place=f"questions.{name}", options="labels", name=name, question=one) for name, one in questions.items()
+    ]
+    names = _names(router, asked, EVERYTHING, ())
+    left = {name: one for name, one in questions.items() if not router.knows(name)}
+    if len(left) == len(questions):
+        return requests, {}
+    targets = {name: router.targets(name) for name in names if name not in left}
+    contracts, warnings = await checked(router.service, asked, names, targets, {}, None)
+    for one, name in zip(asked, names, strict=True):
+        if one.question.type == "predicate":  # whose labels the typed formats do not name
+            for adapter in targets.get(name, ()):
+                labels = contracts[adapter][1] or one.question.labels
+                if stripped(labels) != stripped(one.question.labels):
+                    raise other_labels(one, adapter, labels)
+    more = [name for name in questions if name not in left]
+    classifiers = tuple(dict.fromkeys((*router.asked(requests[0].classifiers), *more)))
+    changed = [replace(one, classifiers=classifiers, questions=left) for one in requests]
+    return changed, {(names[index], adapter): told for (index, adapter), told in warnings.items()}
+
+
+def warned(
+    result: ClassifyResult | BatchResult, warnings: Mapping[tuple[str, str], tuple[str, ...]]
+) -> ClassifyResult | BatchResult:
+    """Return the result with the warnings that `trained` found."""
+    if not warnings:
+        return result
+    if isinstance(result, BatchResult):
+        results = (warned(one, warnings) if isinstance(one, ClassifyResult) else one for one in result.results)
+        return replace(result, results=tuple(results))  # type: ignore[arg-type]  # no batch holds a batch
+
+    def of(verdict: Verdict) -> Verdict:
+        adapter = "" if verdict.adapter is None else verdict.adapter.name
+        more = warnings.get((verdict.classifier, adapter), ()) if verdict.error is None else ()
+        return replace(verdict, warnings=(*(verdict.warnings or ()), *more)) if more else verdict
+
+    return replace(result, verdicts=tuple(map(of, result.verdicts)))
+
+
+def _names(router: Router, asked: Seq[Asked], model: str, aliases: Collection[str]) -> list[str]:
     """Return for each question the name that its verdict will have."""
+    service = router.service
     if router.knows(model):
         return [model] * len(asked)
-    if model != EVERYTHING and model not in aliases and model not in router.service.base_names:
-        raise UnknownClassifierError(model, known)
+    known = list(dict.fromkeys((*(one.name for one in router.routes()), *service.names())))
+    if model != EVERYTHING and model not in aliases and model not in service.base_names:
+        error = UnknownClassifierError(model, known)
+        error.remedy += (
+            f", which answers every question; or give {listed([EVERYTHING, *service.base_names, *aliases])}, and each "
+            "question's name chooses who answers"
+        )
+        raise error
+    unknown = [one.name for one in asked if one.name is not None and not router.knows(one.name)]
+    if unknown and not service.answers_questions:
+        error = UnknownClassifierError(unknown, known)
+        hint = similar([shortened(name) for name in unknown[:MOST_HINTS]], known)
+        error.remedy = "; ".join(filter(None, (hint, error.remedy, ASK_THE_BASE)))
+        raise error
     names: list[str] = []
     own: dict[str, Question] = {}  # questions that no adapter was trained for
     for index, one in enumerate(asked):
         name = one.name
-        if name is None and not router.service.answers_questions:
+        if name is None and not service.answers_questions:
             remedy = f"give a name, one of: {listed(known)}; or give a classifier as `model`"
-            raise _wrong(f"{one.place}.name", "is missing, and names the classifier that answers", remedy)
+            raise wrong(one, "name", "is missing, and names the classifier that answers", remedy)
         if name is None or not router.knows(name):
             name = f"question {index}" if name is None else name
             while own.get(name, one.question) != one.question or router.knows(name):
@@ -133,103 +202,32 @@ def _names(router: Router, known: list[str], asked: Seq[Asked], model: str, alia
     return names
 
 
-async def _contract_of(router: Router, adapter: str, place: str) -> tuple[Contract | None, tuple[str, ...] | None]:
-    """Return an adapter's contract and its labels. Labels are None where the adapter cannot be used, which its verdict
-    says."""
-    service = router.service
-    try:
-        info = service.adapter(adapter)
-        if info.labels is None and info.version is None:  # what was not read yet may have a score head with labels
-            await service.version_of(adapter)
-            info = service.adapter(adapter)
-    except LoraplexError:
-        return None, None
-    if info.labels is None:
-        remedy = "give it a classifier.yaml with `labels`, or ask it through /v1/classify"
-        raise _wrong(place, f"{adapter!r} has no labels, so it answers no typed question", remedy)
-    return service.contract(adapter), info.labels
-
-
-def _check_labels(one: Asked, adapter: str, contract: Contract | None, labels: tuple[str, ...]) -> None:
-    question, who = one.question, repr(adapter)
-    if question.type == "predicate":
-        kind = contract.question_type if contract is not None else "predicate" if len(labels) == 2 else "choice"
-        if kind != "predicate":
-            raise _wrong(
-                f"{one.place}.type", f"{who} is a {kind} between {listed(labels)}", f"ask a {kind} with these labels"
-            )
-        return
-    asked = question.labels
-    if len(set(asked)) != len(asked):
-        raise _wrong(f"{one.place}.{one.options}", f"two of {listed(asked)} are the same label", "give each label once")
-    if set(asked) != set(labels):
-        raise _wrong(
-            f"{one.place}.{one.options}",
-            f"{listed(asked)} are not the labels of {who}, which are {listed(labels)}",
-            f"give {listed(labels)}, in any order",
-        )
-
-
-def _check_words(one: Asked, contract: Contract | None, strict: bool) -> tuple[str, ...]:
-    """Return warnings about words of the question that are not used, because the contract has others."""
-    question, warnings = one.question, []
-    own = None if contract is None else contract.question
-    if question.instructions.strip() and not _same(question.instructions, own):
-        if strict and own is not None:
-            raise _wrong(
-                f"{one.place}.instructions", f"the classifier's own question is {quoted(own)}", "give this one"
-            )
-        told = "its template holds its question" if own is None else f"its own question is {quoted(own)}"
-        warnings.append(f"instructions_not_used: the classifier was trained with other words; {told}")
-    named = {} if contract is None else contract.descriptions or {}
-    labels = question.labels if question.type != "predicate" or contract is None else contract.labels
-    given = {labels[question.labels.index(label)]: text for label, text in question.descriptions.items()}
-    others = [label for label, text in given.items() if text.strip() and not _same(text, named.get(label))]
-    if others:
-        if strict and (label := next((one for one in others if one in named), None)) is not None:
-            raise _wrong(
-                f"{one.place}.{one.options}",
-                f"{label!r} means {quoted(named[label])} to the classifier",
-                "give this one",
-            )
-        warnings.append(f"descriptions_not_used: the classifier has its own meaning of {listed(others)}")
-    return tuple(warnings)
-
-
-def _same(text: str, other: str | None) -> bool:
-    return other is not None and text.split() == other.split()
-
-
 def _check_text(state: State, asked: Seq[Asked]) -> None:
     for one in asked:
         question = one.question
         for text in (one.name or "", question.instructions, *question.labels, *question.descriptions.values()):
             valid_unicode(text)
-    for text in (state,) if isinstance(state, str) else (one.content for one in state):
+    for text in (state,) if isinstance(state, str) else (part for one in state for part in (one.role, one.content)):
         valid_unicode(text)
     if not (state.strip() if isinstance(state, str) else state):
         raise InvalidRequestError("the input is empty", remedy="send the text or the messages to decide about")
 
 
-def _check_roles(first: Mapping[str, int], roles: Roles, field: str) -> None:
-    """first: role -> number of the first message that has the role."""
-    for role, index in first.items():
-        try:
-            kept_messages([Message(role=role, content="")], roles)
-        except InvalidRequestError as exc:
-            raise _wrong(f"{field}.{index}", exc.message, exc.remedy) from None
-
-
 def _fits(question: Question, scores: Mapping[str, float]) -> bool:
     """Return whether the scores are of the question's labels. An adapter may be replaced while it is asked."""
-    return len(scores) == 2 if question.type == "predicate" else scores.keys() == set(question.labels)
+    return len(scores) == 2 if question.type == "predicate" else stripped(scores) == stripped(question.labels)
+
+
+def _in_words_of(question: Question, verdict: Verdict) -> Verdict:
+    """Return the verdict with its labels as the question spells them."""
+    scores = verdict.scores or {}
+    if question.type == "predicate" or scores.keys() == set(question.labels):
+        return verdict
+    spelled = {label.strip(): label for label in question.labels}
+    by_label = {spelled[label.strip()]: one for label, one in scores.items()}
+    return replace(verdict, scores=by_label, label=spelled.get((verdict.label or "").strip(), verdict.label))
 
 
 def _replaced(name: str) -> NotReadyError:
-    return NotReadyError(f"{name!r} was replaced by an adapter with other labels", remedy="send the request again")
-
-
-def _wrong(place: str, message: str, remedy: str) -> InvalidRequestError:
-    error = InvalidRequestError(f"{place}: {message}", remedy=remedy)
-    error.param = place
-    return error
+    message = f"{quoted(name)} was replaced by an adapter with other labels"
+    return NotReadyError(message, remedy="send the request again")

@@ -32,6 +32,7 @@ from loraplex.errors import (
 )
 from loraplex.routing import passes
 from loraplex.routing.draw import choose
+from loraplex.routing.feedback_label import as_spelled
 from loraplex.routing.route_store import RouteStore
 from loraplex.routing.shadows import Shadow, Shadows
 from loraplex.routing.verdict_log import LoggedVerdict, VerdictLog
@@ -183,15 +184,21 @@ class Router:
         route = self._routes.get(name)
         return name if route is None else choose(route, conversation_id)
 
+    def targets(self, name: str) -> tuple[str, ...]:
+        """Return the adapters of which one answers for `name`."""
+        route = self._routes.get(name)
+        return (name,) if route is None else tuple(one for one, weight in route.targets.items() if weight)
+
+    def asked(self, names: Names) -> tuple[str, ...]:
+        """Return the requested names. `"*"` means every route, and every classifier that no route uses."""
+        if names != "*":
+            return names
+        return (*self._routes, *(name for name in self.service.names() if name not in self._targeted))
+
     async def classify(self, request: ClassifyRequest) -> ClassifyResult:
         """Classify as `Service.classify` does. Each verdict has the name that was requested, and an id for feedback.
-        Raises InvalidRequestError for a question with the name of a classifier or a route."""
+        The bare base answers the questions, also one that has a classifier's name by now."""
         adapters, routes = self._adapters(request), self._routes
-        if taken := next(filter(self.knows, request.questions), None):
-            raise InvalidRequestError(
-                f"the question {quoted(taken)} has the name of a classifier or a route",
-                remedy="ask this one in `classifiers`, or give the question another name",
-            )
         try:
             result = await passes.classify(self.service, request, adapters, self._gates, self.resolve)
         except LoraplexError as exc:
@@ -230,11 +237,8 @@ class Router:
         return (*((name, *prompts[adapter]) for name, adapter in adapters.items()), *of_questions)
 
     def _adapters(self, request: ClassifyRequest) -> dict[str, str]:
-        """Return requested name -> adapter. `"*"` means every route, and every classifier that no route uses."""
-        names: Iterable[str] = request.classifiers
-        if request.classifiers == "*":
-            names = [*self._routes, *(name for name in self.service.names() if name not in self._targeted)]
-        return {name: self.resolve(name, request.conversation_id) for name in names}
+        """Return requested name -> adapter."""
+        return {name: self.resolve(name, request.conversation_id) for name in self.asked(request.classifiers)}
 
     def _ask_shadows(
         self,
@@ -259,12 +263,10 @@ class Router:
     # ------------------------------------------------------------------------------------------- verdicts
 
     async def stats(self, name: str) -> RouteStats:
-        """Return the statistics of a route, or of a classifier that is requested by its own name. Raises
+        """Return the statistics of a route, or of a classifier or a question that is requested by its own name. Raises
         UnknownRouteError for an unknown name, InvalidRequestError if no verdicts are kept, and StateError if the file
         cannot be read."""
-        if not self.knows(name):
-            raise UnknownRouteError(name)
-        log = await self._kept()
+        log = await self._log_of((name,))
         with state_errors("the verdicts cannot be read"):
             return await self._in_files(log.stats, name)
 
@@ -275,7 +277,7 @@ class Router:
         log = await self._kept()
         valid_unicode(verdict_id + label)
         with state_errors("the label is not recorded"):
-            self._check_label(await self._in_files(log.targets_of, verdict_id), label)
+            label = as_spelled(label, await self._in_files(log.targets_of, verdict_id), self.service)
             return await self._in_files(log.set_truth, verdict_id, label)
 
     async def set_truth_of_request(
@@ -303,25 +305,13 @@ class Router:
                     f"the id {quoted(request_id)} has {num_verdicts} verdicts of {name!r}",
                     remedy="give each request an id of its own, or name a verdict: `verdict_id`",
                 )
-            self._check_label(targets, label)
+            label = as_spelled(label, targets, self.service)
             return await self._in_files(log.set_truth_of_request, request_id, key, name, label)
-
-    def _check_label(self, targets: Iterable[str], label: str) -> None:
-        """Raise InvalidRequestError if one of the adapters has labels, and not this one."""
-        for target in targets:
-            info = self.service.adapter(target) if self.service.knows(target) else None
-            if info is not None and info.labels and label.strip() not in map(str.strip, info.labels):
-                raise InvalidRequestError(
-                    f"{quoted(label)} is no label of {target!r}", remedy=f"use one of: {', '.join(info.labels)}"
-                )
 
     async def examples(self, names: Names, since_s: float | None, is_corrected: bool, after: str | None) -> Examples:
         """Return kept texts with their labels; see `VerdictLog.examples`. Raises UnknownRouteError for an unknown name,
         InvalidRequestError if no texts are kept, and StateError if the files cannot be read."""
-        for name in () if names == "*" else names:
-            if not self.knows(name):
-                raise UnknownRouteError(name)
-        log = await self._kept()
+        log = await self._log_of(() if names == "*" else names)
         if log.inputs is None:
             raise InvalidRequestError("no texts are kept", remedy="start the server with --keep-inputs, such as 7d")
         with state_errors("the texts cannot be read"):
@@ -341,6 +331,18 @@ class Router:
         if self._log is None:
             raise InvalidRequestError("no verdicts are kept", remedy="start the server with --keep-verdicts above 0")
         return self._log
+
+    async def _log_of(self, names: Iterable[str]) -> VerdictLog:
+        """Return the log. Raises UnknownRouteError for a name that is nobody's and has no verdicts."""
+        unknown = [name for name in names if not self.knows(name)]
+        if unknown and self._log is None:
+            raise UnknownRouteError(unknown[0])
+        log = await self._kept()
+        with state_errors("the verdicts cannot be read"):
+            for name in unknown:  # such as a question's, which the bare base answered
+                if not await self._in_files(log.knows, valid_unicode(name)):
+                    raise UnknownRouteError(name)
+        return log
 
     def _log_failure(self, adapters: Mapping[str, str], error: LoraplexError) -> None:
         """Log a failure for each known target of a request that got no answer."""

@@ -1,11 +1,12 @@
 """The newest verdicts: target, label, confidence, latency, and feedback. Holds no conversation; `KeptInputs` may."""
 
+import json
 import logging
 import math
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,8 @@ from loraplex.types import (
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
+MOST_LABEL_CHARS = 2000  # of a question's labels that are kept with its verdict; of longer ones, none are
 SCHEMA = (
     """
     CREATE TABLE IF NOT EXISTS verdicts (
@@ -46,7 +48,8 @@ SCHEMA = (
         error TEXT,
         truth TEXT,
         request_id TEXT,
-        key TEXT
+        key TEXT,
+        labels TEXT
     ) STRICT
     """,
     "CREATE UNIQUE INDEX IF NOT EXISTS by_id ON verdicts (id, target)",
@@ -58,7 +61,8 @@ UPGRADES = {
         "ALTER TABLE verdicts ADD COLUMN request_id TEXT",
         "ALTER TABLE verdicts ADD COLUMN key TEXT",
         SCHEMA[-1],
-    )
+    ),
+    2: ("ALTER TABLE verdicts ADD COLUMN labels TEXT",),
 }
 # Answers to a request that was sent by one key; ?2 is NULL for all keys.
 OF_REQUEST = "request_id = ?1 AND (?2 IS NULL OR key = ?2) AND NOT is_shadow AND error IS NULL"
@@ -91,11 +95,15 @@ AGREEMENT = """
 """
 
 
+Targets = Mapping[str, Seq[str]]  # adapter, or the base -> a question's labels; none where an adapter answered
+
+
 class LoggedVerdict(NamedTuple):
     """One answer of a target.
 
     id:     id of the verdict. A shadow has the id of the verdict that was returned.
     route:  the name that was requested.
+    labels: of a question to the bare base, as JSON.
     """
 
     id: str
@@ -109,6 +117,7 @@ class LoggedVerdict(NamedTuple):
     error: str | None
     request_id: str | None = None
     key: str | None = None
+    labels: str | None = None
 
     @classmethod
     def of(
@@ -135,6 +144,7 @@ class LoggedVerdict(NamedTuple):
             error=None if verdict.error is None else verdict.error.code,
             request_id=request_id,
             key=key,
+            labels=_kept_labels(verdict),
         )
 
 
@@ -195,8 +205,8 @@ class VerdictLog:
         database.executemany(
             "INSERT OR IGNORE INTO verdicts"
             " (id, route, target, version, is_shadow, label, confidence, latency_ms, error, request_id, key,"
-            " truth)"
-            " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, (SELECT truth FROM verdicts WHERE id = ?1))",
+            " labels, truth)"
+            " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, (SELECT truth FROM verdicts WHERE id = ?1))",
             added,
         )
         database.execute(
@@ -216,17 +226,22 @@ class VerdictLog:
             with self._database.transaction() as database:
                 yield database
 
-    def targets_of(self, verdict_id: str) -> tuple[str, ...]:
+    def knows(self, route: str) -> bool:
+        """Return whether verdicts are kept that were requested by this name."""
+        with self._all() as database:
+            return database.execute("SELECT 1 FROM verdicts WHERE route = ? LIMIT 1", (route,)).fetchone() is not None
+
+    def targets_of(self, verdict_id: str) -> Targets:
         """Return all targets that answered, the returned one first. Raises UnknownVerdictError for an unknown id."""
         with self._all() as database:
             found = database.execute(
-                "SELECT target FROM verdicts WHERE id = ? ORDER BY is_shadow", (verdict_id,)
+                "SELECT target, labels FROM verdicts WHERE id = ? ORDER BY is_shadow", (verdict_id,)
             ).fetchall()
         if not found:
             raise UnknownVerdictError(quoted(verdict_id))
-        return tuple(target for (target,) in found)
+        return {target: json.loads(labels or "[]") for target, labels in found}
 
-    def answers_to(self, request_id: str, key: str | None) -> dict[str, tuple[int, frozenset[str]]]:
+    def answers_to(self, request_id: str, key: str | None) -> dict[str, tuple[int, Targets]]:
         """Return what was answered to a request: requested name -> number of verdicts, and all targets, shadows
         included. More than one verdict: the request was sent again. key: only where this key asked; None: any."""
         with self._all() as database:
@@ -234,12 +249,14 @@ class VerdictLog:
                 f"SELECT route, count(*) FROM verdicts WHERE {OF_REQUEST} GROUP BY route", (request_id, key)
             ).fetchall()
             targets = database.execute(
-                f"SELECT DISTINCT route, target FROM verdicts WHERE id IN (SELECT id FROM verdicts WHERE {OF_REQUEST})",
+                "SELECT DISTINCT route, target, labels FROM verdicts WHERE id IN"
+                f" (SELECT id FROM verdicts WHERE {OF_REQUEST})",
                 (request_id, key),
             ).fetchall()
-        return {
-            name: (count, frozenset(target for route, target in targets if route == name)) for name, count in counts
-        }
+        of: dict[str, dict[str, Seq[str]]] = {name: {} for name, _ in counts}
+        for route, target, labels in targets:
+            of.get(route, {})[target] = json.loads(labels or "[]")
+        return {name: (count, of[name]) for name, count in counts}
 
     def set_truth_of_request(self, request_id: str, key: str | None, route: str, label: str) -> int:
         """Do as `set_truth` for all verdicts of a request that have this requested name."""
@@ -291,6 +308,14 @@ class VerdictLog:
         with self._all() as database:
             rows = database.execute(COUNTS, (route,)).fetchall()
             return RouteStats(name=route, targets=tuple(_target_stats(database, route, *row) for row in rows))
+
+
+def _kept_labels(verdict: Verdict) -> str | None:
+    """Return the labels of a question to the bare base: no adapter knows them when feedback comes."""
+    if verdict.adapter is not None or not verdict.scores:
+        return None
+    labels = json.dumps([*verdict.scores], ensure_ascii=False)
+    return labels if len(labels) <= MOST_LABEL_CHARS else None
 
 
 def _target_stats(

@@ -21,21 +21,19 @@ from loraplex.errors import (
     InvalidRequestError,
     LoraplexError,
     MethodNotAllowedError,
-    NotFoundError,
     OverloadedError,
     RequestTimeoutError,
     StateError,
-    quoted,
 )
 from loraplex.exhaustion import exhaustion
-from loraplex.problems import find_problem
+from loraplex.problems import find_problem, refused
 from loraplex.server import logs
 from loraplex.server.encodings import ACCEPTED
 from loraplex.server.json_body import OBJECT
 from loraplex.server.lifecycle import PROBES, REFUSAL, stopping
 from loraplex.server.proxies import path_of
 from loraplex.server.schemas import error_json
-from loraplex.server.typed_errors import TYPED, TYPESAFE_ID, in_wire_shape
+from loraplex.server.typed_errors import TYPED, TYPESAFE_ID, in_wire_shape, wire_of
 from loraplex.types import BatchResult, ClassifyResult, ErrorInfo
 
 logger = logging.getLogger(__name__)
@@ -61,6 +59,8 @@ def answer(request: Request, error: LoraplexError) -> JSONResponse:
         headers["Retry-After"] = "1"
     elif error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    elif isinstance(error, MethodNotAllowedError):
+        headers["Allow"] = ", ".join(request.app.state.paths.methods(path_of(request.scope)))
     elif error.status == 415:
         headers["Accept-Encoding"] = ACCEPTED
     if isinstance(error, RequestTimeoutError | BodyTooLargeError):
@@ -118,8 +118,9 @@ def _json(request: Request, error: LoraplexError, shown: ErrorInfo, headers: dic
     if path not in PROBES:  # a probe's 503 is no failure
         request.app.state.metrics.fail(error.code)
     content = error_json(shown.code, shown.message, shown.remedy)
-    if path in TYPED:
-        content, headers = in_wire_shape(path, content, error.status, error.param), {**headers, TYPESAFE_ID: record.id}
+    wire = wire_of(path, record.body)
+    if wire in TYPED:
+        content, headers = in_wire_shape(wire, content, error), {**headers, TYPESAFE_ID: record.id}
     return JSONResponse(content, status_code=error.status, headers=headers)
 
 
@@ -196,26 +197,16 @@ def refusal(request: Request, exc: RequestValidationError) -> InvalidRequestErro
     model = request.scope["route"].body_field.field_info.annotation
     errors = [{**one, "loc": one["loc"][1:]} for one in exc.errors()[:MOST_ERRORS]]  # each begins with "body"
     problem = find_problem(errors, exc.body, model, noun="field")
-    message = f"{problem.place}: {problem.sentence}" if problem.place else problem.sentence
-    error = InvalidRequestError(message, remedy=f"{problem.remedy}; see /docs for the fields and their types")
-    error.param = problem.place or None
-    return error
+    return refused(problem, remedy=f"{problem.remedy}; see /docs for the fields and their types")
 
 
 async def _http_error(request: Request, exc: Exception) -> JSONResponse:
     """Answer what the framework itself refuses: unknown paths and methods."""
     assert isinstance(exc, HTTPException)
-    path, paths, remedy = path_of(request.scope), request.app.state.paths, "see /docs for the paths"
-    if exc.status_code == 404:
-        if similar := paths.similar(path):
-            remedy = f"did you mean {' or '.join(similar)}? See /docs for all paths"
-        return answer(request, NotFoundError(f"there is no path {quoted(path)}", remedy=remedy))
-    if exc.status_code == 405:
-        allowed = ", ".join(paths.methods(path))
-        message = f"{request.method} is not allowed for {quoted(path)}; use {allowed}"
-        response = answer(request, MethodNotAllowedError(message, remedy=remedy))
-        response.headers["Allow"] = allowed
-        return response
-    error = BadInputError(str(exc.detail), remedy=remedy)
+    if exc.status_code in (404, 405):
+        refusal = request.app.state.paths.refusal(request.method, path_of(request.scope))
+        if refusal is not None:
+            return answer(request, refusal)
+    error = BadInputError(str(exc.detail), remedy="see /docs for the paths")
     error.status = exc.status_code
     return answer(request, error)

@@ -61,7 +61,7 @@ def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycl
     app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes, body_timeout=config.body_timeout)
     app.add_middleware(Gate, lifecycle=lifecycle)
     if keys:
-        app.add_middleware(Access, keys=keys, public=config.public, key_concurrency=config.key_concurrency)
+        app.add_middleware(Access, keys=keys, public=config.public, key_concurrency=config.key_concurrency, paths=paths)
     app.add_middleware(AnswerErrors, log_inputs=config.log_inputs)
     if config.cors_origin:
         app.add_middleware(Cors, origins=config.cors_origin)

@@ -16,7 +16,7 @@ from loraplex.server.routes import ERRORS
 from loraplex.server.schemas import Body
 from loraplex.server.typed import MAX_OPTIONS, Ours, Typed, TypedBody, decide, ours_of, response_of, type_in
 from loraplex.server.typed_errors import DECISIONS
-from loraplex.state import items_of
+from loraplex.state import placed_items
 from loraplex.types import PREDICATE_LABELS, ErrorInfo, Question
 
 router = APIRouter(tags=["decisions"], route_class=JsonRoute)
@@ -183,7 +183,7 @@ async def decisions(request: Request, body: DecisionsBody) -> Response:
 
 
 async def decisions_answer(request: Request, body: DecisionsBody, model: str | None) -> Response:
-    state = body.input if isinstance(body.input, str) else items_of(body.input)
+    state = body.input if isinstance(body.input, str) else placed_items(body.input)
     asked = [_asked(f"questions.{index}", one) for index, one in enumerate(body.questions)]
     typed = await decide(request, body, asked, state, field="input", model=model)
     usage, names = typed.usage, [one.name for one in body.questions]

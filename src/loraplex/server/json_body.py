@@ -153,7 +153,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise InvalidRequestError(f"the key {twice!r} is given twice", remedy="give each key of an object once")
+        raise InvalidRequestError(f"the key {quoted(twice)} is given twice", remedy="give each key of an object once")
     return made
 
 

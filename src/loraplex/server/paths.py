@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from starlette.routing import BaseRoute, Route
 
+from loraplex.errors import LoraplexError, MethodNotAllowedError, NotFoundError, quoted
+
 UNKNOWN = "(unknown)"
 LONGEST = 200  # characters of a path that are compared with the declared ones
 
@@ -29,6 +31,18 @@ class Paths:
     def methods(self, path: str) -> list[str]:
         """Return the methods that a path takes."""
         return sorted(self._methods.get(self.declared(path), ()))
+
+    def refusal(self, method: str, path: str) -> LoraplexError | None:
+        """Return the error for a path that does not exist, or that does not take the method; else None."""
+        remedy, methods = "see /docs for the paths", self.methods(path)
+        if not methods:
+            if similar := self.similar(path):
+                remedy = f"did you mean {' or '.join(similar)}? See /docs for all paths"
+            return NotFoundError(f"there is no path {quoted(path)}", remedy=remedy)
+        if method in methods:
+            return None
+        message = f"{method} is not allowed for {quoted(path)}; use {', '.join(methods)}"
+        return MethodNotAllowedError(message, remedy=remedy)
 
     def begin_with(self, prefix: str) -> bool:
         """Return whether one of the declared paths is below `prefix`, which would then mean two things."""

@@ -105,7 +105,7 @@ async def serve(
     # After its shutdown, uvicorn raises the signal again for the handlers that were installed before its own.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    running = asyncio.create_task(_run(start, lifecycle, on_ready))
+    running = asyncio.create_task(_run(start, config, lifecycle, on_ready))
     running.add_done_callback(lambda _: server.stop())
     try:
         await server.serve(sockets=[sock])
@@ -119,11 +119,15 @@ async def serve(
 
 
 async def _run(
-    start: Callable[[], Coroutine[Any, Any, Router]], lifecycle: Lifecycle, on_ready: Callable[[Router], None]
+    start: Callable[[], Coroutine[Any, Any, Router]],
+    config: ServerConfig,
+    lifecycle: Lifecycle,
+    on_ready: Callable[[Router], None],
 ) -> None:
     """Start the router and run until cancelled. Raises if the router does not start, or when the engine dies."""
     router = await start()
     try:
+        check_aliases(config, router)
         if router.service.alive and lifecycle.loaded(router):
             on_ready(router)
         while router.service.alive:
@@ -131,6 +135,18 @@ async def _run(
         raise EngineError("the engine died", remedy="see the log above; start the server again")
     finally:
         await router.close()
+
+
+def check_aliases(config: ServerConfig, router: Router) -> None:
+    """Raise ConfigurationError where an alias has no effect, because a classifier or a route of this name answers. The
+    aliases by default give way to them."""
+    for alias in config.decisions_alias if "decisions_alias" in config.model_fields_set else ():
+        if router.knows(alias):
+            raise ConfigurationError(
+                f"--decisions-alias {alias}",
+                "is the name of a classifier or a route, which then answers every question",
+                remedy="choose another alias, or leave it out",
+            )
 
 
 def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

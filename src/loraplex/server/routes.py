@@ -1,7 +1,9 @@
 """HTTP routes for models, metrics and health, and what all routes that ask classifiers share."""
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+import time
+from collections.abc import Collection, Coroutine, Iterable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from loraplex.errors import (
     CancelledError,
+    DeadlineExceededError,
     InvalidRequestError,
     LoraplexError,
     NotReadyError,
@@ -17,6 +20,8 @@ from loraplex.errors import (
 )
 from loraplex.metrics import Metrics
 from loraplex.routing.batch import classify_batch
+from loraplex.routing.passes import SHORTEST_MS
+from loraplex.routing.questions import trained, warned
 from loraplex.routing.router import Router
 from loraplex.server import logs
 from loraplex.server.answers import visible_result
@@ -104,10 +109,10 @@ async def answered(request: Request, *asked: ClassifyRequest, is_batch: bool = F
     try:
         result: ClassifyResult | BatchResult = await while_connected(request, work)
     except LoraplexError as exc:
-        metrics.observe_failure(named, exc.code)
+        metrics.observe_failure(named, exc.code, len(asked[0].questions))
         raise
     # Count once the answer is on its way, so that the client does not wait; still before the loop's next request.
-    asyncio.get_running_loop().call_soon(_observe, metrics, named, result)
+    asyncio.get_running_loop().call_soon(_observe, metrics, named, asked[0].questions, result)
     return result
 
 
@@ -132,18 +137,49 @@ def _identified(request: Request, asked: tuple[ClassifyRequest, ...]) -> tuple[C
     return (replace(asked[0], request_id=given, key=record.key, conversation_id=session),)
 
 
-def _observe(metrics: Metrics, named: Iterable[str], result: ClassifyResult | BatchResult) -> None:
+def _observe(
+    metrics: Metrics, named: Iterable[str], questions: Collection[str], result: ClassifyResult | BatchResult
+) -> None:
     for one in (result,) if isinstance(result, ClassifyResult) else result.results:
         if isinstance(one, ClassifyResult):
-            metrics.observe(one)
+            metrics.observe(one, questions)
         else:
-            metrics.observe_failure(named, one.error.code)
+            metrics.observe_failure(named, one.error.code, len(questions))
             metrics.fail(one.error.code)
 
 
 async def answer(request: Request, body: ClassifyBody) -> Response:
-    result = await answered(request, *body.to_requests(), is_batch=body.inputs is not None)
-    return Response(result_json(visible_result(result)), media_type="application/json")
+    """Answer Loraplex's own body. Adapters answer those questions that have their names."""
+    asked: Seq[ClassifyRequest] = body.to_requests()
+    warnings: Mapping[tuple[str, str], tuple[str, ...]] = {}
+    if body.questions:
+        started = time.monotonic()
+        asked, warnings = await before_the_work(request, trained(router_of(request), asked), body.deadline_ms)
+        left_ms = remaining_ms(body.deadline_ms, started)
+        asked = [replace(one, deadline_ms=left_ms) for one in asked]
+    result = visible_result(await answered(request, *asked, is_batch=body.inputs is not None))
+    return Response(result_json(warned(result, warnings)), media_type="application/json")
+
+
+async def before_the_work(request: Request, work: Coroutine[Any, Any, Result], deadline_ms: float | None) -> Result:
+    """Await what comes before a classification, such as the loading of adapters: within the deadline, and for as long
+    as the client stays connected. Raises DeadlineExceededError and CancelledError."""
+
+    async def in_time() -> Result:
+        async with asyncio.timeout(None if deadline_ms is None else deadline_ms / 1000):
+            return await work
+
+    try:
+        return await while_connected(request, in_time())
+    except TimeoutError:
+        raise DeadlineExceededError(
+            "the adapters were not loaded before the deadline", remedy="allow more time, or preload and pin them"
+        ) from None
+
+
+def remaining_ms(deadline_ms: float | None, started: float) -> float | None:
+    """Return what is left of a deadline. One that has passed is left to the service to say so."""
+    return None if deadline_ms is None else max(SHORTEST_MS, deadline_ms - (time.monotonic() - started) * 1000)
 
 
 @router.get("/v1/models", tags=["adapters"])

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.errors import InvalidRequestError
 from loraplex.generation import GenerateRequest
+from loraplex.routing.questions import EVERYTHING
 from loraplex.server.classification import Classification, ClassificationBody, classification, classify_kind
 from loraplex.server.decisions import DecisionsBody, DecisionsResult, decisions_answer
 from loraplex.server.huggingface import GeneratedText, HuggingFaceBody, ScoredLabel, huggingface_answer, to_json
@@ -36,6 +37,7 @@ from loraplex.server.schemas import (
 )
 from loraplex.server.systemone import SystemOneBody, SystemOneResult, systemone_answer
 from loraplex.server.traffic import feedback
+from loraplex.server.typed_errors import typed_kind
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, classifier_names
 
 router = APIRouter(tags=["sagemaker"], route_class=RecordsRoute)
@@ -59,10 +61,8 @@ ENDPOINT = re.compile(r"/endpoints/[^/]+/invocations(-response-stream)?")
 def _body_kind(body: Any) -> str:
     """Return whose body it is, by the fields that only one of them has."""
     given = body if isinstance(body, dict) else {}
-    if "questions" in given and "state" in given:
-        return "systemone"
-    if isinstance(given.get("questions"), list):
-        return "decisions"
+    if (typed := typed_kind(given)) is not None:
+        return typed
     if "input_text" in given:
         return "article"
     if "label" in given and given.keys() & {"verdict_id", "request_id"}:
@@ -132,7 +132,7 @@ async def invocations(
     _check_parts(request)
     if isinstance(body, FeedbackBody):
         return await feedback(request, body)
-    named = adapter if (given := _named(body)) is None else given
+    named = adapter if (given := _named(body)) is None or _is_alias(request, body, given) else given
     if model is not None:
         target = model.removesuffix(ARCHIVE)
         if named not in (None, target, (target,)):
@@ -184,6 +184,12 @@ def _named(body: Any) -> Any:
     if isinstance(body, HuggingFaceBody):
         return None if body.parameters is None else body.parameters.adapter_id
     return None if body.model in (UNNAMED, None) else body.model
+
+
+def _is_alias(request: Request, body: Any, name: Any) -> bool:
+    """Return whether a typed body's model leaves the choice of a classifier open."""
+    is_open = name == EVERYTHING or name in request.app.state.config.decisions_alias
+    return isinstance(body, DecisionsBody | SystemOneBody) and is_open and not router_of(request).knows(name)
 
 
 def _check_parts(request: Request) -> None:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, Tag, TypeAdapter, model_valid
 from pydantic.json_schema import SkipJsonSchema
 
 from loraplex.discovery import SkippedFolder
+from loraplex.errors import encodable
 from loraplex.labelled import YES_NO
 from loraplex.messages import MAX_ITEMS, MessageBody
 from loraplex.problems import NumbersAreNoBooleans, either, wrong
@@ -54,7 +55,7 @@ RoleNames = Annotated[
 
 
 class QuestionBody(Body):
-    """A question that no adapter was trained for, in words. The bare base answers it (`--adhoc-questions`)."""
+    """A question in words. Where no adapter was trained for it, the bare base answers (`--adhoc-questions`)."""
 
     type: QuestionType = Field(
         description="predicate: whether something holds; choice: which label; score: which level, from the lowest"
@@ -141,16 +142,18 @@ class ClassifyBody(Body):
     deadline_ms: float | None = Field(
         None,
         gt=0,
+        strict=True,
         description="milliseconds from the request; a classifier that is not computed by then returns an error",
     )
     roles: RoleNames | None = None
     questions: dict[str, QuestionBody] = Field(
         {},
         max_length=MAX_QUESTIONS,
-        description="name -> a question that the bare base answers, beside the classifiers; needs --adhoc-questions",
+        description="name -> a question; the classifier or route of this name answers it, or else the bare base, with "
+        "--adhoc-questions",
     )
     cascade: bool = Field(
-        True, description="false runs every classifier, whatever its gate says (`when` in loraplex.yaml)"
+        True, strict=True, description="false runs every classifier, whatever its gate says (`when` in loraplex.yaml)"
     )
 
     @model_validator(mode="after")
@@ -303,7 +306,7 @@ COMMON = errors(
 
 def error_json(code: str, message: str, remedy: str) -> dict[str, Any]:
     """Return an error as JSON. Its text may repeat what the client sent, so halves of surrogate pairs are escaped."""
-    return {"error": {"code": code, "message": message.encode(errors="backslashreplace").decode(), "remedy": remedy}}
+    return {"error": {"code": code, "message": encodable(message), "remedy": encodable(remedy)}}
 
 
 class FailedAdapter(BaseModel):

@@ -10,6 +10,7 @@ from loraplex.errors import ForbiddenError, KeyBusyError, UnauthorizedError
 from loraplex.server import logs
 from loraplex.server.keys import ApiKey, find_key
 from loraplex.server.lifecycle import PROBES
+from loraplex.server.paths import Paths
 from loraplex.server.proxies import path_of
 
 # An operation is a method and a path as the router sees it; HEAD counts as GET. Operations are compared whole: one that
@@ -44,9 +45,15 @@ class Access:
     """Middleware: refuses a request whose key is missing or insufficient, before its body is read."""
 
     def __init__(
-        self, app: ASGIApp, keys: Sequence[ApiKey], public: Collection[str], key_concurrency: int | None
+        self,
+        app: ASGIApp,
+        keys: Sequence[ApiKey],
+        public: Collection[str],
+        key_concurrency: int | None,
+        paths: Paths,
     ) -> None:
-        self.app, self._keys, self._key_concurrency = app, keys, key_concurrency
+        """paths: those that exist. Any key learns that an operation does not."""
+        self.app, self._keys, self._key_concurrency, self._paths = app, keys, key_concurrency, paths
         self._open = OPEN.union(*(PUBLIC[what] for what in public))
         self._in_flight: Counter[str] = Counter()  # by key
 
@@ -65,6 +72,9 @@ class Access:
         key = self._key_of(scope)
         logs.current().key, logs.current().is_trusted = key.name, key.scope == "admin"
         if key.scope != "admin" and operation not in INFER and not MODEL.fullmatch(operation):
+            # Refused here in either case: the router takes some spellings that are not declared.
+            if (refusal := self._paths.refusal(method, path_of(scope))) is not None:
+                raise refusal
             raise ForbiddenError(
                 f"the key {key.name!r} has the scope {key.scope!r}", remedy="use a key with the scope 'admin'"
             )

@@ -26,7 +26,7 @@ from loraplex.server.typed import (
     words_of,
 )
 from loraplex.server.typed_errors import SYSTEMONE
-from loraplex.state import state_of
+from loraplex.state import placed_state
 from loraplex.types import Question
 
 router = APIRouter(tags=["decisions"], route_class=JsonRoute)
@@ -74,7 +74,9 @@ class SystemOneBody(TypedBody):
 
     state: Words
     cascade: bool = Field(
-        False, description="true lets gates skip questions (`when` in loraplex.yaml); `x_skipped` then names them"
+        False,
+        strict=True,
+        description="true lets gates skip questions (`when` in loraplex.yaml); `x_skipped` then names them",
     )
     model: str | None = None
     questions: dict[Annotated[str, Field(min_length=1)], AnyQuestion] = Field(min_length=1, max_length=MAX_QUESTIONS)
@@ -123,12 +125,12 @@ async def systemone(request: Request, body: SystemOneBody) -> Response:
 
 async def systemone_answer(request: Request, body: SystemOneBody, model: str | None) -> Response:
     asked = [_asked(name, one) for name, one in body.questions.items()]
-    state = state_of(body.state)
+    state = placed_state(body.state)
     typed = await decide(request, body, asked, state, field="state", model=model, patience_s=PATIENCE_S)
     answers = dict(zip(body.questions, typed.answers, strict=True))
-    for name, answer in answers.items():
+    for (question, answer), name in zip(answers.items(), typed.names, strict=True):
         if answer.error is not None:
-            raise error_of(answer.error, name)
+            raise error_of(answer.error, question, name)
     usage = typed.usage
     skipped = {name: answer.skipped_by for name, answer in answers.items() if answer.skipped_by is not None}
     return response_of(

@@ -1,12 +1,11 @@
 """Holds what /v1/decisions and /v1/systemone share: how questions are asked, and what we add to their answers."""
 
-import asyncio
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import Request, Response
 from pydantic import ConfigDict, Field, Tag
@@ -14,20 +13,18 @@ from typing_extensions import TypedDict
 
 from loraplex.config import ServerConfig
 from loraplex.decisions import Answer
-from loraplex.errors import InvalidRequestError, LoraplexError, NotReadyError, error_answered, listed
+from loraplex.errors import InvalidRequestError, LoraplexError, encodable, quoted, shortened
 from loraplex.messages import compact_json
 from loraplex.problems import either, unknown_field
+from loraplex.routing.passes import raised
 from loraplex.routing.questions import EVERYTHING, Asked, plan
 from loraplex.server import logs
 from loraplex.server.answers import visible
-from loraplex.server.routes import answered, router_of, service_of
+from loraplex.server.routes import answered, before_the_work, remaining_ms, router_of, service_of
 from loraplex.server.schemas import Body, RoleNames
 from loraplex.server.typed_errors import TYPESAFE_ID
-from loraplex.state import State
+from loraplex.state import PlacedState
 from loraplex.types import ClassifyResult, ErrorInfo, Usage
-
-if TYPE_CHECKING:  # the service imports torch
-    from loraplex.service.service import Service
 
 MAX_OPTIONS = 255
 # Known fields of clients, which change no answer.
@@ -55,10 +52,10 @@ class TypedBody(Body):
         description="the same id for every turn of a conversation: the next turn reuses cached work, and a route keeps "
         "its target",
     )
-    deadline_ms: float | None = Field(None, gt=0, description="milliseconds from the request")
+    deadline_ms: float | None = Field(None, gt=0, strict=True, description="milliseconds from the request")
     roles: RoleNames | None = None
     cascade: bool = Field(
-        True, description="false runs every classifier, whatever its gate says (`when` in loraplex.yaml)"
+        True, strict=True, description="false runs every classifier, whatever its gate says (`when` in loraplex.yaml)"
     )
     stream: Literal[False] | None = None
 
@@ -68,15 +65,20 @@ class TypedBody(Body):
             if name not in NEUTRAL and not name.startswith(EXTENSION):
                 message, remedy = unknown_field(name, name, type(self).model_fields)
                 error = InvalidRequestError(message, remedy=f"{remedy}; see /docs for the fields")
-                error.param = name
+                error.place = (shortened(name),)
                 raise error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Typed:
-    """The answers to a request's questions, in order. model: the name of who answered, for the client."""
+    """The answers to a request's questions, in order.
+
+    model:  the name of who answered, for the client.
+    names:  of the classifier or route that answered, or of the question.
+    """
 
     model: str
+    names: Seq[str]
     answers: Seq[Answer]
     masses: Seq[float | None]
     usage: Usage
@@ -86,7 +88,7 @@ async def decide(
     request: Request,
     body: TypedBody,
     asked: Seq[Asked],
-    state: State,
+    state: PlacedState,
     *,
     field: str,
     model: str | None,
@@ -101,21 +103,20 @@ async def decide(
     body.check_fields()
     router, config = router_of(request), _config(request)
     model = EVERYTHING if model is None else model
-    made = await plan(
+    planning = plan(
         router,
         asked,
-        state,
+        state if isinstance(state, str) else tuple(message for _, message in state),
         field=field,
         model=model,
         aliases=config.decisions_alias,
         roles=body.roles,
         strict=config.decisions_instructions == "strict",
+        places=() if isinstance(state, str) else [place for place, _ in state],
+        patience_s=patience_s,
     )
-    if patience_s is not None:
-        await load_in_time(router.service, made.adapters, patience_s)
-    left_ms = None
-    if body.deadline_ms is not None:
-        left_ms = max(0.001, body.deadline_ms - (time.monotonic() - started) * 1000)
+    made = await before_the_work(request, planning, body.deadline_ms)
+    left_ms = remaining_ms(body.deadline_ms, started)
     asked_now = replace(made.request, deadline_ms=left_ms, conversation_id=body.conversation_id, cascade=body.cascade)
     result = await answered(request, asked_now)
     assert isinstance(result, ClassifyResult)
@@ -123,41 +124,14 @@ async def decide(
         one if one.error is None else replace(one, error=visible(one.error, name))
         for one, name in zip(made.answers(result), made.names, strict=True)
     ]
+    masses = {verdict.classifier: verdict.label_mass for verdict in result.verdicts}
     return Typed(
         model=model if router.knows(model) else service_of(request).base_name,
+        names=made.names,
         answers=answers,
-        masses=[result[name].label_mass for name in made.names],
+        masses=[masses[name] for name in made.names],
         usage=result.usage,
     )
-
-
-async def load_in_time(service: "Service", adapters: Collection[str], patience_s: float) -> None:
-    """Load adapters that were never loaded. Raises NotReadyError where that takes too long; they are then loaded all
-    the same, for the client's next attempt. An adapter that cannot be loaded says so in its verdict."""
-    infos = [service.adapter(name) for name in adapters if service.knows(name)]
-    loads = {
-        asyncio.create_task(service.version_of(one.name)): one.name
-        for one in infos
-        if one.version is None and one.error is None
-    }
-    if not loads:
-        return
-    for load in loads:
-        _loads.add(load)
-        load.add_done_callback(_loaded)
-    _, pending = await asyncio.wait(loads, timeout=patience_s)
-    if pending:
-        names = [name for load, name in loads.items() if load in pending]
-        raise NotReadyError(f"still being loaded: {listed(names)}", remedy="send the request again")
-
-
-_loads: "set[asyncio.Task[Any]]" = set()  # asyncio itself keeps no task alive
-
-
-def _loaded(load: "asyncio.Task[Any]") -> None:
-    _loads.discard(load)
-    if not load.cancelled():
-        load.exception()  # its verdict says it
 
 
 def _config(request: Request) -> ServerConfig:
@@ -180,9 +154,9 @@ def words_of(value: Any) -> str:
     return "" if value is None else value if isinstance(value, str) else compact_json(value)
 
 
-def error_of(info: ErrorInfo, name: str) -> LoraplexError:
-    """Return a question's error as one of the whole request, which names the question."""
-    return error_answered(info.code, f"{name!r}: {info.message}", remedy=info.remedy)
+def error_of(info: ErrorInfo, question: str, name: str) -> LoraplexError:
+    """Return a question's error as one of the whole request, which names the question. name: who was to answer."""
+    return raised(name, replace(info, message=f"{quoted(question)}: {info.message}"))
 
 
 class OurAdapter(TypedDict):
@@ -224,4 +198,6 @@ def ours_of(answer: Answer) -> dict[str, Any]:
 def response_of(content: Mapping[str, Any]) -> Response:
     """Return the answer as JSON, with the request's id under TypeSafe's name, too."""
     written = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Response(written.encode(), media_type="application/json", headers={TYPESAFE_ID: logs.current().id})
+    return Response(
+        encodable(written).encode(), media_type="application/json", headers={TYPESAFE_ID: logs.current().id}
+    )

@@ -24,19 +24,19 @@ from loraplex.generation import GeneratedToken, GenerateRequest, GenerateResult,
 from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
 from loraplex.service.completion import Completion
-from loraplex.service.computing import Computing, num_chars
+from loraplex.service.computing import Computing, not_tokenized, num_chars
 from loraplex.service.prompts import Prompts
+from loraplex.service.question_limits import FRAME_CHARS, NUM_SEQUENCES, check_questions, no_questions
 from loraplex.service.questions import QuestionEvaluation
 from loraplex.service.registry import AdapterRegistry
 from loraplex.service.state import AdapterState
+from loraplex.service.usage import AnyEvaluation, timings_of, usage_of
 from loraplex.service.verdict import Evaluation
 from loraplex.service.versions import Versions
-from loraplex.text.question import check_question
 from loraplex.text.tokenizer import Conversations
-from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Question, Stats, Timings, Usage
+from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Question, Stats
 
 Leased = tuple[Evaluation, Lease[ClassifierVersion]]
-AnyEvaluation = Evaluation | QuestionEvaluation
 MAX_UNKNOWN = 100  # unknown names in a call that is still answered; each has an error of its own in the answer
 
 
@@ -191,11 +191,11 @@ class Service:
         questions and the base answers none. Raises InvalidRequestError for a question that nobody can answer."""
         started = time.monotonic()
         names = self._names(request)
-        self._check_questions(request.questions, names)
+        self.check_questions(request.questions, names)
         unknown = [name for name in names if not self.knows(name)]
         if len(unknown) > MAX_UNKNOWN:
             raise UnknownClassifierError(unknown, list(self.names()))
-        with self.computing.admission.evaluations(len(names) + len(request.questions)):
+        with self.computing.admission.evaluations(len(names) + NUM_SEQUENCES * len(request.questions)):
             return await self._classify(request, names, started, may_fail)
 
     async def _classify(
@@ -230,8 +230,8 @@ class Service:
         return ClassifyResult(
             id=id,
             verdicts=tuple(one.verdict(f"{id}-{index}") for index, one in enumerate(evaluations)),
-            usage=_usage(evaluations),
-            timings=_timings(started, tokenized, [output for one in evaluations for output in one.outputs]),
+            usage=usage_of(evaluations),
+            timings=timings_of(started, tokenized, [output for one in evaluations for output in one.outputs]),
         )
 
     async def _place_and_answer(
@@ -259,9 +259,13 @@ class Service:
             for _, lease in leased:
                 lease.release()
 
+        has_left = False
+
         def tokenize() -> list[Sequence]:
             conversations = Conversations()
             for evaluation in evaluations:
+                if has_left or (deadline_s is not None and time.monotonic() >= deadline_s):
+                    raise not_tokenized()
                 evaluation.tokenize(request, self.base, conversations)
             return [sequence for evaluation in evaluations for sequence in evaluation.sequences]
 
@@ -269,7 +273,7 @@ class Service:
         for one, lease in leased:
             one.version, one.slot = lease.version, lease.slot
         try:
-            num = num_chars(request.input) + sum(one.num_chars for one in questions)
+            num = num_chars(request.input) + sum(FRAME_CHARS + NUM_SEQUENCES * one.num_chars for one in questions)
             work = await self.computing.tokenize(tokenize, num, deadline_s, release)
             tokenized = time.monotonic()
             outcomes = iter(await self.computing.compute(work))
@@ -277,6 +281,8 @@ class Service:
             for evaluation in evaluations:
                 evaluation.error = evaluation.error or exc
             return time.monotonic()
+        finally:
+            has_left = True  # a thread that still tokenizes does so for nobody
         for evaluation in evaluations:
             evaluation.take([next(outcomes) for _ in evaluation.sequences])
         return tokenized
@@ -329,13 +335,13 @@ class Service:
             if isinstance(outcome, LoraplexError):
                 raise outcome
         outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
-        return completion.result(outputs, _timings(started, tokenized, outputs))
+        return completion.result(outputs, timings_of(started, tokenized, outputs))
 
     async def show_prompt(self, request: ClassifyRequest) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """Return (name, prompt, token ids) for each classifier of the request, and for each question in each order of
         its labels, without computing an answer."""
         names = self._names(request)
-        self._check_questions(request.questions, names)
+        self.check_questions(request.questions, names)
         return await self.prompts.show(names, request)
 
     async def version_of(self, name: str) -> ClassifierVersion:
@@ -353,19 +359,15 @@ class Service:
                 f"{name!r} was not on the device before the deadline", remedy="allow more time, or preload and pin it"
             ) from None
 
-    def _check_questions(self, questions: Mapping[str, Question], names: Seq[str]) -> None:
-        """Raise UnknownClassifierError or InvalidRequestError where a question cannot be asked beside `names`."""
+    def check_questions(self, questions: Mapping[str, Question], names: Seq[str] = ()) -> None:
+        """Raise UnknownClassifierError or InvalidRequestError where a question to the bare base cannot be asked beside
+        `names`. Cheap: nothing is tokenized."""
         if questions and not self.answers_questions:
-            error = UnknownClassifierError([*questions], list(self.names()))
-            error.remedy += "; or start the server with --adhoc-questions, so that the bare base answers questions"
-            raise error
-        for name, question in questions.items():
-            if name in names:
-                raise InvalidRequestError(
-                    f"{quoted(name)} is asked as a classifier and as a question",
-                    remedy="give the question another name",
-                )
-            check_question(name, question)
+            raise no_questions(questions, self.names())
+        if taken := next((name for name in questions if name in names), None):
+            remedy = "give the question another name"
+            raise InvalidRequestError(f"{quoted(taken)} is asked as a classifier and as a question", remedy=remedy)
+        check_questions(questions)
 
     def _names(self, request: ClassifyRequest) -> tuple[str, ...]:
         every = self.names() if request.classifiers == "*" else map(valid_unicode, request.classifiers)
@@ -379,20 +381,3 @@ class Service:
 
 def _deadline(started: float, deadline_ms: float | None) -> float | None:
     return None if deadline_ms is None else started + deadline_ms / 1000
-
-
-def _usage(evaluations: Seq[AnyEvaluation]) -> Usage:
-    num_prompt = sum(evaluation.num_prompt_tokens for evaluation in evaluations)
-    num_computed = sum(one.num_computed_tokens for evaluation in evaluations for one in evaluation.sequences)
-    return Usage(
-        prompt_tokens=num_prompt, computed_tokens=num_computed, cached_tokens=max(0, num_prompt - num_computed)
-    )
-
-
-def _timings(started: float, tokenized: float, outputs: Seq[SequenceOutput]) -> Timings:
-    return Timings(
-        tokenize_ms=(tokenized - started) * 1000,
-        queue_ms=max((output.queued_s for output in outputs), default=0.0) * 1000,
-        compute_ms=max((output.computed_s for output in outputs), default=0.0) * 1000,
-        total_ms=(time.monotonic() - started) * 1000,
-    )
