@@ -107,7 +107,7 @@ def test_probabilities_are_those_of_the_base_after_the_prompt(uncorrected: Lorap
         "untold": ("Which option fits best?\n- hello\n- thanks\nAnswer with the name of one option.", "hello thanks"),
     }
 
-    def probability(ids: list[int], behind: Iterable[int]) -> float:
+    def probability(ids: list[int], behind: Iterable[int]) -> Any:
         with torch.inference_mode():
             rows = model(torch.tensor([[*ids, *behind]])).logits[0].softmax(-1)
         return math.prod(rows[len(ids) - 1 + at, token].item() for at, token in enumerate(behind))
@@ -120,7 +120,7 @@ def test_probabilities_are_those_of_the_base_after_the_prompt(uncorrected: Lorap
         [presentation] = uncorrected.service.base.questions.present(QUESTIONS[name])
         found = []
         for code, answers in zip(codes.split(), presentation.answers, strict=True):
-            assert {tokenizer.decode(answer).strip().lower() for answer in answers} == {code.lower()}
+            assert {str(tokenizer.decode([*answer])).strip().lower() for answer in answers} == {code.lower()}
             found.append(sum(probability(ids, answer) for answer in answers))
         assert verdicts[name].label_mass == pytest.approx(sum(found), rel=1e-3)
         expected = dict(zip(QUESTIONS[name].labels, (one / sum(found) for one in found), strict=True))
