@@ -26,7 +26,8 @@ SHOW = sed -un -e 's/^ *Downloading /  downloading /p' -e 's/^ *Using cached /  
 	-e 's/^Installing collected packages.*/  writing the files …/p'
 
 # One worker more than cores: tests that start servers often wait.
-IN_PARALLEL = -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --dist loadfile
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+IN_PARALLEL = -n $(WORKERS) --dist loadfile
 
 .PHONY: setup dev serve smollm test test-slow chaos-short test-clients test-vllm test-deploy check rehearse-image format lock lock-clients \
 	lock-vllm clean
@@ -65,7 +66,7 @@ build/smollm/model.safetensors: | setup
 	$(BIN)/python examples/smollm/fetch.py build/smollm
 
 test: dev
-	$(BIN)/pytest $(IN_PARALLEL) -m 'not slow and not chaos and not clients and not deploy'
+	$(BIN)/pytest $(IN_PARALLEL) --durations 40 --durations-min 4 -m 'not slow and not chaos and not clients and not deploy'
 
 test-slow: dev
 	$(BIN)/pytest $(IN_PARALLEL) -m slow
@@ -86,7 +87,7 @@ test-clients: dev .venv-clients/.installed
 
 # vLLM on the CPU, whose processes inherit no warnings filter and leave sockets to be collected.
 test-vllm: .venv-vllm/.installed
-	$(VLLM_BIN)/pytest $(IN_PARALLEL) -p no:unraisableexception tests/contract/test_backends.py \
+	$(VLLM_BIN)/pytest $(IN_PARALLEL) --durations 40 --durations-min 4 -p no:unraisableexception tests/contract/test_backends.py \
 		tests/contract/test_http.py tests/contract/test_vllm.py tests/contract/test_vllm_processes.py \
 		tests/e2e/test_article.py
 
