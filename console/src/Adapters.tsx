@@ -96,7 +96,7 @@ export function Adapters({ onChange }: { onChange: () => void }) {
                   {one.warnings?.length ? <i class="mark is-warning" /> : null}
                 </span>
                 <span class="adapter-facts">
-                  {one.rank !== null ? `rank ${one.rank}` : ""} {one.num_bytes !== null ? megabytes(one.num_bytes) : ""}
+                  {[one.rank !== null ? `rank ${one.rank}` : "", one.num_bytes !== null ? megabytes(one.num_bytes) : ""].filter(Boolean).join(" · ")}
                   <small>
                     {one.on_device ? "on the device" : one.state === "ready" ? "in memory or on disk" : ""}
                     {one.pinned ? ", pinned" : ""}

@@ -96,7 +96,7 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
         </label>
         <div class="actions">
           <button type="button" class="primary" disabled={!first || !second || first === second || !read.length || progress !== null} onClick={() => void run()}>
-            {progress === null ? `Compare on ${count(read.length)} conversations` : `${count(progress)} of ${count(read.length)}…`}
+            {progress === null ? read.length ? `Compare on ${count(read.length)} conversations` : "Compare" : `${count(progress)} of ${count(read.length)}…`}
           </button>
           {progress !== null && (
             <button type="button" onClick={() => abort.current?.abort()}>
@@ -111,6 +111,13 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
             <Figure title="same answer" right={result.agreed} total={result.judged} />
             {result.known > 0 && <Figure title={`${first} right`} right={result.right[0]} total={result.known} />}
             {result.known > 0 && <Figure title={`${second} right`} right={result.right[1]} total={result.known} />}
+          </div>
+        )}
+        {result.judged > 0 && (
+          <div class="case-head" aria-hidden="true">
+            <span>Last turn, disagreements first</span>
+            <span>{first}</span>
+            <span>{second}</span>
           </div>
         )}
         {result.judged > 0 && (

@@ -19,7 +19,7 @@ interface BubbleProps {
 
 const Bubble = memo(({ turn, number, isShown, isAfter, shade, onShow }: BubbleProps) => {
   const side = /^(agent|assistant|bot|system)/i.test(turn.speaker) ? "is-right" : "is-left";
-  const moved = shade === null ? "" : `${shade >= 0 ? "+" : "−"}${Math.abs(shade * 100).toFixed(0)} points`;
+  const moved = shade === null || Math.abs(shade) < 0.005 ? "" : `${shade >= 0 ? "+" : "−"}${Math.abs(shade * 100).toFixed(0)} points`;
   return (
     <li class={`turn ${side} ${isShown ? "is-shown" : ""} ${isAfter ? "is-after" : ""}`}>
       <button type="button" class="bubble" aria-pressed={isShown} onClick={() => onShow(number)}>
@@ -73,7 +73,7 @@ export function Conversation({ judge, shades, keepsInputs }: Props) {
             Text
           </button>
         </div>
-        <label class="sort">
+        <label class="sort examples">
           <span class="visually-hidden">Load an example</span>
           <select
             value=""

@@ -1,6 +1,7 @@
 // One classifier's answer in full: probabilities, version, warnings, the right answer, why, and the call as code.
 import { useEffect, useRef, useState } from "preact/hooks";
 import { ApiError, ask, asApiError, storedKey, type Accuracy, type Card, type TargetStats, type Verdict } from "./api";
+import { Export } from "./Export";
 import { codeOf, LANGUAGES, type Language } from "./code";
 import type { Judge } from "./judge";
 import { Notice } from "./Notice";
@@ -186,6 +187,8 @@ function Answer({ judge, name, card, verdict }: { judge: Judge; name: string; ca
   );
 }
 
+let mayReadStats = true; // until the server says that this key may not
+
 function Correct({ judge, name, verdict, labels }: { judge: Judge; name: string; verdict: Verdict; labels: string[] }) {
   const [stats, setStats] = useState<TargetStats[] | null>(null);
   const [error, setError] = useState<ApiError | null>(null);
@@ -194,10 +197,12 @@ function Correct({ judge, name, verdict, labels }: { judge: Judge; name: string;
   const given = judge.state.corrected[id];
 
   const loadStats = async () => {
+    if (!mayReadStats || !verdict.adapter) return; // an own question has no statistics
     try {
       setStats((await ask<{ targets: TargetStats[] }>(`v1/routes/${encodeURIComponent(name)}/stats`)).targets);
-    } catch {
-      setStats(null); // an infer key may not read statistics
+    } catch (failure) {
+      mayReadStats = asApiError(failure).status !== 403;
+      setStats(null);
     }
   };
   useEffect(() => {
@@ -264,50 +269,6 @@ export function AccuracyBar({ title, version, accuracy }: { title: string; versi
       <small>
         of {count(num_labelled)} whose right answer is known; with 95 % certainty between {percent(low)} and {percent(high)}
       </small>
-    </div>
-  );
-}
-
-interface Page {
-  examples: { input: unknown; labels: Record<string, string>; conversation_id?: string | null }[];
-  after: string | null;
-}
-
-function Export({ name }: { name: string }) {
-  const [said, setSaid] = useState("");
-  const download = async () => {
-    setSaid("Loading…");
-    try {
-      const lines: string[] = [];
-      let after: string | null = null;
-      do {
-        const page: Page = await ask<Page>("v1/examples", { body: { classifiers: [name], ...(after ? { after } : {}) } });
-        for (const { input, labels, conversation_id } of page.examples) {
-          lines.push(JSON.stringify({ input, labels, ...(conversation_id ? { conversation_id } : {}) }));
-        }
-        after = page.after;
-      } while (after);
-      if (!lines.length) return setSaid("Nothing was corrected yet.");
-      const link = document.createElement("a");
-      link.href = URL.createObjectURL(new Blob([`${lines.join("\n")}\n`], { type: "application/jsonl" }));
-      link.download = `${name}-corrected.jsonl`;
-      link.click();
-      URL.revokeObjectURL(link.href);
-      setSaid(`${count(lines.length)} conversations, as loraplex train --data reads them.`);
-    } catch (failure) {
-      const error = asApiError(failure);
-      setSaid(`${error.message} – ${error.remedy}`);
-    }
-    return undefined;
-  };
-  return (
-    <div class="actions">
-      <button type="button" class="quiet" onClick={() => void download()}>
-        Download what was corrected
-      </button>
-      <span class="hint" role="status">
-        {said}
-      </span>
     </div>
   );
 }

@@ -72,6 +72,7 @@ export function RoutePanel({ route, stats, names, onChange }: Props) {
         </button>
       </header>
       <Notice error={error} />
+      <div class="scrolls" tabIndex={0} role="group" aria-label={`Versions of ${route.name}`}>
       <table class="targets">
         <thead>
           <tr>
@@ -124,6 +125,7 @@ export function RoutePanel({ route, stats, names, onChange }: Props) {
           })}
         </tbody>
       </table>
+      </div>
       <div class="actions">
         <label>
           Add a version

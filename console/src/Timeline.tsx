@@ -2,6 +2,8 @@
 import type { Judge } from "./judge";
 import { MOST_AUTOMATIC } from "./judge";
 import { useStore } from "./store";
+import { count } from "./verdicts";
+import { milliseconds } from "./Work";
 
 export function Timeline({ judge }: { judge: Judge }) {
   const state = useStore(judge);
@@ -9,6 +11,7 @@ export function Timeline({ judge }: { judge: Judge }) {
   const shown = judge.shown();
   const turn = turns[shown - 1];
   const isEmpty = turns.length === 0;
+  const { answer, isCurrent } = judge.answerShown();
   const unknown = judge.keys().slice(0, shown).filter((key) => !state.answers.has(key)).length;
   return (
     <section class="timeline" aria-label="Turns">
@@ -38,6 +41,11 @@ export function Timeline({ judge }: { judge: Judge }) {
                 ? `${unknown} of ${shown} beginnings are not judged yet`
                 : "Every beginning of the conversation is judged"}
         </span>
+        {answer && isCurrent && (
+          <span class="timeline-work">
+            {count(answer.result.usage.computed_tokens)} of {count(answer.result.usage.prompt_tokens)} tokens computed, {milliseconds(answer.wallMs)}
+          </span>
+        )}
         {!isEmpty && state.asking === null && unknown > 0 && (
           <button
             type="button"

@@ -121,12 +121,12 @@ export function Traffic() {
                     {one.errors > 0 && <small class="is-bad">{count(one.errors)} errors</small>}
                   </span>
                   <div class="bar" aria-hidden="true">
-                    {one.labels.map(([label, number], index) => {
+                    {one.labels.map(([label, number, colour], index) => {
                       const start = one.labels.slice(0, index).reduce((total, [, each]) => total + each, 0);
                       return (
                         <div
                           key={label}
-                          class={`bar-part label-${index % 6} is-answer`}
+                          class={`bar-part label-${colour % 6} is-answer`}
                           style={{ left: `${(start / Math.max(labelled, 1)) * 100}%`, width: `${(number / Math.max(labelled, 1)) * 100}%` }}
                         />
                       );

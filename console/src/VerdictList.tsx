@@ -4,7 +4,7 @@ import { useStore } from "./store";
 import { Bar } from "./Bar";
 import { Flips } from "./Flips";
 import { Rows } from "./Rows";
-import { percent, spoken } from "./verdicts";
+import { percent } from "./verdicts";
 
 interface Props {
   judge: Judge;
@@ -18,8 +18,12 @@ export function VerdictList({ judge, selected, onSelect }: Props) {
   const { answer, isCurrent } = judge.answerShown();
   const shown = judge.shown();
   const window = judge.window();
+  const firsts = new Set(state.cards.map((one) => (one.labels?.length === 2 ? one.labels[0] : null)));
+  const [first] = firsts;
+  const hasShortLabels = state.cards.every((one) => one.labels?.every((label) => label.length <= 4));
+  const hasQuestions = state.cards.some((one) => one.question) || Object.keys(state.questions).length > 0;
   return (
-    <section class="panel verdicts" aria-labelledby="verdicts-title" aria-busy={state.asking !== null}>
+    <section class={`panel verdicts ${hasQuestions ? "" : "is-plain"} ${hasShortLabels ? "has-short-labels" : ""}`} aria-labelledby="verdicts-title" aria-busy={state.asking !== null}>
       <header class="panel-head">
         <h2 id="verdicts-title">
           Answers <span class="count">{names.length}</span>
@@ -54,8 +58,12 @@ export function VerdictList({ judge, selected, onSelect }: Props) {
       <div class="columns" aria-hidden="true">
         <span>Classifier</span>
         <span>Answer</span>
-        <span>How probable</span>
+        <span>{firsts.size === 1 && first ? `How probable “${first}” is` : "How probable"}</span>
         <span>Over the turns</span>
+        <span class="is-extra" title="How probable all labels together are. Low: the probabilities say little.">
+          Label mass
+        </span>
+        <span class="is-extra">Version</span>
       </div>
       {names.length === 0 ? (
         <p class="empty">{state.cards.length ? "No classifier has this in its name or question." : "This server has no classifiers yet. Load one under Adapters."}</p>
@@ -70,17 +78,19 @@ export function VerdictList({ judge, selected, onSelect }: Props) {
             const question = card?.question ?? state.questions[name]?.instructions ?? "";
             const warned = verdict?.warnings?.length || verdict?.error;
             const corrected = verdict?.id ? state.corrected[verdict.id] : undefined;
-            const said = verdict ? spoken(verdict, card) : "not judged yet";
             return (
               <li key={name} class={`row ${selected === name ? "is-selected" : ""} ${verdict && !isCurrent ? "is-old" : ""}`} data-classifier={name}>
-                <button type="button" class="row-button" onClick={() => onSelect(name)} aria-label={`${name}: ${said}. Show details`}>
+                <button type="button" class="row-button" aria-pressed={selected === name} onClick={() => onSelect(name)}>
                   <span class="row-name">
                     <b>{name}</b>
-                    <small title={question}>{question || (card?.is_route ? "a route" : "\u00a0")}</small>
+                    {(question || card?.is_route) && <small title={question}>{question || "a route"}</small>}
                   </span>
                   <span class="row-answer">
                     {!verdict ? (
-                      <span class="label is-none">–</span>
+                      <span class="label is-none">
+                        <span aria-hidden="true">–</span>
+                        <span class="visually-hidden">not judged yet</span>
+                      </span>
                     ) : verdict.error ? (
                       <span class="label is-bad" title={verdict.error.message}>
                         error
@@ -94,14 +104,19 @@ export function VerdictList({ judge, selected, onSelect }: Props) {
                         {verdict.label}
                       </span>
                     )}
+                    {verdict?.abstained && <span class="visually-hidden">too unsure to count</span>}
                     <span class="probability">{verdict?.confidence === undefined ? "" : percent(verdict.confidence)}</span>
                     <span class="marks">
-                      {warned ? <i class="mark is-warning" title={verdict?.error?.message ?? verdict?.warnings?.join("\n")} /> : null}
-                      {corrected !== undefined ? <i class="mark is-corrected" title={`right answer: ${corrected}`} /> : null}
+                      {warned ? <i class="mark is-warning" role="img" aria-label="warning" title={verdict?.error?.message ?? verdict?.warnings?.join("\n")} /> : null}
+                      {corrected !== undefined ? <i class="mark is-corrected" role="img" aria-label="corrected" title={`right answer: ${corrected}`} /> : null}
                     </span>
                   </span>
                   <Bar verdict={verdict} card={card} />
                   <Flips history={window.answers.map((one) => one?.byName.get(name))} before={window.before} shown={shown} flip={flip} />
+                  <span class="is-extra number">{verdict?.label_mass === undefined ? "" : percent(verdict.label_mass)}</span>
+                  <code class="is-extra" title={verdict?.adapter?.version}>
+                    {verdict?.adapter?.version.slice(0, 8)}
+                  </code>
                 </button>
               </li>
             );

@@ -76,8 +76,7 @@ function Turns({ judge, name, verdict, moves, onMoves }: Props) {
             <li key={turn}>
               <button type="button" class="mover" onClick={() => judge.show(judge.shown())} title={turns[turn - 1]?.text}>
                 <span class={`moved ${move >= 0 ? "is-for" : "is-against"}`}>
-                  {move >= 0 ? "+" : "−"}
-                  {Math.abs(move * 100).toFixed(1)}
+                  {Math.abs(move) < 0.0005 ? "0.0" : `${move >= 0 ? "+" : "−"}${Math.abs(move * 100).toFixed(1)}`}
                 </span>
                 <span class="mover-text">
                   {turn}. {turns[turn - 1]?.speaker}: {turns[turn - 1]?.text}

@@ -53,6 +53,7 @@ export interface BatchResult {
 export interface Card {
   name: string;
   is_route: boolean;
+  version: string | null;
   question: string | null;
   type: "predicate" | "choice" | "score" | null;
   labels: string[] | null;

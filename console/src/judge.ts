@@ -130,7 +130,10 @@ export class Judge extends Store<Judged> {
     const known = new Set(this.state.names);
     const names = [...cards.map((one) => one.name), ...Object.keys(this.state.questions)];
     const isSame = names.length === known.size && names.every((one) => known.has(one));
+    const versions = new Map(this.state.cards.map((one) => [one.name, one.version]));
+    const isReplaced = cards.some((one) => versions.get(one.name) && one.version && versions.get(one.name) !== one.version);
     this.set({ cards, names: isSame ? this.state.names : names });
+    if (isReplaced || (!isSame && known.size)) this.forget(); // what other versions answered says nothing any more
   }
 
   load(turns: Turn[]): void {

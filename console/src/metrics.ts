@@ -60,7 +60,7 @@ export interface Share {
   classifier: string;
   adapter: string;
   total: number;
-  labels: [string, number][];
+  labels: [string, number, number][]; // label, verdicts, number of its colour: 0 for the contract's first label
   lowMass: number; // verdicts whose labels were improbable
   errors: number;
 }
@@ -82,8 +82,8 @@ export function shares(reading: Reading): Share[] {
   }
   for (const { labels, value } of reading.get("loraplex_labels_total") ?? []) {
     const share = of(labels);
-    if (labels.is_positive === "true") share.labels.unshift([labels.label, value]);
-    else share.labels.push([labels.label, value]);
+    if (labels.is_positive === "true") share.labels.unshift([labels.label, value, 0]);
+    else share.labels.push([labels.label, value, 1 + share.labels.filter((one) => one[2] > 0).length]);
   }
   for (const { labels, value } of reading.get("loraplex_warnings_total") ?? []) {
     if (labels.code === "low_label_mass" && value) of(labels).lowMass += value;

@@ -2,7 +2,7 @@
 import type { Card, Verdict } from "./api";
 
 export const percent = (share: number): string =>
-  share > 0.9995 && share < 1 ? ">99.9 %" : share < 0.0005 && share > 0 ? "<0.1 %" : `${(share * 100).toFixed(share > 0.995 || share < 0.005 ? 1 : 0)} %`;
+  share === 0 || share === 1 ? `${share * 100} %` : share > 0.9995 ? ">99.9 %" : share < 0.0005 ? "<0.1 %" : `${(share * 100).toFixed(share > 0.995 || share < 0.005 ? 1 : 0)} %`;
 
 export const count = (number: number): string => Math.round(number).toLocaleString("en-US");
 

@@ -1,12 +1,11 @@
 """Bodies of the HTTP API. `loraplex.types` explains their fields."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Tag, TypeAdapter, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from loraplex.classifier import Contract
 from loraplex.discovery import SkippedFolder
 from loraplex.messages import MAX_ITEMS, MessageBody
 from loraplex.problems import NumbersAreNoBooleans, either, wrong
@@ -224,47 +223,6 @@ class SageMakerAdapterBody(Body):
 class AdapterList(BaseModel):
     adapters: list[AdapterInfo]
     skipped: list[SkippedFolder] = Field(description="folders of the bundle that hold an adapter and were left out")
-
-
-class ClassifierCard(BaseModel):
-    """What a classifier asks and when it says what, as its contract has it. Without a contract most fields are null."""
-
-    name: str
-    is_route: bool = Field(description="the name leads to adapters by weight")
-    question: str | None = None
-    type: QuestionType | None = None
-    labels: tuple[str, ...] | None = None
-    descriptions: dict[str, str] | None = None
-    threshold: float | None = Field(None, description="of two labels, the first is answered from this score on")
-    abstain_below: float = 0.0
-    min_label_mass: float = 0.0
-    max_length: int | None = Field(
-        None, description="maximum tokens of the prompt; a longer one loses its oldest turns"
-    )
-    roles: Roles | None = Field(None, description="role -> the name that stands before its turns")
-
-    @classmethod
-    def of(cls, name: str, contract: Contract | None, labels: Sequence[str] | None, is_route: bool) -> Self:
-        if contract is None:
-            return cls(name=name, is_route=is_route, labels=None if labels is None else tuple(labels))
-        return cls(
-            name=name,
-            is_route=is_route,
-            question=contract.question,
-            type=contract.question_type,
-            labels=contract.labels,
-            descriptions=contract.descriptions,
-            threshold=contract.threshold,
-            abstain_below=contract.abstain_below,
-            min_label_mass=contract.min_label_mass,
-            max_length=contract.max_length,
-            roles=contract.roles,
-        )
-
-
-class ClassifierList(BaseModel):
-    classifiers: list[ClassifierCard]
-    answers_questions: bool = Field(description="whether requests may have `questions` (--adhoc-questions)")
 
 
 class RouteList(BaseModel):
