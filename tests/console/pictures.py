@@ -1,7 +1,6 @@
 """Makes the pictures of docs/console.md from the real page: `make console-pictures`, or pictures.py FOLDER."""
 
 import json
-import shutil
 import sys
 import tempfile
 from io import BytesIO
@@ -12,9 +11,10 @@ import httpx
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # for `import serving`, as pytest does
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `import serving`, as in pytest
 
-import serving  # noqa: E402
+import serving
+from chromium import ARGUMENTS, CHROMIUM
 
 BUNDLE = serving.ROOT / "examples/support_desk/bundle-shared"
 NUM_COLOURS = 128
@@ -104,11 +104,9 @@ def take(browser: Any, url: str, folder: Path) -> None:
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    chromium = shutil.which("chromium")
     with tempfile.TemporaryDirectory() as state, serving.serve(BUNDLE, "--state-dir", f"{state}/state") as server:
         with sync_playwright() as playwright:
-            arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-            browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
             take(browser, server.url, folder)
             browser.close()
 

@@ -9,6 +9,7 @@ import pytest
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs .venv-console: make test-console")
 expect = sync_api.expect
 pytestmark = pytest.mark.console
+pytest_plugins = ["chromium"]
 
 TURNS = ["I need a table for two.", "Bella Mia has one at 7 pm. Shall I book it?"]
 SHIFTS = """() => { window.shifts = 0; new PerformanceObserver((list) => {

@@ -10,6 +10,7 @@ from loraplex.server import console
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs .venv-console: make test-console")
 expect = sync_api.expect
 pytestmark = pytest.mark.console
+pytest_plugins = ["chromium"]
 
 INFER_KEY = "infer-secret-0123456789"
 

@@ -12,6 +12,7 @@ import serving
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs .venv-console: make test-console")
 expect = sync_api.expect
 pytestmark = pytest.mark.console
+pytest_plugins = ["chromium"]
 
 AXE = serving.ROOT / "console/node_modules/axe-core/axe.min.js"
 VIEWS = ["Judge", "Compare", "Adapters", "Traffic"]

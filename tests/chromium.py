@@ -1,4 +1,4 @@
-"""Debian's Chromium in front of a real server with keys: `make test-console`.
+"""Fixtures for tests/console: Debian's Chromium in front of a real server with keys.
 
 Each test has a page of its own. At its end the page must have asked nobody but the server, and reported no error."""
 
