@@ -84,5 +84,5 @@ def admin(page: Any) -> Any:
 def judged(admin: Any) -> Any:
     """The first example, with all its turns judged."""
     admin.get_by_role("button", name="Try an example").click()
-    admin.get_by_text("Every beginning of the conversation is judged").wait_for()
+    admin.get_by_text("Judged after every turn").wait_for()
     return admin

@@ -7,6 +7,7 @@ import { Rows } from "./Rows";
 import { count } from "./verdicts";
 
 const POLL_MS = 3000;
+const MOST_FAILURES = 5; // that are written out
 const STATES: Record<Adapter["state"], string> = {
   registered: "not read yet",
   loading: "loading",
@@ -57,6 +58,7 @@ export function Adapters({ onChange }: { onChange: () => void }) {
   const wanted = filter.trim().toLowerCase();
   const shown = (adapters ?? []).filter((one) => `${one.name} ${one.state} ${one.path}`.toLowerCase().includes(wanted));
   const onDevice = (adapters ?? []).filter((one) => one.on_device);
+  const failed = (adapters ?? []).filter((one) => one.error);
   const bytes = onDevice.reduce((sum, one) => sum + (one.num_bytes ?? 0), 0);
 
   return (
@@ -77,6 +79,12 @@ export function Adapters({ onChange }: { onChange: () => void }) {
             {onDevice.length} on the device, {megabytes(bytes)}
           </span>
         </header>
+        {failed.length > 0 && (
+          <div class="failures">
+            {failed.slice(0, MOST_FAILURES).map((one) => one.error && <Notice key={one.name} error={new ApiError(200, one.error.code, `“${one.name}”: ${one.error.message}`, one.error.remedy, null)} />)}
+            {failed.length > MOST_FAILURES && <p class="hint">… and {count(failed.length - MOST_FAILURES)} more: find them with “failed”.</p>}
+          </div>
+        )}
         {adapters === null && !error ? (
           <p class="empty">Loading…</p>
         ) : shown.length === 0 && adapters !== null ? (
@@ -89,7 +97,7 @@ export function Adapters({ onChange }: { onChange: () => void }) {
               <li key={one.name} class="row adapter-row" data-adapter={one.name}>
                 <span class="row-name">
                   <b>{one.name}</b>
-                  <small title={one.path}>{one.error ? `${one.error.message} – ${one.error.remedy}` : (one.question ?? one.path)}</small>
+                  <small title={one.path}>{one.error?.message ?? one.question ?? one.path}</small>
                 </span>
                 <span class={`state is-${one.state}`} title={one.warnings?.join("\n")}>
                   {STATES[one.state]}
@@ -135,7 +143,7 @@ export function Adapters({ onChange }: { onChange: () => void }) {
         )}
         {skipped.length > 0 && (
           <details class="skipped">
-            <summary>{count(skipped.length)} folders of the bundle were left out</summary>
+            <summary>{skipped.length === 1 ? "One folder of the bundle was left out" : `${count(skipped.length)} folders of the bundle were left out`}</summary>
             <ul>
               {skipped.map((one) => (
                 <li key={one.path}>

@@ -29,7 +29,7 @@ export function Bar({ verdict, card }: { verdict: Verdict | undefined; card: Car
         <div class={`bar-fill ${verdict && labelIndex(verdict) === 0 ? "is-first" : ""}`} style={{ transform: `scaleX(${score})` }} />
       )}
       {band && <div class="bar-band" style={{ left: share(band[0]), width: share(band[1] - band[0]) }} title="too unsure to count" />}
-      {!parts && <div class="bar-tick" style={{ left: share(threshold(card)) }} />}
+      {!parts && card?.labels !== null && <div class="bar-tick" style={{ left: share(threshold(card)) }} />}
     </div>
   );
 }

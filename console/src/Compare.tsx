@@ -127,7 +127,7 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
             render={(one, index) => (
               <li key={index} class={`row case-row ${one.first?.label !== one.second?.label ? "is-different" : ""}`}>
                 <span class="case-text" title={asText(one.turns)}>
-                  {one.turns[one.turns.length - 1].speaker}: {one.turns[one.turns.length - 1].text}
+                  {asText(one.turns.slice(-1))}
                 </span>
                 <Label verdictLabel={one.first?.label ?? "error"} sure={one.first?.confidence} right={one.right} />
                 <Label verdictLabel={one.second?.label ?? "error"} sure={one.second?.confidence} right={one.right} />

@@ -25,7 +25,7 @@ const Bubble = memo(({ turn, number, isShown, isAfter, shade, onShow }: BubblePr
       <button type="button" class="bubble" aria-pressed={isShown} onClick={() => onShow(number)}>
         {shade !== null && <i class={`shade ${shade >= 0 ? "is-for" : "is-against"}`} style={{ opacity: Math.min(1, Math.abs(shade) * 1.2 + (Math.abs(shade) > 0.005 ? 0.08 : 0)) }} />}
         <span class="bubble-head">
-          <span>{turn.speaker}</span>
+          <span>{turn.speaker || "Text"}</span>
           <span class="bubble-number">
             {moved && <span class="moved">{moved} · </span>}
             {number}
@@ -101,7 +101,7 @@ export function Conversation({ judge, shades, keepsInputs }: Props) {
 
       {mode === "text" ? (
         <label class="text-editor">
-          <span class="hint">Paste lines such as “Customer: hello”, or JSON with messages. Answers follow as you type.</span>
+          <span class="hint">Paste lines such as “Customer: hello”, JSON with messages, or any text. Answers follow as you type.</span>
           <textarea
             autofocus
             spellcheck={false}
@@ -205,7 +205,7 @@ function Composer({ judge }: { judge: Judge }) {
       }}
     >
       <select aria-label="Who speaks next" value={draft.speaker} onChange={(event) => judge.type({ ...draft, speaker: event.currentTarget.value })}>
-        {[...new Set([...SPEAKERS, ...state.turns.slice(-50).map((one) => one.speaker), draft.speaker])].map((one) => (
+        {[...new Set([...SPEAKERS, ...state.turns.slice(-50).map((one) => one.speaker), draft.speaker])].filter(Boolean).map((one) => (
           <option key={one}>{one}</option>
         ))}
       </select>

@@ -12,6 +12,8 @@ const TITLES: Record<string, string> = {
   unreachable: "The server does not answer",
   body_too_large: "The conversation is too large",
   input_too_long: "The conversation is too long",
+  adapter_error: "The adapter cannot be used",
+  contract_error: "The adapter’s classifier.yaml cannot be used",
 };
 
 export function Notice({ error, retryAt, onRetry }: { error: ApiError | null; retryAt?: number | null; onRetry?: () => void }) {
@@ -26,7 +28,7 @@ export function Notice({ error, retryAt, onRetry }: { error: ApiError | null; re
         </p>
         <small>
           {error.code}
-          {error.status ? ` · HTTP ${error.status}` : ""}
+          {error.status >= 400 ? ` · HTTP ${error.status}` : ""}
         </small>
       </div>
       {onRetry && (

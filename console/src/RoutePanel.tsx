@@ -79,8 +79,8 @@ export function RoutePanel({ route, stats, names, onChange }: Props) {
             <th scope="col">Version</th>
             <th scope="col">Weight</th>
             <th scope="col">Answers</th>
-            <th scope="col">Half below</th>
-            <th scope="col">Same as the answer given</th>
+            <th scope="col">Median time</th>
+            <th scope="col">Agrees with the answer given</th>
             <th scope="col">
               <span class="visually-hidden">Actions</span>
             </th>

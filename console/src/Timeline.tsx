@@ -2,6 +2,7 @@
 import type { Judge } from "./judge";
 import { MOST_AUTOMATIC } from "./judge";
 import { useStore } from "./store";
+import { asText } from "./turns";
 import { count } from "./verdicts";
 import { milliseconds } from "./Work";
 
@@ -20,14 +21,14 @@ export function Timeline({ judge }: { judge: Judge }) {
           {isEmpty ? "No turns yet" : `After turn ${shown} of ${turns.length}`}
           {!isEmpty && turn === state.draft ? " (being typed)" : ""}
         </span>
-        <span class="timeline-text">{turn ? `${turn.speaker}: ${turn.text}` : ""}</span>
+        <span class="timeline-text">{turn ? asText([turn]) : ""}</span>
         <input
           type="range"
           min={1}
           max={Math.max(turns.length, 1)}
           value={Math.max(shown, 1)}
           disabled={turns.length < 2}
-          aria-valuetext={turn ? `turn ${shown}, ${turn.speaker}` : "no turns"}
+          aria-valuetext={turn ? `turn ${shown}, ${turn.speaker || "text"}` : "no turns"}
           onInput={(event) => judge.show(event.currentTarget.valueAsNumber)}
         />
       </label>
@@ -36,10 +37,10 @@ export function Timeline({ judge }: { judge: Judge }) {
           {isEmpty
             ? "Move through the conversation: each turn has its own answers."
             : state.asking !== null
-              ? `Judging… ${unknown} of ${shown} beginnings left`
+              ? `Judging… ${unknown} of ${shown} turns left`
               : unknown
-                ? `${unknown} of ${shown} beginnings are not judged yet`
-                : "Every beginning of the conversation is judged"}
+                ? `${unknown} of ${shown} turns are not judged yet`
+                : "Judged after every turn"}
         </span>
         {answer && isCurrent && (
           <span class="timeline-work">

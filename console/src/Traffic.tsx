@@ -73,8 +73,8 @@ export function Traffic() {
       <div class="charts">
         <Chart title="Requests a second" values={points.map((one) => one.requests)} shown={last ? last.requests.toFixed(1) : "–"} />
         <Chart title="Verdicts a second" values={points.map((one) => one.verdicts)} shown={last ? last.verdicts.toFixed(1) : "–"} />
-        <Chart title="Time of a request, half below" values={points.map((one) => one.p50)} shown={last?.p50 == null ? "–" : milliseconds(last.p50 * 1000)} />
-        <Chart title="Time of a request, 99 % below" values={points.map((one) => one.p99)} shown={last?.p99 == null ? "–" : milliseconds(last.p99 * 1000)} />
+        <Chart title="Request time, median" values={points.map((one) => one.p50)} shown={last?.p50 == null ? "–" : milliseconds(last.p50 * 1000)} />
+        <Chart title="Request time, 99th percentile" values={points.map((one) => one.p99)} shown={last?.p99 == null ? "–" : milliseconds(last.p99 * 1000)} />
         <Chart title="Evaluations that wait" values={points.map((one) => one.waiting)} shown={last ? count(last.waiting) : "–"} />
         <Chart title="Busy computing" values={points.map((one) => one.busy)} most={1} shown={last ? percent(last.busy) : "–"} />
         <Chart title="Tokens computed a second" values={points.map((one) => one.tokens)} shown={last ? count(last.tokens) : "–"} />

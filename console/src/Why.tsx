@@ -111,11 +111,12 @@ function Prompt({ judge, name, verdict }: Props) {
   const shown = judge.shown();
   const key = judge.keys()[shown - 1];
   const isQuestion = !verdict.adapter;
+  const isText = judge.all()[0]?.speaker === "" && shown === 1;
 
   useEffect(() => {
     setFound(null);
     setError(null);
-    if (isQuestion || !key) return undefined;
+    if (isQuestion || isText || !key) return undefined;
     const abort = new AbortController();
     const turns = judge.all().slice(0, shown);
     const load = async () => {
@@ -128,6 +129,7 @@ function Prompt({ judge, name, verdict }: Props) {
     return () => abort.abort();
   }, [key, name, verdict.adapter?.version]);
 
+  if (isText) return <p class="hint">The prompt is shown for conversations with speakers. A text without them stands in it as it is.</p>;
   if (isQuestion) return <p class="hint">The bare base answered this question; its prompt is not shown here.</p>;
   return (
     <section class="detail-part">

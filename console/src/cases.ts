@@ -1,9 +1,10 @@
 // Two classifiers over a set of conversations: reading the set, asking both, and counting.
 import { ask, type BatchResult, type Verdict } from "./api";
-import { asMessages, fromLines, rolesOf, turnsIn, type Turn } from "./turns";
+import { fromLines, inputOf, rolesOf, turnsIn, type Input, type Turn } from "./turns";
 
 export interface Case {
-  turns: Turn[];
+  input: Input; // as it was given
+  turns: Turn[]; // the same, to be shown
   right: string | null; // the label that is known to be right
   first?: Verdict;
   second?: Verdict;
@@ -23,7 +24,7 @@ export function readCases(text: string, names: string[]): { cases: Case[]; unrea
       try {
         const value = JSON.parse(line) as Record<string, unknown>;
         const turns = turnsIn(value);
-        if (turns?.length) cases.push({ turns, right: rightLabel(value, names) });
+        if (turns?.length) cases.push({ input: textIn(value) ?? inputOf(turns), turns, right: rightLabel(value, names) });
         else unread++;
       } catch {
         unread++;
@@ -33,9 +34,14 @@ export function readCases(text: string, names: string[]): { cases: Case[]; unrea
   }
   for (const part of trimmed.split(/\n\s*\n/)) {
     const turns = fromLines(part);
-    if (turns.length) cases.push({ turns, right: null });
+    if (turns.length) cases.push({ input: part.trim(), turns, right: null });
   }
   return { cases, unread };
+}
+
+function textIn(value: unknown): string | null {
+  const { input, text } = value as { input?: unknown; text?: unknown };
+  return typeof value === "string" ? value : typeof input === "string" ? input : typeof text === "string" ? text : null;
 }
 
 function rightLabel(value: Record<string, unknown>, names: string[]): string | null {
@@ -56,8 +62,8 @@ function written(label: unknown): string {
 export async function askBoth(cases: Case[], first: string, second: string, signal: AbortSignal, onPart: (done: number) => void): Promise<void> {
   for (let start = 0; start < cases.length; start += AT_ONCE) {
     const part = cases.slice(start, start + AT_ONCE);
-    const body: Record<string, unknown> = { inputs: part.map((one) => asMessages(one.turns)), classifiers: [first, second], cascade: false };
-    const roles = rolesOf(part.flatMap((one) => one.turns));
+    const body: Record<string, unknown> = { inputs: part.map((one) => one.input), classifiers: [first, second], cascade: false };
+    const roles = rolesOf(part.flatMap((one) => (typeof one.input === "string" ? [] : one.turns)));
     if (roles) body.roles = roles;
     const { results } = await ask<BatchResult>("v1/classify", { body, signal });
     results.forEach((result, index) => {

@@ -1,7 +1,7 @@
 // Judges the conversation and each of its beginnings: one request at a time, the shown one first. A verdict that is known
 // is not asked again. What is no longer wanted is cancelled.
 import { ApiError, ask, asApiError, type Card, type ClassifyResult, type Question, type Verdict } from "./api";
-import { asMessages, prefixKeys, rolesOf, type Turn } from "./turns";
+import { inputOf, prefixKeys, rolesOf, type Turn } from "./turns";
 import { Store } from "./store";
 import { flipTurn, interest } from "./verdicts";
 
@@ -155,7 +155,7 @@ export class Judge extends Store<Judged> {
   addDraft(): void {
     const { turns, draft } = this.state;
     if (!draft || !draft.text.trim()) return;
-    const other = draft.speaker === "Customer" ? "Agent" : "Customer";
+    const other = draft.speaker === "Agent" ? "Customer" : "Agent";
     this.set({ turns: [...turns, { ...draft, text: draft.text.trim() }], draft: { speaker: other, text: "" }, position: 0 });
     this.soon(0);
   }
@@ -207,7 +207,7 @@ export class Judge extends Store<Judged> {
   /** The body of a request for the first `position` turns. */
   body(position: number): Record<string, unknown> {
     const turns = this.all().slice(0, position);
-    const body: Record<string, unknown> = { input: asMessages(turns), classifiers: "*", conversation_id: this.conversationId };
+    const body: Record<string, unknown> = { input: inputOf(turns), classifiers: "*", conversation_id: this.conversationId };
     const roles = rolesOf(turns);
     if (roles) body.roles = roles;
     if (Object.keys(this.state.questions).length) body.questions = this.state.questions;

@@ -1,7 +1,7 @@
 // Which turns move an answer: the conversation is judged again without each of them. These requests share what they have
 // in common, and go out a few at a time.
 import { ask, type BatchResult } from "./api";
-import { asMessages, rolesOf, type Turn } from "./turns";
+import { inputOf, rolesOf, type Turn } from "./turns";
 
 export const MOST_LEFT_OUT = 60; // of the last turns
 const AT_ONCE = 6;
@@ -28,7 +28,7 @@ export async function leaveOneOut(
     const part = left.slice(start, start + AT_ONCE);
     const rest = part.map((index) => [...turns.slice(0, index), ...turns.slice(index + 1)]);
     const result = await ask<BatchResult>("v1/classify", {
-      body: { inputs: rest.map(asMessages), classifiers: [classifier], cascade: false, roles: rolesOf(turns) },
+      body: { inputs: rest.map(inputOf), classifiers: [classifier], cascade: false, roles: rolesOf(turns) },
       signal,
     });
     result.results.forEach((one, place) => {

@@ -57,7 +57,7 @@ function Page() {
         <div class="head-end">
           <span class={`status is-${phase}`}>
             <i aria-hidden="true" />
-            <span>{phase === "ready" ? (numFailed ? `ready, ${numFailed} failed` : "ready") : phase === "locked" ? "locked" : phase === "starting" ? "connecting" : "waiting"}</span>
+            <span>{phase === "ready" ? (numFailed ? `ready, ${numFailed === 1 ? "1 adapter" : `${numFailed} adapters`} failed` : "ready") : phase === "locked" ? "locked" : phase === "starting" ? "connecting" : "waiting"}</span>
           </span>
           {hasKey && phase !== "locked" && (
             <button type="button" class="quiet" onClick={() => session.forgetKey()}>

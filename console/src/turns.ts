@@ -1,7 +1,7 @@
 // A conversation as turns: read from text or JSON, written as text, and as the messages of a request.
 
 export interface Turn {
-  speaker: string;
+  speaker: string; // empty: a text without speakers, which is sent as it is
   text: string;
 }
 
@@ -73,13 +73,14 @@ export function fromLines(text: string): Turn[] {
     const found = LINE.exec(line);
     if (found) turns.push({ speaker: speakerOf(found[1]), text: found[2] });
     else if (turns.length) turns[turns.length - 1].text += `\n${line}`;
-    else turns.push({ speaker: SPEAKERS[0], text: line });
+    else turns.push({ speaker: "", text: line });
   }
+  if (turns.length > 1 && turns[0].speaker === "") turns[0].speaker = SPEAKERS[0];
   return turns.map((one) => ({ ...one, text: one.text.trimEnd() })).filter((one) => one.text);
 }
 
 export function asText(turns: Turn[]): string {
-  return turns.map((one) => `${one.speaker}: ${one.text}`).join("\n");
+  return turns.map((one) => (one.speaker ? `${one.speaker}: ${one.text}` : one.text)).join("\n");
 }
 
 export interface Message {
@@ -87,14 +88,21 @@ export interface Message {
   content: string;
 }
 
+export type Input = string | Message[];
+
+/** What a request holds: messages, or a text as it is. */
+export function inputOf(turns: Turn[]): Input {
+  return turns.length === 1 && turns[0].speaker === "" ? turns[0].text : asMessages(turns);
+}
+
 export function asMessages(turns: Turn[]): Message[] {
-  const roles: Record<string, string> = { Customer: "user", Agent: "assistant" };
+  const roles: Record<string, string> = { "": "user", Customer: "user", Agent: "assistant" };
   return turns.map((one) => ({ role: roles[one.speaker] ?? one.speaker, content: one.text }));
 }
 
 /** Speakers that no contract knows write their own name before their turns. */
 export function rolesOf(turns: Turn[]): Record<string, string> | undefined {
-  const others = [...new Set(turns.map((one) => one.speaker))].filter((one) => !SPEAKERS.includes(one));
+  const others = [...new Set(turns.map((one) => one.speaker))].filter((one) => one && !SPEAKERS.includes(one));
   return others.length ? Object.fromEntries(others.map((one) => [one, one])) : undefined;
 }
 

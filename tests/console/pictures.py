@@ -43,7 +43,7 @@ def opened(browser: Any, url: str, width: int, height: int, scheme: str) -> Any:
     page.set_default_timeout(120_000)
     page.goto(url)
     page.get_by_role("button", name="Try an example").click()
-    page.get_by_text("Every beginning of the conversation is judged").wait_for()
+    page.get_by_text("Judged after every turn").wait_for()
     return page
 
 
@@ -76,7 +76,7 @@ def take(browser: Any, url: str, folder: Path) -> None:
     save(page, folder / "why-1280-dark.png")
     for example in ("1", "2"):
         page.get_by_label("Load an example").select_option(example)
-        page.get_by_text("Every beginning of the conversation is judged").wait_for()
+        page.get_by_text("Judged after every turn").wait_for()
     page.close()
 
     page = browser.new_page(viewport={"width": 1280, "height": 960}, color_scheme="light")

@@ -78,7 +78,7 @@ def test_verdicts_follow_while_a_turn_is_typed_and_the_page_asks_one_at_a_time(j
     judged.on("requestfailed", ended)
     judged.get_by_label("The next turn").press_sequentially("Wait, is there a vegetarian menu?", delay=20)
     expect(judged.get_by_text("After turn 8 of 8 (being typed)")).to_be_visible()
-    judged.get_by_text("Every beginning of the conversation is judged").wait_for()
+    judged.get_by_text("Judged after every turn").wait_for()
     assert bodies[-1]["input"][-1]["content"] == "Wait, is there a vegetarian menu?"
     assert most == 1 and len(bodies) < 10, "typing is not debounced"
     judged.get_by_label("The next turn").press("Enter")
@@ -95,20 +95,30 @@ def test_a_conversation_is_read_from_text_and_from_json(admin: Any) -> None:
         admin.get_by_label("The conversation as text").fill(text)
         admin.get_by_role("button", name="Turns", exact=True).click()
         expect(admin.locator(".bubble-text")).to_have_text(TURNS)
-        admin.get_by_text("Every beginning of the conversation is judged").wait_for()
+        admin.get_by_text("Judged after every turn").wait_for()
         assert all(one["input"] == messages[: len(one["input"])] for one in bodies)
         admin.get_by_role("button", name="Clear").click()
 
 
+def test_a_text_without_speakers_is_sent_as_it_is(admin: Any) -> None:
+    bodies = asked(admin)
+    admin.get_by_role("button", name="Text", exact=True).click()
+    admin.get_by_label("The conversation as text").fill("You have won a prize.\nClick here!")
+    admin.get_by_text("Judged after every turn").wait_for()
+    assert bodies[-1]["input"] == "You have won a prize.\nClick here!"
+    admin.get_by_role("button", name="Turns", exact=True).click()
+    expect(admin.locator(".bubble-head").first).to_contain_text("Text")
+
+
 def test_rows_keep_their_places_while_verdicts_arrive(admin: Any) -> None:
     admin.get_by_label("The next turn").fill(TURNS[0])  # what may move has moved: the timeline has its turn
-    admin.get_by_text("Every beginning of the conversation is judged").wait_for()
+    admin.get_by_text("Judged after every turn").wait_for()
     admin.evaluate(SHIFTS)
     places = "() => [...document.querySelectorAll('.row')].map((one) => one.dataset.classifier + one.offsetTop)"
     before = admin.evaluate(places)
     admin.get_by_label("The next turn").fill(f"{TURNS[0]} Near the station, please.")
     admin.wait_for_timeout(400)
-    admin.get_by_text("Every beginning of the conversation is judged").wait_for()
+    admin.get_by_text("Judged after every turn").wait_for()
     assert admin.evaluate(places) == before
     assert admin.evaluate("window.shifts") < 0.01
 

@@ -48,7 +48,7 @@ def test_a_key_that_may_only_ask_judges_and_is_told_what_it_may_not(page: Any, e
     page.add_init_script(f"sessionStorage.setItem('loraplex.key', '{INFER_KEY}')")
     page.goto("/")
     page.get_by_role("button", name="Try an example").click()
-    page.get_by_text("Every beginning of the conversation is judged").wait_for()
+    page.get_by_text("Judged after every turn").wait_for()
     page.get_by_role("link", name="Adapters").click()
     expect(page.get_by_role("alert")).to_contain_text("This key may not do that")
 
@@ -67,7 +67,7 @@ def test_an_overload_says_when_it_tries_again_and_does(admin: Any, expected: lis
     admin.get_by_role("button", name="Try an example").click()
     expect(admin.get_by_role("alert")).to_contain_text("The server is busy")
     expect(admin.get_by_role("button", name="Trying again in")).to_be_visible()
-    admin.get_by_text("Every beginning of the conversation is judged").wait_for()
+    admin.get_by_text("Judged after every turn").wait_for()
     expect(admin.get_by_role("alert")).to_have_count(0)
 
 

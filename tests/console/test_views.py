@@ -102,7 +102,9 @@ def test_an_adapter_that_cannot_be_loaded_says_why(admin: Any, expected: list[st
     admin.get_by_label("Name").fill("nowhere")
     admin.get_by_label("Source").fill("no/such/folder")
     admin.get_by_role("button", name="Load", exact=True).click()
-    expect(admin.get_by_role("alert")).to_contain_text("adapter_error")
+    alert = admin.get_by_role("alert")
+    expect(alert).to_contain_text("The adapter cannot be used")
+    expect(alert).to_contain_text("adapter_error")
 
 
 def test_two_versions_are_compared_disagreements_first(admin: Any, tmp_path: Path) -> None:
