@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Server]
     """The demo's shared bundle, in a folder of its own, so that a test may load what lies beside it."""
     state = tmp_path_factory.mktemp("console") / "state"
     keys = f"ci:infer:{INFER_KEY} ops:admin:{ADMIN_KEY}"
-    options = ("--state-dir", state, "--adapter-root", DESK, "--adhoc-questions")
+    options = ("--state-dir", state, "--adapter-root", DESK, "--adhoc-questions", "--keep-inputs", "1h")
     with serving.serve(DESK / "bundle-shared", *options, LORAPLEX_API_KEYS=keys) as server:
         yield server
 

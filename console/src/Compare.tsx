@@ -3,6 +3,7 @@ import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { ApiError, ask, asApiError, type Card, type Route, type TargetStats } from "./api";
 import { asText } from "./turns";
 import { askBoth, counted, ranked, readCases, type Case } from "./cases";
+import { keptExamples } from "./kept";
 import { Notice } from "./Notice";
 import { RoutePanel } from "./RoutePanel";
 import { Rows } from "./Rows";
@@ -17,6 +18,7 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
   const [text, setText] = useState("");
   const [cases, setCases] = useState<Case[]>([]);
   const [progress, setProgress] = useState<number | null>(null);
+  const [said, setSaid] = useState("");
   const [error, setError] = useState<ApiError | null>(null);
   const abort = useRef<AbortController | null>(null);
 
@@ -55,6 +57,17 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
       if (!controller.signal.aborted) setError(asApiError(failure));
     }
     setProgress(null);
+  };
+  const loadKept = async () => {
+    setError(null);
+    const route = routes.find((one) => [first, second].every((name) => name in one.targets || one.shadows.includes(name)));
+    try {
+      const found = await keptExamples([route?.name ?? first]);
+      setText(found.map(({ input, labels }) => JSON.stringify({ input, labels })).join("\n"));
+      setSaid(found.length ? "" : "Nothing of these was corrected yet.");
+    } catch (failure) {
+      setError(asApiError(failure));
+    }
   };
   const result = counted(cases);
 
@@ -103,6 +116,12 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
               Stop
             </button>
           )}
+          <button type="button" disabled={!first || !second} onClick={() => void loadKept()} title="The texts that the server keeps with --keep-inputs, with the labels that feedback gave">
+            Use what was corrected here
+          </button>
+          <span class="hint" role="status">
+            {said}
+          </span>
           {unread > 0 && <span class="is-bad">{count(unread)} lines could not be read</span>}
         </div>
         <Notice error={error} onRetry={() => void run()} />
@@ -142,6 +161,11 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
           route={one}
           stats={stats[one.name] ?? []}
           names={names}
+          onCompare={(one, other) => {
+            setFirst(one);
+            setSecond(other);
+            document.getElementById("compare-title")?.scrollIntoView({ block: "center" });
+          }}
           onChange={() => {
             void refresh();
             onChange();

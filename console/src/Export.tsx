@@ -1,19 +1,8 @@
 // Downloads what was corrected, as `loraplex routes export` writes it and `loraplex train --data` reads it.
 import { useState } from "preact/hooks";
-import { ask, asApiError } from "./api";
+import { asApiError } from "./api";
+import { keptExamples, type Example } from "./kept";
 import { count } from "./verdicts";
-
-interface Example {
-  id: string;
-  input: unknown;
-  labels: Record<string, string>;
-  conversation_id?: string | null;
-}
-
-interface Page {
-  examples: Example[];
-  after: string | null;
-}
 
 /** One line for each conversation: a later label replaces an earlier one. By `ids`, training keeps the text out of contracts. */
 function linesOf(found: Example[]): string[] {
@@ -34,13 +23,7 @@ export function Export({ name }: { name: string }) {
   const download = async () => {
     setSaid("Loading…");
     try {
-      const found: Example[] = [];
-      let after: string | null = null;
-      do {
-        const page: Page = await ask<Page>("v1/examples", { body: { classifiers: [name], ...(after ? { after } : {}) } });
-        found.push(...page.examples);
-        after = page.after;
-      } while (after);
+      const found = await keptExamples([name]);
       const lines = linesOf(found);
       if (lines.length) save(`${name}-corrected.jsonl`, `${lines.join("\n")}\n`);
       setSaid(

@@ -11,10 +11,11 @@ interface Props {
   route: Route;
   stats: TargetStats[];
   names: string[];
+  onCompare: (first: string, second: string) => void;
   onChange: () => void;
 }
 
-export function RoutePanel({ route, stats, names, onChange }: Props) {
+export function RoutePanel({ route, stats, names, onCompare, onChange }: Props) {
   const [weights, setWeights] = useState<Record<string, number> | null>(null);
   const [added, setAdded] = useState("");
   const [confirmation, setConfirmation] = useState<Confirmation | null>(null);
@@ -49,6 +50,7 @@ export function RoutePanel({ route, stats, names, onChange }: Props) {
       run: () => change(`${name} now answers for ${route.name}.`, { method: "PUT", body: { targets: { [name]: 1 }, shadows: route.shadows.filter((one) => one !== name) } }),
     });
 
+  const [heaviest] = Object.entries(route.targets).sort((a, b) => b[1] - a[1])[0];
   const rows = [...Object.keys(shown).map((name) => ({ name, isShadow: false })), ...route.shadows.map((name) => ({ name, isShadow: true }))];
   return (
     <section class="panel route" aria-label={`Route ${route.name}`}>
@@ -115,7 +117,10 @@ export function RoutePanel({ route, stats, names, onChange }: Props) {
                 <td class="number">{found ? count(found.num_verdicts) : "–"}</td>
                 <td class="number">{found?.latency_ms ? milliseconds(found.latency_ms.p50) : "–"}</td>
                 <td class="number">{found?.agreement ? `${percent(found.agreement.share)} of ${count(found.agreement.num_compared)}` : "–"}</td>
-                <td>
+                <td class="number">
+                  <button type="button" class="quiet" disabled={name === heaviest} onClick={() => onCompare(heaviest, name)}>
+                    Compare
+                  </button>
                   <button type="button" class="quiet" disabled={!isShadow && Object.keys(route.targets).length === 1} onClick={() => promote(name)}>
                     Promote
                   </button>

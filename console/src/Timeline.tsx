@@ -52,7 +52,7 @@ export function Timeline({ judge }: { judge: Judge }) {
             type="button"
             class="quiet"
             onClick={() => {
-              judge.set({ earlier: shown - unknown < state.earlier ? state.earlier : state.earlier + MOST_AUTOMATIC });
+              judge.set({ earlier: state.earlier + MOST_AUTOMATIC });
               judge.now();
             }}
           >

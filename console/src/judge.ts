@@ -8,6 +8,7 @@ import { flipTurn, interest } from "./verdicts";
 const WAIT_MS = 350; // after the last key, before the server is asked
 const MOST_KEPT = 2000; // answers
 export const MOST_AUTOMATIC = 40; // earlier turns that are judged without being asked for
+const LONG = 500; // turns of a conversation, each of whose beginnings is large
 const MOST_CELLS = 120; // turns of a classifier that are shown at once
 
 export interface Answer {
@@ -138,12 +139,12 @@ export class Judge extends Store<Judged> {
 
   load(turns: Turn[]): void {
     this.conversationId = newId();
-    this.set({ turns, draft: null, position: 0, earlier: MOST_AUTOMATIC, error: null });
+    this.set({ turns, draft: null, position: 0, earlier: automaticFor(turns), error: null });
     this.soon();
   }
 
   edit(turns: Turn[]): void {
-    this.set({ turns, position: 0 });
+    this.set({ turns, position: 0, earlier: automaticFor(turns) });
     this.soon();
   }
 
@@ -276,6 +277,10 @@ export class Judge extends Store<Judged> {
     }
     this.set({ answers });
   }
+}
+
+function automaticFor(turns: Turn[]): number {
+  return turns.length > LONG ? MOST_AUTOMATIC / 5 : MOST_AUTOMATIC;
 }
 
 function newId(): string {

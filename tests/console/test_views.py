@@ -125,6 +125,34 @@ def test_two_versions_are_compared_disagreements_first(admin: Any, tmp_path: Pat
     expect(admin.locator(".case-row").first).to_have_class("row case-row is-different")
 
 
+def test_a_routes_target_and_its_shadow_are_compared_on_what_was_corrected(
+    admin: Any, route: Any, api: httpx.Client
+) -> None:
+    for text, label in (("Great, thank you. Bye!", "yes"), ("I need a table for four.", "no")):
+        body = {"input": f"Customer: {text}", "classifiers": ["done"]}
+        [verdict] = api.post("/v1/classify", json=body).json()["verdicts"]
+        api.post("/v1/feedback", json={"verdict_id": verdict["id"], "label": label}).raise_for_status()
+    admin.get_by_role("link", name="Compare").click()
+    panel = admin.get_by_role("region", name="Route done")
+    panel.get_by_role("row", name="transactionCompleted").get_by_role("button", name="Compare").click()
+    expect(admin.get_by_label("First")).to_have_value("issueResolved")
+    admin.get_by_role("button", name="Use what was corrected here").click()
+    admin.get_by_role("button", name="Compare on 2 conversations").click()
+    expect(admin.locator(".figure").nth(1)).to_contain_text("of 2")
+
+
+def test_what_was_corrected_is_downloaded_as_training_reads_it(judged: Any, tmp_path: Path) -> None:
+    judged.locator('[data-classifier="isRejecting"]').get_by_role("button").click()
+    judged.get_by_role("group", name="The right answer").get_by_role("button", name="no").click()
+    judged.get_by_text("Recorded: “no” is right.").wait_for()
+    with judged.expect_download() as download:
+        judged.get_by_role("button", name="Download what was corrected").click()
+    download.value.save_as(tmp_path / "corrected.jsonl")
+    [line] = map(json.loads, (tmp_path / "corrected.jsonl").read_text().splitlines())
+    assert line["labels"] == {"isRejecting": "no"} and len(line["messages"]) == 7 and len(line["ids"]) == 1
+    assert line["conversation_id"].startswith("console-")
+
+
 def test_a_shadow_is_promoted_and_the_route_rolled_back(admin: Any, route: Any, api: httpx.Client) -> None:
     admin.get_by_role("link", name="Compare").click()
     panel = admin.get_by_role("region", name="Route done")
