@@ -37,7 +37,7 @@ export function Adapters({ onChange }: { onChange: () => void }) {
   };
   useEffect(() => {
     void refresh();
-    const timer = window.setInterval(() => void refresh(), POLL_MS);
+    const timer = window.setInterval(() => document.hidden || void refresh(), POLL_MS);
     return () => window.clearInterval(timer);
   }, []);
 
@@ -64,7 +64,15 @@ export function Adapters({ onChange }: { onChange: () => void }) {
   return (
     <main class="page" id="content">
       <Notice error={error} onRetry={() => void refresh()} />
-      <LoadForm adapters={adapters ?? []} onLoad={(name, source, pinned) => void change(`Load ${name}`, `v1/adapters/${encodeURIComponent(name)}`, { method: "PUT", body: { source, ...(pinned ? { pinned } : {}) } })} />
+      <LoadForm
+        adapters={adapters ?? []}
+        onLoad={(name, source, pinned) =>
+          void change(`Load ${name}`, `v1/adapters/${encodeURIComponent(name)}`, {
+            method: "PUT",
+            body: { source, ...(pinned ? { pinned } : {}) },
+          })
+        }
+      />
       <p class="hint" role="status">
         {said}
       </p>
@@ -74,21 +82,46 @@ export function Adapters({ onChange }: { onChange: () => void }) {
           <h2 id="adapters-title">
             Adapters <span class="count">{shown.length}</span>
           </h2>
-          <input class="filter" type="search" placeholder="Find an adapter" aria-label="Find an adapter" value={filter} onInput={(event) => setFilter(event.currentTarget.value)} />
+          <input
+            class="filter"
+            type="search"
+            placeholder="Find an adapter"
+            aria-label="Find an adapter"
+            value={filter}
+            onInput={(event) => setFilter(event.currentTarget.value)}
+          />
           <span class="hint">
             {onDevice.length} on the device, {megabytes(bytes)}
           </span>
         </header>
         {failed.length > 0 && (
           <div class="failures">
-            {failed.slice(0, MOST_FAILURES).map((one) => one.error && <Notice key={one.name} error={new ApiError(200, one.error.code, `“${one.name}”: ${one.error.message}`, one.error.remedy, null)} />)}
-            {failed.length > MOST_FAILURES && <p class="hint">… and {count(failed.length - MOST_FAILURES)} more: find them with “failed”.</p>}
+            {failed
+              .slice(0, MOST_FAILURES)
+              .map(
+                (one) =>
+                  one.error && (
+                    <Notice
+                      key={one.name}
+                      error={
+                        new ApiError(200, one.error.code, `“${one.name}”: ${one.error.message}`, one.error.remedy, null)
+                      }
+                    />
+                  ),
+              )}
+            {failed.length > MOST_FAILURES && (
+              <p class="hint">… and {count(failed.length - MOST_FAILURES)} more: find them with “failed”.</p>
+            )}
           </div>
         )}
         {adapters === null && !error ? (
           <p class="empty">Loading…</p>
         ) : shown.length === 0 && adapters !== null ? (
-          <p class="empty">{adapters.length ? "No adapter has this in its name." : "There are no adapters. Load one above: its name becomes the classifier’s."}</p>
+          <p class="empty">
+            {adapters.length
+              ? "No adapter has this in its name."
+              : "There are no adapters. Load one above: its name becomes the classifier’s."}
+          </p>
         ) : (
           <Rows
             items={shown}
@@ -104,7 +137,9 @@ export function Adapters({ onChange }: { onChange: () => void }) {
                   {one.warnings?.length ? <i class="mark is-warning" /> : null}
                 </span>
                 <span class="adapter-facts">
-                  {[one.rank !== null ? `rank ${one.rank}` : "", one.num_bytes !== null ? megabytes(one.num_bytes) : ""].filter(Boolean).join(" · ")}
+                  {[one.rank !== null ? `rank ${one.rank}` : "", one.num_bytes !== null ? megabytes(one.num_bytes) : ""]
+                    .filter(Boolean)
+                    .join(" · ")}
                   <small>
                     {one.on_device ? "on the device" : one.state === "ready" ? "in memory or on disk" : ""}
                     {one.pinned ? ", pinned" : ""}
@@ -117,8 +152,18 @@ export function Adapters({ onChange }: { onChange: () => void }) {
                   <button
                     type="button"
                     class="quiet"
-                    onClick={() => void change(one.pinned ? `Unpin ${one.name}` : `Pin ${one.name}`, `v1/adapters/${encodeURIComponent(one.name)}/pin`, { method: one.pinned ? "DELETE" : "PUT" })}
-                    title={one.pinned ? "It may leave the device again when room is needed." : "It keeps its place on the device."}
+                    onClick={() =>
+                      void change(
+                        one.pinned ? `Unpin ${one.name}` : `Pin ${one.name}`,
+                        `v1/adapters/${encodeURIComponent(one.name)}/pin`,
+                        { method: one.pinned ? "DELETE" : "PUT" },
+                      )
+                    }
+                    title={
+                      one.pinned
+                        ? "It may leave the device again when room is needed."
+                        : "It keeps its place on the device."
+                    }
                   >
                     {one.pinned ? "Unpin" : "Pin"}
                   </button>
@@ -130,7 +175,10 @@ export function Adapters({ onChange }: { onChange: () => void }) {
                         title: `Unload ${one.name}?`,
                         what: `Requests that are running finish. After that nobody can ask ${one.name} until it is loaded again. Its files stay where they are: ${one.path}`,
                         action: "Unload",
-                        run: () => change(`Unload ${one.name}`, `v1/adapters/${encodeURIComponent(one.name)}`, { method: "DELETE" }),
+                        run: () =>
+                          change(`Unload ${one.name}`, `v1/adapters/${encodeURIComponent(one.name)}`, {
+                            method: "DELETE",
+                          }),
                       })
                     }
                   >
@@ -143,7 +191,11 @@ export function Adapters({ onChange }: { onChange: () => void }) {
         )}
         {skipped.length > 0 && (
           <details class="skipped">
-            <summary>{skipped.length === 1 ? "One folder of the bundle was left out" : `${count(skipped.length)} folders of the bundle were left out`}</summary>
+            <summary>
+              {skipped.length === 1
+                ? "One folder of the bundle was left out"
+                : `${count(skipped.length)} folders of the bundle were left out`}
+            </summary>
             <ul>
               {skipped.map((one) => (
                 <li key={one.path}>
@@ -159,7 +211,13 @@ export function Adapters({ onChange }: { onChange: () => void }) {
   );
 }
 
-function LoadForm({ adapters, onLoad }: { adapters: Adapter[]; onLoad: (name: string, source: string, pinned: boolean) => void }) {
+function LoadForm({
+  adapters,
+  onLoad,
+}: {
+  adapters: Adapter[];
+  onLoad: (name: string, source: string, pinned: boolean) => void;
+}) {
   const [name, setName] = useState("");
   const [source, setSource] = useState("");
   const [pinned, setPinned] = useState(false);
@@ -180,10 +238,16 @@ function LoadForm({ adapters, onLoad }: { adapters: Adapter[]; onLoad: (name: st
         </label>
         <label class="is-wide">
           Source
-          <input required value={source} placeholder="a path on the server, hf://org/name@revision or s3://bucket/prefix" onInput={(event) => setSource(event.currentTarget.value)} />
+          <input
+            required
+            value={source}
+            placeholder="a path on the server, hf://org/name@revision or s3://bucket/prefix"
+            onInput={(event) => setSource(event.currentTarget.value)}
+          />
         </label>
         <label class="is-check">
-          <input type="checkbox" checked={pinned} onChange={(event) => setPinned(event.currentTarget.checked)} /> keep it on the device
+          <input type="checkbox" checked={pinned} onChange={(event) => setPinned(event.currentTarget.checked)} /> keep
+          it on the device
         </label>
         <button type="submit" class="primary" disabled={!name.trim() || !source.trim()}>
           {replaces ? "Replace" : "Load"}
@@ -199,5 +263,9 @@ function LoadForm({ adapters, onLoad }: { adapters: Adapter[]; onLoad: (name: st
 }
 
 export function megabytes(bytes: number): string {
-  return bytes >= 2 ** 30 ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : bytes >= 2 ** 20 ? `${(bytes / 2 ** 20).toFixed(1)} MiB` : `${count(bytes / 1024)} KiB`;
+  return bytes >= 2 ** 30
+    ? `${(bytes / 2 ** 30).toFixed(1)} GiB`
+    : bytes >= 2 ** 20
+      ? `${(bytes / 2 ** 20).toFixed(1)} MiB`
+      : `${count(bytes / 1024)} KiB`;
 }

@@ -26,9 +26,18 @@ export function Bar({ verdict, card }: { verdict: Verdict | undefined; card: Car
           );
         })
       ) : (
-        <div class={`bar-fill ${verdict && labelIndex(verdict) === 0 ? "is-first" : ""}`} style={{ transform: `scaleX(${score})` }} />
+        <div
+          class={`bar-fill ${verdict && labelIndex(verdict) === 0 ? "is-first" : ""}`}
+          style={{ transform: `scaleX(${score})` }}
+        />
       )}
-      {band && <div class="bar-band" style={{ left: share(band[0]), width: share(band[1] - band[0]) }} title="too unsure to count" />}
+      {band && (
+        <div
+          class="bar-band"
+          style={{ left: share(band[0]), width: share(band[1] - band[0]) }}
+          title="too unsure to count"
+        />
+      )}
       {!parts && card?.labels !== null && <div class="bar-tick" style={{ left: share(threshold(card)) }} />}
     </div>
   );

@@ -26,7 +26,15 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
     try {
       const listed = (await ask<{ routes: Route[] }>("v1/routes")).routes;
       setRoutes(listed);
-      const found = await Promise.all(listed.map(async (one) => [one.name, (await ask<{ targets: TargetStats[] }>(`v1/routes/${encodeURIComponent(one.name)}/stats`)).targets] as const));
+      const found = await Promise.all(
+        listed.map(
+          async (one) =>
+            [
+              one.name,
+              (await ask<{ targets: TargetStats[] }>(`v1/routes/${encodeURIComponent(one.name)}/stats`)).targets,
+            ] as const,
+        ),
+      );
       setStats(Object.fromEntries(found));
     } catch {
       setRoutes([]); // an infer key may not see routes
@@ -34,7 +42,12 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
   };
   useEffect(() => void refresh(), []);
   useEffect(() => {
-    setNames([...new Set([...cards.map((one) => one.name), ...routes.flatMap((one) => [...Object.keys(one.targets), ...one.shadows])])]);
+    setNames([
+      ...new Set([
+        ...cards.map((one) => one.name),
+        ...routes.flatMap((one) => [...Object.keys(one.targets), ...one.shadows]),
+      ]),
+    ]);
   }, [cards, routes]);
   useEffect(() => () => abort.current?.abort(), []);
 
@@ -60,7 +73,9 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
   };
   const loadKept = async () => {
     setError(null);
-    const route = routes.find((one) => [first, second].every((name) => name in one.targets || one.shadows.includes(name)));
+    const route = routes.find((one) =>
+      [first, second].every((name) => name in one.targets || one.shadows.includes(name)),
+    );
     try {
       const found = await keptExamples([route?.name ?? first]);
       setText(found.map(({ input, labels }) => JSON.stringify({ input, labels })).join("\n"));
@@ -98,25 +113,50 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
           </label>
           <label class="file">
             or open a file
-            <input type="file" accept=".jsonl,.json,.txt" onChange={(event) => void event.currentTarget.files?.[0]?.text().then(setText)} />
+            <input
+              type="file"
+              accept=".jsonl,.json,.txt"
+              onChange={(event) => void event.currentTarget.files?.[0]?.text().then(setText)}
+            />
           </label>
         </div>
         <label class="compare-text">
           <span class="hint">
-            Conversations: JSON lines such as {'{"input": "Customer: …", "labels": {"name": "yes"}}'}, or plain text with a blank line between them. Known right answers give each version’s accuracy.
+            Conversations: JSON lines such as {'{"input": "Customer: …", "labels": {"name": "yes"}}'}, or plain text
+            with a blank line between them. Known right answers give each version’s accuracy.
           </span>
-          <textarea rows={6} spellcheck={false} aria-label="Conversations to compare on" value={text} onInput={(event) => setText(event.currentTarget.value)} />
+          <textarea
+            rows={6}
+            spellcheck={false}
+            aria-label="Conversations to compare on"
+            value={text}
+            onInput={(event) => setText(event.currentTarget.value)}
+          />
         </label>
         <div class="actions">
-          <button type="button" class="primary" disabled={!first || !second || first === second || !read.length || progress !== null} onClick={() => void run()}>
-            {progress === null ? read.length ? `Compare on ${count(read.length)} conversations` : "Compare" : `${count(progress)} of ${count(read.length)}…`}
+          <button
+            type="button"
+            class="primary"
+            disabled={!first || !second || first === second || !read.length || progress !== null}
+            onClick={() => void run()}
+          >
+            {progress === null
+              ? read.length
+                ? `Compare on ${count(read.length)} conversations`
+                : "Compare"
+              : `${count(progress)} of ${count(read.length)}…`}
           </button>
           {progress !== null && (
             <button type="button" onClick={() => abort.current?.abort()}>
               Stop
             </button>
           )}
-          <button type="button" disabled={!first || !second} onClick={() => void loadKept()} title="The texts that the server keeps with --keep-inputs, with the labels that feedback gave">
+          <button
+            type="button"
+            disabled={!first || !second}
+            onClick={() => void loadKept()}
+            title="The texts that the server keeps with --keep-inputs, with the labels that feedback gave"
+          >
             Use what was corrected here
           </button>
           <span class="hint" role="status">
@@ -174,17 +214,29 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
       ))}
       {routes.length === 0 && (
         <p class="hint">
-          There are no routes, or this key may not see them. A route gives one name to several versions: <code>loraplex routes set done issueResolved=90 done-v2=10 --shadow done-v3</code>
+          There are no routes, or this key may not see them. A route gives one name to several versions:{" "}
+          <code>loraplex routes set done issueResolved=90 done-v2=10 --shadow done-v3</code>
         </p>
       )}
     </main>
   );
 }
 
-function Label({ verdictLabel, sure, right }: { verdictLabel: string; sure: number | undefined; right: string | null }) {
+function Label({
+  verdictLabel,
+  sure,
+  right,
+}: {
+  verdictLabel: string;
+  sure: number | undefined;
+  right: string | null;
+}) {
   return (
     <span class="row-answer">
-      <span class={`label ${right === null ? "" : right === verdictLabel ? "is-good" : "is-bad"}`} title={right === null ? undefined : `right: ${right}`}>
+      <span
+        class={`label ${right === null ? "" : right === verdictLabel ? "is-good" : "is-bad"}`}
+        title={right === null ? undefined : `right: ${right}`}
+      >
         {verdictLabel}
       </span>
       <span class="probability">{sure === undefined ? "" : percent(sure)}</span>

@@ -19,11 +19,19 @@ interface BubbleProps {
 
 const Bubble = memo(({ turn, number, isShown, isAfter, shade, onShow }: BubbleProps) => {
   const side = /^(agent|assistant|bot|system)/i.test(turn.speaker) ? "is-right" : "is-left";
-  const moved = shade === null || Math.abs(shade) < 0.005 ? "" : `${shade >= 0 ? "+" : "−"}${Math.abs(shade * 100).toFixed(0)} points`;
+  const moved =
+    shade === null || Math.abs(shade) < 0.005
+      ? ""
+      : `${shade >= 0 ? "+" : "−"}${Math.abs(shade * 100).toFixed(0)} points`;
   return (
     <li class={`turn ${side} ${isShown ? "is-shown" : ""} ${isAfter ? "is-after" : ""}`}>
       <button type="button" class="bubble" aria-pressed={isShown} onClick={() => onShow(number)}>
-        {shade !== null && <i class={`shade ${shade >= 0 ? "is-for" : "is-against"}`} style={{ opacity: Math.min(1, Math.abs(shade) * 1.2 + (Math.abs(shade) > 0.005 ? 0.08 : 0)) }} />}
+        {shade !== null && (
+          <i
+            class={`shade ${shade >= 0 ? "is-for" : "is-against"}`}
+            style={{ opacity: Math.min(1, Math.abs(shade) * 1.2 + (Math.abs(shade) > 0.005 ? 0.08 : 0)) }}
+          />
+        )}
         <span class="bubble-head">
           <span>{turn.speaker || "Text"}</span>
           <span class="bubble-number">
@@ -52,7 +60,8 @@ export function Conversation({ judge, shades, keepsInputs }: Props) {
   const onShow = useRef((number: number) => judge.show(number)).current;
 
   const center = Math.min(Math.max(shown, 1), length);
-  const first = length <= MOST_SHOWN ? 0 : Math.max(0, Math.min(length - MOST_SHOWN, center - 1 - Math.floor(MOST_SHOWN / 2)));
+  const first =
+    length <= MOST_SHOWN ? 0 : Math.max(0, Math.min(length - MOST_SHOWN, center - 1 - Math.floor(MOST_SHOWN / 2)));
   const last = Math.min(length, first + MOST_SHOWN);
 
   const openText = () => {
@@ -94,14 +103,21 @@ export function Conversation({ judge, shades, keepsInputs }: Props) {
             ))}
           </select>
         </label>
-        <button type="button" class="quiet" disabled={!length && !state.draft?.text} onClick={() => (judge.load([]), setText(""))}>
+        <button
+          type="button"
+          class="quiet"
+          disabled={!length && !state.draft?.text}
+          onClick={() => (judge.load([]), setText(""))}
+        >
           Clear
         </button>
       </header>
 
       {mode === "text" ? (
         <label class="text-editor">
-          <span class="hint">Paste lines such as “Customer: hello”, JSON with messages, or any text. Answers follow as you type.</span>
+          <span class="hint">
+            Paste lines such as “Customer: hello”, JSON with messages, or any text. Answers follow as you type.
+          </span>
           <textarea
             autofocus
             spellcheck={false}
@@ -117,7 +133,11 @@ export function Conversation({ judge, shades, keepsInputs }: Props) {
         <>
           {length === 0 && <Empty judge={judge} onPaste={openText} />}
           {first > 0 && (
-            <button type="button" class="more" onClick={() => judge.show(Math.max(1, first - Math.floor(MOST_SHOWN / 2)))}>
+            <button
+              type="button"
+              class="more"
+              onClick={() => judge.show(Math.max(1, first - Math.floor(MOST_SHOWN / 2)))}
+            >
               {first} earlier turns
             </button>
           )}
@@ -138,7 +158,11 @@ export function Conversation({ judge, shades, keepsInputs }: Props) {
             })}
           </Turns>
           {last < length && (
-            <button type="button" class="more" onClick={() => judge.show(Math.min(length, last + Math.floor(MOST_SHOWN / 2)))}>
+            <button
+              type="button"
+              class="more"
+              onClick={() => judge.show(Math.min(length, last + Math.floor(MOST_SHOWN / 2)))}
+            >
               {length - last} later turns
             </button>
           )}
@@ -179,7 +203,8 @@ function Empty({ judge, onPaste }: { judge: Judge; onPaste: () => void }) {
   return (
     <div class="empty">
       <p>
-        <b>Paste a conversation, or type its first turn below.</b> Every classifier of this server answers its own question about it, after each turn.
+        <b>Paste a conversation, or type its first turn below.</b> Every classifier of this server answers its own
+        question about it, after each turn.
       </p>
       <div class="empty-actions">
         <button type="button" class="primary" onClick={() => judge.load(EXAMPLES[0].turns)}>
@@ -204,10 +229,16 @@ function Composer({ judge }: { judge: Judge }) {
         judge.addDraft();
       }}
     >
-      <select aria-label="Who speaks next" value={draft.speaker} onChange={(event) => judge.type({ ...draft, speaker: event.currentTarget.value })}>
-        {[...new Set([...SPEAKERS, ...state.turns.slice(-50).map((one) => one.speaker), draft.speaker])].filter(Boolean).map((one) => (
-          <option key={one}>{one}</option>
-        ))}
+      <select
+        aria-label="Who speaks next"
+        value={draft.speaker}
+        onChange={(event) => judge.type({ ...draft, speaker: event.currentTarget.value })}
+      >
+        {[...new Set([...SPEAKERS, ...state.turns.slice(-50).map((one) => one.speaker), draft.speaker])]
+          .filter(Boolean)
+          .map((one) => (
+            <option key={one}>{one}</option>
+          ))}
       </select>
       <textarea
         rows={2}

@@ -84,20 +84,39 @@ export function Details({ judge, name, moves, onMoves, onClose }: Props) {
         ) : tab === "why" ? (
           <Why judge={judge} name={name} verdict={verdict} moves={moves} onMoves={onMoves} />
         ) : (
-          <Code judge={judge} name={name} question={question ?? ""} labels={card?.labels ?? Object.keys(verdict.scores ?? {})} />
+          <Code
+            judge={judge}
+            name={name}
+            question={question ?? ""}
+            labels={card?.labels ?? Object.keys(verdict.scores ?? {})}
+          />
         )}
       </div>
     </aside>
   );
 }
 
-function Answer({ judge, name, card, verdict }: { judge: Judge; name: string; card: Card | undefined; verdict: Verdict }) {
+function Answer({
+  judge,
+  name,
+  card,
+  verdict,
+}: {
+  judge: Judge;
+  name: string;
+  card: Card | undefined;
+  verdict: Verdict;
+}) {
   const shown = judge.shown();
   const flip = judge.flip(name);
   return (
     <>
-      {verdict.error && <Notice error={new ApiError(0, verdict.error.code, verdict.error.message, verdict.error.remedy, null)} />}
-      {verdict.skipped_by && <p>This classifier was not asked: the answer of {verdict.skipped_by} made it unnecessary.</p>}
+      {verdict.error && (
+        <Notice error={new ApiError(0, verdict.error.code, verdict.error.message, verdict.error.remedy, null)} />
+      )}
+      {verdict.skipped_by && (
+        <p>This classifier was not asked: the answer of {verdict.skipped_by} made it unnecessary.</p>
+      )}
       {verdict.scores && (
         <table class="scores">
           <caption class="visually-hidden">{spoken(verdict, card)}</caption>
@@ -118,7 +137,8 @@ function Answer({ judge, name, card, verdict }: { judge: Judge; name: string; ca
       )}
       {!verdict.scores && verdict.label !== undefined && (
         <p>
-          The likeliest next token is <b>{verdict.label}</b>, with a probability of {percent(verdict.confidence ?? 0)}. This adapter has no labels: add a classifier.yaml.
+          The likeliest next token is <b>{verdict.label}</b>, with a probability of {percent(verdict.confidence ?? 0)}.
+          This adapter has no labels: add a classifier.yaml.
         </p>
       )}
       <dl class="facts">
@@ -151,7 +171,9 @@ function Answer({ judge, name, card, verdict }: { judge: Judge; name: string; ca
         )}
         {verdict.label_mass !== undefined && (
           <div>
-            <dt title="How probable all labels together are, among everything the model could write. Low: the probabilities say little.">Label mass</dt>
+            <dt title="How probable all labels together are, among everything the model could write. Low: the probabilities say little.">
+              Label mass
+            </dt>
             <dd>{percent(verdict.label_mass)}</dd>
           </div>
         )}
@@ -182,7 +204,14 @@ function Answer({ judge, name, card, verdict }: { judge: Judge; name: string; ca
           </p>
         );
       })}
-      {verdict.id && verdict.label !== undefined && <Correct judge={judge} name={name} verdict={verdict} labels={card?.labels ?? Object.keys(verdict.scores ?? {})} />}
+      {verdict.id && verdict.label !== undefined && (
+        <Correct
+          judge={judge}
+          name={name}
+          verdict={verdict}
+          labels={card?.labels ?? Object.keys(verdict.scores ?? {})}
+        />
+      )}
     </>
   );
 }
@@ -228,7 +257,13 @@ function Correct({ judge, name, verdict, labels }: { judge: Judge; name: string;
       <h3>What is the right answer?</h3>
       <div class="actions" role="group" aria-label="The right answer">
         {labels.map((label) => (
-          <button key={label} type="button" disabled={isBusy} aria-pressed={given === label} onClick={() => void send(label)}>
+          <button
+            key={label}
+            type="button"
+            disabled={isBusy}
+            aria-pressed={given === label}
+            onClick={() => void send(label)}
+          >
             {label}
           </button>
         ))}
@@ -244,7 +279,12 @@ function Correct({ judge, name, verdict, labels }: { judge: Judge; name: string;
       {stats?.map(
         (one) =>
           one.accuracy && (
-            <AccuracyBar key={`${one.target} ${one.version} ${one.role}`} title={`${one.target}${one.role === "shadow" ? " (shadow)" : ""}`} version={one.version} accuracy={one.accuracy} />
+            <AccuracyBar
+              key={`${one.target} ${one.version} ${one.role}`}
+              title={`${one.target}${one.role === "shadow" ? " (shadow)" : ""}`}
+              version={one.version}
+              accuracy={one.accuracy}
+            />
           ),
       )}
       <Export name={name} />
@@ -252,7 +292,15 @@ function Correct({ judge, name, verdict, labels }: { judge: Judge; name: string;
   );
 }
 
-export function AccuracyBar({ title, version, accuracy }: { title: string; version: string | null; accuracy: Accuracy }) {
+export function AccuracyBar({
+  title,
+  version,
+  accuracy,
+}: {
+  title: string;
+  version: string | null;
+  accuracy: Accuracy;
+}) {
   const { share, low, high, num_labelled } = accuracy;
   return (
     <div class="accuracy">
@@ -267,7 +315,8 @@ export function AccuracyBar({ title, version, accuracy }: { title: string; versi
         <div class="accuracy-point" style={{ left: `${share * 100}%` }} />
       </div>
       <small>
-        of {count(num_labelled)} whose right answer is known; with 95 % certainty between {percent(low)} and {percent(high)}
+        of {count(num_labelled)} whose right answer is known; with 95 % certainty between {percent(low)} and{" "}
+        {percent(high)}
       </small>
     </div>
   );
@@ -276,7 +325,13 @@ export function AccuracyBar({ title, version, accuracy }: { title: string; versi
 function Code({ judge, name, question, labels }: { judge: Judge; name: string; question: string; labels: string[] }) {
   const [language, setLanguage] = useState<Language>("curl");
   const [said, setSaid] = useState("Copy");
-  const code = codeOf(language, { body: judge.body(judge.shown()), name, question, labels, hasKey: storedKey() !== "" });
+  const code = codeOf(language, {
+    body: judge.body(judge.shown()),
+    name,
+    question,
+    labels,
+    hasKey: storedKey() !== "",
+  });
   const copy = async () => {
     try {
       await navigator.clipboard.writeText(code);

@@ -16,7 +16,15 @@ const TITLES: Record<string, string> = {
   contract_error: "The adapter’s classifier.yaml cannot be used",
 };
 
-export function Notice({ error, retryAt, onRetry }: { error: ApiError | null; retryAt?: number | null; onRetry?: () => void }) {
+export function Notice({
+  error,
+  retryAt,
+  onRetry,
+}: {
+  error: ApiError | null;
+  retryAt?: number | null;
+  onRetry?: () => void;
+}) {
   const left = useSeconds(retryAt ?? null);
   if (!error) return null;
   return (

@@ -12,9 +12,19 @@ export function Questions({ judge, isOffered }: { judge: Judge; isOffered: boole
   const add = () => {
     const instructions = words.trim();
     if (!instructions) return;
-    const options = [...new Set(labels.split(",").map((one) => one.trim()).filter(Boolean))];
+    const options = [
+      ...new Set(
+        labels
+          .split(",")
+          .map((one) => one.trim())
+          .filter(Boolean),
+      ),
+    ];
     const name = nameOf(instructions, new Set([...judge.state.names, ...Object.keys(questions)]));
-    judge.setQuestion(name, options.length > 1 ? { type: "choice", instructions, labels: options } : { type: "predicate", instructions });
+    judge.setQuestion(
+      name,
+      options.length > 1 ? { type: "choice", instructions, labels: options } : { type: "predicate", instructions },
+    );
     setWords("");
     setLabels("");
   };
@@ -32,8 +42,18 @@ export function Questions({ judge, isOffered }: { judge: Judge; isOffered: boole
             add();
           }}
         >
-          <input aria-label="Your question" placeholder="Is the customer polite?" value={words} onInput={(event) => setWords(event.currentTarget.value)} />
-          <input aria-label="Possible answers" placeholder="yes, no" value={labels} onInput={(event) => setLabels(event.currentTarget.value)} />
+          <input
+            aria-label="Your question"
+            placeholder="Is the customer polite?"
+            value={words}
+            onInput={(event) => setWords(event.currentTarget.value)}
+          />
+          <input
+            aria-label="Possible answers"
+            placeholder="yes, no"
+            value={labels}
+            onInput={(event) => setLabels(event.currentTarget.value)}
+          />
           <button type="submit" disabled={!words.trim()}>
             Ask
           </button>
@@ -41,7 +61,8 @@ export function Questions({ judge, isOffered }: { judge: Judge; isOffered: boole
         </form>
       ) : (
         <p class="hint">
-          This server answers only what its classifiers were trained for. Start it with <code>--adhoc-questions</code> to ask anything.
+          This server answers only what its classifiers were trained for. Start it with <code>--adhoc-questions</code>{" "}
+          to ask anything.
         </p>
       )}
       <ul class="asked">
@@ -50,7 +71,12 @@ export function Questions({ judge, isOffered }: { judge: Judge; isOffered: boole
             <span>
               <b>{name}</b> {question.instructions}
             </span>
-            <button type="button" class="quiet" onClick={() => judge.setQuestion(name, null)} aria-label={`Remove the question ${name}`}>
+            <button
+              type="button"
+              class="quiet"
+              onClick={() => judge.setQuestion(name, null)}
+              aria-label={`Remove the question ${name}`}
+            >
               Remove
             </button>
           </li>
@@ -62,7 +88,10 @@ export function Questions({ judge, isOffered }: { judge: Judge; isOffered: boole
 
 /** A short name for a question, such as isTheCustomerPolite. */
 function nameOf(words: string, taken: Set<string>): string {
-  const parts = words.toLowerCase().match(/[a-z0-9]+/g)?.slice(0, 5) ?? ["question"];
+  const parts = words
+    .toLowerCase()
+    .match(/[a-z0-9]+/g)
+    ?.slice(0, 5) ?? ["question"];
   const base = parts.map((part, index) => (index ? part[0].toUpperCase() + part.slice(1) : part)).join("");
   let name = base;
   for (let number = 2; taken.has(name); number++) name = `${base}${number}`;

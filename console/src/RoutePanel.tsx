@@ -47,11 +47,18 @@ export function RoutePanel({ route, stats, names, onCompare, onChange }: Props) 
       title: `Let ${name} answer everything?`,
       what: `From now on every request for ${route.name} is answered by ${name}. Now it is ${words(route.targets)}. Running requests finish as they began, shadows stay, and “Roll back” undoes it.`,
       action: "Promote",
-      run: () => change(`${name} now answers for ${route.name}.`, { method: "PUT", body: { targets: { [name]: 1 }, shadows: route.shadows.filter((one) => one !== name) } }),
+      run: () =>
+        change(`${name} now answers for ${route.name}.`, {
+          method: "PUT",
+          body: { targets: { [name]: 1 }, shadows: route.shadows.filter((one) => one !== name) },
+        }),
     });
 
   const [heaviest] = Object.entries(route.targets).sort((a, b) => b[1] - a[1])[0];
-  const rows = [...Object.keys(shown).map((name) => ({ name, isShadow: false })), ...route.shadows.map((name) => ({ name, isShadow: true }))];
+  const rows = [
+    ...Object.keys(shown).map((name) => ({ name, isShadow: false })),
+    ...route.shadows.map((name) => ({ name, isShadow: true })),
+  ];
   return (
     <section class="panel route" aria-label={`Route ${route.name}`}>
       <header class="panel-head">
@@ -75,61 +82,77 @@ export function RoutePanel({ route, stats, names, onCompare, onChange }: Props) 
       </header>
       <Notice error={error} />
       <div class="scrolls" tabIndex={0} role="group" aria-label={`Versions of ${route.name}`}>
-      <table class="targets">
-        <thead>
-          <tr>
-            <th scope="col">Version</th>
-            <th scope="col">Weight</th>
-            <th scope="col">Answers</th>
-            <th scope="col">Median time</th>
-            <th scope="col">Agrees with the answer given</th>
-            <th scope="col">
-              <span class="visually-hidden">Actions</span>
-            </th>
-          </tr>
-        </thead>
-        <tbody>
-          {rows.map(({ name, isShadow }) => {
-            const found = stats.find((one) => one.target === name && (one.role === "shadow") === isShadow);
-            return (
-              <tr key={`${name} ${isShadow}`}>
-                <th scope="row">
-                  {name}
-                  {isShadow && <small> shadow: judges, too, and is never returned</small>}
-                </th>
-                <td class="number">
-                  {isShadow ? (
-                    "–"
-                  ) : (
-                    <>
-                      <input
-                        type="number"
-                        min={0}
-                        step={1}
-                        aria-label={`Weight of ${name}`}
-                        value={shown[name]}
-                        onInput={(event) => setWeights({ ...shown, [name]: Math.max(0, event.currentTarget.valueAsNumber || 0) })}
-                      />{" "}
-                      {percent(shown[name] / total)}
-                    </>
-                  )}
-                </td>
-                <td class="number">{found ? count(found.num_verdicts) : "–"}</td>
-                <td class="number">{found?.latency_ms ? milliseconds(found.latency_ms.p50) : "–"}</td>
-                <td class="number">{found?.agreement ? `${percent(found.agreement.share)} of ${count(found.agreement.num_compared)}` : "–"}</td>
-                <td class="number">
-                  <button type="button" class="quiet" disabled={name === heaviest} onClick={() => onCompare(heaviest, name)}>
-                    Compare
-                  </button>
-                  <button type="button" class="quiet" disabled={!isShadow && Object.keys(route.targets).length === 1} onClick={() => promote(name)}>
-                    Promote
-                  </button>
-                </td>
-              </tr>
-            );
-          })}
-        </tbody>
-      </table>
+        <table class="targets">
+          <thead>
+            <tr>
+              <th scope="col">Version</th>
+              <th scope="col">Weight</th>
+              <th scope="col">Answers</th>
+              <th scope="col">Median time</th>
+              <th scope="col">Agrees with the answer given</th>
+              <th scope="col">
+                <span class="visually-hidden">Actions</span>
+              </th>
+            </tr>
+          </thead>
+          <tbody>
+            {rows.map(({ name, isShadow }) => {
+              const found = stats.find((one) => one.target === name && (one.role === "shadow") === isShadow);
+              return (
+                <tr key={`${name} ${isShadow}`}>
+                  <th scope="row">
+                    {name}
+                    {isShadow && <small> shadow: judges, too, and is never returned</small>}
+                  </th>
+                  <td class="number">
+                    {isShadow ? (
+                      "–"
+                    ) : (
+                      <>
+                        <input
+                          type="number"
+                          min={0}
+                          step={1}
+                          aria-label={`Weight of ${name}`}
+                          value={shown[name]}
+                          onInput={(event) =>
+                            setWeights({ ...shown, [name]: Math.max(0, event.currentTarget.valueAsNumber || 0) })
+                          }
+                        />{" "}
+                        {percent(shown[name] / total)}
+                      </>
+                    )}
+                  </td>
+                  <td class="number">{found ? count(found.num_verdicts) : "–"}</td>
+                  <td class="number">{found?.latency_ms ? milliseconds(found.latency_ms.p50) : "–"}</td>
+                  <td class="number">
+                    {found?.agreement
+                      ? `${percent(found.agreement.share)} of ${count(found.agreement.num_compared)}`
+                      : "–"}
+                  </td>
+                  <td class="number">
+                    <button
+                      type="button"
+                      class="quiet"
+                      disabled={name === heaviest}
+                      onClick={() => onCompare(heaviest, name)}
+                    >
+                      Compare
+                    </button>
+                    <button
+                      type="button"
+                      class="quiet"
+                      disabled={!isShadow && Object.keys(route.targets).length === 1}
+                      onClick={() => promote(name)}
+                    >
+                      Promote
+                    </button>
+                  </td>
+                </tr>
+              );
+            })}
+          </tbody>
+        </table>
       </div>
       <div class="actions">
         <label>
@@ -160,7 +183,11 @@ export function RoutePanel({ route, stats, names, onCompare, onChange }: Props) 
                   title: `Change the weights of ${route.name}?`,
                   what: `New conversations are divided like this: ${words(weights)}. A conversation keeps its version as far as the new weights allow. “Roll back” undoes it.`,
                   action: "Set the weights",
-                  run: () => change(`${route.name} has new weights.`, { method: "PUT", body: { targets: weights, shadows: route.shadows } }),
+                  run: () =>
+                    change(`${route.name} has new weights.`, {
+                      method: "PUT",
+                      body: { targets: weights, shadows: route.shadows },
+                    }),
                 })
               }
             >
@@ -175,7 +202,17 @@ export function RoutePanel({ route, stats, names, onCompare, onChange }: Props) 
           {said}
         </span>
       </div>
-      {stats.map((one) => one.accuracy && <AccuracyBar key={`${one.target} ${one.version} ${one.role}`} title={`${one.target}${one.role === "shadow" ? " (shadow)" : ""}`} version={one.version} accuracy={one.accuracy} />)}
+      {stats.map(
+        (one) =>
+          one.accuracy && (
+            <AccuracyBar
+              key={`${one.target} ${one.version} ${one.role}`}
+              title={`${one.target}${one.role === "shadow" ? " (shadow)" : ""}`}
+              version={one.version}
+              accuracy={one.accuracy}
+            />
+          ),
+      )}
       <Confirm asked={confirmation} onClose={() => setConfirmation(null)} />
     </section>
   );

@@ -22,7 +22,9 @@ export function Rows<Item>({ items, render, label }: Props<Item>) {
     const top = -list.current.getBoundingClientRect().top;
     const first = Math.max(0, Math.floor(top / height) - MORE);
     const last = Math.min(length, Math.ceil((top + window.innerHeight) / height) + MORE);
-    setRange((before) => (before.first === first && before.last === last && before.height === height ? before : { first, last, height }));
+    setRange((before) =>
+      before.first === first && before.last === last && before.height === height ? before : { first, last, height },
+    );
   };
 
   useLayoutEffect(measure, [length]);
@@ -41,7 +43,10 @@ export function Rows<Item>({ items, render, label }: Props<Item>) {
       ref={list}
       class="rows"
       aria-label={label}
-      style={{ paddingTop: `${range.first * range.height}px`, paddingBottom: `${Math.max(0, length - range.first - shown.length) * range.height}px` }}
+      style={{
+        paddingTop: `${range.first * range.height}px`,
+        paddingBottom: `${Math.max(0, length - range.first - shown.length) * range.height}px`,
+      }}
     >
       {shown.map((item, index) => render(item, range.first + index))}
     </ul>

@@ -13,7 +13,10 @@ export function Timeline({ judge }: { judge: Judge }) {
   const turn = turns[shown - 1];
   const isEmpty = turns.length === 0;
   const { answer, isCurrent } = judge.answerShown();
-  const unknown = judge.keys().slice(0, shown).filter((key) => !state.answers.has(key)).length;
+  const unknown = judge
+    .keys()
+    .slice(0, shown)
+    .filter((key) => !state.answers.has(key)).length;
   return (
     <section class="timeline" aria-label="Turns">
       <label class="timeline-head">
@@ -44,7 +47,8 @@ export function Timeline({ judge }: { judge: Judge }) {
         </span>
         {answer && isCurrent && (
           <span class="timeline-work">
-            {count(answer.result.usage.computed_tokens)} of {count(answer.result.usage.prompt_tokens)} tokens computed, {milliseconds(answer.wallMs)}
+            {count(answer.result.usage.computed_tokens)} of {count(answer.result.usage.prompt_tokens)} tokens computed,{" "}
+            {milliseconds(answer.wallMs)}
           </span>
         )}
         {!isEmpty && state.asking === null && unknown > 0 && (

@@ -61,7 +61,7 @@ export function Traffic() {
   };
   useEffect(() => {
     void read();
-    const timer = window.setInterval(() => void read(), EVERY_MS);
+    const timer = window.setInterval(() => document.hidden || void read(), EVERY_MS);
     return () => window.clearInterval(timer);
   }, []);
 
@@ -71,20 +71,55 @@ export function Traffic() {
     <main class="page" id="content">
       <Notice error={error} onRetry={() => void read()} />
       <div class="charts">
-        <Chart title="Requests a second" values={points.map((one) => one.requests)} shown={last ? last.requests.toFixed(1) : "–"} />
-        <Chart title="Verdicts a second" values={points.map((one) => one.verdicts)} shown={last ? last.verdicts.toFixed(1) : "–"} />
-        <Chart title="Request time, median" values={points.map((one) => one.p50)} shown={last?.p50 == null ? "–" : milliseconds(last.p50 * 1000)} />
-        <Chart title="Request time, 99th percentile" values={points.map((one) => one.p99)} shown={last?.p99 == null ? "–" : milliseconds(last.p99 * 1000)} />
-        <Chart title="Evaluations that wait" values={points.map((one) => one.waiting)} shown={last ? count(last.waiting) : "–"} />
-        <Chart title="Busy computing" values={points.map((one) => one.busy)} most={1} shown={last ? percent(last.busy) : "–"} />
-        <Chart title="Tokens computed a second" values={points.map((one) => one.tokens)} shown={last ? count(last.tokens) : "–"} />
-        <Chart title="Tokens shared a second" values={points.map((one) => one.cached)} shown={last ? count(last.cached) : "–"} />
+        <Chart
+          title="Requests a second"
+          values={points.map((one) => one.requests)}
+          shown={last ? last.requests.toFixed(1) : "–"}
+        />
+        <Chart
+          title="Verdicts a second"
+          values={points.map((one) => one.verdicts)}
+          shown={last ? last.verdicts.toFixed(1) : "–"}
+        />
+        <Chart
+          title="Request time, median"
+          values={points.map((one) => one.p50)}
+          shown={last?.p50 == null ? "–" : milliseconds(last.p50 * 1000)}
+        />
+        <Chart
+          title="Request time, 99th percentile"
+          values={points.map((one) => one.p99)}
+          shown={last?.p99 == null ? "–" : milliseconds(last.p99 * 1000)}
+        />
+        <Chart
+          title="Evaluations that wait"
+          values={points.map((one) => one.waiting)}
+          shown={last ? count(last.waiting) : "–"}
+        />
+        <Chart
+          title="Busy computing"
+          values={points.map((one) => one.busy)}
+          most={1}
+          shown={last ? percent(last.busy) : "–"}
+        />
+        <Chart
+          title="Tokens computed a second"
+          values={points.map((one) => one.tokens)}
+          shown={last ? count(last.tokens) : "–"}
+        />
+        <Chart
+          title="Tokens shared a second"
+          values={points.map((one) => one.cached)}
+          shown={last ? count(last.cached) : "–"}
+        />
       </div>
       {now && (
         <p class="hint">
-          {count(sum(now, "loraplex_adapters_on_device"))} adapters on the device ({megabytes(sum(now, "loraplex_adapter_device_bytes"))}), {megabytes(sum(now, "loraplex_adapter_host_bytes"))} in host
-          memory; {count(sum(now, "loraplex_kv_blocks_free"))} of {count(sum(now, "loraplex_kv_blocks"))} K/V blocks free; {count(sum(now, "loraplex_request_failures_total"))} requests answered with an
-          error since the start.
+          {count(sum(now, "loraplex_adapters_on_device"))} adapters on the device (
+          {megabytes(sum(now, "loraplex_adapter_device_bytes"))}), {megabytes(sum(now, "loraplex_adapter_host_bytes"))}{" "}
+          in host memory; {count(sum(now, "loraplex_kv_blocks_free"))} of {count(sum(now, "loraplex_kv_blocks"))} K/V
+          blocks free; {count(sum(now, "loraplex_request_failures_total"))} requests answered with an error since the
+          start.
         </p>
       )}
       <section class="panel shares" aria-labelledby="shares-title">
@@ -106,7 +141,11 @@ export function Traffic() {
                 <li key={`${one.classifier} ${one.adapter}`} class="row share-row">
                   <span class="row-name">
                     <b>{one.classifier}</b>
-                    <small>{one.adapter && one.adapter !== one.classifier ? `by ${one.adapter}` : `${count(one.total)} answers`}</small>
+                    <small>
+                      {one.adapter && one.adapter !== one.classifier
+                        ? `by ${one.adapter}`
+                        : `${count(one.total)} answers`}
+                    </small>
                   </span>
                   <span class="share-words">
                     {one.labels
@@ -114,7 +153,10 @@ export function Traffic() {
                       .map(([label, number]) => `${label} ${percent(number / Math.max(labelled, 1))}`)
                       .join(", ")}
                     {isLow && (
-                      <small class="is-bad" title="In these answers all labels together were improbable: the text or the prompt is not what the adapter was trained for.">
+                      <small
+                        class="is-bad"
+                        title="In these answers all labels together were improbable: the text or the prompt is not what the adapter was trained for."
+                      >
                         label mass low in {percent(one.lowMass / one.total)}
                       </small>
                     )}
@@ -127,7 +169,10 @@ export function Traffic() {
                         <div
                           key={label}
                           class={`bar-part label-${colour % 6} is-answer`}
-                          style={{ left: `${(start / Math.max(labelled, 1)) * 100}%`, width: `${(number / Math.max(labelled, 1)) * 100}%` }}
+                          style={{
+                            left: `${(start / Math.max(labelled, 1)) * 100}%`,
+                            width: `${(number / Math.max(labelled, 1)) * 100}%`,
+                          }}
                         />
                       );
                     })}
@@ -142,7 +187,17 @@ export function Traffic() {
   );
 }
 
-function Chart({ title, values, shown, most }: { title: string; values: (number | null)[]; shown: string; most?: number }) {
+function Chart({
+  title,
+  values,
+  shown,
+  most,
+}: {
+  title: string;
+  values: (number | null)[];
+  shown: string;
+  most?: number;
+}) {
   const known = values.map((one) => one ?? 0);
   const top = most ?? Math.max(...known, 1e-9);
   const start = MOST_POINTS - known.length;
@@ -151,7 +206,12 @@ function Chart({ title, values, shown, most }: { title: string; values: (number 
     <figure class="panel chart">
       <figcaption>{title}</figcaption>
       <b>{shown}</b>
-      <svg viewBox={`0 0 ${MOST_POINTS - 1} 40`} preserveAspectRatio="none" role="img" aria-label={`${title}: ${shown} now`}>
+      <svg
+        viewBox={`0 0 ${MOST_POINTS - 1} 40`}
+        preserveAspectRatio="none"
+        role="img"
+        aria-label={`${title}: ${shown} now`}
+      >
         {points.length > 1 && (
           <>
             <polygon class="chart-area" points={`${start},40 ${points.join(" ")} ${MOST_POINTS - 1},40`} />

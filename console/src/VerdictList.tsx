@@ -23,7 +23,11 @@ export function VerdictList({ judge, selected, onSelect }: Props) {
   const hasShortLabels = state.cards.every((one) => one.labels?.every((label) => label.length <= 4));
   const hasQuestions = state.cards.some((one) => one.question) || Object.keys(state.questions).length > 0;
   return (
-    <section class={`panel verdicts ${hasQuestions ? "" : "is-plain"} ${hasShortLabels ? "has-short-labels" : ""}`} aria-labelledby="verdicts-title" aria-busy={state.asking !== null}>
+    <section
+      class={`panel verdicts ${hasQuestions ? "" : "is-plain"} ${hasShortLabels ? "has-short-labels" : ""}`}
+      aria-labelledby="verdicts-title"
+      aria-busy={state.asking !== null}
+    >
       <header class="panel-head">
         <h2 id="verdicts-title">
           Answers <span class="count">{names.length}</span>
@@ -66,7 +70,11 @@ export function VerdictList({ judge, selected, onSelect }: Props) {
         <span class="is-extra">Version</span>
       </div>
       {names.length === 0 ? (
-        <p class="empty">{state.cards.length ? "No classifier has this in its name or question." : "This server has no classifiers yet. Load one under Adapters."}</p>
+        <p class="empty">
+          {state.cards.length
+            ? "No classifier has this in its name or question."
+            : "This server has no classifiers yet. Load one under Adapters."}
+        </p>
       ) : (
         <Rows
           items={names}
@@ -79,8 +87,17 @@ export function VerdictList({ judge, selected, onSelect }: Props) {
             const warned = verdict?.warnings?.length || verdict?.error;
             const corrected = verdict?.id ? state.corrected[verdict.id] : undefined;
             return (
-              <li key={name} class={`row ${selected === name ? "is-selected" : ""} ${verdict && !isCurrent ? "is-old" : ""}`} data-classifier={name}>
-                <button type="button" class="row-button" aria-pressed={selected === name} onClick={() => onSelect(name)}>
+              <li
+                key={name}
+                class={`row ${selected === name ? "is-selected" : ""} ${verdict && !isCurrent ? "is-old" : ""}`}
+                data-classifier={name}
+              >
+                <button
+                  type="button"
+                  class="row-button"
+                  aria-pressed={selected === name}
+                  onClick={() => onSelect(name)}
+                >
                   <span class="row-name">
                     <b>{name}</b>
                     {(question || card?.is_route) && <small title={question}>{question || "a route"}</small>}
@@ -100,20 +117,46 @@ export function VerdictList({ judge, selected, onSelect }: Props) {
                         not asked
                       </span>
                     ) : (
-                      <span class={`label ${verdict.abstained ? "is-unsure" : ""}`} title={verdict.abstained ? "too unsure to count" : undefined}>
+                      <span
+                        class={`label ${verdict.abstained ? "is-unsure" : ""}`}
+                        title={verdict.abstained ? "too unsure to count" : undefined}
+                      >
                         {verdict.label}
                       </span>
                     )}
                     {verdict?.abstained && <span class="visually-hidden">too unsure to count</span>}
-                    <span class="probability">{verdict?.confidence === undefined ? "" : percent(verdict.confidence)}</span>
+                    <span class="probability">
+                      {verdict?.confidence === undefined ? "" : percent(verdict.confidence)}
+                    </span>
                     <span class="marks">
-                      {warned ? <i class="mark is-warning" role="img" aria-label="warning" title={verdict?.error?.message ?? verdict?.warnings?.join("\n")} /> : null}
-                      {corrected !== undefined ? <i class="mark is-corrected" role="img" aria-label="corrected" title={`right answer: ${corrected}`} /> : null}
+                      {warned ? (
+                        <i
+                          class="mark is-warning"
+                          role="img"
+                          aria-label="warning"
+                          title={verdict?.error?.message ?? verdict?.warnings?.join("\n")}
+                        />
+                      ) : null}
+                      {corrected !== undefined ? (
+                        <i
+                          class="mark is-corrected"
+                          role="img"
+                          aria-label="corrected"
+                          title={`right answer: ${corrected}`}
+                        />
+                      ) : null}
                     </span>
                   </span>
                   <Bar verdict={verdict} card={card} />
-                  <Flips history={window.answers.map((one) => one?.byName.get(name))} before={window.before} shown={shown} flip={flip} />
-                  <span class="is-extra number">{verdict?.label_mass === undefined ? "" : percent(verdict.label_mass)}</span>
+                  <Flips
+                    history={window.answers.map((one) => one?.byName.get(name))}
+                    before={window.before}
+                    shown={shown}
+                    flip={flip}
+                  />
+                  <span class="is-extra number">
+                    {verdict?.label_mass === undefined ? "" : percent(verdict.label_mass)}
+                  </span>
                   <code class="is-extra" title={verdict?.adapter?.version}>
                     {verdict?.adapter?.version.slice(0, 8)}
                   </code>

@@ -55,11 +55,15 @@ function Turns({ judge, name, verdict, moves, onMoves }: Props) {
     <section class="detail-part">
       <h3>Which turns move this answer?</h3>
       <p class="hint">
-        The conversation is judged again without each turn{turns.length > MOST_LEFT_OUT ? `, for the last ${MOST_LEFT_OUT}` : ""}. The difference is shown on its
-        bubble.
+        The conversation is judged again without each turn
+        {turns.length > MOST_LEFT_OUT ? `, for the last ${MOST_LEFT_OUT}` : ""}. The difference is shown on its bubble.
       </p>
       <div class="actions">
-        <button type="button" disabled={label === undefined || turns.length < 2 || progress !== ""} onClick={() => void start()}>
+        <button
+          type="button"
+          disabled={label === undefined || turns.length < 2 || progress !== ""}
+          onClick={() => void start()}
+        >
           {progress || "Find out"}
         </button>
         {moves && (
@@ -74,7 +78,12 @@ function Turns({ judge, name, verdict, moves, onMoves }: Props) {
         <ol class="movers" aria-label="The turns that move the answer most">
           {strongest.map(([turn, move]) => (
             <li key={turn}>
-              <button type="button" class="mover" onClick={() => judge.show(judge.shown())} title={turns[turn - 1]?.text}>
+              <button
+                type="button"
+                class="mover"
+                onClick={() => judge.show(judge.shown())}
+                title={turns[turn - 1]?.text}
+              >
                 <span class={`moved ${move >= 0 ? "is-for" : "is-against"}`}>
                   {Math.abs(move) < 0.0005 ? "0.0" : `${move >= 0 ? "+" : "−"}${Math.abs(move * 100).toFixed(1)}`}
                 </span>
@@ -88,7 +97,8 @@ function Turns({ judge, name, verdict, moves, onMoves }: Props) {
       )}
       {moves && (
         <p class="hint">
-          In points of the probability of “{moves.label}”, which is {percent(moves.before)}. A turn with + speaks for it.
+          In points of the probability of “{moves.label}”, which is {percent(moves.before)}. A turn with + speaks for
+          it.
         </p>
       )}
     </section>
@@ -120,16 +130,29 @@ function Prompt({ judge, name, verdict }: Props) {
     const abort = new AbortController();
     const turns = judge.all().slice(0, shown);
     const load = async () => {
-      const body = { model: verdict.adapter?.name ?? name, messages: asMessages(turns), roles: rolesOf(turns), return_token_strs: true };
+      const body = {
+        model: verdict.adapter?.name ?? name,
+        messages: asMessages(turns),
+        roles: rolesOf(turns),
+        return_token_strs: true,
+      };
       const tokens = await ask<Tokens>("tokenize", { body, signal: abort.signal });
-      const { prompt } = await ask<{ prompt: string }>("detokenize", { body: { model: body.model, tokens: tokens.tokens }, signal: abort.signal });
+      const { prompt } = await ask<{ prompt: string }>("detokenize", {
+        body: { model: body.model, tokens: tokens.tokens },
+        signal: abort.signal,
+      });
       setFound({ tokens, text: prompt });
     };
     load().catch((failure) => abort.signal.aborted || setError(asApiError(failure)));
     return () => abort.abort();
   }, [key, name, verdict.adapter?.version]);
 
-  if (isText) return <p class="hint">The prompt is shown for conversations with speakers. A text without them stands in it as it is.</p>;
+  if (isText)
+    return (
+      <p class="hint">
+        The prompt is shown for conversations with speakers. A text without them stands in it as it is.
+      </p>
+    );
   if (isQuestion) return <p class="hint">The bare base answered this question; its prompt is not shown here.</p>;
   return (
     <section class="detail-part">
@@ -151,7 +174,9 @@ function Prompt({ judge, name, verdict }: Props) {
       {found && (
         <>
           <p class="hint">
-            {count(found.tokens.count)} tokens, as the model reads them{verdict.adapter ? ` for ${verdict.adapter.name}` : ""}; it takes {count(found.tokens.max_model_len)} at most.
+            {count(found.tokens.count)} tokens, as the model reads them
+            {verdict.adapter ? ` for ${verdict.adapter.name}` : ""}; it takes {count(found.tokens.max_model_len)} at
+            most.
             {found.tokens.count > MOST_TOKENS && asTokens ? ` The last ${MOST_TOKENS} are shown.` : ""}
           </p>
           {asTokens ? (

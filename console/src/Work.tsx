@@ -12,7 +12,11 @@ export function Work({ judge }: { judge: Judge }) {
       <header class="panel-head">
         <h2 id="work-title">What was computed</h2>
       </header>
-      {answer ? <Picture answer={answer} /> : <p class="empty">The first answers bring a picture of the work behind them.</p>}
+      {answer ? (
+        <Picture answer={answer} />
+      ) : (
+        <p class="empty">The first answers bring a picture of the work behind them.</p>
+      )}
       <Month computeMs={answer?.result.timings.compute_ms ?? null} />
     </section>
   );
@@ -28,18 +32,34 @@ function Picture({ answer }: { answer: NonNullable<ReturnType<Judge["answerAt"]>
   return (
     <>
       <p class="work-sentence">
-        {asked} {asked === 1 ? "classifier" : "classifiers"} read {count(usage.prompt_tokens)} tokens. The server computed <b>{count(usage.computed_tokens)}</b>
-        {saved > 0.005 ? `; the other ${percent(saved)} were shared between classifiers, or known from an earlier turn.` : "; nothing was shared."}
-        {usage.skipped_tokens ? ` About ${count(usage.skipped_tokens)} more were saved by classifiers that did not have to run.` : ""}
+        {asked} {asked === 1 ? "classifier" : "classifiers"} read {count(usage.prompt_tokens)} tokens. The server
+        computed <b>{count(usage.computed_tokens)}</b>
+        {saved > 0.005
+          ? `; the other ${percent(saved)} were shared between classifiers, or known from an earlier turn.`
+          : "; nothing was shared."}
+        {usage.skipped_tokens
+          ? ` About ${count(usage.skipped_tokens)} more were saved by classifiers that did not have to run.`
+          : ""}
       </p>
-      <div class="pass" role="img" aria-label={`${count(usage.prompt_tokens)} tokens asked, ${count(usage.computed_tokens)} computed`}>
+      <div
+        class="pass"
+        role="img"
+        aria-label={`${count(usage.prompt_tokens)} tokens asked, ${count(usage.computed_tokens)} computed`}
+      >
         <div class="pass-row">
           <span>one by one</span>
           <div class="pass-bar">
             {asked <= 64 ? (
               <svg viewBox="0 0 100 10" preserveAspectRatio="none">
                 {Array.from({ length: asked }, (_, index) => (
-                  <rect key={index} class="pass-asked" x={(index * 100) / asked} y={0} width={Math.max(100 / asked - gap, 0.2)} height={10} />
+                  <rect
+                    key={index}
+                    class="pass-asked"
+                    x={(index * 100) / asked}
+                    y={0}
+                    width={Math.max(100 / asked - gap, 0.2)}
+                    height={10}
+                  />
                 ))}
               </svg>
             ) : (
@@ -67,7 +87,13 @@ function Picture({ answer }: { answer: NonNullable<ReturnType<Judge["answerAt"]>
   );
 }
 
-function Time({ timings, wallMs }: { timings: { tokenize_ms: number; queue_ms: number; compute_ms: number; total_ms: number }; wallMs: number }) {
+function Time({
+  timings,
+  wallMs,
+}: {
+  timings: { tokenize_ms: number; queue_ms: number; compute_ms: number; total_ms: number };
+  wallMs: number;
+}) {
   const whole = Math.max(wallMs, timings.total_ms);
   const parts: [string, number, string][] = [
     ["tokenize", timings.tokenize_ms, "time-0"],
@@ -112,11 +138,23 @@ function Month({ computeMs }: { computeMs: number | null }) {
       <div class="month-form">
         <label>
           calls a day
-          <input type="number" min={1} step={1000} value={calls} onInput={(event) => setCalls(Math.max(0, event.currentTarget.valueAsNumber || 0))} />
+          <input
+            type="number"
+            min={1}
+            step={1000}
+            value={calls}
+            onInput={(event) => setCalls(Math.max(0, event.currentTarget.valueAsNumber || 0))}
+          />
         </label>
         <label>
           price of a machine-hour like this one
-          <input type="number" min={0} step={0.05} value={price} onInput={(event) => setPrice(Math.max(0, event.currentTarget.valueAsNumber || 0))} />
+          <input
+            type="number"
+            min={0}
+            step={0.05}
+            value={price}
+            onInput={(event) => setPrice(Math.max(0, event.currentTarget.valueAsNumber || 0))}
+          />
         </label>
       </div>
       <p>
@@ -124,7 +162,10 @@ function Month({ computeMs }: { computeMs: number | null }) {
           ? "Judge a conversation first: the estimate uses its time."
           : `This call computed for ${milliseconds(computeMs ?? 0)}. ${count(calls)} such calls a day are ${busyHours.toFixed(1)} machine-hours a month: ${money(busyHours * price)} while it computes, or ${money(machines * 720 * price)} for ${machines === 1 ? "one machine" : `${machines} machines`} that never ${machines === 1 ? "stops" : "stop"}, at most 70 % busy.`}
       </p>
-      <p class="hint">An estimate from one call, one after the other. `loraplex cost` and `loraplex plan` calculate with measured loads and the prices of instances.</p>
+      <p class="hint">
+        An estimate from one call, one after the other. `loraplex cost` and `loraplex plan` calculate with measured
+        loads and the prices of instances.
+      </p>
     </details>
   );
 }

@@ -173,7 +173,13 @@ async function answerOf(path: string, { method, body, signal }: Asked): Promise<
     });
   } catch (error) {
     if (signal?.aborted) throw error;
-    throw new ApiError(0, "unreachable", "The server does not answer.", "Is it still running? This page tries again.", 2);
+    throw new ApiError(
+      0,
+      "unreachable",
+      "The server does not answer.",
+      "Is it still running? This page tries again.",
+      2,
+    );
   }
   if (!response.ok) throw await errorOf(response);
   return response;

@@ -24,7 +24,8 @@ export function readCases(text: string, names: string[]): { cases: Case[]; unrea
       try {
         const value = JSON.parse(line) as Record<string, unknown>;
         const turns = turnsIn(value);
-        if (turns?.length) cases.push({ input: textIn(value) ?? inputOf(turns), turns, right: rightLabel(value, names) });
+        if (turns?.length)
+          cases.push({ input: textIn(value) ?? inputOf(turns), turns, right: rightLabel(value, names) });
         else unread++;
       } catch {
         unread++;
@@ -59,10 +60,20 @@ function written(label: unknown): string {
   return label === true ? "yes" : label === false ? "no" : String(label);
 }
 
-export async function askBoth(cases: Case[], first: string, second: string, signal: AbortSignal, onPart: (done: number) => void): Promise<void> {
+export async function askBoth(
+  cases: Case[],
+  first: string,
+  second: string,
+  signal: AbortSignal,
+  onPart: (done: number) => void,
+): Promise<void> {
   for (let start = 0; start < cases.length; start += AT_ONCE) {
     const part = cases.slice(start, start + AT_ONCE);
-    const body: Record<string, unknown> = { inputs: part.map((one) => one.input), classifiers: [first, second], cascade: false };
+    const body: Record<string, unknown> = {
+      inputs: part.map((one) => one.input),
+      classifiers: [first, second],
+      cascade: false,
+    };
     const roles = rolesOf(part.flatMap((one) => (typeof one.input === "string" ? [] : one.turns)));
     if (roles) body.roles = roles;
     const { results } = await ask<BatchResult>("v1/classify", { body, signal });
@@ -90,7 +101,10 @@ export function counted(cases: Case[]): Counted {
     judged: judged.length,
     agreed: judged.filter((one) => one.first?.label === one.second?.label).length,
     known: known.length,
-    right: [known.filter((one) => one.first?.label === one.right).length, known.filter((one) => one.second?.label === one.right).length],
+    right: [
+      known.filter((one) => one.first?.label === one.right).length,
+      known.filter((one) => one.second?.label === one.right).length,
+    ],
   };
 }
 

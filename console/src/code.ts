@@ -18,7 +18,11 @@ export function codeOf(language: Language, { body, name, question, labels, hasKe
   const root = urlOf("").replace(/\/$/, "");
   const json = JSON.stringify(asked, null, 2);
   const isChoice = labels.length > 2;
-  const typed: Record<string, unknown> = { type: isChoice ? "choice" : "predicate", name, instructions: question || name };
+  const typed: Record<string, unknown> = {
+    type: isChoice ? "choice" : "predicate",
+    name,
+    instructions: question || name,
+  };
   if (isChoice) typed.choices = labels.map((value) => ({ value }));
   switch (language) {
     case "curl":
@@ -88,7 +92,9 @@ function python(value: unknown, indent = 0): string {
     return `[\n${value.map((one) => `${pad}    ${python(one)},`).join("\n")}\n${pad}]`;
   }
   if (value && typeof value === "object" && !Array.isArray(value)) {
-    return `{${Object.entries(value).map(([key, one]) => `${JSON.stringify(key)}: ${python(one)}`).join(", ")}}`;
+    return `{${Object.entries(value)
+      .map(([key, one]) => `${JSON.stringify(key)}: ${python(one)}`)
+      .join(", ")}}`;
   }
   return value === null ? "None" : value === true ? "True" : value === false ? "False" : JSON.stringify(value);
 }

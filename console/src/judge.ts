@@ -122,7 +122,9 @@ export class Judge extends Store<Judged> {
   visibleNames(): string[] {
     const wanted = this.state.filter.trim().toLowerCase();
     if (!wanted) return this.state.names;
-    return this.state.names.filter((name) => `${name} ${this.card(name)?.question ?? ""}`.toLowerCase().includes(wanted));
+    return this.state.names.filter((name) =>
+      `${name} ${this.card(name)?.question ?? ""}`.toLowerCase().includes(wanted),
+    );
   }
 
   // ------------------------------------------------------------------------------------ what changes it
@@ -132,7 +134,9 @@ export class Judge extends Store<Judged> {
     const names = [...cards.map((one) => one.name), ...Object.keys(this.state.questions)];
     const isSame = names.length === known.size && names.every((one) => known.has(one));
     const versions = new Map(this.state.cards.map((one) => [one.name, one.version]));
-    const isReplaced = cards.some((one) => versions.get(one.name) && one.version && versions.get(one.name) !== one.version);
+    const isReplaced = cards.some(
+      (one) => versions.get(one.name) && one.version && versions.get(one.name) !== one.version,
+    );
     this.set({ cards, names: isSame ? this.state.names : names });
     if (isReplaced || (!isSame && known.size)) this.forget(); // what other versions answered says nothing any more
   }
@@ -157,7 +161,11 @@ export class Judge extends Store<Judged> {
     const { turns, draft } = this.state;
     if (!draft || !draft.text.trim()) return;
     const other = draft.speaker === "Agent" ? "Customer" : "Agent";
-    this.set({ turns: [...turns, { ...draft, text: draft.text.trim() }], draft: { speaker: other, text: "" }, position: 0 });
+    this.set({
+      turns: [...turns, { ...draft, text: draft.text.trim() }],
+      draft: { speaker: other, text: "" },
+      position: 0,
+    });
     this.soon(0);
   }
 
@@ -208,7 +216,11 @@ export class Judge extends Store<Judged> {
   /** The body of a request for the first `position` turns. */
   body(position: number): Record<string, unknown> {
     const turns = this.all().slice(0, position);
-    const body: Record<string, unknown> = { input: inputOf(turns), classifiers: "*", conversation_id: this.conversationId };
+    const body: Record<string, unknown> = {
+      input: inputOf(turns),
+      classifiers: "*",
+      conversation_id: this.conversationId,
+    };
     const roles = rolesOf(turns);
     if (roles) body.roles = roles;
     if (Object.keys(this.state.questions).length) body.questions = this.state.questions;
@@ -227,7 +239,8 @@ export class Judge extends Store<Judged> {
     window.clearTimeout(this.timer);
     const [wanted] = this.wanted();
     if (this.state.asking !== null) {
-      if (wanted && wanted.key !== this.state.asking && (wanted.isShown || !this.keys().includes(this.state.asking))) this.abort?.abort();
+      if (wanted && wanted.key !== this.state.asking && (wanted.isShown || !this.keys().includes(this.state.asking)))
+        this.abort?.abort();
       else return;
     }
     if (wanted) void this.request(wanted.position, wanted.key);
@@ -251,7 +264,11 @@ export class Judge extends Store<Judged> {
     const started = performance.now();
     try {
       const result = await ask<ClassifyResult>("v1/classify", { body: this.body(position), signal: abort.signal });
-      this.keep(key, { result, byName: new Map(result.verdicts.map((one) => [one.classifier, one])), wallMs: performance.now() - started });
+      this.keep(key, {
+        result,
+        byName: new Map(result.verdicts.map((one) => [one.classifier, one])),
+        wallMs: performance.now() - started,
+      });
       this.set({ error: null, retryAt: null });
     } catch (error) {
       if (!abort.signal.aborted) return this.fail(asApiError(error));

@@ -13,7 +13,9 @@ export async function keptExamples(classifiers: string[]): Promise<Example[]> {
   const found: Example[] = [];
   let after: string | null = null;
   do {
-    const page: { examples: Example[]; after: string | null } = await ask("v1/examples", { body: { classifiers, ...(after ? { after } : {}) } });
+    const page: { examples: Example[]; after: string | null } = await ask("v1/examples", {
+      body: { classifiers, ...(after ? { after } : {}) },
+    });
     found.push(...page.examples);
     after = page.after;
   } while (after);

@@ -25,7 +25,9 @@ const session = new Session((cards) => judge.setCards(cards));
 
 function Page() {
   const { phase, error, retryAt, hasKey, theme, numFailed } = useStore(session);
-  const [view, setView] = useState<View>(() => VIEWS.find((one) => `#${one.toLowerCase()}` === location.hash) ?? "Judge");
+  const [view, setView] = useState<View>(
+    () => VIEWS.find((one) => `#${one.toLowerCase()}` === location.hash) ?? "Judge",
+  );
   useEffect(() => {
     const follow = () => setView(VIEWS.find((one) => `#${one.toLowerCase()}` === location.hash) ?? "Judge");
     window.addEventListener("hashchange", follow);
@@ -57,7 +59,17 @@ function Page() {
         <div class="head-end">
           <span class={`status is-${phase}`}>
             <i aria-hidden="true" />
-            <span>{phase === "ready" ? (numFailed ? `ready, ${numFailed === 1 ? "1 adapter" : `${numFailed} adapters`} failed` : "ready") : phase === "locked" ? "locked" : phase === "starting" ? "connecting" : "waiting"}</span>
+            <span>
+              {phase === "ready"
+                ? numFailed
+                  ? `ready, ${numFailed === 1 ? "1 adapter" : `${numFailed} adapters`} failed`
+                  : "ready"
+                : phase === "locked"
+                  ? "locked"
+                  : phase === "starting"
+                    ? "connecting"
+                    : "waiting"}
+            </span>
           </span>
           {hasKey && phase !== "locked" && (
             <button type="button" class="quiet" onClick={() => session.forgetKey()}>
@@ -154,10 +166,16 @@ function JudgeView() {
           <Timeline judge={judge} />
         </div>
         <Notice error={state.error} retryAt={state.retryAt} onRetry={() => judge.now()} />
-        <VerdictList judge={judge} selected={selected} onSelect={(name) => setSelected(name === selected ? null : name)} />
+        <VerdictList
+          judge={judge}
+          selected={selected}
+          onSelect={(name) => setSelected(name === selected ? null : name)}
+        />
         <Work judge={judge} />
       </div>
-      {selected && <Details key={selected} judge={judge} name={selected} moves={moves} onMoves={setMoves} onClose={close} />}
+      {selected && (
+        <Details key={selected} judge={judge} name={selected} moves={moves} onMoves={setMoves} onClose={close} />
+      )}
     </main>
   );
 }

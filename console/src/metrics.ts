@@ -16,7 +16,8 @@ export function readMetrics(text: string): Reading {
     const found = LINE.exec(line);
     if (!found) continue;
     const labels: Record<string, string> = {};
-    for (const [, name, value] of (found[2] ?? "").matchAll(LABEL)) labels[name] = value.replace(/\\(.)/g, (_, one) => (one === "n" ? "\n" : one));
+    for (const [, name, value] of (found[2] ?? "").matchAll(LABEL))
+      labels[name] = value.replace(/\\(.)/g, (_, one) => (one === "n" ? "\n" : one));
     const samples = reading.get(found[1]) ?? [];
     samples.push({ labels, value: Number(found[3]) });
     reading.set(found[1], samples);
@@ -26,16 +27,30 @@ export function readMetrics(text: string): Reading {
 
 export function sum(reading: Reading, name: string, where: Record<string, string> = {}): number {
   const wanted = Object.entries(where);
-  return (reading.get(name) ?? []).filter((one) => wanted.every(([key, value]) => one.labels[key] === value)).reduce((total, one) => total + one.value, 0);
+  return (reading.get(name) ?? [])
+    .filter((one) => wanted.every(([key, value]) => one.labels[key] === value))
+    .reduce((total, one) => total + one.value, 0);
 }
 
 /** The increase of a counter between two readings, per second. */
-export function rate(before: Reading, now: Reading, seconds: number, name: string, where: Record<string, string> = {}): number {
+export function rate(
+  before: Reading,
+  now: Reading,
+  seconds: number,
+  name: string,
+  where: Record<string, string> = {},
+): number {
   return Math.max(0, (sum(now, name, where) - sum(before, name, where)) / Math.max(seconds, 0.001));
 }
 
 /** A percentile of a histogram between two readings, in the histogram's unit; null where nothing happened. */
-export function percentile(before: Reading, now: Reading, name: string, where: Record<string, string>, part: number): number | null {
+export function percentile(
+  before: Reading,
+  now: Reading,
+  name: string,
+  where: Record<string, string>,
+  part: number,
+): number | null {
   const buckets = (now.get(`${name}_bucket`) ?? [])
     .filter((one) => Object.entries(where).every(([key, value]) => one.labels[key] === value))
     .map((one) => ({
@@ -88,5 +103,7 @@ export function shares(reading: Reading): Share[] {
   for (const { labels, value } of reading.get("loraplex_warnings_total") ?? []) {
     if (labels.code === "low_label_mass" && value) of(labels).lowMass += value;
   }
-  return [...found.values()].filter((one) => one.total || one.errors).sort((a, b) => b.total - a.total || a.classifier.localeCompare(b.classifier));
+  return [...found.values()]
+    .filter((one) => one.total || one.errors)
+    .sort((a, b) => b.total - a.total || a.classifier.localeCompare(b.classifier));
 }

@@ -60,7 +60,13 @@ export class Session extends Store<State> {
         this.set({ phase: "waiting", error, retryAt: Date.now() + waitMs });
       }
     }
-    if (this.state.phase !== "locked") this.timer = window.setTimeout(() => void this.refresh(), waitMs);
+    if (this.state.phase !== "locked") this.timer = window.setTimeout(() => this.refreshIfSeen(), waitMs);
+  }
+
+  /** A tab in the background asks nothing until somebody looks at it again. */
+  private refreshIfSeen(): void {
+    if (!document.hidden) void this.refresh();
+    else document.addEventListener("visibilitychange", () => void this.refresh(), { once: true });
   }
 
   lock(): void {

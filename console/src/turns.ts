@@ -62,7 +62,11 @@ function turnOf(value: unknown): Turn | null {
   const content = message.content ?? message.text ?? message.value ?? message.utterance;
   if (typeof speaker !== "string") return null;
   const text = Array.isArray(content)
-    ? content.map((part) => (part && typeof part === "object" ? String((part as { text?: string }).text ?? "") : String(part))).join("\n")
+    ? content
+        .map((part) =>
+          part && typeof part === "object" ? String((part as { text?: string }).text ?? "") : String(part),
+        )
+        .join("\n")
     : String(content ?? "");
   return { speaker: speakerOf(speaker), text };
 }

@@ -2,7 +2,13 @@
 import type { Card, Verdict } from "./api";
 
 export const percent = (share: number): string =>
-  share === 0 || share === 1 ? `${share * 100} %` : share > 0.9995 ? ">99.9 %" : share < 0.0005 ? "<0.1 %" : `${(share * 100).toFixed(share > 0.995 || share < 0.005 ? 1 : 0)} %`;
+  share === 0 || share === 1
+    ? `${share * 100} %`
+    : share > 0.9995
+      ? ">99.9 %"
+      : share < 0.0005
+        ? "<0.1 %"
+        : `${(share * 100).toFixed(share > 0.995 || share < 0.005 ? 1 : 0)} %`;
 
 export const count = (number: number): string => Math.round(number).toLocaleString("en-US");
 
@@ -47,7 +53,12 @@ export function flipTurn(history: (Verdict | undefined)[], position: number): nu
 }
 
 /** Larger where a person should look first: errors, warnings, abstentions, recent changes, near calls. */
-export function interest(verdict: Verdict | undefined, card: Card | undefined, flip: number | null, position: number): number {
+export function interest(
+  verdict: Verdict | undefined,
+  card: Card | undefined,
+  flip: number | null,
+  position: number,
+): number {
   if (!verdict) return -1;
   if (verdict.error) return 100;
   if (verdict.skipped_by) return 0;
@@ -56,7 +67,9 @@ export function interest(verdict: Verdict | undefined, card: Card | undefined, f
   if (verdict.abstained) points += 20;
   if (flip !== null) points += Math.max(0, 14 - 2 * (position - flip));
   if (labelIndex(verdict) === 0) points += 5;
-  const distance = isBinary(verdict) ? Math.abs(shownScore(verdict) - threshold(card)) : (verdict.confidence ?? 1) - 0.5;
+  const distance = isBinary(verdict)
+    ? Math.abs(shownScore(verdict) - threshold(card))
+    : (verdict.confidence ?? 1) - 0.5;
   return points + Math.max(0, 1 - 2 * distance) * 8;
 }
 
@@ -64,7 +77,10 @@ export function spoken(verdict: Verdict, card: Card | undefined): string {
   if (verdict.error) return `failed: ${verdict.error.message}`;
   if (verdict.skipped_by) return `not asked, because of ${verdict.skipped_by}`;
   const sure = percent(verdict.confidence ?? 0);
-  const first = verdict.scores && isBinary(verdict) ? `, “${Object.keys(verdict.scores)[0]}” is answered from ${percent(threshold(card))} on` : "";
+  const first =
+    verdict.scores && isBinary(verdict)
+      ? `, “${Object.keys(verdict.scores)[0]}” is answered from ${percent(threshold(card))} on`
+      : "";
   return `${verdict.label}, ${sure} sure${verdict.abstained ? ", too unsure to count" : ""}${first}`;
 }
 
