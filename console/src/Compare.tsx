@@ -5,6 +5,7 @@ import { asText } from "./turns";
 import { askBoth, counted, ranked, readCases, type Case } from "./cases";
 import { keptExamples } from "./kept";
 import { Notice } from "./Notice";
+import { PRIVATE } from "./private";
 import { RoutePanel } from "./RoutePanel";
 import { Rows } from "./Rows";
 import { count, interval, percent } from "./verdicts";
@@ -127,7 +128,7 @@ export function Compare({ cards, onChange }: { cards: Card[]; onChange: () => vo
           </span>
           <textarea
             rows={6}
-            spellcheck={false}
+            {...PRIVATE}
             aria-label="Conversations to compare on"
             value={text}
             onInput={(event) => setText(event.currentTarget.value)}

@@ -4,6 +4,7 @@ import { asText, readConversation, SPEAKERS, type Turn } from "./turns";
 import { EXAMPLES } from "./examples";
 import type { Judge } from "./judge";
 import { memo } from "./memo";
+import { PRIVATE } from "./private";
 import { useStore } from "./store";
 
 const MOST_SHOWN = 150; // turns at once
@@ -120,7 +121,7 @@ export function Conversation({ judge, shades, keepsInputs }: Props) {
           </span>
           <textarea
             autofocus
-            spellcheck={false}
+            {...PRIVATE}
             value={text}
             aria-label="The conversation as text"
             onInput={(event) => {
@@ -242,6 +243,7 @@ function Composer({ judge }: { judge: Judge }) {
       </select>
       <textarea
         rows={2}
+        {...PRIVATE}
         placeholder="Type the next turn. Answers follow as you type."
         aria-label="The next turn"
         value={draft.text}

@@ -1,6 +1,7 @@
 // Questions that no adapter was trained for, asked in words beside the classifiers.
 import { useState } from "preact/hooks";
 import type { Judge } from "./judge";
+import { PRIVATE } from "./private";
 import { useStore } from "./store";
 
 export function Questions({ judge, isOffered }: { judge: Judge; isOffered: boolean }) {
@@ -43,6 +44,7 @@ export function Questions({ judge, isOffered }: { judge: Judge; isOffered: boole
           }}
         >
           <input
+            {...PRIVATE}
             aria-label="Your question"
             placeholder="Is the customer polite?"
             value={words}

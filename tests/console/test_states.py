@@ -106,6 +106,18 @@ def test_text_of_a_conversation_is_text_and_never_markup(admin: Any) -> None:
     assert admin.locator(".bubble img").count() == 0
 
 
+def test_no_field_for_texts_lets_the_browser_send_or_keep_them(judged: Any) -> None:
+    """A spelling service gets the text of a field, and a browser's memory of forms keeps it."""
+    judged.get_by_text("Ask in your own words").click()
+    for label in ("The next turn", "Your question", "The conversation as text", "Conversations to compare on"):
+        if label == "The conversation as text":
+            judged.get_by_role("button", name="Text", exact=True).click()
+        elif label == "Conversations to compare on":
+            judged.get_by_role("link", name="Compare").click()
+        field = judged.get_by_label(label)
+        assert (field.get_attribute("spellcheck"), field.get_attribute("autocomplete")) == ("false", "off"), label
+
+
 def test_the_policy_lets_no_inline_script_run(admin: Any, expected: list[str]) -> None:
     expected.append("Content Security Policy")
     admin.evaluate("""() => { const made = document.createElement("script"); made.textContent = "window.ran = true";
