@@ -84,7 +84,7 @@ function Turns({ judge, name, verdict, moves, onMoves }: Props) {
                 onClick={() => judge.show(judge.shown())}
                 title={turns[turn - 1]?.text}
               >
-                <span class={`moved ${move >= 0 ? "is-for" : "is-against"}`}>
+                <span class={`moved ${Math.abs(move) < 0.0005 ? "" : move >= 0 ? "is-for" : "is-against"}`}>
                   {Math.abs(move) < 0.0005 ? "0.0" : `${move >= 0 ? "+" : "−"}${Math.abs(move * 100).toFixed(1)}`}
                 </span>
                 <span class="mover-text">
