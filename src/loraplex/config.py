@@ -153,6 +153,7 @@ class ServerConfig(NumbersAreNoBooleans):
     public: tuple[Annotated[Literal["metrics", "docs"], EitherCase], ...] = Field(
         (), description="endpoints that need no API key: metrics, docs"
     )
+    no_console: bool = Field(False, description="leave out the console, the page for people at / and /console")
     key_concurrency: int | None = Field(
         None, ge=1, le=MOST, description="maximum requests in flight for one API key; above it 429"
     )

@@ -289,11 +289,11 @@ def test_every_route_needs_a_key_but_those_that_are_listed(tiny_bundle: Path) ->
     assert {"PUT /v1/adapters/{name}", "POST /v1/load_lora_adapter", "GET /docs", "DELETE /adapters/{name}"} <= found
     assert found >= OPEN and found >= INFER, "a list names what is not there"
     statuses = ask_all(app, found, {})
-    assert {one for one, status in statuses.items() if status != 401} == OPEN
+    assert {one for one, status in statuses.items() if status != 401} == OPEN | PUBLIC["console"]
     statuses = ask_all(app, found, bearer(INFER_KEY))
-    assert {one for one, status in statuses.items() if status == 403} == found - OPEN - INFER - {
-        "GET /v1/models/{name:path}"
-    }
+    assert {one for one, status in statuses.items() if status == 403} == (
+        found - OPEN - INFER - PUBLIC["console"] - {"GET /v1/models/{name:path}"}
+    )
     assert 401 not in statuses.values()
     assert not {401, 403} & set(ask_all(app, found, bearer(ADMIN_KEY)).values())
 
@@ -302,7 +302,7 @@ def test_public_opens_what_it_names_and_nothing_else(tiny_bundle: Path) -> None:
     for public in (["docs"], ["metrics", "docs"]):
         app = app_with_keys(public=public)
         statuses = ask_all(app, operations(app), {})
-        expected = OPEN.union(*(PUBLIC[what] for what in public))
+        expected = OPEN.union(*(PUBLIC[what] for what in [*public, "console"]))
         assert {one for one, status in statuses.items() if status != 401} == expected
 
 

@@ -31,8 +31,8 @@ OURS = re.compile(r"loraplex [^|<>&;$`*]*")  # no shell is needed
 # These set up an environment, take long, or need vLLM or other projects. Other tests run them, in a small form where
 # they are long. No test runs what installs a service, or needs docker or a cluster: docs/deploy.md says what is tested.
 ELSEWHERE = re.compile(
-    r"^(make (dev|check|test|test-slow|chaos)|python examples/|loraplex bench |pip install |lm_eval|guidellm|sudo "
-    r"|python -m benchmarks.other_tools |(BUNDLE=\S+ )?docker |kubectl )|--backend vllm"
+    r"^(make (dev|check|console|test|test-slow|chaos)|python examples/|loraplex bench |pip install |lm_eval|guidellm"
+    r"|sudo |python -m benchmarks.other_tools |(BUNDLE=\S+ )?docker |kubectl )|--backend vllm"
 )
 
 

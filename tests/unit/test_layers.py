@@ -91,7 +91,7 @@ ONLY_IN = {
     "peft": {"executors/peft", "training/output"},
     "huggingface_hub": {"bundle", "adapters/hub"},
     "boto3": {"adapters/s3", "sagemaker"},
-    "prometheus_client": {"metrics"},
+    "prometheus_client": {"metrics", "measuring/readings"},
     "yaml": {"config", "evaluation/contract_file"},
     "sqlite3": {"database", "routing/route_store", "routing/verdict_log"},
 }

@@ -5,7 +5,21 @@ import inspect
 import typer
 
 import loraplex
-from loraplex.cli import adapters, bench, calibrate, classify, cost, eval, keys, plan, routes, sagemaker, serve, train
+from loraplex.cli import (
+    adapters,
+    bench,
+    calibrate,
+    classify,
+    cost,
+    eval,
+    keys,
+    plan,
+    routes,
+    sagemaker,
+    serve,
+    train,
+    watch,
+)
 
 app = typer.Typer(
     help="Serve many fine-tuned LoRA classifiers from one base model.",
@@ -21,6 +35,7 @@ app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("calibrate")(calibrate.calibrate)
+app.command("watch")(watch.watch)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(routes.app, name="routes")
 app.add_typer(keys.app, name="keys")

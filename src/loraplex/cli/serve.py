@@ -122,7 +122,8 @@ def serve(context: typer.Context, path: PathArgument, adapter: AdapterOption = N
         return await start_router(service, bundle.settings.routes, *stores, gates=bundle.settings.gates)
 
     def announce(router: Router) -> None:
-        _say(f"ready: {url} (docs: {url}/docs)" + ("" if as_json else ". Try:"), as_json)
+        console = "" if server_config.no_console else f"console: {url}/, "
+        _say(f"ready: {url} ({console}docs: {url}/docs)" + ("" if as_json else ". Try:"), as_json)
         path, body = example_request(router.service)
         key = ' -H "Authorization: Bearer $LORAPLEX_API_KEY"' if api_keys else ""
         with suppress(OSError):

@@ -12,6 +12,8 @@ from loraplex.metrics import Metrics
 from loraplex.server import (
     admin,
     classification,
+    classifiers,
+    console,
     decisions,
     openai,
     routes,
@@ -50,7 +52,8 @@ def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycl
     app.state.lifecycle = lifecycle
     app.state.config = config
     declared = list(app.routes)  # the documentation's
-    for part in (classification, decisions, systemone, routes, sagemaker, admin, traffic, openai, tokenize):
+    parts = [classification, classifiers, decisions, systemone, routes, sagemaker, admin, traffic, openai, tokenize]
+    for part in parts if config.no_console else [*parts, console]:
         app.include_router(part.router)
         declared += part.router.routes
     app.state.paths = paths = Paths(declared)
@@ -59,9 +62,10 @@ def create_app(config: ServerConfig, keys: Sequence[ApiKey], lifecycle: Lifecycl
     app.add_middleware(sagemaker.JsonByDefault)
     app.add_middleware(sagemaker.Sessions)
     app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes, body_timeout=config.body_timeout)
-    app.add_middleware(Gate, lifecycle=lifecycle)
+    app.add_middleware(Gate, lifecycle=lifecycle, always=() if config.no_console else console.PATHS)
     if keys:
-        app.add_middleware(Access, keys=keys, public=config.public, key_concurrency=config.key_concurrency, paths=paths)
+        public = config.public if config.no_console else {*config.public, "console"}
+        app.add_middleware(Access, keys=keys, public=public, key_concurrency=config.key_concurrency, paths=paths)
     app.add_middleware(AnswerErrors, log_inputs=config.log_inputs)
     if config.cors_origin:
         app.add_middleware(Cors, origins=config.cors_origin)

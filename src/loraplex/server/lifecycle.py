@@ -1,5 +1,6 @@
 """Whether the server accepts requests: none while it loads, no new ones while it drains."""
 
+from collections.abc import Collection
 from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -54,15 +55,17 @@ def _loading() -> NotReadyError:
 
 
 class Gate:
-    """Middleware: refuses everything except probes unless the server is ready, and counts the requests in flight."""
+    """Middleware: refuses everything except probes unless the server is ready, and counts the requests in flight.
 
-    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
-        self.app, self._lifecycle = app, lifecycle
+    always: further paths that are answered at any time."""
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, always: Collection[str] = ()) -> None:
+        self.app, self._lifecycle, self._always = app, lifecycle, PROBES.union(always)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if path_of(scope) in PROBES:
+        if path_of(scope) in self._always:
             return await self.app(scope, receive, send)
         self._lifecycle.check_ready()
         self._lifecycle.num_in_flight += 1

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraplex.errors import ForbiddenError, KeyBusyError, UnauthorizedError
-from loraplex.server import logs
+from loraplex.server import console, logs
 from loraplex.server.keys import ApiKey, find_key
 from loraplex.server.lifecycle import PROBES
 from loraplex.server.paths import Paths
@@ -19,6 +19,7 @@ OPEN = frozenset(f"GET {path}" for path in PROBES)
 PUBLIC = {
     "metrics": frozenset({"GET /metrics"}),
     "docs": frozenset({"GET /docs", "GET /docs/oauth2-redirect", "GET /redoc", "GET /openapi.json"}),
+    "console": console.OPERATIONS,  # the page and its files, which ask for a key themselves
 }
 INFER = frozenset(
     {
@@ -33,6 +34,7 @@ INFER = frozenset(
         "POST /v1/feedback",
         "GET /execution-parameters",
         "POST /invocations",  # also for /endpoints/{name}/invocations, which becomes this path
+        "GET /v1/classifiers",
         "GET /v1/models",
         *PUBLIC["metrics"],
         *PUBLIC["docs"],
