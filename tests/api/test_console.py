@@ -63,7 +63,7 @@ def test_no_console_leaves_the_paths_unknown() -> None:
     without = app(no_console=True)
     for path in console.FILES:
         assert ask(without, path).status_code == 401
-        assert ask(without, path, **{"X-API-Key": "infer-secret-0123456789"}).status_code == 403
+        assert ask(without, path, **{"X-API-Key": "infer-secret-0123456789"}).status_code == 404
 
 
 def test_below_a_proxys_prefix_the_page_finds_its_files() -> None:
