@@ -6,13 +6,16 @@
 The questions are a YAML file as for `benchmarks.questions`. Loraplex answers those that are named like a classifier of
 the bundle with its adapter, and the others, as the other servers answer all of them, with the bare base. All servers
 run at once and get the same request, each conversation in another order; a conversation is new to all of them. PYTHON
-has vLLM 0.32 or newer. FILE.gguf is the bundle's base as a decision model: see `benchmarks.decision_gguf`.
+has vLLM 0.32 or newer, which answers typed questions with few architectures: in place of another base it gets a Qwen3
+of the same sizes with random weights, whose answers mean nothing and whose time is the same but for two small norms a
+layer. FILE.gguf is the bundle's base as a decision model: see `benchmarks.decision_gguf`.
 """
 
 import argparse
 import os
 import random
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -25,6 +28,7 @@ import httpx
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig, Qwen3Config
 
 from benchmarks.questions import read_questions
 from benchmarks.servers import serving
@@ -37,6 +41,8 @@ from loraplex.types import Question
 
 PAUSE_S = 0.3  # after an answer some libraries' threads keep a processor busy for so long
 CONTEXT = 2048  # tokens of a prompt, at most
+# Of those that vLLM answers typed questions with, those that it has on a CPU.
+VLLM_ARCHITECTURES = {"Qwen3ForCausalLM", "Qwen3_5ForConditionalGeneration"}
 
 
 class System(NamedTuple):
@@ -62,10 +68,24 @@ def loraplex(bundle: Path) -> System:
     return System(lambda port: (*program, "--port", port), computed, cached, ready="/ready")
 
 
-def vllm(python: str, base: Path) -> System:
-    """Its tokens are those asked; it counts the computed ones as those less the hits of its prefix cache."""
-    options = ("--max-model-len", str(CONTEXT), "--dtype", "bfloat16")
-    program = ("env", "VLLM_CPU_KVCACHE_SPACE=2", python, "-m", "vllm.entrypoints.cli.main", "serve", str(base))
+def vllm(python: str, base: Path, folder: Path) -> System:
+    """It counts the tokens asked, and the hits of its prefix cache among them. folder: for a base of its own."""
+    options: tuple[str, ...] = ("--max-model-len", str(CONTEXT), "--dtype", "bfloat16")
+    config = AutoConfig.from_pretrained(base)
+    if not set(config.architectures) & VLLM_ARCHITECTURES:
+        same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        same += ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "eos_token_id", "bos_token_id")
+        head_dim = config.hidden_size // config.num_attention_heads
+        own = Qwen3Config(
+            architectures=["Qwen3ForCausalLM"], head_dim=head_dim, **{name: getattr(config, name) for name in same}
+        )
+        own.save_pretrained(folder)
+        for pattern in ("tokenizer*", "*.jinja", "special_tokens*"):
+            for file in base.glob(pattern):
+                shutil.copy(file, folder)
+        base, options = folder, (*options, "--load-format", "dummy")
+    server = (python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base))
+    program = ("env", "VLLM_CPU_KVCACHE_SPACE=2", *server)
     return System(
         lambda port: (*program, "--port", port, *options), "vllm:prompt_tokens_total", "vllm:prefix_cache_hits_total"
     )
@@ -170,14 +190,14 @@ def main() -> None:
     if (options.llamacpp is None) != (options.gguf is None):
         parser.error("give --llamacpp and --gguf together")
     questions = read_questions(options.questions)
-    systems = {"loraplex": loraplex(options.bundle)}
-    base = open_bundle(options.bundle).base
-    if options.vllm:
-        systems["vllm"] = vllm(os.path.abspath(options.vllm), Path(base))
-    if options.llamacpp:
-        systems["llamacpp"] = llamacpp(os.path.abspath(options.llamacpp), options.gguf.resolve())
     states = list(dict.fromkeys(str(row.input) for row in read_labelled(options.data)))[: options.conversations + 1]
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as running:
+        systems = {"loraplex": loraplex(options.bundle)}
+        base = open_bundle(options.bundle).base
+        if options.vllm:
+            systems["vllm"] = vllm(os.path.abspath(options.vllm), base, Path(temporary) / "base")
+        if options.llamacpp:
+            systems["llamacpp"] = llamacpp(os.path.abspath(options.llamacpp), options.gguf.resolve())
         logs = options.out or Path(temporary)
         servers = {}
         for name, system in systems.items():
