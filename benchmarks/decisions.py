@@ -41,6 +41,11 @@ from loraplex.types import Question
 
 PAUSE_S = 0.3  # after an answer some libraries' threads keep a processor busy for so long
 CONTEXT = 2048  # tokens of a prompt, at most
+# Of a base that stands in for another.
+SAME = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("vocab_size", "max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
+)
 # Of those that vLLM answers typed questions with, those that it has on a CPU.
 VLLM_ARCHITECTURES = {"Qwen3ForCausalLM", "Qwen3_5ForConditionalGeneration"}
 
@@ -73,11 +78,10 @@ def vllm(python: str, base: Path, folder: Path) -> System:
     options: tuple[str, ...] = ("--max-model-len", str(CONTEXT), "--dtype", "bfloat16")
     config = AutoConfig.from_pretrained(base)
     if not set(config.architectures) & VLLM_ARCHITECTURES:
-        same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        same += ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "eos_token_id", "bos_token_id")
-        head_dim = config.hidden_size // config.num_attention_heads
         own = Qwen3Config(
-            architectures=["Qwen3ForCausalLM"], head_dim=head_dim, **{name: getattr(config, name) for name in same}
+            architectures=["Qwen3ForCausalLM"],
+            head_dim=config.hidden_size // config.num_attention_heads,
+            **{name: getattr(config, name) for name in SAME},
         )
         own.save_pretrained(folder)
         for pattern in ("tokenizer*", "*.jinja", "special_tokens*"):
