@@ -33,6 +33,9 @@ SHOW = sed -un -e 's/^ *Downloading /  downloading /p' -e 's/^ *Using cached /  
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 IN_PARALLEL = -n $(WORKERS) --dist loadfile
 
+IN_VLLM = $(IN_PARALLEL) -p no:unraisableexception tests/contract/test_backends.py tests/contract/test_http.py \
+	tests/contract/test_vllm.py tests/contract/test_vllm_processes.py tests/e2e/test_article.py
+
 .PHONY: setup dev serve smollm test test-slow chaos-short test-clients test-vllm console test-console console-pictures chromium \
 	test-deploy check rehearse-image format lock lock-clients lock-console lock-vllm clean
 
@@ -72,8 +75,9 @@ build/smollm/model.safetensors: | setup
 test: dev
 	$(BIN)/pytest $(IN_PARALLEL) --durations 40 --durations-min 4 -m 'not slow and not chaos and not clients and not console and not deploy'
 
-test-slow: dev
+test-slow: dev .venv-vllm/.installed
 	$(BIN)/pytest $(IN_PARALLEL) -m slow
+	$(VLLM_BIN)/pytest $(IN_VLLM) -m slow
 
 chaos-short: dev
 	$(BIN)/pytest $(IN_PARALLEL) -m chaos tests/chaos
@@ -91,9 +95,7 @@ test-clients: dev .venv-clients/.installed
 
 # vLLM on the CPU, whose processes inherit no warnings filter and leave sockets to be collected.
 test-vllm: .venv-vllm/.installed
-	$(VLLM_BIN)/pytest $(IN_PARALLEL) --durations 40 --durations-min 4 -p no:unraisableexception tests/contract/test_backends.py \
-		tests/contract/test_http.py tests/contract/test_vllm.py tests/contract/test_vllm_processes.py \
-		tests/e2e/test_article.py
+	$(VLLM_BIN)/pytest $(IN_VLLM) --durations 20 --durations-min 4 -m 'not slow'
 
 .venv-vllm/.installed: requirements-vllm.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv-vllm

@@ -354,6 +354,7 @@ def test_the_command_line(folder: Path, server: serving.Server) -> None:
     assert nobody.returncode == 1 and "unreachable" in nobody.stderr
 
 
+@pytest.mark.slow
 def test_verify_compares_with_peft(folder: Path) -> None:
     for name in ("one", "two"):
         run = serving.loraplex("adapters", "verify", folder / "bundle" / name, "--text", "Customer: is it?", "--json")

@@ -189,6 +189,7 @@ def test_keys_that_ask_may_not_read(tiny_bundle: Path) -> None:
         assert http.get("/health").json()["keeps_inputs"] == "1h"
 
 
+@pytest.mark.slow
 def test_no_file_holds_a_text_when_its_time_is_over(tiny_bundle: Path, tmp_path: Path) -> None:
     """Neither without traffic, nor after kill -9, nor when a later start keeps none."""
     state = tmp_path / "state"

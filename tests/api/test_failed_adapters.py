@@ -143,6 +143,7 @@ def test_require_all_ends_the_start(place: Path, more: tuple[str, ...]) -> None:
     assert "contract_error" in run.stderr and "labels" in run.stderr and "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gone", "cut"])
 def test_require_all_holds_for_the_state_folder_too(tiny_bundle: Path, place: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(place / "state", tmp_path / "state")

@@ -231,6 +231,7 @@ def test_wrong_targets_are_wrong_usage(targets: list[str]) -> None:
     assert ran.exit_code == 2 and "TARGET" in ran.output
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_in_mid_run_and_comes_back(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "MOST_BACKOFF_S", 0.5)
     with (

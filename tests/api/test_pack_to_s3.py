@@ -129,6 +129,7 @@ def test_parts_carry_their_sha256(bundle: Path, client: Any, monkeypatch: pytest
     assert "x-amz-checksum-sha256" in sent["UploadPart"]
 
 
+@pytest.mark.slow
 def test_files_below_a_prefix_are_those_of_a_folder(bundle: Path, client: Any, tmp_path: Path) -> None:
     here = packed(bundle, str(tmp_path / "model"), uncompressed=True)
     there = packed(bundle, "s3://models/support/v1", uncompressed=True)

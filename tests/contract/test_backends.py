@@ -154,7 +154,9 @@ def test_plain_adapters_of_several_ranks_answer_as_native(ranked: Loraplex, rank
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] if tiny.HAS_VLLM else []) for name in FAMILIES]
+)
 def test_windows_soft_caps_and_positions_hold_beside_longer_texts(tmp_path: Path, family: str, backend: str) -> None:
     config = GPT2 if family == "gpt2" else tiny.FAMILIES[family]
     tiny.save_shared_bundle(tmp_path / "bundle", config, is_activated=not tiny.HAS_VLLM)

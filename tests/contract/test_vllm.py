@@ -185,6 +185,7 @@ QUANTIZED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM's int8 products need AMX in this form")
 def test_a_quantized_base(bundle: Path, tmp_path: Path) -> None:
     """Eight bits a weight and an activation, and adapters on it: nearly the verdicts of the base it was made of."""

@@ -46,6 +46,7 @@ def test_a_part_that_takes_too_long_costs_no_other_part_its_time() -> None:
     assert failing["state"] == "failed with status 1" and "ModuleNotFoundError" in failing["output"]
 
 
+@pytest.mark.slow
 def test_the_adapter_benchmark_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.adapters", "--shape", "tiny", "--adapters", "24", "--places", "8"]
     run = subprocess.run(
@@ -118,6 +119,7 @@ def test_random_adapters_change_the_layers_that_are_named(
     assert "has no w_proj, but down_proj" in said and "is there already" in said and not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_our_load_generator_beside_other_peoples_tools(tmp_path: Path, tiny_bundle: Path) -> None:
     """The others are in environments of their own: `make test-clients` runs one of them."""
     command = [sys.executable, "-m", "benchmarks.other_tools", str(tiny_bundle), "--adapters", "task0,task1"]
@@ -176,6 +178,7 @@ def test_questions_are_measured_in_one_order_and_in_both(tmp_path: Path) -> None
     assert rows == [[f"| {name}", order, n] for order in ("one order", "both orders") for name, n in names]
 
 
+@pytest.mark.slow
 def test_typed_questions_are_measured_over_http(tmp_path: Path) -> None:
     asked.save_chat_bundle(tmp_path / "base")
     texts = ("Customer: a flight", "Customer: my bill", "Customer: a flight", "Customer: a table")

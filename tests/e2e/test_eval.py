@@ -197,6 +197,7 @@ def test_the_bare_base_answers_as_without_adapters(tiny_bundle: Path, data: Path
     assert loss != pytest.approx(in_process["classifiers"]["task0"]["log_loss"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_demo_beats_its_bare_base(demo_bundle: Path, tmp_path: Path) -> None:
     texts = {
         "Customer: My order never came.\nAgent: I sent a new one.\nCustomer: Great, thank you, bye!": True,

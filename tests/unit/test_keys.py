@@ -131,4 +131,5 @@ def test_what_needs_no_key_and_what_the_infer_scope_may_do() -> None:
         "POST /tokenize",
         "POST /detokenize",
         "GET /v1/models",
+        "GET /v1/classifiers",
     }

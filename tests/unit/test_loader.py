@@ -142,6 +142,7 @@ print(peak() - before, sum(file.stat().st_size for file in folder.glob("*.safete
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_base_loads_within_1_2_times_its_weights(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=1000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8
