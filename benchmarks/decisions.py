@@ -60,7 +60,7 @@ class System(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What one request took."""
+    """Holds what one request took."""
 
     seconds: float
     computed: int

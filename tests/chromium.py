@@ -23,7 +23,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs .venv-console: make test-console")
     if CHROMIUM is None:
-        pytest.skip("needs Debian's chromium: make test-console")
+        pytest.fail("Debian's chromium is not installed: make chromium")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
@@ -49,7 +49,7 @@ def api(server: serving.Server) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def expected() -> list[str]:
-    """What the page may report: texts that its error messages hold. A test adds to it."""
+    """Holds texts of errors that the page may report. A test adds to it."""
     return []
 
 

@@ -9,7 +9,8 @@ from loraplex.errors import InvalidRequestError, quoted
 from loraplex.state import State, state_of
 from loraplex.types import Question, QuestionType
 
-MAX_LABELS = 255
+MAX_QUESTIONS, MAX_LABELS = 400, 255  # of a request, and of a question
+ASK_THE_BASE = "or start the server with --adhoc-questions, so that the bare base answers questions"
 
 
 def given_state(value: Any) -> State:

@@ -7,13 +7,13 @@ import pytest
 
 import serving
 
+pytest.importorskip("playwright.sync_api", reason="needs .venv-console: make test-console")
 pytestmark = pytest.mark.console
 
 SOURCE = serving.ROOT / "console"
 BUILT = serving.ROOT / "src/loraplex/server/console_files"
 
 
-@pytest.mark.skipif(not (SOURCE / "node_modules").is_dir(), reason="needs console/node_modules: make test-console")
 def test_source_and_build_agree(tmp_path: Path) -> None:
     subprocess.run(["node", "build.mjs", str(tmp_path)], cwd=SOURCE, check=True, capture_output=True)
     made, kept = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path, BUILT))

@@ -1,4 +1,4 @@
-"""What the page shows when something is wrong: no key, a wrong one, no server, an overload; and when there is much."""
+"""The page tells what is wrong: no key, a wrong one, no server, an overload. It stays quick where there is much."""
 
 import json
 from typing import Any
@@ -127,7 +127,7 @@ def test_the_policy_lets_no_inline_script_run(admin: Any, expected: list[str]) -
 
 
 def test_a_thousand_classifiers_and_five_thousand_turns_stay_usable(admin: Any) -> None:
-    """What is not on the screen is not in the page."""
+    """The page holds only what is on the screen."""
     names = [f"classifier{number}" for number in range(1000)]
     card = {"is_route": False, "version": "v", "question": "Is it so?", "type": "predicate", "labels": ["yes", "no"]}
     card |= {"descriptions": None, "threshold": None, "abstain_below": 0, "min_label_mass": 0, "max_length": None}

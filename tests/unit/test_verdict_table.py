@@ -1,4 +1,4 @@
-"""What `loraplex classify` prints: it fits the terminal, and any encoding."""
+"""The table of `loraplex classify` fits the terminal, and any encoding."""
 
 import io
 import re

@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING
 
 from loraplex.errors import InvalidRequestError, listed, quoted
+from loraplex.labelled import YES_NO
 from loraplex.routing.verdict_log import Targets
 
 if TYPE_CHECKING:  # the service imports torch
     from loraplex.service.service import Service
 
-YES_OR_NO = {"true": "yes", "false": "no"}  # what else is taken where the labels are yes and no
+YES_OR_NO = dict(zip(*reversed(YES_NO), strict=True))  # what else is taken where the labels are yes and no
 
 
 def as_spelled(label: str, targets: Targets, service: "Service") -> str:

@@ -15,13 +15,13 @@ from loraplex.errors import (
     shortened,
 )
 from loraplex.problems import similar
+from loraplex.questions import ASK_THE_BASE
 from loraplex.routing.question_checks import checked, other_labels, stripped, wrong
 from loraplex.routing.router import Router
 from loraplex.state import State
 from loraplex.types import BatchResult, ClassifyRequest, ClassifyResult, ErrorInfo, Question, Roles, Verdict
 
 EVERYTHING = "*"  # the model that leaves the choice of a classifier to each question's name
-ASK_THE_BASE = "or start the server with --adhoc-questions, so that the bare base answers questions"
 MOST_HINTS = 3  # unknown names that similar ones are looked up for
 
 

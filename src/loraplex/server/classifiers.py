@@ -14,7 +14,7 @@ router = APIRouter(tags=["classify"], route_class=JsonRoute)
 
 
 class ClassifierCard(BaseModel):
-    """What a classifier asks and when it says what, as its contract has it. Without a contract most fields are null."""
+    """Says what a classifier asks and when it says what, by its contract. Without a contract most fields are null."""
 
     name: str
     is_route: bool = Field(description="the name leads to adapters by weight")

@@ -10,18 +10,18 @@ from typing_extensions import TypedDict
 from loraplex.decisions import Answer
 from loraplex.messages import MAX_ITEMS, PartBody
 from loraplex.problems import either, wrong
+from loraplex.questions import MAX_LABELS, MAX_QUESTIONS
 from loraplex.routing.questions import Asked
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.routes import ERRORS
 from loraplex.server.schemas import Body
-from loraplex.server.typed import MAX_OPTIONS, Ours, Typed, TypedBody, decide, ours_of, response_of, type_in
+from loraplex.server.typed import Ours, Typed, TypedBody, decide, ours_of, response_of, type_in
 from loraplex.server.typed_errors import DECISIONS
 from loraplex.state import placed_items
 from loraplex.types import PREDICATE_LABELS, ErrorInfo, Question
 
 router = APIRouter(tags=["decisions"], route_class=JsonRoute)
 
-MAX_QUESTIONS = 400
 TYPES = ("predicate", "choice", "score")
 
 Instructions = Annotated[
@@ -73,7 +73,7 @@ class ChoiceBody(Body):
 
 class ChoiceQuestion(_Question):
     type: Literal["choice"]
-    choices: list[ChoiceBody] = Field(min_length=2, max_length=MAX_OPTIONS)
+    choices: list[ChoiceBody] = Field(min_length=2, max_length=MAX_LABELS)
 
 
 class LevelBody(Body):
@@ -83,7 +83,7 @@ class LevelBody(Body):
 
 class ScoreQuestion(_Question):
     type: Literal["score"]
-    levels: list[LevelBody] = Field(min_length=2, max_length=MAX_OPTIONS, description="from the lowest to the highest")
+    levels: list[LevelBody] = Field(min_length=2, max_length=MAX_LABELS, description="from the lowest to the highest")
 
 
 AnyQuestion = Annotated[

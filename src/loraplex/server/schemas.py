@@ -11,6 +11,7 @@ from loraplex.errors import encodable
 from loraplex.labelled import YES_NO
 from loraplex.messages import MAX_ITEMS, MessageBody
 from loraplex.problems import NumbersAreNoBooleans, either, wrong
+from loraplex.questions import MAX_LABELS, MAX_QUESTIONS
 from loraplex.types import (
     AdapterInfo,
     BatchResult,
@@ -24,8 +25,6 @@ from loraplex.types import (
     Route,
     classifier_names,
 )
-
-MAX_QUESTIONS, MAX_LABELS = 400, 255
 
 RESULT: TypeAdapter[ClassifyResult | BatchResult] = TypeAdapter(ClassifyResult | BatchResult)
 

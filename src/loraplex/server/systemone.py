@@ -8,13 +8,13 @@ from typing_extensions import TypedDict
 
 from loraplex.decisions import Answer
 from loraplex.problems import either
+from loraplex.questions import MAX_LABELS
 from loraplex.routing.questions import Asked
 from loraplex.server.decisions import Diagnosis, diagnostics_of
 from loraplex.server.json_body import JsonRoute
 from loraplex.server.routes import ERRORS
 from loraplex.server.schemas import Body
 from loraplex.server.typed import (
-    MAX_OPTIONS,
     Ours,
     TypedBody,
     Words,
@@ -52,12 +52,12 @@ class NoulQuestion(_Question):
 
 class ChoiceQuestion(_Question):
     type: Literal["choice"]
-    criteria: dict[str, Words | None] = Field(min_length=2, max_length=MAX_OPTIONS, description="label -> meaning")
+    criteria: dict[str, Words | None] = Field(min_length=2, max_length=MAX_LABELS, description="label -> meaning")
 
 
 class ScoreQuestion(_Question):
     type: Literal["score"]
-    criteria: list[Words] = Field(min_length=2, max_length=MAX_OPTIONS, description="from the lowest to the highest")
+    criteria: list[Words] = Field(min_length=2, max_length=MAX_LABELS, description="from the lowest to the highest")
 
 
 AnyQuestion = Annotated[

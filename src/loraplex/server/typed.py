@@ -26,7 +26,6 @@ from loraplex.server.typed_errors import TYPESAFE_ID
 from loraplex.state import PlacedState
 from loraplex.types import ClassifyResult, ErrorInfo, Usage
 
-MAX_OPTIONS = 255
 # Known fields of clients, which change no answer.
 NEUTRAL = ("prompt_cache_key", "prompt_cache_options", "safety_identifier", "temperature", "user", "metadata")
 EXTENSION = "x_"

@@ -107,10 +107,6 @@ class Computing:
         return await self.compute(EngineRequest(sequences) if sequences else None)
 
 
-def not_tokenized() -> DeadlineExceededError:
-    return DeadlineExceededError("not tokenized before the deadline", remedy="allow more time or send less at once")
-
-
 def num_chars(text: str | Seq[int] | Seq[Message] | Seq[int | Message]) -> int:
     """Return about how many characters there are to tokenize; a token id counts as one."""
     return len(text) + sum(len(one.content) for one in text if isinstance(one, Message))

@@ -4,21 +4,19 @@ from collections.abc import Iterable, Mapping
 
 from loraplex.errors import UnknownClassifierError, quoted
 from loraplex.problems import refused_at
+from loraplex.questions import ASK_THE_BASE, MAX_QUESTIONS
 from loraplex.text.question import check_question
 from loraplex.types import Question
 
-# Of the questions in one request. Names and labels are kept with each verdict.
-MAX_QUESTIONS, MAX_NAME_CHARS, MAX_LABEL_CHARS = 400, 128, 200
+MAX_NAME_CHARS, MAX_LABEL_CHARS = 128, 200  # names and labels are kept with each verdict
 NUM_SEQUENCES = 2  # of a question, at least: its labels are presented in both orders
-FRAME_CHARS = (
-    2000  # about how many are tokenized beside a question's own words: what stands around it, on several texts
-)
+FRAME_CHARS = 2000  # about how many are tokenized around a question's own words, which are tried on several texts
 
 
 def no_questions(questions: Iterable[str], known: Iterable[str]) -> UnknownClassifierError:
     """Return the error for questions to a server whose base answers none. known: the classifiers' names."""
     error = UnknownClassifierError([*questions], [*known])
-    error.remedy += "; or start the server with --adhoc-questions, so that the bare base answers questions"
+    error.remedy += f"; {ASK_THE_BASE}"
     return error
 
 

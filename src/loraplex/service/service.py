@@ -24,7 +24,7 @@ from loraplex.generation import GeneratedToken, GenerateRequest, GenerateResult,
 from loraplex.service.base import Base
 from loraplex.service.classifiers import ClassifierVersion
 from loraplex.service.completion import Completion
-from loraplex.service.computing import Computing, not_tokenized, num_chars
+from loraplex.service.computing import Computing, num_chars
 from loraplex.service.prompts import Prompts
 from loraplex.service.question_limits import FRAME_CHARS, NUM_SEQUENCES, check_questions, no_questions
 from loraplex.service.questions import QuestionEvaluation
@@ -33,6 +33,7 @@ from loraplex.service.state import AdapterState
 from loraplex.service.usage import AnyEvaluation, timings_of, usage_of
 from loraplex.service.verdict import Evaluation
 from loraplex.service.versions import Versions
+from loraplex.text.threads import not_tokenized
 from loraplex.text.tokenizer import Conversations
 from loraplex.types import AdapterInfo, ClassifyRequest, ClassifyResult, Question, Stats
 

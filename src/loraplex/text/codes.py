@@ -13,9 +13,9 @@ from typing import Literal
 from loraplex.errors import InvalidRequestError
 from loraplex.labelled import YES_NO
 from loraplex.text.tokenizer import Tokenizer
-from loraplex.types import QuestionType
+from loraplex.types import PREDICATE_LABELS, QuestionType
 
-WORDS, DIGITS, LETTERS = ("yes", "no"), tuple(string.digits), tuple(string.ascii_uppercase)
+WORDS, DIGITS, LETTERS = PREDICATE_LABELS, tuple(string.digits), tuple(string.ascii_uppercase)
 PAIRS = tuple(map("".join, product(LETTERS, LETTERS)))
 MAX_NAME = 24  # characters of labels that stand for themselves
 MAX_BEGINNINGS = 48  # of labels that stand for themselves; else fewer forms are read, or letters
@@ -79,7 +79,8 @@ class Codes:
 
     def _spelled(self, codes: Iterable[str]) -> dict[str, tuple[TokenIds, ...]]:
         """Return the tokens of each code in each of its forms; none for a form that cannot be read."""
-        return {code: tuple(tuple(self._behind(text)) for text in _spellings(code)) for code in codes}
+        behind = functools.cache(lambda text: tuple(self._behind(text)))  # forms of a capital letter are the same
+        return {code: tuple(map(behind, _spellings(code))) for code in codes}
 
     def _behind(self, text: str) -> list[int]:
         """Return the tokens of `text` behind the prompt; none where the prompt's own end would change, or one of them

@@ -47,9 +47,7 @@ class TokenizerThreads:
             async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
                 return await asyncio.wrap_future(future)
         except TimeoutError:
-            raise DeadlineExceededError(
-                "not tokenized before the deadline", remedy="allow more time or send less at once"
-            ) from None
+            raise not_tokenized() from None
 
     def close(self) -> None:
         """Take no more work. Accepted work is finished, but this call does not wait for it."""
@@ -59,3 +57,7 @@ class TokenizerThreads:
 
     def _free(self, num_chars: int) -> None:
         self.num_long_chars -= num_chars
+
+
+def not_tokenized() -> DeadlineExceededError:
+    return DeadlineExceededError("not tokenized before the deadline", remedy="allow more time or send less at once")
