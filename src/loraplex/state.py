@@ -22,7 +22,8 @@ UNREAD = ("type", "phase", "id", "status")  # fields of a message's item that ch
 
 def state_of(value: Any, field: str = "state") -> State:
     """Return a state as requests hold it; see `placed_state`."""
-    return _without_places(placed_state(value, field))
+    state = placed_state(value, field)
+    return state if isinstance(state, str) else tuple(message for _, message in state)
 
 
 def placed_state(value: Any, field: str = "state") -> PlacedState:
@@ -49,21 +50,12 @@ def placed_state(value: Any, field: str = "state") -> PlacedState:
     return tuple(_placed(one, f"{where}.{index}") for index, one in enumerate(inner))
 
 
-def items_of(items: Sequence[Any], field: str = "input") -> State:
-    """Return the items of OpenAI's decisions as messages; see `placed_items`."""
-    return _without_places(placed_items(items, field))
-
-
-def placed_items(items: Sequence[Any], field: str = "input") -> PlacedState:
+def placed_items(items: Sequence[Any], field: str = "input") -> tuple[tuple[str, Message], ...]:
     """Return the items of OpenAI's decisions as messages, with the place of each. What a tool answered is a turn of the
     role `tool`, and must name an earlier call. Raises InvalidRequestError, which names the item."""
     _check_number(items, field)
     calls: set[str] = set()
     return tuple(placed for index, one in enumerate(items) for placed in _item(one, f"{field}.{index}", calls))
-
-
-def _without_places(state: PlacedState) -> State:
-    return state if isinstance(state, str) else tuple(message for _, message in state)
 
 
 def _placed(value: Any, place: str) -> tuple[str, Message]:

@@ -6,7 +6,7 @@ import pytest
 
 from loraplex.errors import InvalidRequestError
 from loraplex.messages import MAX_ITEMS
-from loraplex.state import items_of, placed_items, state_of
+from loraplex.state import placed_items, state_of
 from loraplex.types import Message
 
 TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
@@ -57,7 +57,7 @@ def test_each_message_keeps_its_place_in_the_request() -> None:
     assert isinstance(found, tuple)
     assert [place for place, _ in found] == [f"{inside}.0", f"{inside}.1", "input.1"]
     with pytest.raises(InvalidRequestError) as caught:
-        items_of([{"role": "user", "content": [{**data, "data": None}]}])
+        placed_items([{"role": "user", "content": [{**data, "data": None}]}])
     assert ".".join(caught.value.place) == "input.0.content.0.data"
 
 
@@ -70,8 +70,8 @@ def test_items_become_messages() -> None:
         {"role": "user", "content": [{"type": "input_json", "data": {"a": 1}}]},
         {"role": "user", "content": [{"type": "input_json", "data": TURNS}]},
     ]
-    read = items_of(items)
-    assert [(one.role, one.content) for one in read if isinstance(one, Message)] == [
+    read = placed_items(items)
+    assert [(one.role, one.content) for _, one in read] == [
         ("user", "a"),
         ("assistant", "b"),
         ("assistant", ""),
@@ -99,7 +99,7 @@ def test_items_become_messages() -> None:
 )
 def test_what_is_no_item_is_named(items: Any, mentions: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        items_of(items)
+        placed_items(items)
     assert mentions in caught.value.message and mentions.startswith(".".join(caught.value.place))
 
 

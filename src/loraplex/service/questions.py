@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from loraplex.adapters.slots import NO_ADAPTER
 from loraplex.classifier import Contract, low_mass
 from loraplex.decisions import expected_level, softmax
-from loraplex.engine.sequence import Outcome, Sequence, SequenceOutput, Target
+from loraplex.engine.sequence import Sequence, SequenceOutput, Target
 from loraplex.errors import LoraplexError
 from loraplex.service.base import Base
-from loraplex.service.verdict import warned
+from loraplex.service.verdict import Computed, warned
 from loraplex.text.prompt import Prompt
 from loraplex.text.question import ROLES, Presentation, num_chars
 from loraplex.text.tokenizer import Conversations
@@ -22,7 +22,7 @@ NUM_TRIES = 10
 
 
 @dataclass(slots=True, kw_only=True)
-class QuestionEvaluation:
+class QuestionEvaluation(Computed):
     """A question to the bare base, in each order of its labels, or the `error` that prevents this. Its methods are
     those of `Evaluation`."""
 
@@ -30,9 +30,6 @@ class QuestionEvaluation:
     question: Question
     presentations: Seq[Presentation] = ()
     prompts: Seq[Prompt] = ()
-    sequences: Seq[Sequence] = ()
-    outputs: Seq[SequenceOutput] = ()
-    error: LoraplexError | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -66,11 +63,6 @@ class QuestionEvaluation:
             for prompt, presentation in zip(self.prompts, self.presentations, strict=True)
             for before, follow in presentation.reads.items()
         ]
-
-    def take(self, outcomes: Seq[Outcome]) -> None:
-        """Record the outcomes, one per sequence."""
-        self.error = self.error or next((outcome for outcome in outcomes if isinstance(outcome, LoraplexError)), None)
-        self.outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
 
     def verdict(self, id: str | None = None) -> Verdict:
         """Return the verdict, whose `adapter` is None. Its first warning says that the bare base answered."""

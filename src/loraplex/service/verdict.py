@@ -19,7 +19,21 @@ from loraplex.types import ClassifyRequest, ErrorInfo, Message, Roles, Verdict
 
 
 @dataclass(slots=True, kw_only=True)
-class Evaluation:
+class Computed:
+    """Holds what the engine computed for one part of a call, or the `error` that prevents this."""
+
+    sequences: Seq[Sequence] = ()
+    outputs: Seq[SequenceOutput] = ()
+    error: LoraplexError | None = None
+
+    def take(self, outcomes: Seq[Outcome]) -> None:
+        """Record the outcomes, one per sequence."""
+        self.error = self.error or next((outcome for outcome in outcomes if isinstance(outcome, LoraplexError)), None)
+        self.outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluation(Computed):
     """One classifier's part of a call: the conversation under the version in `slot`, or the `error` that prevents
     this."""
 
@@ -27,9 +41,6 @@ class Evaluation:
     version: ClassifierVersion | None = None
     slot: int = NO_ADAPTER
     prompt: Prompt | None = None
-    sequences: Seq[Sequence] = ()
-    outputs: Seq[SequenceOutput] = ()
-    error: LoraplexError | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -50,11 +61,6 @@ class Evaluation:
                 self.sequences = _label_sequences(self.prompt, version, self.slot, version.template, keep=keep)
         except LoraplexError as exc:
             self.error = exc
-
-    def take(self, outcomes: Seq[Outcome]) -> None:
-        """Record the outcomes, one per sequence."""
-        self.error = self.error or next((outcome for outcome in outcomes if isinstance(outcome, LoraplexError)), None)
-        self.outputs = [outcome for outcome in outcomes if isinstance(outcome, SequenceOutput)]
 
     def verdict(self, id: str | None = None) -> Verdict:
         ref = self.version.ref if self.version is not None else None
